@@ -1,0 +1,84 @@
+"""Biases that train with an adapter (`bias="lora_only"` or `"all"`).
+
+They train in place, as in PEFT. Unlike there, the original values are kept beside them, so that
+disabling, deactivating or taking off the adapter brings the base model back bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lora_lightning.errors import AdapterStateError
+from lora_lightning.hosts.base import walk
+
+_RECORD = "_trained_bias"
+
+
+@dataclass
+class TrainedBias:
+    """One bias that belongs to an adapter.
+
+    Attributes:
+        adapter_name: Whose bias it is.
+        hidden: The values not in the module now: the original ones while `shown`, else the
+            trained ones.
+        shown: Whether the module's bias holds the trained values now.
+
+    """
+
+    adapter_name: str
+    hidden: Tensor
+    shown: bool = True
+
+    @torch.no_grad()
+    def show(self, module: nn.Module, shown: bool) -> None:
+        """Exchange the values in the module for the hidden ones where `shown` changes."""
+        if shown == self.shown:
+            return
+        bias: Tensor = module.bias  # type: ignore[assignment]
+        kept = bias.detach().clone()
+        bias.copy_(self.hidden)
+        self.hidden, self.shown = kept, shown
+
+
+def train_bias(module: nn.Module, path: str, adapter_name: str) -> None:
+    """Let `module.bias` train as part of an adapter."""
+    record = module.__dict__.get(_RECORD)
+    if record is not None:
+        raise AdapterStateError(
+            f"The bias of {path!r} already trains with adapter {record.adapter_name!r}; it cannot "
+            f"also train with {adapter_name!r}. Use bias='none' for one of them. (lora.bias)"
+        )
+    bias: Tensor = module.bias  # type: ignore[assignment]
+    module.__dict__[_RECORD] = TrainedBias(adapter_name, bias.detach().clone())
+
+
+def trained_biases(model: nn.Module) -> Iterator[tuple[str, nn.Module, TrainedBias]]:
+    """(path of the bias, its module, its record) of every bias that belongs to an adapter."""
+    for path, module in walk(model):
+        record = module.__dict__.get(_RECORD)
+        if record is not None:
+            yield (f"{path}.bias" if path else "bias"), module, record
+
+
+def forget_bias(module: nn.Module) -> None:
+    """End the training of the bias and bring its original values back."""
+    record: TrainedBias = module.__dict__[_RECORD]
+    record.show(module, False)
+    del module.__dict__[_RECORD]
+
+
+def biases_to_train(model: nn.Module, option: str, targets: set[str]) -> list[tuple[str, nn.Module]]:
+    """The modules whose bias `option` selects; those inside trained copies are not base biases."""
+    if option == "none":
+        return []
+    return [
+        (path, module)
+        for path, module in walk(model)
+        if isinstance(getattr(module, "bias", None), nn.Parameter)
+        and (option == "all" or path in targets)
+    ]

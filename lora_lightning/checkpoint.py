@@ -1,0 +1,114 @@
+"""Adapter state in and out of a model, and what a checkpoint says about it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_lightning.adapters.trained_copy import TrainedCopy
+from lora_lightning.bias import trained_biases
+from lora_lightning.config import LoraConfig
+from lora_lightning.errors import AdapterMismatchError, AdapterStateError, first_few
+from lora_lightning.hosts.base import named_hosts
+from lora_lightning.switching import adapter_names
+
+# The options that change what an adapter computes from the same tensors, or which there are.
+_COMPARED = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias")
+
+
+def adapter_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:
+    """The tensors of one adapter, by module path and tensor name, without the adapter's name.
+
+    Returns:
+        {"encoder.query.lora_A": (r, in), "encoder.query.lora_B": (out, r), ...}; trained copies
+        and biases under the names they have in the base ("head.weight"). The tensors are the
+        model's own, detached.
+
+    Raises:
+        AdapterStateError: If the model has no adapter of that name.
+
+    """
+    return {short: tensor for short, _, tensor in _tensors(model, adapter_name)}
+
+
+def load_adapter_state_dict(
+    model: nn.Module, state: Mapping[str, Tensor], adapter_name: str = "default"
+) -> None:
+    """Copy `state` (as `adapter_state_dict` gives it) into an adapter that is on the model.
+
+    Raises:
+        AdapterMismatchError: If a tensor is missing, left over or of another shape. Nothing is
+            loaded then.
+
+    """
+    own = {short: tensor for short, _, tensor in _tensors(model, adapter_name)}
+    differences = tensor_differences(
+        {name: list(tensor.shape) for name, tensor in state.items()},
+        {name: list(tensor.shape) for name, tensor in own.items()},
+    )
+    if differences:
+        raise AdapterMismatchError(
+            f"This state does not fit adapter {adapter_name!r}:\n  " + "\n  ".join(differences)
+        )
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(state[name])
+
+
+def saved_keys(model: nn.Module, adapter_name: str) -> dict[str, list[int]]:
+    """Key in `model.state_dict()` and shape of every tensor that belongs to an adapter."""
+    return {key: list(tensor.shape) for _, key, tensor in _tensors(model, adapter_name)}
+
+
+def tensor_differences(saved: Mapping[str, list[int]], found: Mapping[str, list[int]]) -> list[str]:
+    """What differs between the tensors of a checkpoint and those of a model, a line per kind."""
+    missing = sorted(found.keys() - saved.keys())
+    extra = sorted(saved.keys() - found.keys())
+    shapes = [
+        f"{key} {saved[key]} in the checkpoint, {found[key]} here"
+        for key in sorted(saved.keys() & found.keys())
+        if list(saved[key]) != list(found[key])
+    ]
+    lines = []
+    if missing:
+        lines.append(f"missing in the checkpoint: {first_few(missing)}")
+    if extra:
+        lines.append(f"only in the checkpoint: {first_few(extra)}")
+    if shapes:
+        lines.append(f"other shape: {first_few(shapes)}")
+    return lines
+
+
+def config_differences(saved: Mapping[str, Any], config: LoraConfig) -> list[str]:
+    """The options in which a checkpoint's adapter computes something else, a line each."""
+    own = config.to_dict()
+    return [
+        f"{key}: {saved.get(key)!r} in the checkpoint, {own[key]!r} here (lora.{key})"
+        for key in _COMPARED
+        if saved.get(key) != own[key]
+    ]
+
+
+def _tensors(model: nn.Module, adapter_name: str) -> list[tuple[str, str, Tensor]]:
+    """(short name, key in the model's state dict, tensor) of everything an adapter owns."""
+    if adapter_name not in adapter_names(model):
+        raise AdapterStateError(
+            f"No adapter {adapter_name!r}; the model has {adapter_names(model) or 'none'}."
+        )
+    found = []
+    for path, host in named_hosts(model):
+        if adapter_name not in host.adapters:
+            continue
+        adapter = host.adapters[adapter_name]
+        prefix = path + "." if path else ""
+        for name, tensor in adapter.state_dict().items():
+            short = name.removeprefix("module.") if isinstance(adapter, TrainedCopy) else name
+            found.append((prefix + short, f"{prefix}adapters.{adapter_name}.{name}", tensor))
+    for name, module, record in trained_biases(model):
+        if record.adapter_name == adapter_name:
+            bias: Tensor = module.bias if record.shown else record.hidden  # type: ignore[assignment]
+            found.append((name, name, bias.detach()))
+    return found

@@ -1,0 +1,1 @@
+"""Ready LightningDataModules for users who bring only a file."""

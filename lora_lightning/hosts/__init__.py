@@ -1,0 +1,21 @@
+"""Module kinds that can carry adapters, one file each."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from lora_lightning.hosts.base import Host
+from lora_lightning.hosts.conv1d import Conv1DHost, is_conv1d
+from lora_lightning.hosts.embedding import EmbeddingHost
+from lora_lightning.hosts.linear import LinearHost
+
+SUPPORTED = "Linear, Conv1D (transformers), Embedding"
+
+
+def host_type_for(module: nn.Module) -> type[Host] | None:
+    """The host class for `module`'s kind, or None where no adapter fits."""
+    if isinstance(module, nn.Linear):
+        return LinearHost
+    if isinstance(module, nn.Embedding):
+        return EmbeddingHost
+    return Conv1DHost if is_conv1d(module) else None

@@ -1,0 +1,208 @@
+"""Put adapters on a model, in place, and take them off again."""
+
+from __future__ import annotations
+
+import copy
+from typing import cast
+
+import torch
+from torch import nn
+
+from lora_lightning.adapters import LORA_BY_KIND
+from lora_lightning.adapters.base import Adapter, AdapterDict
+from lora_lightning.adapters.lora import LoraSettings
+from lora_lightning.adapters.trained_copy import TrainedCopy
+from lora_lightning.bias import biases_to_train, forget_bias, train_bias, trained_biases
+from lora_lightning.config import LoraConfig
+from lora_lightning.errors import AdapterStateError, ConfigError, RankError, TargetError
+from lora_lightning.hosts import host_type_for
+from lora_lightning.hosts.base import Host, check_can_grow, grow, named_hosts, shrink, walk
+from lora_lightning.hosts.fast_path import close_fast_path, reopen_fast_path
+from lora_lightning.switching import activate_new, active_adapters, adapter_names
+from lora_lightning.targets import Selection, pattern_value, select_modules
+
+
+def inject_adapter(
+    model: nn.Module, config: LoraConfig, adapter_name: str = "default", *, seed: int | None = None
+) -> Selection:
+    """Grow one adapter on every module that `config` selects, in place, and freeze the base.
+
+    The first adapter on a model is active and trainable; later ones are neither until
+    `set_adapter` names them. Everything is checked before anything is touched.
+
+    Args:
+        model: Any module. Its parameters keep their names; its own state dict still loads.
+        config: What to adapt and how.
+        adapter_name: A name for it; a model can carry several.
+        seed: What random start values depend on, beside each tensor's name. Default: the seed
+            PyTorch was given (`seed_everything`, `torch.manual_seed`).
+
+    Returns:
+        What was selected.
+
+    Raises:
+        TargetError: If the config selects nothing, or something that cannot be adapted.
+        RankError: If a rank exceeds what a layer's size allows.
+        AdapterStateError: If the model already has an adapter of that name, or merged ones.
+
+    """
+    if adapter_name in adapter_names(model):
+        raise AdapterStateError(
+            f"The model already has an adapter {adapter_name!r}. Take it off first with "
+            f"delete_adapter(model, {adapter_name!r}), or choose another name."
+        )
+    return extend_adapter(model, config, adapter_name, seed=seed)
+
+
+def extend_adapter(
+    model: nn.Module, config: LoraConfig, adapter_name: str, *, seed: int | None = None
+) -> Selection:
+    """`inject_adapter` for a model that grows: modules that carry the adapter already keep it."""
+    _check_name(adapter_name)
+    _check_unmerged(model)
+    seed = torch.initial_seed() if seed is None else seed
+    selection = select_modules(model, config)
+    new_targets = _without_adapter(selection.targets, adapter_name)
+    new_saved = _without_adapter(selection.saved, adapter_name)
+    adapters = {}
+    for path, module in new_targets.items():
+        check_can_grow(module, path)
+        adapters[path] = _lora_settings(path, module, config, adapter_name, seed)
+    for path, module in new_saved.items():
+        check_can_grow(module, path)
+
+    others = adapter_names(model)
+    active = not others or adapter_name in active_adapters(model)
+    if not others:
+        freeze(model)
+    for path, settings in adapters.items():
+        module = new_targets[path]
+        host_type = cast(type[Host], host_type_for(module))
+        adapter_type = LORA_BY_KIND[host_type.kind]
+        adapter = adapter_type(*host_type.dimensions(module), settings)
+        grow(module, host_type, adapter_name, adapter)
+    for module in new_saved.values():
+        trained = TrainedCopy(_copy_without_adapters(module), config)
+        grow(module, host_type_for(module) or Host, adapter_name, trained)
+    _train_biases(model, config, adapter_name, set(selection.targets), selection.saved)
+    close_fast_path(model)
+    activate_new(model, adapter_name, active)
+    return selection
+
+
+def delete_adapter(model: nn.Module, adapter_name: str) -> None:
+    """Take one adapter off; modules without any other become what they were.
+
+    Raises:
+        AdapterStateError: If there is no such adapter, or it is merged.
+
+    """
+    names = adapter_names(model)
+    if adapter_name not in names:
+        raise AdapterStateError(
+            f"The model has no adapter {adapter_name!r}; it has {names or 'none at all'}."
+        )
+    _check_unmerged(model, adapter_name)
+    for _, host in list(named_hosts(model)):
+        if adapter_name in host.adapters:
+            shrink(host, adapter_name)
+    for _, module, record in list(trained_biases(model)):
+        if record.adapter_name == adapter_name:
+            forget_bias(module)
+    reopen_fast_path(model)
+    close_fast_path(model)  # other adapters may still need it closed
+
+
+def freeze(model: nn.Module) -> None:
+    """`requires_grad=False` on everything that is in no adapter."""
+    kept = {id(module.bias) for _, module, _ in trained_biases(model)}
+    for _, module in walk(model):
+        for parameter in module.parameters(recurse=False):
+            if id(parameter) not in kept:
+                parameter.requires_grad_(False)
+
+
+def _check_name(name: str) -> None:
+    if not name or "." in name or hasattr(AdapterDict(), name):
+        raise ConfigError(
+            f"adapter_name {name!r} cannot be used: a name is not empty, has no '.', and is no "
+            "attribute of a torch ModuleDict (such as 'keys'). (lora.adapter_name)"
+        )
+
+
+def _check_unmerged(model: nn.Module, adapter_name: str | None = None) -> None:
+    for path, host in named_hosts(model):
+        if host.merged_adapters if adapter_name is None else adapter_name in host.merged_adapters:
+            raise AdapterStateError(
+                f"Adapters {host.merged_adapters} are merged into the base ({path!r}, for one). "
+                "Call unmerge_adapter(model) first."
+            )
+
+
+def _without_adapter(modules: dict[str, nn.Module], name: str) -> dict[str, nn.Module]:
+    return {
+        path: module
+        for path, module in modules.items()
+        if not (isinstance(module, Host) and name in module.adapters)
+    }
+
+
+def _lora_settings(
+    path: str, module: nn.Module, config: LoraConfig, adapter_name: str, seed: int
+) -> LoraSettings:
+    host_type = cast(type[Host], host_type_for(module))
+    sizes = host_type.dimensions(module)
+    kind = (module.base_type if isinstance(module, Host) else type(module)).__name__
+    r = int(pattern_value(config.rank_pattern, path, config.r))
+    if r > min(sizes):
+        last = path.rpartition(".")[2]
+        key = "rank_pattern" if r != config.r else "r"
+        raise RankError(
+            f"r={r} is larger than {path!r} ({kind} {sizes[0]} -> {sizes[1]}) allows: "
+            f"at most {min(sizes)}. Lower r, give this layer its own with rank_pattern: "
+            f"{{{last}: {min(sizes)}}}, leave it out with exclude_modules: [{last}], or train it in "
+            f"full with modules_to_save: [{last}]. (lora.{key})"
+        )
+    weight: torch.Tensor = module.weight  # type: ignore[assignment]
+    return LoraSettings(
+        config=config,
+        r=r,
+        lora_alpha=pattern_value(config.alpha_pattern, path, config.lora_alpha),
+        seed=seed,
+        name=f"{path}.{adapter_name}",
+        device=weight.device,
+        base_dtype=weight.dtype,
+    )
+
+
+def _train_biases(
+    model: nn.Module,
+    config: LoraConfig,
+    adapter_name: str,
+    targets: set[str],
+    saved: dict[str, nn.Module],
+) -> None:
+    known = {path for path, _, record in trained_biases(model) if record.adapter_name == adapter_name}
+    for path, module in biases_to_train(model, config.bias, targets):
+        inside_copy = any(path == outer or path.startswith(outer + ".") for outer in saved)
+        if f"{path}.bias" not in known and not inside_copy:
+            train_bias(module, path, adapter_name)
+
+
+def _copy_without_adapters(module: nn.Module) -> nn.Module:
+    duplicate = copy.deepcopy(module)
+    for _, host in list(named_hosts(duplicate)):
+        for name in list(host.adapters):
+            shrink(host, name)
+    for _, holder, _ in list(trained_biases(duplicate)):
+        forget_bias(holder)
+    return duplicate
+
+
+def adapters_named(model: nn.Module, adapter_name: str) -> dict[str, Adapter]:
+    """The adapters of that name, by path of their module."""
+    return {
+        path: cast(Adapter, host.adapters[adapter_name])
+        for path, host in named_hosts(model)
+        if adapter_name in host.adapters
+    }

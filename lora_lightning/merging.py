@@ -1,0 +1,141 @@
+"""Fold adapters into the base weights, and back without a trace."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from lora_lightning.adapters.base import DeltaAdapter
+from lora_lightning.adapters.trained_copy import TrainedCopy
+from lora_lightning.bias import trained_biases
+from lora_lightning.errors import AdapterStateError
+from lora_lightning.hosts.base import Host, named_hosts, shrink
+from lora_lightning.hosts.fast_path import reopen_fast_path
+from lora_lightning.injection import delete_adapter
+from lora_lightning.switching import active_adapters, adapter_names, set_adapter
+
+
+def merge_adapter(model: nn.Module, names: str | Sequence[str] | None = None) -> None:
+    """Add the deltas of active adapters to the base weights, so that forward costs nothing extra.
+
+    W' = W + sum of deltas, summed in at least fp32 and rounded once. The weights are kept aside:
+    `unmerge_adapter` restores them bit for bit. Trained copies need no merging and stay as they
+    are.
+
+    Args:
+        model: A model with adapters.
+        names: Which of the active adapters to merge; default: all of them.
+
+    Raises:
+        AdapterStateError: If a name is not active, if a weight to be written is shared with
+            another module (tied), is on the meta device or is computed from other tensors, or if
+            a result is not finite. Nothing is merged then.
+
+    """
+    active = active_adapters(model)
+    names = active if names is None else [names] if isinstance(names, str) else list(names)
+    for name in names:
+        if name not in active:
+            raise AdapterStateError(
+                f"Adapter {name!r} is not active (active: {active or 'none'}); activate it with "
+                f"set_adapter(model, {name!r}) before merging."
+            )
+    _check_weights(model, names)
+    before = [(host, list(host.merged_adapters)) for _, host in named_hosts(model)]
+    try:
+        for host, _ in before:
+            host.merge(names)
+    except AdapterStateError:
+        for host, merged in before:
+            if host.merged_adapters != merged:
+                host.unmerge()
+                host.merge(merged)
+        raise
+
+
+def unmerge_adapter(model: nn.Module) -> None:
+    """Restore the weights of before `merge_adapter`, bit for bit."""
+    for _, host in named_hosts(model):
+        host.unmerge()
+
+
+def merge_and_unload(model: nn.Module, names: str | Sequence[str] | None = None) -> nn.Module:
+    """Make the active adapters part of the base for good and take all adapters off.
+
+    Returns:
+        `model`, with the classes and parameter names it had before any adapter.
+
+    Raises:
+        AdapterStateError: As `merge_adapter`; nothing is changed then.
+
+    """
+    if names is not None:
+        set_adapter(model, names)
+    _check_weights(model, active_adapters(model), copies_too=True)
+    merge_adapter(model)
+    for _, host in list(named_hosts(model)):
+        host._unmerged_weight = None  # the merged weight is the base now
+        host.merged_adapters = []
+        for adapter in host.live_adapters():
+            if isinstance(adapter, TrainedCopy):
+                _take_over(host, adapter.module)
+    for _, module, record in list(trained_biases(model)):
+        record.hidden = module.bias.detach().clone()  # type: ignore[union-attr,operator]
+    return unload(model)
+
+
+def unload(model: nn.Module) -> nn.Module:
+    """Take all adapters off; the model is its base model again, bit for bit.
+
+    Returns:
+        `model`.
+
+    """
+    unmerge_adapter(model)
+    for name in adapter_names(model):
+        delete_adapter(model, name)
+    reopen_fast_path(model)
+    return model
+
+
+@torch.no_grad()
+def _take_over(module: nn.Module, copy: nn.Module) -> None:
+    module.load_state_dict(copy.state_dict(), strict=False)
+
+
+def _check_weights(model: nn.Module, names: Sequence[str], copies_too: bool = False) -> None:
+    owners = Counter(
+        id(parameter)
+        for module in model.modules()
+        for parameter in module._parameters.values()
+        if parameter is not None
+    )
+    for path, host in named_hosts(model):
+        merging = [host.adapters[name] for name in names if name in host.adapters]
+        written: list[nn.Parameter] = []
+        if any(isinstance(adapter, DeltaAdapter) for adapter in merging):
+            weight = host._parameters.get("weight")  # type: ignore[attr-defined]
+            if weight is None:
+                raise AdapterStateError(
+                    f"The weight of {path!r} is computed from other tensors (a parametrization); a "
+                    "delta cannot be merged into it. Remove the parametrization first."
+                )
+            written.append(weight)
+        if copies_too and any(isinstance(adapter, TrainedCopy) for adapter in merging):
+            written += [p for p in host.parameters() if id(p) not in _adapter_parameters(host)]  # type: ignore[attr-defined]
+        for parameter in written:
+            if parameter.is_meta:
+                raise AdapterStateError(f"{path!r} is on the meta device; load the base first.")
+            if owners[id(parameter)] > 1:
+                raise AdapterStateError(
+                    f"The weight of {path!r} is shared with another module (tied embeddings, "
+                    "say); merging would change that one too. Untie them first: give each module "
+                    "a parameter of its own."
+                )
+
+
+def _adapter_parameters(host: Host) -> set[int]:
+    return {id(parameter) for parameter in host.adapters.parameters()}

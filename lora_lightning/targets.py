@@ -1,0 +1,322 @@
+"""Which modules an adapter's options select: PEFT's matching rules, but nothing in silence.
+
+The rules are PEFT 0.21.2's (`check_target_module_exists`, `get_pattern_key`). What differs is
+what happens to a name that selects nothing: there it is dropped, here it is an error.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from lora_lightning.config import ALL_LINEAR, LoraConfig
+from lora_lightning.errors import TargetError, did_you_mean, first_few
+from lora_lightning.hosts import SUPPORTED, host_type_for
+from lora_lightning.hosts.base import walk
+from lora_lightning.hosts.conv1d import is_conv1d
+
+
+@dataclass
+class Selection:
+    """What a config selects on a model.
+
+    Attributes:
+        targets: Modules to adapt, by path.
+        saved: Modules to train as a copy (`modules_to_save`), by path.
+        left_out: Output heads that "all-linear" leaves alone.
+
+    """
+
+    targets: dict[str, nn.Module] = field(default_factory=dict)
+    saved: dict[str, nn.Module] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
+
+
+def select_modules(model: nn.Module, config: LoraConfig) -> Selection:
+    """The modules of `model` that `config` selects.
+
+    Raises:
+        TargetError: If a name, expression or index selects nothing, or a module of a kind that
+            cannot be adapted.
+
+    """
+    modules = {path: module for path, module in walk(model) if path}
+    selection = Selection(saved=_select_saved(modules, config))
+    if config.target_modules == ALL_LINEAR:
+        heads = output_heads(model)
+        for path, module in modules.items():
+            if not (isinstance(module, nn.Linear) or is_conv1d(module)) or _reads_past(module):
+                continue
+            if any(path == head or path.startswith(head + ".") for head in heads):
+                selection.left_out.append(path)
+            elif not is_excluded(config, path):
+                selection.targets[path] = module
+        if not selection.targets:
+            raise TargetError(
+                f"target_modules 'all-linear' matched nothing: {_kinds_in(modules)}. "
+                f"Adaptable kinds: {SUPPORTED}; name modules explicitly. (lora.target_modules)"
+            )
+    else:
+        selection.targets = {
+            path: module
+            for path, module in modules.items()
+            if not is_excluded(config, path) and matches_target(config, path)
+        }
+        _check_every_target_matched(modules, selection.targets, config)
+    _check_every_exclusion_matched(modules, config)
+    _check_every_layer_matched(selection.targets, config)
+    _check_every_pattern_matched(selection.targets, config)
+    for path, module in selection.targets.items():
+        _check_adaptable(path, module, modules)
+    return selection
+
+
+# -- the rules ---------------------------------------------------------------------------------
+
+
+def matches_name(name: str, path: str) -> bool:
+    """A listed name selects a module by its whole path or by the last part(s) of it."""
+    return path == name or path.endswith("." + name)
+
+
+def matches_target(config: LoraConfig, path: str) -> bool:
+    """Whether `target_modules` (with `layers_to_transform`) selects `path`."""
+    targets = config.target_modules
+    if isinstance(targets, str):
+        return re.fullmatch(targets, path) is not None
+    if path in targets:  # a whole path overrules the layer filter, as in PEFT
+        return True
+    if not any(path.endswith("." + target) for target in targets):
+        return False
+    wanted = _wanted_layers(config)
+    return not wanted or layer_index(config, path) in wanted
+
+
+def layer_index(config: LoraConfig, path: str) -> int | None:
+    """The index that `layers_to_transform` counts: the first number in `path` after a name."""
+    if not config.layers_pattern:
+        expressions = [r".*?\.[^.]*\.(?P<index>\d+)\."]
+    else:
+        patterns = config.layers_pattern
+        patterns = [patterns] if isinstance(patterns, str) else patterns
+        expressions = [rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\." for pattern in patterns]
+    for expression in expressions:
+        match = re.match(expression, path)
+        if match:
+            return int(match["index"])
+    return None
+
+
+def is_excluded(config: LoraConfig, path: str) -> bool:
+    """Whether `exclude_modules` or `modules_to_save` takes `path` out of the targets."""
+    excluded = config.exclude_modules
+    if isinstance(excluded, str):
+        if re.fullmatch(excluded, path):
+            return True
+    elif excluded and any(matches_name(name, path) for name in excluded):
+        return True
+    return any(re.match(rf"(^|.*\.){saved}($|\..*)", path) for saved in config.modules_to_save or ())
+
+
+def pattern_value(pattern: dict[str, float], path: str, default: float) -> float:
+    """The value of the first key of `pattern` that fits the end of `path`."""
+    for key, value in pattern.items():
+        if re.match(rf"(.*\.)?({key})$", path):
+            return value
+    return default
+
+
+def output_heads(model: nn.Module) -> list[str]:
+    """Paths of the output heads of every transformers model inside `model`.
+
+    The output embeddings where the model names them, else its `score` or `classifier`; told by
+    duck type, so that transformers is not imported.
+    """
+    heads = []
+    for path, module in walk(model):
+        if not (hasattr(module, "base_model_prefix") and hasattr(module, "get_output_embeddings")):
+            continue
+        head = module.get_output_embeddings()
+        if head is None:
+            head = getattr(module, "score", None) or getattr(module, "classifier", None)
+        heads += [f"{path}.{sub}" if path else sub for sub, m in module.named_modules() if m is head]
+    return heads
+
+
+# -- the checks --------------------------------------------------------------------------------
+
+
+def _select_saved(modules: dict[str, nn.Module], config: LoraConfig) -> dict[str, nn.Module]:
+    saved: dict[str, nn.Module] = {}
+    for name in config.modules_to_save or ():
+        found = {path: module for path, module in modules.items() if matches_name(name, path)}
+        if not found:
+            raise TargetError(
+                f"modules_to_save {name!r} matched nothing.{_near(name, modules)} Names at the top "
+                f"of this model: {_top_names(modules)}. (lora.modules_to_save)"
+            )
+        for path, module in found.items():
+            if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+                raise TargetError(
+                    f"modules_to_save {name!r} selects {path!r}, a {type(module).__name__}: it is "
+                    "never called itself, so a copy of it would not be used. Name the modules "
+                    "inside. (lora.modules_to_save)"
+                )
+            if _reads_past(module):
+                raise TargetError(_attention_text("modules_to_save", path))
+        saved.update(found)
+    # A saved module inside another saved module is part of the outer copy already.
+    return {
+        path: module
+        for path, module in saved.items()
+        if not any(path.startswith(outer + ".") for outer in saved)
+    }
+
+
+def _check_every_target_matched(
+    modules: dict[str, nn.Module], targets: dict[str, nn.Module], config: LoraConfig
+) -> None:
+    wanted = config.target_modules
+    if isinstance(wanted, str):
+        if targets:
+            return
+        by_name = [path for path in modules if matches_name(wanted, path)]
+        hint = (
+            f" As a name it would match {len(by_name)} modules: write it as a list, [{wanted!r}]."
+            if by_name
+            else _near(wanted, modules)
+        )
+        raise TargetError(
+            f"target_modules {wanted!r}, a regular expression over whole paths, matched nothing."
+            f"{hint}\n  {_linear_names(modules)}\n"
+            f"Use {ALL_LINEAR!r} for every Linear except the output head. (lora.target_modules)"
+        )
+    unmatched = [name for name in wanted if not any(matches_name(name, path) for path in targets)]
+    if not unmatched:
+        return
+    lines = [
+        f"target_modules {wanted}: {len(unmatched)} of {len(wanted)} "
+        f"{'name' if len(wanted) == 1 else 'names'} matched nothing."
+    ]
+    for name in unmatched:
+        outside = [path for path in modules if matches_name(name, path)]
+        if outside:
+            why = f"is there ({first_few(outside, 2)}), but excluded by other options"
+            if any(matches_name(saved, path) for saved in config.modules_to_save or () for path in outside):
+                why = f"is in modules_to_save already ({first_few(outside, 2)})"
+            lines.append(f"  {name!r} {why}")
+        else:
+            lines.append(f"  {name!r}{_near(name, modules) or ' is unlike every name in this model.'}")
+    lines.append(f"  {_linear_names(modules)}")
+    lines.append(
+        f"Use {ALL_LINEAR!r} for every Linear except the output head, or list names. "
+        "(lora.target_modules)"
+    )
+    raise TargetError("\n".join(lines))
+
+
+def _check_every_exclusion_matched(modules: dict[str, nn.Module], config: LoraConfig) -> None:
+    excluded = config.exclude_modules
+    if excluded is None:
+        return
+    if isinstance(excluded, str):
+        unmatched = [] if any(re.fullmatch(excluded, path) for path in modules) else [excluded]
+    else:
+        unmatched = [n for n in excluded if not any(matches_name(n, path) for path in modules)]
+    if unmatched:
+        raise TargetError(
+            f"exclude_modules {unmatched[0]!r} excludes nothing.{_near(unmatched[0], modules)} "
+            "Correct it or take it out. (lora.exclude_modules)"
+        )
+
+
+def _check_every_layer_matched(targets: dict[str, nn.Module], config: LoraConfig) -> None:
+    wanted = _wanted_layers(config)
+    if not wanted:
+        return
+    found = {layer_index(config, path) for path in targets}
+    missing = [index for index in wanted if index not in found]
+    if missing:
+        raise TargetError(
+            f"layers_to_transform {config.layers_to_transform}: no target in layer "
+            f"{first_few(map(str, missing))}; targets were found in layers "
+            f"{sorted(index for index in found if index is not None)}. Indices count from 0. "
+            "(lora.layers_to_transform)"
+        )
+
+
+def _check_every_pattern_matched(targets: dict[str, nn.Module], config: LoraConfig) -> None:
+    for option in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(config, option):
+            if not any(re.match(rf"(.*\.)?({key})$", path) for path in targets):
+                raise TargetError(
+                    f"{option} {key!r} fits none of the {len(targets)} adapted modules."
+                    f"{_near(key, targets)} Correct it or take it out. (lora.{option})"
+                )
+
+
+def _check_adaptable(path: str, module: nn.Module, modules: dict[str, nn.Module]) -> None:
+    if _reads_past(module):
+        raise TargetError(_attention_text("target_modules", path))
+    if host_type_for(module) is None:
+        raise TargetError(
+            f"target_modules selects {path!r}, a {type(module).__name__}, which cannot carry a LoRA "
+            f"adapter. Adaptable kinds: {SUPPORTED}. To train it in full, list it in "
+            f"modules_to_save instead.\n  {_linear_names(modules)}\n(lora.target_modules)"
+        )
+
+
+def _reads_past(module: nn.Module) -> bool:
+    # MultiheadAttention hands out_proj's weight to a function and never calls out_proj.
+    return isinstance(module, NonDynamicallyQuantizableLinear)
+
+
+def _attention_text(option: str, path: str) -> str:
+    return (
+        f"{option} selects {path!r}, whose weight nn.MultiheadAttention reads directly without "
+        "calling it: an adapter there would have no effect. Leave it out, or train the whole "
+        f"attention with modules_to_save: [{path.rpartition('.')[0]}]. (lora.{option})"
+    )
+
+
+# -- words for the messages --------------------------------------------------------------------
+
+
+def _wanted_layers(config: LoraConfig) -> list[int]:
+    layers = config.layers_to_transform
+    return [layers] if isinstance(layers, int) else list(layers or ())
+
+
+def _near(name: str, modules: Iterable[str]) -> str:
+    paths = list(modules)
+    last_parts = Counter(path.rpartition(".")[2] for path in paths)
+    near = did_you_mean(name.rpartition(".")[2], last_parts) or did_you_mean(name, paths)
+    if near is None:
+        return ""
+    count = last_parts.get(near, 1)
+    return f" -> did you mean {near!r} ({count} {'module' if count == 1 else 'modules'})?"
+
+
+def _linear_names(modules: dict[str, nn.Module]) -> str:
+    names = Counter(
+        path.rpartition(".")[2] for path, module in modules.items() if host_type_for(module)
+    )
+    if not names:
+        return f"This model has no module of an adaptable kind ({SUPPORTED})."
+    return "Adaptable names in this model: " + ", ".join(f"{n} x{count}" for n, count in names.items())
+
+
+def _kinds_in(modules: dict[str, nn.Module]) -> str:
+    kinds = Counter(type(m).__name__ for m in modules.values() if next(m.parameters(recurse=False), None) is not None)
+    if not kinds:
+        return "the model has no parameters yet"
+    return "the model's modules with parameters are " + ", ".join(f"{k} x{n}" for k, n in kinds.items())
+
+
+def _top_names(modules: dict[str, nn.Module]) -> str:
+    return first_few([path for path in modules if path.count(".") <= 1], 12) or "none"

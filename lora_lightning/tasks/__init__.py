@@ -1,0 +1,1 @@
+"""Ready LightningModules for users who bring only the name of a model."""

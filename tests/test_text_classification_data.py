@@ -1,0 +1,235 @@
+import json
+import logging
+
+import pytest
+import torch
+from lightning.pytorch import seed_everything
+from tiny_bert import save_tiny_bert
+
+from lora_lightning.data.records import Record
+from lora_lightning.data.split import normalised, split_records
+from lora_lightning.data.text_classification import TextClassificationData
+from lora_lightning.errors import ConfigError, LoraError, ModelError, RecordError
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(save_tiny_bert(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write_file(name, rows):
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(dict(text=t, label=y)) + "\n" for t, y in rows))
+        return str(path)
+
+    return write_file
+
+
+FEW = [("good film", "pos"), ("bad film", "neg"), ("the book was not very good", "neg")]
+MANY = [(f"film {number}", number % 3) for number in range(60)]
+
+
+def data_of(model, *stages, **options):
+    data = TextClassificationData(tokenizer=model, **options)
+    for stage in stages:
+        data.setup(stage)
+    return data
+
+
+def message(model, stage, error_type=RecordError, **options):
+    with pytest.raises(error_type) as error:
+        data_of(model, stage, **options)
+    assert isinstance(error.value, LoraError)
+    return str(error.value)
+
+
+def leaked(train, validation):
+    """Texts that are on both sides, however they are written."""
+    return {normalised(r.text) for r in train} & {normalised(r.text) for r in validation}
+
+
+def copies_of_every_text():
+    texts = [f"Film {number} was good" for number in range(200)]
+    return [Record(t, "x", "") for text in texts for t in (text, text.upper(), f" {text}\n")]
+
+
+def test_the_split_does_not_leak():
+    train, validation = split_records(copies_of_every_text(), 0.2)
+    assert len(train) + len(validation) == 600
+    assert 0.1 < len(validation) / 600 < 0.3
+    assert leaked(train, validation) == set()
+
+
+def test_the_leak_check_can_fail():
+    records = copies_of_every_text()  # split by position, as shuffling or slicing would
+    assert leaked(records[::2], records[1::2])
+
+
+def test_a_text_stays_on_its_side_when_the_file_changes():
+    records = copies_of_every_text()
+    _, validation = split_records(records, 0.2)
+    _, of_fewer = split_records(records[::-2], 0.2)
+    assert set(of_fewer) == set(validation) & set(records[::-2])
+
+
+def test_batches_are_padded_to_their_longest_text(model, write):
+    data = data_of(model, "fit", train=write("a.jsonl", FEW), batch_size=2,
+                   validation_fraction=0)  # fmt: skip
+    assert data.label_names == ["neg", "pos"]
+    batches = list(data.train_dataloader())
+    assert [len(batch["labels"]) for batch in batches] == [2, 1]
+    for batch in batches:
+        longest = batch["attention_mask"].sum(dim=1).max()
+        assert batch["input_ids"].shape == (len(batch["labels"]), longest)
+        assert batch["labels"].dtype == torch.int64
+    assert data.val_dataloader() == []
+
+
+def test_shuffling_follows_the_global_seed(model, write):
+    data = data_of(model, "fit", train=write("a.jsonl", MANY))
+    orders = []
+    for seed in (1, 1, 2):
+        seed_everything(seed, verbose=False)
+        orders.append(torch.cat([batch["labels"] for batch in data.train_dataloader()]).tolist())
+    assert orders[0] == orders[1] != orders[2]
+
+
+def test_every_stage_reads_what_it_needs_once(model, write, monkeypatch):
+    reads = []
+    read = TextClassificationData.read
+
+    def counted(self, split, path):
+        reads.append(split)
+        return read(self, split, path)
+
+    monkeypatch.setattr(TextClassificationData, "read", counted)
+    few = write("b.jsonl", [("good film", "0")])
+    data = data_of(model, train=write("a.jsonl", MANY), test=few, predict=few)
+    for _ in range(2):
+        for stage in ("fit", "validate", "test", "predict"):
+            data.setup(stage)
+    data.setup()
+    assert reads == ["train", "test", "predict"]
+    assert len(data.records("train")) + len(data.records("validation")) == 60
+    assert "labels" in next(iter(data.test_dataloader()))
+    assert "labels" not in next(iter(data.predict_dataloader()))
+
+
+def test_class_ids_follow_label_names(model, write):
+    path = write("a.jsonl", FEW)
+    options = {"label_names": ["pos", "other", "neg"], "test": path}
+    data = data_of(model, "test", **options)
+    assert next(iter(data.test_dataloader()))["labels"].tolist() == [0, 2, 2]
+
+
+def test_without_training_data_the_classes_must_be_named(model, write):
+    text = message(model, "test", ConfigError, test=write("a.jsonl", FEW))
+    assert text == (
+        "the classes are not known: give data.train, whose labels they are, or name them in "
+        "order. (data.label_names)"
+    )
+
+
+def test_a_label_unseen_in_training(model, write):
+    path = write("b.jsonl", [("fine film", "pos"), ("bad book", "negg")])
+    options = {"train": write("a.jsonl", FEW), "validation": path}
+    assert message(model, "fit", **options) == (
+        f"{path}, line 2, column 'label': label 'negg' is unknown: the training data have none of "
+        "it. Known labels: neg, pos. Did you mean 'neg'? (data.label_names)"
+    )
+
+
+def test_a_training_class_without_validation_text_is_fine(model, write):
+    options = {"train": write("a.jsonl", FEW), "validation": write("b.jsonl", FEW[:1])}
+    assert len(data_of(model, "fit", **options).val_dataloader()) == 1
+
+
+def test_a_single_class_is_no_classification(model, write):
+    path = write("a.jsonl", [("good film", "pos"), ("fine film", "pos")])
+    assert message(model, "fit", train=path, validation=path) == (
+        f"{path}: every training text has the label 'pos'; classification needs at least 2. "
+        "(data.label_column)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("stage", "split"),
+    [("fit", "train"), ("validate", "validation"), ("test", "test"), ("predict", "predict")],
+)
+def test_data_that_are_not_given(model, stage, split):
+    assert message(model, stage, ConfigError, label_names=["a", "b"]) == (
+        f"there is no {split} data: set data.{split} to a file or dataset folder. (data.{split})"
+    )
+
+
+def test_the_error_of_a_split_names_its_config_key(model, tmp_path, write):
+    options = {"train": write("a.jsonl", MANY), "test": str(tmp_path / "none.jsonl")}
+    assert message(model, "test", **options).endswith("(data.test)")
+
+
+def test_a_fraction_that_leaves_nothing(model, write):
+    path = write("a.jsonl", FEW)
+    assert message(model, "fit", ConfigError, train=path, validation_fraction=0.001) == (
+        "validation_fraction 0.001 splits the 3 training records into 3 for training and 0 for "
+        "validation. Change it, or give data.validation. (data.validation_fraction)"
+    )
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.0])
+def test_a_fraction_out_of_range(fraction):
+    with pytest.raises(ConfigError) as error:
+        TextClassificationData(train="a.jsonl", validation_fraction=fraction)
+    assert str(error.value) == (
+        f"validation_fraction must be at least 0 and below 1, found {fraction}. "
+        "(data.validation_fraction)"
+    )
+
+
+def test_a_class_named_twice():
+    with pytest.raises(ConfigError, match="twice.*data.label_names"):
+        TextClassificationData(label_names=["a", "a"])
+
+
+def test_cut_texts_are_counted(model, write, caplog):
+    # with [CLS] and [SEP]: 4, 4 and 8 tokens
+    path = write("a.jsonl", FEW)
+    with caplog.at_level(logging.INFO):
+        data = data_of(model, "fit", train=path, validation=path, max_tokens=4)
+        data_of(model, "predict", label_names=["a", "b"], predict=path, max_tokens=8)
+    assert "train: 3 texts, 1 of them cut to 4 tokens (data.max_tokens)" in caplog.text
+    assert "predict: 3 texts, 0 of them cut to 8 tokens (data.max_tokens)" in caplog.text
+    assert next(iter(data.train_dataloader()))["input_ids"].shape == (3, 4)
+
+
+@pytest.mark.parametrize("max_tokens", [0, 33])
+def test_max_tokens_beyond_the_model(model, write, max_tokens):
+    path = write("a.jsonl", FEW)
+    options = {"train": path, "validation": path, "max_tokens": max_tokens}
+    assert message(model, "fit", ConfigError, **options) == (
+        f"max_tokens must be from 1 to 32, the most that {model!r} takes; found {max_tokens}. "
+        "(data.max_tokens)"
+    )
+
+
+def test_no_tokenizer_to_be_found(write):
+    path = write("a.jsonl", FEW)
+    assert message(None, "fit", ConfigError, train=path, validation=path) == (
+        "no tokenizer is named, and there is no LightningModule with a `model_name` to take it "
+        "from. (data.tokenizer)"
+    )
+    text = message("./nowhere", "fit", ModelError, train=path, validation=path)
+    assert text.endswith("(data.tokenizer)")
+
+
+def test_a_tokenizer_without_padding(tmp_path, write):
+    folder = save_tiny_bert(tmp_path / "model")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    del settings["pad_token"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    path = write("a.jsonl", FEW)
+    assert message(str(folder), "fit", ConfigError, train=path, validation=path) == (
+        f"the tokenizer of {str(folder)!r} has no padding token, so its texts cannot share a "
+        "batch; name one that has. (data.tokenizer)"
+    )
