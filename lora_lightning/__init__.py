@@ -1,1 +1,75 @@
-"""LoRA fine-tuning for PyTorch Lightning."""
+"""LoRA fine-tuning for PyTorch Lightning: one callback, any LightningModule.
+
+    import lightning as L
+    from lora_lightning import LoraCallback
+
+    trainer = L.Trainer(callbacks=[LoraCallback(r=8)])
+    trainer.fit(module)      # your own module, unchanged
+
+Names load when they are first used: `import lora_lightning` alone imports nothing heavy, and the
+adapter engine (`inject_adapter` and what goes with it) needs torch only.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from lora_lightning.callback import LoraCallback as LoraCallback
+    from lora_lightning.checkpoint import adapter_state_dict as adapter_state_dict
+    from lora_lightning.checkpoint import load_adapter_state_dict as load_adapter_state_dict
+    from lora_lightning.config import LoraConfig as LoraConfig
+    from lora_lightning.data.docstrings import StdlibDocstrings as StdlibDocstrings
+    from lora_lightning.data.text_classification import (
+        TextClassificationData as TextClassificationData,
+    )
+    from lora_lightning.errors import LoraError as LoraError
+    from lora_lightning.injection import delete_adapter as delete_adapter
+    from lora_lightning.injection import inject_adapter as inject_adapter
+    from lora_lightning.merging import merge_adapter as merge_adapter
+    from lora_lightning.merging import merge_and_unload as merge_and_unload
+    from lora_lightning.merging import unload as unload
+    from lora_lightning.merging import unmerge_adapter as unmerge_adapter
+    from lora_lightning.switching import active_adapters as active_adapters
+    from lora_lightning.switching import adapter_names as adapter_names
+    from lora_lightning.switching import disable_adapter as disable_adapter
+    from lora_lightning.switching import set_adapter as set_adapter
+    from lora_lightning.tasks.text_classification import TextClassification as TextClassification
+
+_HOME = {
+    "LoraCallback": "callback",
+    "LoraConfig": "config",
+    "inject_adapter": "injection",
+    "delete_adapter": "injection",
+    "adapter_names": "switching",
+    "active_adapters": "switching",
+    "set_adapter": "switching",
+    "disable_adapter": "switching",
+    "merge_adapter": "merging",
+    "unmerge_adapter": "merging",
+    "merge_and_unload": "merging",
+    "unload": "merging",
+    "adapter_state_dict": "checkpoint",
+    "load_adapter_state_dict": "checkpoint",
+    "TextClassification": "tasks.text_classification",
+    "TextClassificationData": "data.text_classification",
+    "StdlibDocstrings": "data.docstrings",
+    "LoraError": "errors",
+}
+
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'lora_lightning' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"lora_lightning.{_HOME[name]}"), name)
+    globals()[name] = value  # found without this function the next time
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

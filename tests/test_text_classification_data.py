@@ -32,7 +32,7 @@ MANY = [(f"film {number}", number % 3) for number in range(60)]
 
 
 def data_of(model, *stages, **options):
-    data = TextClassificationData(tokenizer=model, **options)
+    data = TextClassificationData(**{"tokenizer": model, "max_tokens": 16, **options})
     for stage in stages:
         data.setup(stage)
     return data
@@ -203,12 +203,12 @@ def test_cut_texts_are_counted(model, write, caplog):
     assert next(iter(data.train_dataloader()))["input_ids"].shape == (3, 4)
 
 
-@pytest.mark.parametrize("max_tokens", [0, 33])
+@pytest.mark.parametrize("max_tokens", [2, 33])
 def test_max_tokens_beyond_the_model(model, write, max_tokens):
     path = write("a.jsonl", FEW)
     options = {"train": path, "validation": path, "max_tokens": max_tokens}
     assert message(model, "fit", ConfigError, **options) == (
-        f"max_tokens must be from 1 to 32, the most that {model!r} takes; found {max_tokens}. "
+        f"max_tokens must be from 3 to 32, which is what {model!r} takes; found {max_tokens}. "
         "(data.max_tokens)"
     )
 

@@ -222,9 +222,10 @@ class TextClassificationData(LightningDataModule):
                 f"the tokenizer of {name!r} has no padding token, so its texts cannot share a "
                 f"batch; name one that has. ({key})"
             )
-        if not 1 <= self.max_tokens <= tokenizer.model_max_length:
+        fewest = tokenizer.num_special_tokens_to_add() + 1
+        if not fewest <= self.max_tokens <= tokenizer.model_max_length:
             raise ConfigError(
-                f"max_tokens must be from 1 to {tokenizer.model_max_length}, the most that "
+                f"max_tokens must be from {fewest} to {tokenizer.model_max_length}, which is what "
                 f"{name!r} takes; found {self.max_tokens}. (data.max_tokens)"
             )
         return tokenizer

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import pkgutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,8 @@ def load_pretrained(auto_class: str, name: str, key: str = "model.model", **opti
 
     path = resolve_model_path(name, key)
     try:
-        return getattr(transformers, auto_class).from_pretrained(path, **options)
+        with _only_errors(transformers.utils.logging):
+            return getattr(transformers, auto_class).from_pretrained(path, **options)
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
         advice = (
@@ -71,6 +73,17 @@ def load_pretrained(auto_class: str, name: str, key: str = "model.model", **opti
         raise ModelError(
             f"{auto_class} cannot load {name!r}: {reason}\n  {advice} ({key})"
         ) from error
+
+
+@contextmanager
+def _only_errors(logging: Any) -> Iterator[None]:
+    """Silence transformers' table of missing weights: callers get it as data, and act on it."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _package_folder(name: str, key: str) -> Path:

@@ -215,8 +215,8 @@ def _ancestors(name: str) -> set[str]:
 def _difference(first: list[str], second: list[str]) -> str:
     if set(first) == set(second):
         return f"the same names in another order, {first} and {second}."
-    only_first = first_few([name for name in first if name not in second]) or "none"
-    only_second = first_few([name for name in second if name not in first]) or "none"
+    only_first = first_few([name for name in first if name not in second]) or "nothing"
+    only_second = first_few([name for name in second if name not in first]) or "nothing"
     return (
         f"{len(first)} and {len(second)} names; only in the first: {only_first}; "
         f"only in the second: {only_second}."

@@ -1,0 +1,144 @@
+"""Reach the hooks of a LightningModule that no callback hook reaches.
+
+A callback can act neither between `configure_model` and the restore of a checkpoint, nor on the
+result of `configure_optimizers`, nor on a checkpoint written with `save_weights_only=True`. So the
+module's own hooks are overridden on the instance, as LightningCLI does for `configure_optimizers`.
+The overrides are plain functions of this file, bound to the module: they survive deepcopy, and
+find the callbacks through the module's Trainer; without one of ours they do what they did before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import MethodType
+from typing import TYPE_CHECKING, Any
+
+from lora_lightning.optim import cover_trainable, default_optimizer, find_optimizers, frozen_left_out
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule
+
+    from lora_lightning.callback import LoraCallback
+    from lora_lightning.fingerprint import Fingerprint
+
+_BINDING = "_lora_binding"
+_LIGHTNING_CORE = ("lightning.pytorch.core.", "pytorch_lightning.core.")
+
+
+@dataclass
+class Binding:
+    """What is remembered on a module.
+
+    Attributes:
+        originals: What was in the instance's own dictionary before each override, or None.
+        fingerprint: The base model's, taken when the adapters were grown.
+        buffers: Digests of the base's persistent buffers at that time.
+
+    """
+
+    originals: dict[str, Any] = field(default_factory=dict)
+    fingerprint: Fingerprint | None = None
+    buffers: dict[str, str] = field(default_factory=dict)
+
+
+def binding_of(module: LightningModule) -> Binding:
+    """The module's binding, made on first use."""
+    return module.__dict__.setdefault(_BINDING, Binding())
+
+
+def overrides(module: LightningModule, hook: str) -> bool:
+    """Whether the user's module defines `hook` itself, on its class or on the instance."""
+    current = module.__dict__.get(hook)
+    if current is not None and not _is_ours(current):
+        return True
+    if binding_of(module).originals.get(hook) is not None:
+        return True
+    owner = next(cls for cls in type(module).__mro__ if hook in cls.__dict__)
+    # By name, so that modules of the `pytorch_lightning` package count as well.
+    return not owner.__module__.startswith(_LIGHTNING_CORE)
+
+
+def bind(module: LightningModule) -> None:
+    """Install the overrides; doing it again changes nothing."""
+    for hook, override in _OVERRIDES.items():
+        if hook == "configure_model" and not overrides(module, hook):
+            continue  # Lightning asks whether it is overridden and would then call it
+        current = module.__dict__.get(hook)
+        if current is None or not _is_ours(current):
+            binding_of(module).originals[hook] = current
+            setattr(module, hook, MethodType(override, module))
+
+
+def _is_ours(method: Any) -> bool:
+    return getattr(method, "__func__", None) in _OVERRIDES.values()
+
+
+def _original(module: LightningModule, hook: str) -> Callable[..., Any]:
+    on_instance = binding_of(module).originals.get(hook)
+    return on_instance or MethodType(getattr(type(module), hook), module)
+
+
+def callbacks_of(module: LightningModule) -> list[LoraCallback]:
+    """The enabled LoraCallbacks of the module's Trainer, in order."""
+    from lora_lightning.callback import LoraCallback
+
+    trainer = getattr(module, "_trainer", None)
+    callbacks = getattr(trainer, "callbacks", [])
+    return [c for c in callbacks if isinstance(c, LoraCallback) and c.enabled]
+
+
+def _setup(self: LightningModule, stage: str) -> None:
+    _original(self, "setup")(stage)
+    if not overrides(self, "configure_model"):
+        for callback in callbacks_of(self):
+            callback.grow(self)
+
+
+def _configure_model(self: LightningModule) -> None:
+    _original(self, "configure_model")()
+    for callback in callbacks_of(self):
+        callback.grow(self)
+
+
+def _configure_optimizers(self: LightningModule) -> Any:
+    callbacks = callbacks_of(self)
+    if not callbacks:
+        return _original(self, "configure_optimizers")()
+    configured = None
+    with frozen_left_out() as meant_for:
+        if overrides(self, "configure_optimizers"):
+            configured = _original(self, "configure_optimizers")()
+    optimizers = find_optimizers(configured)
+    if not optimizers:
+        return default_optimizer(self, callbacks[0].lr)
+    cover_trainable(optimizers, self, meant_for)
+    return configured
+
+
+def _on_save_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> None:
+    from lora_lightning.manifest import reduce_checkpoint
+
+    _original(self, "on_save_checkpoint")(checkpoint)
+    callbacks = callbacks_of(self)
+    if callbacks:
+        reduce_checkpoint(checkpoint, self, callbacks)
+
+
+def _on_load_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> None:
+    from lora_lightning.manifest import check_checkpoint, expect_only_adapters
+
+    callbacks = callbacks_of(self)
+    if callbacks:
+        check_checkpoint(checkpoint, self, callbacks)
+        expect_only_adapters(self)
+    _original(self, "on_load_checkpoint")(checkpoint)
+
+
+_OVERRIDES: dict[str, Callable[..., Any]] = {
+    "setup": _setup,
+    "configure_model": _configure_model,
+    "configure_optimizers": _configure_optimizers,
+    "on_save_checkpoint": _on_save_checkpoint,
+    "on_load_checkpoint": _on_load_checkpoint,
+}

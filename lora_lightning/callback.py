@@ -1,0 +1,248 @@
+"""`LoraCallback`: LoRA fine-tuning of an unchanged LightningModule."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from lora_lightning import report
+from lora_lightning.binding import bind, binding_of, overrides
+from lora_lightning.checkpoint import saved_keys
+from lora_lightning.config import LoraConfig
+from lora_lightning.errors import AdapterMismatchError, AdapterStateError, ConfigError, did_you_mean
+from lora_lightning.fingerprint import base_fingerprint
+from lora_lightning.hosts.base import named_hosts, walk
+from lora_lightning.injection import adapters_named, extend_adapter, freeze
+from lora_lightning.manifest import KEY, buffer_digests
+from lora_lightning.optim import check_coverage, trainable_parameters
+from lora_lightning.rng import set_random_state
+from lora_lightning.run_checks import check_precision, check_strategy, explain_unreadable_checkpoints
+from lora_lightning.switching import active_adapters, set_adapter
+from lora_lightning.targets import Selection
+
+
+class LoraCallback(Callback):
+    """Fine-tune an unchanged LightningModule with LoRA adapters.
+
+    Adapters grow on the module when the Trainer sets it up, for fit, validate, test and predict
+    alike. The base is frozen, optimizers cover the adapters only, every checkpoint holds the
+    adapters only, and `ckpt_path` restores them after checking that adapters and base fit.
+
+    Args:
+        config: All LoRA options as one object; give either this or the options themselves.
+        adapter_name: Name of the adapter on the model and in checkpoints.
+        module: Dotted path of the submodule to adapt; default: the whole LightningModule.
+        lr: Learning rate of the AdamW that is supplied where the module brings no optimizer.
+        enabled: False trains the module as if the callback were not there.
+        **config_options: The options of `LoraConfig`, one by one.
+
+    Raises:
+        ConfigError: If config and single options are both given, or an option is unknown.
+
+    Example:
+        >>> callback = LoraCallback(r=16, lora_alpha=32)
+        >>> callback.config.r
+        16
+
+    """
+
+    def __init__(
+        self,
+        config: LoraConfig | None = None,
+        *,
+        adapter_name: str = "default",
+        module: str | None = None,
+        lr: float = 1e-3,
+        enabled: bool = True,
+        **config_options: Any,
+    ) -> None:
+        super().__init__()
+        self.config = LoraConfig(**config_options) if config is None else config
+        self.adapter_name = adapter_name
+        self.module = module
+        self.lr = lr
+        self.enabled = enabled
+        self._selection = Selection()
+        self._frozen_norms: list[nn.Module] = []
+        self._gradients_checked = False
+        self._log: Any = None
+
+    # -- growing the adapters ------------------------------------------------------------------
+
+    @property
+    def log(self) -> Any:
+        """`LightningModule.log`, which the Trainer hands to every callback."""
+        return self._log
+
+    @log.setter
+    def log(self, method: Any) -> None:
+        # The only thing a callback is told before the Trainer refuses modules that define no
+        # configure_optimizers; from here on they have one, which supplies AdamW.
+        self._log = method
+        module = getattr(method, "__self__", None)
+        if self.enabled and module is not None:
+            bind(module)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Grow the adapters, now or as soon as the module has built its model."""
+        if not self.enabled:
+            return
+        check_strategy(trainer)
+        check_precision(trainer)
+        explain_unreadable_checkpoints(trainer.strategy)
+        bind(pl_module)
+        if not (overrides(pl_module, "configure_model") or overrides(pl_module, "setup")):
+            self.grow(pl_module)
+
+    def grow(self, pl_module: LightningModule) -> None:
+        """Put this adapter on the module; what carries it already keeps it."""
+        root = self.root(pl_module)
+        self._check_same_options(root)
+        first = not active_adapters(root)
+        self._selection = extend_adapter(root, self.config, self.adapter_name)
+        if not first and self.adapter_name not in active_adapters(root):
+            set_adapter(root, [*active_adapters(root), self.adapter_name])
+        freeze(pl_module)
+        binding = binding_of(pl_module)
+        if binding.fingerprint is None:
+            binding.fingerprint = base_fingerprint(pl_module)
+            binding.buffers = buffer_digests(pl_module)
+
+    def root(self, pl_module: LightningModule) -> nn.Module:
+        """The submodule that is adapted.
+
+        Raises:
+            ConfigError: If the module has no submodule of that path.
+
+        """
+        if not self.module:
+            return pl_module
+        paths = [path for path, _ in walk(pl_module) if path]
+        if self.module not in paths:
+            near = did_you_mean(self.module, paths)
+            hint = f" Did you mean {near!r}?" if near else ""
+            top = ", ".join(path for path in paths if "." not in path)
+            raise ConfigError(
+                f"module={self.module!r}: {type(pl_module).__name__} has no such submodule.{hint} "
+                f"At its top: {top or 'none'}. (lora.module)"
+            )
+        return pl_module.get_submodule(self.module)
+
+    def saved_keys(self, pl_module: LightningModule) -> dict[str, list[int]]:
+        """Key in the LightningModule's state dict and shape of every tensor of this adapter."""
+        prefix = f"{self.module}." if self.module else ""
+        keys = saved_keys(self.root(pl_module), self.adapter_name)
+        return {prefix + key: shape for key, shape in keys.items()}
+
+    def _check_same_options(self, root: nn.Module) -> None:
+        for path, adapter in adapters_named(root, self.adapter_name).items():
+            if adapter.config != self.config:
+                changed = [
+                    f"{field.name}: {getattr(adapter.config, field.name)!r} there, "
+                    f"{getattr(self.config, field.name)!r} here"
+                    for field in dataclasses.fields(LoraConfig)
+                    if getattr(adapter.config, field.name) != getattr(self.config, field.name)
+                ]
+                raise AdapterMismatchError(
+                    f"The model carries an adapter {self.adapter_name!r} already ({path!r}, for "
+                    "one), with other options:\n  " + "\n  ".join(changed) + "\nUse the same "
+                    "options, another adapter_name, or take the old one off with "
+                    f"delete_adapter(module, {self.adapter_name!r}). (lora.adapter_name)"
+                )
+
+    # -- training ------------------------------------------------------------------------------
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check that exactly the adapters train, and let them."""
+        if not self.enabled:
+            return
+        for path, host in named_hosts(pl_module):
+            if host.merged_adapters:
+                raise AdapterStateError(
+                    f"Adapters {host.merged_adapters} are merged into the base ({path!r}, for one) "
+                    "and would not train. Call unmerge_adapter(module) before fit."
+                )
+        check_coverage(trainer.optimizers, pl_module)
+        for adapter in adapters_named(self.root(pl_module), self.adapter_name).values():
+            adapter.train()  # also where the base came in eval mode (from_pretrained)
+        self._frozen_norms = [
+            module
+            for _, module in walk(pl_module)
+            if isinstance(module, _NormBase) and module.track_running_stats
+        ]
+        self._gradients_checked = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show what trains."""
+        if self.enabled and trainer.is_global_zero:
+            root = self.root(pl_module)
+            report.show(
+                report.start_table(root, self.adapter_name, self._selection.left_out),
+                *report.start_lines(pl_module, root, self.adapter_name),
+                report.batch_line(
+                    _batch_size(trainer), trainer.accumulate_grad_batches, trainer.world_size
+                ),
+            )
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Keep the running statistics of frozen norm layers still, whoever called `train()`."""
+        for norm in self._frozen_norms:
+            norm.training = False
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give frozen norm layers the mode of their surroundings back."""
+        for norm in self._frozen_norms:
+            norm.training = pl_module.training
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """After the first backward, every adapter has a gradient, or something bypasses it."""
+        if not self.enabled or self._gradients_checked:
+            return
+        self._gradients_checked = True
+        trainable = trainable_parameters(pl_module)
+        without = [name for name, p in trainable.items() if p.grad is None]
+        if len(without) == len(trainable):
+            raise AdapterStateError(
+                "After the first backward pass no adapter has a gradient: the loss does not depend "
+                "on any of them. Is the adapted submodule used in training_step, are its outputs "
+                "detached, or its weights read without calling the module? (lora.target_modules)"
+            )
+        if without:
+            rank_zero_warn(
+                f"{len(without)} of {len(trainable)} trainable tensors had no gradient in the first "
+                f"step ({', '.join(without[:3])}, ...): these modules were not called, or their "
+                "weights are read without calling them."
+            )
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say where the adapters lie."""
+        if self.enabled and trainer.is_global_zero:
+            callback: Any = trainer.checkpoint_callback
+            best = getattr(callback, "best_model_path", "")
+            last = getattr(callback, "last_model_path", "")
+            report.show(*report.end_lines(pl_module, best, last))
+
+    # -- resuming ------------------------------------------------------------------------------
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Continue the run's random numbers where the checkpoint left off."""
+        state = checkpoint.get(KEY, {}).get("random_state")
+        if self.enabled and state is not None and trainer.state.fn == "fit":
+            set_random_state(state)
+
+
+def _batch_size(trainer: Trainer) -> int | None:
+    loader = trainer.train_dataloader
+    size = getattr(loader, "batch_size", None)
+    if size is None:
+        size = getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
+    return size if isinstance(size, int) else None

@@ -1,0 +1,161 @@
+"""What a Lightning checkpoint holds beside the adapters, and whether it fits the run at hand."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+import lora_lightning
+from lora_lightning.binding import Binding, binding_of
+from lora_lightning.checkpoint import config_differences, saved_keys, tensor_differences
+from lora_lightning.errors import AdapterMismatchError, CheckpointError, first_few
+from lora_lightning.fingerprint import digest, fingerprint_difference
+from lora_lightning.hosts.base import walk
+from lora_lightning.rng import random_state
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule
+
+    from lora_lightning.callback import LoraCallback
+
+KEY = "lora_lightning"
+FORMAT = 1
+
+
+def reduce_checkpoint(
+    checkpoint: dict[str, Any], module: LightningModule, callbacks: list[LoraCallback]
+) -> None:
+    """Leave only what training changed in `checkpoint["state_dict"]`, and say whose it is."""
+    adapters = {}
+    keep: set[str] = set()
+    for callback in callbacks:
+        tensors = callback.saved_keys(module)
+        keep.update(tensors)
+        adapters[callback.adapter_name] = {
+            "config": callback.config.to_dict(),
+            "module": callback.module or "",
+            "tensors": tensors,
+        }
+    binding = binding_of(module)
+    keep.update(_changed_buffers(module, binding))
+    checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in keep}
+    checkpoint[KEY] = {
+        "format": FORMAT,
+        "version": lora_lightning.__version__,
+        "adapters": adapters,
+        "base": binding.fingerprint,
+    }
+    if "optimizer_states" in checkpoint:  # absent with save_weights_only: nothing to resume then
+        checkpoint[KEY]["random_state"] = random_state()
+
+
+def check_checkpoint(
+    checkpoint: dict[str, Any], module: LightningModule, callbacks: list[LoraCallback]
+) -> None:
+    """Refuse a checkpoint that does not belong to this run, before anything is loaded.
+
+    Raises:
+        CheckpointError: If it is no adapter checkpoint of ours.
+        AdapterMismatchError: If adapters, options, tensors or the base model differ.
+
+    """
+    manifest = checkpoint.get(KEY)
+    state = checkpoint.get("state_dict", {})
+    if manifest is None:
+        own = {key for callback in callbacks for key in callback.saved_keys(module)}
+        base = [key for key in module.state_dict() if key not in own]
+        if base and all(key in state for key in base):
+            raise CheckpointError(
+                "This is a full-model checkpoint (it holds the base model's "
+                f"{len(base)} tensors), but LoraCallback resumes from adapter checkpoints. To start "
+                "from these weights, load them into the module before fit: "
+                "module.load_state_dict(torch.load(path)['state_dict']); then train without "
+                "ckpt_path. (ckpt_path)"
+            )
+        raise CheckpointError(
+            "This checkpoint was not written with LoraCallback: it has no 'lora_lightning' entry. "
+            f"It holds {sorted(checkpoint)}. (ckpt_path)"
+        )
+    if manifest["format"] > FORMAT:
+        raise CheckpointError(
+            f"This checkpoint has format {manifest['format']}, written by lora_lightning "
+            f"{manifest['version']}; this is {lora_lightning.__version__}, which reads up to format "
+            f"{FORMAT}. Update lora_lightning. (ckpt_path)"
+        )
+    differences = _adapter_differences(manifest["adapters"], state, module, callbacks)
+    if differences:
+        raise AdapterMismatchError(
+            "The checkpoint's adapters are not those of this run; nothing was loaded.\n  "
+            + "\n  ".join(differences)
+            + "\nUse the options that the checkpoint was trained with, or start a new run without "
+            "ckpt_path."
+        )
+    binding = binding_of(module)
+    base_lines = fingerprint_difference(manifest["base"], binding.fingerprint or {})
+    if base_lines:
+        raise AdapterMismatchError(
+            "The checkpoint's adapters were trained on another base model; nothing was loaded.\n  "
+            f"{len(base_lines)} of {len(manifest['base'])} base tensors differ: "
+            f"{first_few(base_lines, 4)}\n"
+            "Load the base that it was trained on, in the same precision; a base with random "
+            "weights needs the same seed. (model)"
+        )
+
+
+def expect_only_adapters(module: nn.Module) -> None:
+    """Let the next strict `load_state_dict` pass without the base: `check_checkpoint` has checked.
+
+    What is in the file was compared tensor by tensor; all that can be missing is the base.
+    """
+
+    def forgive(_: nn.Module, incompatible: Any) -> None:
+        incompatible.missing_keys.clear()
+        handle.remove()
+
+    handle = module.register_load_state_dict_post_hook(forgive)
+
+
+def buffer_digests(module: nn.Module) -> dict[str, str]:
+    """Digest of every persistent buffer outside adapters, all values read."""
+    return {
+        f"{path}.{name}" if path else name: digest(buffer, limit=None)
+        for path, child in walk(module)
+        for name, buffer in child.named_buffers(recurse=False)
+        if name not in child._non_persistent_buffers_set
+    }
+
+
+def _changed_buffers(module: nn.Module, binding: Binding) -> list[str]:
+    # A base buffer that training moves (a codebook, an EMA) would be lost with the base.
+    now = buffer_digests(module)
+    return [name for name, value in now.items() if binding.buffers.get(name) != value]
+
+
+def _adapter_differences(
+    saved: dict[str, Any],
+    state: dict[str, Any],
+    module: LightningModule,
+    callbacks: list[LoraCallback],
+) -> list[str]:
+    names = [callback.adapter_name for callback in callbacks]
+    lines = [f"adapter {name!r}: only in the checkpoint" for name in saved if name not in names]
+    buffers = binding_of(module).buffers
+    for callback in callbacks:
+        name = callback.adapter_name
+        if name not in saved:
+            lines.append(f"adapter {name!r}: not in the checkpoint, which has {sorted(saved)}")
+            continue
+        expected = callback.saved_keys(module)
+        stated = saved[name]["tensors"]
+        found = [*config_differences(saved[name]["config"], callback.config)]
+        found += tensor_differences(stated, expected)
+        if not found:  # the file's own tensors against its own statement: damage, not options
+            present = {key: list(state[key].shape) for key in stated if key in state}
+            found += tensor_differences(present, expected)
+        lines += [f"adapter {name!r}: {line}" for line in found]
+    known = {key for entry in saved.values() for key in entry["tensors"]} | buffers.keys()
+    strangers = [key for key in state if key not in known]
+    if strangers and not lines:
+        lines.append(f"tensors that no adapter owns: {first_few(strangers)}")
+    return lines

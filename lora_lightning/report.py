@@ -1,0 +1,133 @@
+"""What a run shows its user: the table at the start, and what it left behind at the end."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from lora_lightning.adapters.trained_copy import TrainedCopy
+from lora_lightning.bias import trained_biases
+from lora_lightning.checkpoint import adapter_state_dict
+from lora_lightning.fingerprint import base_tensors
+from lora_lightning.hosts import host_type_for
+from lora_lightning.hosts.base import Host, walk
+from lora_lightning.optim import trainable_parameters
+
+
+@dataclass
+class TargetRow:
+    """One line of the start table: all modules that share the last part of their path.
+
+    Attributes:
+        matched, possible: Modules that carry the adapter; modules of that name that could.
+        ranks: Every rank among them.
+        parameters: Trainable numbers.
+
+    """
+
+    name: str
+    matched: int = 0
+    possible: int = 0
+    ranks: tuple[int, ...] = ()
+    parameters: int = 0
+    full: bool = False
+
+
+def target_rows(model: nn.Module, adapter_name: str) -> list[TargetRow]:
+    """The lines of the start table, adapted modules first, trained copies after them."""
+    rows: dict[str, TargetRow] = defaultdict(lambda: TargetRow(""))
+    copies: dict[str, TargetRow] = {}
+    for path, module in walk(model):
+        name = path.rpartition(".")[2]
+        adapter = module.adapters[adapter_name] if _carries(module, adapter_name) else None  # type: ignore[index,union-attr]
+        size = sum(p.numel() for p in adapter.parameters()) if adapter is not None else 0
+        if isinstance(adapter, TrainedCopy):
+            copies[path] = TargetRow(path, 1, 1, (), size, full=True)
+        elif host_type_for(module) is not None:
+            row = rows[name]
+            row.name, row.possible = name, row.possible + 1
+            if adapter is not None:
+                row.matched += 1
+                row.ranks = tuple(sorted({*row.ranks, adapter.r}))  # type: ignore[arg-type]
+                row.parameters += size
+    return [*(row for row in rows.values() if row.matched), *copies.values()]
+
+
+def start_table(model: nn.Module, adapter_name: str, left_out: list[str]) -> Table:
+    """Per target name: modules matched of possible, r, parameters."""
+    table = Table(title=f"LoRA adapter '{adapter_name}'", title_justify="left")
+    table.add_column("target")
+    for column in ("modules", "r", "parameters"):
+        table.add_column(column, justify="right")
+    for row in target_rows(model, adapter_name):
+        ranks = "full" if row.full else ", ".join(map(str, row.ranks))
+        table.add_row(row.name, f"{row.matched} of {row.possible}", ranks, f"{row.parameters:,}")
+    biases = [m for _, m, record in trained_biases(model) if record.adapter_name == adapter_name]
+    if biases:
+        total = sum(m.bias.numel() for m in biases)  # type: ignore[union-attr,misc]
+        table.add_row("bias", str(len(biases)), "full", f"{total:,}")
+    for path in left_out:
+        table.add_row(f"{path} (output head, frozen)", "0 of 1", "-", "0")
+    return table
+
+
+def start_lines(model: nn.Module, root: nn.Module, adapter_name: str) -> list[str]:
+    """Trainable, total and percentage; size of the adapter on disk."""
+    trainable = sum(p.numel() for p in trainable_parameters(model).values())
+    total = sum(p.numel() for p in model.parameters())
+    adapter = adapter_state_dict(root, adapter_name).values()
+    on_disk = sum(t.numel() * t.element_size() for t in adapter)
+    return [
+        f"trainable {trainable:,} of {total:,} parameters ({100 * trainable / max(total, 1):.2f} %)",
+        f"adapter on disk {readable_bytes(on_disk)}; the base, {readable_bytes(base_bytes(model))}, "
+        "is not saved",
+    ]
+
+
+def batch_line(batch_size: int | None, accumulate: int, devices: int) -> str:
+    """Effective batch = micro batch x accumulated batches x devices."""
+    if batch_size is None:
+        return f"effective batch: batches x {accumulate} accumulated x {devices} devices"
+    product = batch_size * accumulate * devices
+    return f"effective batch {product} = {batch_size} x {accumulate} accumulated x {devices} devices"
+
+
+def end_lines(model: nn.Module, best: str, last: str) -> list[str]:
+    """Where the adapter checkpoints lie and how large they are beside the base."""
+    lines = []
+    base = readable_bytes(base_bytes(model))
+    for label, path in (("best", best), ("last", last)):
+        if path and os.path.isfile(path):
+            size = readable_bytes(os.path.getsize(path))
+            lines.append(f"{label} checkpoint: {path} ({size} with optimizer state; the base is {base})")
+    return lines
+
+
+def base_bytes(model: nn.Module) -> int:
+    """Size of the base model's tensors."""
+    return sum(tensor.numel() * tensor.element_size() for _, tensor in base_tensors(model))
+
+
+def readable_bytes(count: float) -> str:
+    """1,234,567 -> '1.2 MB'; decimal units, as file managers show them."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"
+
+
+def show(*items: object) -> None:
+    """Print tables and lines; highlighting only where a person is looking."""
+    console = Console(soft_wrap=True)
+    for item in items:
+        console.print(item, highlight=False)
+
+
+def _carries(module: nn.Module, adapter_name: str) -> bool:
+    return isinstance(module, Host) and adapter_name in module.adapters

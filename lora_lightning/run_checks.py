@@ -1,0 +1,114 @@
+"""What is refused before a run starts: strategies and plugins that cannot work, broken files."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import zipfile
+from types import MethodType
+from typing import Any
+
+from lora_lightning.errors import CheckpointError, ConfigError, did_you_mean
+
+_STRATEGIES = {"SingleDeviceStrategy", "DDPStrategy"}
+_CONVERTING_PLUGINS = {"BitsandbytesPrecision", "TransformerEnginePrecision"}
+
+
+def check_strategy(trainer: Any) -> None:
+    """Only strategies under which adapters are known to train, save and resume.
+
+    Raises:
+        ConfigError: For every other one.
+
+    """
+    strategy = trainer.strategy
+    name = type(strategy).__name__
+    known = {cls.__name__ for cls in type(strategy).__mro__} & _STRATEGIES
+    if not known or name.startswith("DeepSpeed"):
+        raise ConfigError(
+            f"LoraCallback does not support {name} in this version: adapters would not be sharded, "
+            "saved or restored correctly. Use a single device or strategy='ddp'. (trainer.strategy)"
+        )
+    launcher = type(getattr(strategy, "launcher", None)).__name__
+    if launcher == "_MultiProcessingLauncher":
+        raise ConfigError(
+            f"strategy={strategy.strategy_name!r} trains in child processes and hands only tensors "
+            "that the main process already has back: the trained adapters would be lost. Use "
+            "strategy='ddp' from a script, or one device in a notebook. (trainer.strategy)"
+        )
+
+
+def check_precision(trainer: Any) -> None:
+    """No plugin that replaces modules after adapters were grown on them.
+
+    Raises:
+        ConfigError: For those that do.
+
+    """
+    name = type(trainer.precision_plugin).__name__
+    if name in _CONVERTING_PLUGINS:
+        raise ConfigError(
+            f"LoraCallback does not support {name} in this version: it replaces the modules that "
+            "carry adapters. Use 32-true, bf16-mixed, 16-mixed or bf16-true. (trainer.precision)"
+        )
+
+
+def check_checkpoint_file(path: str) -> None:
+    """There is such a file.
+
+    Raises:
+        CheckpointError: Naming the nearest file in its folder.
+
+    """
+    if os.path.exists(path) or "://" in path:
+        return
+    folder = os.path.dirname(path) or "."
+    files = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    near = did_you_mean(os.path.basename(path), files)
+    if near:
+        hint = f"Did you mean {os.path.join(folder, near)!r}?"
+    else:
+        hint = f"{folder!r} holds {', '.join(files[:8]) or 'nothing' if files else 'no files'}."
+    raise CheckpointError(f"Checkpoint {path!r} does not exist. {hint} (ckpt_path)")
+
+
+def unreadable(path: str, error: Exception) -> CheckpointError | None:
+    """What to say of a file that torch could not read; None where the file is not at fault."""
+    text = str(error)
+    if "weights_only" in text or "Weights only" in text or "Unsupported global" in text:
+        return None  # whole, but holds objects that torch refuses: torch says which
+    size = os.path.getsize(path) if os.path.isfile(path) else 0
+    return CheckpointError(
+        f"Checkpoint {path!r} ({size:,} bytes) is truncated or damaged and cannot be read: "
+        f"{text.splitlines()[0] if text else type(error).__name__}. Resume from another one"
+        f"{_others(path)}. (ckpt_path)"
+    )
+
+
+READ_ERRORS = (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, ValueError, KeyError)
+
+
+def explain_unreadable_checkpoints(strategy: Any) -> None:
+    """Override `load_checkpoint` on this strategy so that a broken file gets a clear error.
+
+    Doing it again changes nothing.
+    """
+    if getattr(strategy.__dict__.get("load_checkpoint"), "__func__", None) is not _load_checkpoint:
+        strategy.load_checkpoint = MethodType(_load_checkpoint, strategy)
+
+
+def _load_checkpoint(self: Any, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
+    check_checkpoint_file(str(checkpoint_path))
+    try:
+        return type(self).load_checkpoint(self, checkpoint_path, *args, **kwargs)
+    except READ_ERRORS as error:
+        explained = unreadable(str(checkpoint_path), error)
+        if explained is None:
+            raise
+        raise explained from error
+
+
+def _others(path: str) -> str:
+    folder = os.path.dirname(path) or "."
+    others = [f for f in sorted(os.listdir(folder)) if f.endswith(".ckpt") and f != os.path.basename(path)]
+    return f" ({', '.join(others)} lie beside it)" if others else ""

@@ -1,0 +1,283 @@
+import json
+
+import pytest
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from tiny_bert import save_tiny_bert
+from torch import nn
+
+from lora_lightning.data.text_classification import TextClassificationData
+from lora_lightning.errors import ConfigError
+from lora_lightning.tasks.text_classification import TextClassification
+
+# Lightning's advice on worker counts, logging intervals and devices is not about this code.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:The number of training batches"),
+    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated"),
+]
+WORDS = {"pos": ["good", "fine"], "neg": ["bad", "awful"], "none": ["red", "green"]}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(save_tiny_bert(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "reviews.jsonl"
+    rows = [
+        {"text": f"the {thing} was {very} {word}", "label": label}
+        for label, words in WORDS.items()
+        for word in words
+        for thing in ("film", "book", "a film", "a book")
+        for very in ("very", "not", "a")
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return str(path)
+
+
+def data_of(file, **options):
+    return TextClassificationData(
+        **{"train": file, "validation": file, "test": file, "predict": file, **options},
+        max_tokens=16,
+        batch_size=8,
+    )
+
+
+def trainer_in(tmp_path, **options):
+    return Trainer(
+        default_root_dir=tmp_path,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **{"enable_checkpointing": False, "max_epochs": 1, **options},
+    )
+
+
+def built(model, **options):
+    module = TextClassification(model, **{"label_names": ["a", "b", "c"], **options})
+    module.configure_model()
+    return module
+
+
+class Copy(nn.Module):
+    """An adapter as the engine grows it: a trained copy below a frozen module."""
+
+    def __init__(self, host):
+        super().__init__()
+        self.default = nn.Linear(host.in_features, host.out_features)
+
+
+def test_it_learns_and_logs(tmp_path, model, file):
+    seed_everything(0, verbose=False)
+    module = TextClassification(model, lr=1e-2)
+    trainer, data = trainer_in(tmp_path, max_epochs=15), data_of(file)
+    trainer.fit(module, data)
+    logged = set(trainer.callback_metrics)
+    assert logged == {"train_loss", "train_acc", "val_loss", "val_acc", "val_f1"}
+    assert set(trainer.progress_bar_metrics) == {"train_loss", "train_acc", "val_loss", "val_acc"}
+    assert trainer.callback_metrics["val_acc"] > 0.9
+    tested = trainer.test(module, data, verbose=False)[0]
+    assert set(tested) == {"test_loss", "test_acc", "test_f1"}
+    assert tested["test_acc"] == trainer.callback_metrics["test_acc"] > 0.9
+
+    predicted = trainer.predict(module, data)
+    labels = [label for batch in predicted for label in batch["labels"]]
+    truth = [record.label for record in data.records("predict")]
+    assert truth == [None] * 72
+    truth = [record.label for record in data.records("test")]
+    right = sum(a == b for a, b in zip(labels, truth, strict=True))
+    assert right / len(labels) == pytest.approx(tested["test_acc"])
+    probabilities = torch.cat([batch["probabilities"] for batch in predicted])
+    assert probabilities.shape == (72, 3)
+    assert torch.allclose(probabilities.sum(dim=1), torch.ones(72))
+
+
+def test_validation_metrics_are_those_of_the_whole_set(tmp_path, model, file):
+    module, data = TextClassification(model), data_of(file)
+    logged = trainer_in(tmp_path).validate(module, data, verbose=False)[0]
+    module.eval()
+    batches = list(data.val_dataloader())
+    with torch.no_grad():
+        scores = torch.cat([module(batch) for batch in batches])
+    labels = torch.cat([batch["labels"] for batch in batches])
+    assert logged["val_loss"] == pytest.approx(
+        nn.functional.cross_entropy(scores, labels).item(), rel=1e-5
+    )
+    hits = scores.argmax(dim=1) == labels
+    assert logged["val_acc"] == pytest.approx(hits.float().mean().item())
+    f1 = []
+    for label in range(3):
+        right = (hits & (labels == label)).sum()
+        said = (scores.argmax(dim=1) == label).sum() + (labels == label).sum()
+        f1.append((2 * right / said).item())
+    assert logged["val_f1"] == pytest.approx(sum(f1) / 3)
+
+
+def test_the_tokenizer_and_the_classes_come_from_each_other(tmp_path, model, file):
+    module, data = TextClassification(model), data_of(file)
+    trainer_in(tmp_path).validate(module, data, verbose=False)
+    assert module.label_names == ["neg", "none", "pos"]
+    assert module.network.config.id2label == {0: "neg", 1: "none", 2: "pos"}
+
+
+def test_configure_model_builds_once_and_in_train_mode(model):
+    module = built(model)
+    network = module.network
+    module.configure_model()
+    assert module.network is network
+    assert all(part.training for part in network.modules())
+    assert next(network.parameters()).dtype == torch.float32
+    assert module.new_parameters == {"network.classifier.weight", "network.classifier.bias"}
+
+
+def test_metrics_add_nothing_to_the_state_dict(tmp_path, model, file):
+    module = TextClassification(model)
+    trainer_in(tmp_path).validate(module, data_of(file), verbose=False)
+    assert {key.split(".")[0] for key in module.state_dict()} == {"network"}
+
+
+def test_the_networks_precision_is_the_trainers(tmp_path, model, file):
+    module = TextClassification(model)
+    trainer_in(tmp_path, precision="bf16-true").validate(module, data_of(file), verbose=False)
+    assert next(module.network.parameters()).dtype == torch.bfloat16
+
+
+def test_the_learning_rate_warms_up_and_falls_to_zero(tmp_path, model, file):
+    class Watched(TextClassification):
+        def on_train_batch_start(self, batch, batch_idx):
+            rates.append(self.trainer.optimizers[0].param_groups[0]["lr"])
+
+    rates = []
+    module = Watched(model, lr=1.0, warmup_fraction=1 / 3)
+    trainer = trainer_in(tmp_path)
+    trainer.fit(module, data_of(file))  # 9 steps
+    assert rates == pytest.approx([0, 1 / 3, 2 / 3, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
+    assert trainer.optimizers[0].param_groups[0]["lr"] == 0
+    assert trainer.optimizers[0].defaults["fused"]
+
+
+def test_a_run_without_end_has_no_schedule(tmp_path, model, file):
+    with pytest.raises(ConfigError, match=r"set trainer.max_epochs or trainer.max_steps\."):
+        trainer_in(tmp_path, max_epochs=-1).fit(TextClassification(model), data_of(file))
+
+
+def test_a_new_head_that_is_frozen_is_refused(tmp_path, model, file):
+    class Frozen(TextClassification):
+        def configure_model(self):
+            super().configure_model()
+            self.network.classifier.requires_grad_(False)
+
+    with pytest.raises(ConfigError) as error:
+        trainer_in(tmp_path).fit(Frozen(model), data_of(file))
+    assert str(error.value) == (
+        "network.classifier.bias, network.classifier.weight: newly initialised, because "
+        f"{model!r} has no such weights, and frozen, so they would stay random. "
+        "Train them: set lora.modules_to_save: [classifier]"
+    )
+
+
+def test_a_frozen_new_head_with_a_trained_copy_is_fine(model):
+    module = built(model)
+    module.requires_grad_(False)
+    head = module.network.classifier
+    head.adapters = Copy(head)
+    module.on_fit_start()
+    head.adapters.requires_grad_(False)
+    with pytest.raises(ConfigError, match="stay random"):
+        module.on_fit_start()
+    del head.adapters
+    module.network.adapters = Copy(head)  # a copy of an enclosing module covers it as well
+    module.on_fit_start()
+    del module.network.adapters
+    module.network.bert.adapters = Copy(head)  # a neighbour's does not
+    with pytest.raises(ConfigError, match="stay random"):
+        module.on_fit_start()
+
+
+def test_a_trained_head_may_be_frozen(tmp_path):
+    module = built(str(save_tiny_bert(tmp_path, head_labels=3)))
+    assert module.new_parameters == set()
+    module.requires_grad_(False)
+    module.on_fit_start()
+
+
+def test_a_head_of_other_classes_is_replaced_by_a_new_one(tmp_path):
+    module = built(str(save_tiny_bert(tmp_path, head_labels=5)))
+    assert module.network.classifier.out_features == 3
+    assert module.new_parameters == {"network.classifier.weight", "network.classifier.bias"}
+
+
+def test_checkpoints_keep_the_order_of_the_classes(tmp_path, model, file):
+    trainer = trainer_in(tmp_path)
+    trainer.fit(TextClassification(model), data_of(file))
+    path = tmp_path / "model.ckpt"
+    trainer.save_checkpoint(path)
+    saved = torch.load(path, weights_only=True)
+    assert saved["label_names"] == ["neg", "none", "pos"]
+
+    trainer_in(tmp_path).validate(
+        TextClassification(model), data_of(file), ckpt_path=path, verbose=False
+    )
+    loaded = TextClassification.load_from_checkpoint(
+        path, model=model, label_names=["neg", "none", "pos"]
+    )
+    assert torch.equal(
+        loaded.network.classifier.weight, saved["state_dict"]["network.classifier.weight"]
+    )
+
+    other_order = ["pos", "none", "neg"]
+    with pytest.raises(ConfigError) as error:
+        trainer_in(tmp_path).validate(
+            TextClassification(model), data_of(file, label_names=other_order), ckpt_path=path
+        )
+    assert str(error.value) == (
+        "the checkpoint's classes are not this run's: the same names in another order, "
+        "['neg', 'none', 'pos'] and ['pos', 'none', 'neg']. (model.label_names)"
+    )
+    with pytest.raises(ConfigError) as error:
+        TextClassification.load_from_checkpoint(path, model=model, label_names=["neg", "rest"])
+    assert str(error.value) == (
+        "the checkpoint's classes are not this run's: 3 and 2 names; only in the first: none, "
+        "pos; only in the second: rest. (model.label_names)"
+    )
+
+
+def test_classes_of_model_and_data_must_agree(tmp_path, model, file):
+    module = TextClassification(model, label_names=["neg", "none", "pos", "more"])
+    with pytest.raises(ConfigError) as error:
+        trainer_in(tmp_path).validate(module, data_of(file))
+    assert str(error.value) == (
+        "the model's classes are not the data's: 4 and 3 names; only in the first: more; only in "
+        "the second: nothing. (model.label_names, data.label_names)"
+    )
+
+
+def test_classes_must_be_known(model):
+    with pytest.raises(ConfigError) as error:
+        TextClassification(model).configure_model()
+    assert str(error.value) == (
+        "the classes are not known: the Trainer has no data module with `label_names`, so name "
+        "them in order. (model.label_names)"
+    )
+
+
+@pytest.mark.parametrize("names", [["a"], ["a", "a", "b"]])
+def test_classes_must_be_several_and_different(model, names):
+    with pytest.raises(ConfigError) as error:
+        built(model, label_names=names)
+    assert str(error.value) == (
+        f"label_names must be at least 2 different names, found {names}. (model.label_names)"
+    )
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.1])
+def test_a_warmup_out_of_range(fraction):
+    with pytest.raises(ConfigError) as error:
+        TextClassification("any", warmup_fraction=fraction)
+    assert str(error.value) == (
+        f"warmup_fraction must be from 0 to 1, found {fraction}. (model.warmup_fraction)"
+    )
