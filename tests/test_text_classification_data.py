@@ -7,6 +7,7 @@ from lightning.pytorch import seed_everything
 from tiny_bert import save_tiny_bert
 
 from lora_lightning.data.records import Record
+from lora_lightning.data.sampler import LengthGroupedSampler
 from lora_lightning.data.split import normalised, split_records
 from lora_lightning.data.text_classification import TextClassificationData
 from lora_lightning.errors import ConfigError, LoraError, ModelError, RecordError
@@ -21,7 +22,7 @@ def model(tmp_path_factory):
 def write(tmp_path):
     def write_file(name, rows):
         path = tmp_path / name
-        path.write_text("".join(json.dumps(dict(text=t, label=y)) + "\n" for t, y in rows))
+        path.write_text("".join(json.dumps({"text": t, "label": y}) + "\n" for t, y in rows))
         return str(path)
 
     return write_file
@@ -96,6 +97,32 @@ def test_shuffling_follows_the_global_seed(model, write):
     assert orders[0] == orders[1] != orders[2]
 
 
+def padded(lengths, order, batch_size):
+    """Tokens of one epoch, padding included."""
+    batches = (order[start : start + batch_size] for start in range(0, len(order), batch_size))
+    return sum(len(batch) * max(lengths[index] for index in batch) for batch in batches)
+
+
+def test_texts_of_equal_length_share_a_batch():
+    seed_everything(0, verbose=False)
+    lengths = torch.randint(5, 65, (1003,)).tolist()
+    sampler = LengthGroupedSampler(lengths, batch_size=16)
+    order = list(sampler)
+    assert len(sampler) == 1003
+    assert sorted(order) == list(range(1003))
+    assert order != list(sampler)
+    assert padded(lengths, order, 16) < 1.1 * sum(lengths)
+    assert padded(lengths, torch.randperm(1003).tolist(), 16) > 1.6 * sum(lengths)
+
+
+def test_an_epoch_is_not_ordered_by_length():
+    seed_everything(0, verbose=False)
+    lengths = torch.randint(5, 65, (1600,)).tolist()
+    order = list(LengthGroupedSampler(lengths, batch_size=16))
+    halves = [sum(lengths[index] for index in half) for half in (order[:800], order[800:])]
+    assert halves[0] == pytest.approx(halves[1], rel=0.2)
+
+
 def test_every_stage_reads_what_it_needs_once(model, write, monkeypatch):
     reads = []
     read = TextClassificationData.read
@@ -136,14 +163,21 @@ def test_a_label_unseen_in_training(model, write):
     path = write("b.jsonl", [("fine film", "pos"), ("bad book", "negg")])
     options = {"train": write("a.jsonl", FEW), "validation": path}
     assert message(model, "fit", **options) == (
-        f"{path}, line 2, column 'label': label 'negg' is unknown: the training data have none of "
-        "it. Known labels: neg, pos. Did you mean 'neg'? (data.label_names)"
+        f"{path}, line 2, column 'label': label 'negg' is unknown: the training data have none "
+        "such. Known labels: neg, pos. Did you mean 'neg'? (data.label_names)"
     )
 
 
 def test_a_training_class_without_validation_text_is_fine(model, write):
     options = {"train": write("a.jsonl", FEW), "validation": write("b.jsonl", FEW[:1])}
     assert len(data_of(model, "fit", **options).val_dataloader()) == 1
+
+
+def test_a_class_whose_only_text_is_held_out_is_known(model, write):
+    rare = next(f"book {n}" for n in range(99) if split_records([Record(f"book {n}", "", "")], 0.1)[1])
+    data = data_of(model, "fit", train=write("a.jsonl", [*MANY, (rare, "rare")]))
+    assert data.label_names == ["0", "1", "2", "rare"]
+    assert "rare" not in {record.label for record in data.records("train")}
 
 
 def test_a_single_class_is_no_classification(model, write):
@@ -188,7 +222,7 @@ def test_a_fraction_out_of_range(fraction):
 
 
 def test_a_class_named_twice():
-    with pytest.raises(ConfigError, match="twice.*data.label_names"):
+    with pytest.raises(ConfigError, match=r"twice.*data\.label_names"):
         TextClassificationData(label_names=["a", "a"])
 
 

@@ -6,9 +6,10 @@ from typing import Any, cast
 
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lora_lightning.data.records import Record, read_records
+from lora_lightning.data.sampler import LengthGroupedSampler
 from lora_lightning.data.split import split_records
 from lora_lightning.errors import ConfigError, RecordError, did_you_mean, first_few
 from lora_lightning.tasks.pretrained import load_pretrained
@@ -126,8 +127,9 @@ class TextClassificationData(LightningDataModule):
         return self._records[split]
 
     def train_dataloader(self) -> DataLoader[Example]:
-        """Training batches, in an order drawn from torch's global random state."""
-        return self._loader("train", shuffle=True)
+        """Training batches, in a random order that puts texts of about equal length together."""
+        lengths = [len(example["input_ids"]) for example in self._examples["train"]]
+        return self._loader("train", LengthGroupedSampler(lengths, self.batch_size))
 
     def val_dataloader(self) -> DataLoader[Example] | list[DataLoader[Example]]:
         """Validation batches; no loader where nothing is held out."""
@@ -158,7 +160,10 @@ class TextClassificationData(LightningDataModule):
         self._records.update(train=train, validation=validation)
 
     def _training_labels(self) -> list[str]:
-        labels = sorted({record.label for record in self.records("train") if record.label})
+        records = self.records("train")
+        if self.paths["validation"] is None:  # a rare class may be held out as a whole
+            records = records + self.records("validation")
+        labels = sorted({record.label for record in records if record.label})
         if len(labels) < 2:
             raise RecordError(
                 f"{self.paths['train']}: every training text has the label {labels[0]!r}; "
@@ -201,7 +206,7 @@ class TextClassificationData(LightningDataModule):
                 hint = f" Did you mean {near!r}?" if near else ""
                 raise RecordError(
                     f"{record.where}, column {self.label_column!r}: label {record.label!r} is "
-                    f"unknown: the training data have none of it. Known labels: "
+                    f"unknown: the training data have none such. Known labels: "
                     f"{first_few(index, 20)}.{hint} (data.label_names)"
                 )
         return [index[str(record.label)] for record in records]
@@ -230,13 +235,13 @@ class TextClassificationData(LightningDataModule):
             )
         return tokenizer
 
-    def _loader(self, split: str, shuffle: bool = False) -> DataLoader[Example]:
+    def _loader(self, split: str, sampler: Sampler[int] | None = None) -> DataLoader[Example]:
         from transformers import DataCollatorWithPadding
 
         return DataLoader(
             cast(Dataset[Example], self._examples[split]),  # a list is a map-style dataset
             batch_size=self.batch_size,
-            shuffle=shuffle,
+            sampler=sampler,
             num_workers=self.num_workers,
             collate_fn=DataCollatorWithPadding(self._tokenizer),
         )

@@ -1,0 +1,217 @@
+"""`lora-lightning fit | validate | test | predict --config my.yaml`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger
+
+from lora_lightning.callback import LoraCallback
+from lora_lightning.errors import CheckpointError, ConfigError, LoraError, did_you_mean
+from lora_lightning.report import show
+from lora_lightning.run_checks import READ_ERRORS, check_checkpoint_file, unreadable
+
+PROGRAM = "lora-lightning"
+
+
+class LoraParser(LightningArgumentParser):
+    """Lightning's parser, whose complaint about an unknown key names the nearest known one."""
+
+    def error(self, message: str, ex: Exception | None = None) -> Any:
+        """Print the message in one piece and exit with status 2."""
+        unknown = re.search(r"(?:option|[Kk]ey|argument)s? '?\"?([\w.\-]+)'?\"?", message)
+        if unknown and ("not accept" in message or "not expected" in message or "nrecognized" in message):
+            key = unknown.group(1).lstrip("-")
+            near = did_you_mean(key, self._known_keys())
+            message += f" Did you mean {near!r}?" if near else ""
+        return super().error(message, ex)
+
+    def _known_keys(self) -> list[str]:
+        parsers = [self]
+        for action in self._actions:
+            parsers += list((getattr(action, "choices", None) or {}).values()) if _is_subcommands(action) else []
+        return sorted({action.dest for parser in parsers for action in parser._actions})
+
+
+def _is_subcommands(action: Any) -> bool:
+    return isinstance(getattr(action, "choices", None), dict)
+
+
+class LoraCLI(LightningCLI):
+    """LightningCLI with a `lora:` section and run directories that are never overwritten.
+
+    A run lives in `trainer.default_root_dir`: `checkpoints/` and `logs/version_N/` (metrics and
+    the resolved config of every call). `--ckpt_path last` and `best` are looked up there.
+    """
+
+    def __init__(self, args: Any = None) -> None:
+        super().__init__(
+            model_class=LightningModule,
+            datamodule_class=LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            parser_class=LoraParser,
+            seed_everything_default=0,
+            # Each call has a log directory of its own, so there is nothing to protect there, and
+            # without a logger Lightning would refuse the second call only after all the set-up.
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults={"default_root_dir": "runs/default"},
+            args=args,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The callback's options as a section of their own: `--lora.r 16`."""
+        parser.add_class_arguments(
+            LoraCallback,
+            "lora",
+            fail_untyped=False,
+            sub_configs=True,
+            skip={"config"},  # its options are here one by one; two sources would contradict
+        )
+        parser.callback_keys.append("lora")
+
+    # -- before anything is built ----------------------------------------------------------------
+
+    def _parse_ckpt_path(self) -> None:
+        path = self._options().get("ckpt_path")
+        if path and path not in ("last", "best", "hpc", "registry"):
+            check_checkpoint_file(str(path))
+            try:
+                super()._parse_ckpt_path()
+            except READ_ERRORS as error:
+                raise unreadable(str(path), error) or error from error
+
+    def before_instantiate_classes(self) -> None:
+        """Look the checkpoint up, and refuse to start a run over an existing one."""
+        options = self._options()
+        folder = self.run_directory / "checkpoints"
+        found = sorted(folder.glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
+        wanted = options.get("ckpt_path")
+        if wanted in ("last", "best"):
+            if not found:
+                raise CheckpointError(
+                    f"ckpt_path={wanted!r}: {str(folder)!r} holds no checkpoint. Start the run "
+                    "without --ckpt_path, or name its directory with --trainer.default_root_dir. "
+                    "(ckpt_path)"
+                )
+            options["ckpt_path"] = str(_best(found) if wanted == "best" else _last(found))
+        elif wanted is None and self.subcommand == "fit" and found:
+            raise ConfigError(
+                f"The run directory {str(self.run_directory)!r} holds {len(found)} checkpoints of an "
+                "earlier run already; nothing is overwritten. Continue that run with --ckpt_path "
+                "last, or start a new one with --trainer.default_root_dir DIRECTORY. "
+                "(trainer.default_root_dir)"
+            )
+        elif wanted is None and self.subcommand != "fit":
+            show("no --ckpt_path given: this evaluates the model before any fine-tuning")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The Trainer, with logs and checkpoints inside the run directory."""
+        trainer_options = self._get(self.config_init, "trainer", default={})
+        if trainer_options.get("logger") in (None, True):
+            kwargs["logger"] = CSVLogger(save_dir=str(self.run_directory), name="logs")
+        own = [c for c in trainer_options.get("callbacks") or [] if isinstance(c, LoraCallback)]
+        if own:
+            self._drop_section()
+        trainer = super().instantiate_trainer(**kwargs)
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+                callback.dirpath = str((self.run_directory / "checkpoints").absolute())
+        return trainer
+
+    @property
+    def run_directory(self) -> Path:
+        """Where this run's checkpoints and logs are."""
+        return Path(self._options()["trainer"]["default_root_dir"] or "runs/default")
+
+    def _options(self) -> Any:
+        return self.config[self.config["subcommand"]]
+
+    def _drop_section(self) -> None:
+        parser = self._parser(self.subcommand)
+        if self._options()["lora"] != parser.get_defaults()["lora"]:
+            raise ConfigError(
+                "LoRA options are given twice: in the `lora:` section (or as --lora...) and as a "
+                "LoraCallback under trainer.callbacks. Keep one of them. (lora)"
+            )
+        parser.callback_keys.remove("lora")
+
+    # -- after the run ---------------------------------------------------------------------------
+
+    def after_fit(self) -> None:
+        """Print the commands that resume and evaluate this run."""
+        if not self.trainer.is_global_zero:
+            return
+        arguments = _without_ckpt_path(sys.argv[1:])
+        evaluate = ["validate" if argument == "fit" else argument for argument in arguments]
+        show(
+            "to train on (raise trainer.max_epochs):\n  "
+            + shlex.join([PROGRAM, *arguments, "--ckpt_path", "last"]),
+            "to evaluate:\n  " + shlex.join([PROGRAM, *evaluate, "--ckpt_path", "best"]),
+        )
+
+
+def _last(found: list[Path]) -> Path:
+    named = [path for path in found if path.name.startswith("last")]
+    return (named or found)[-1]
+
+
+def _best(found: list[Path]) -> Path:
+    """The best checkpoint as the newest one remembers it."""
+    try:
+        newest = torch.load(found[-1], weights_only=True, map_location="cpu")
+    except READ_ERRORS as error:
+        raise unreadable(str(found[-1]), error) or error from error
+    for key, state in newest.get("callbacks", {}).items():
+        # Saved as an absolute path; only its name is used, so a run directory may be moved.
+        best = found[-1].parent / Path(state.get("best_model_path") or "/").name
+        if key.startswith("ModelCheckpoint") and best.is_file():
+            return best
+    raise CheckpointError(
+        f"ckpt_path='best': {str(found[-1])!r} does not say which checkpoint was the best. Name one: "
+        f"{', '.join(str(path) for path in found)}. (ckpt_path)"
+    )
+
+
+def _without_ckpt_path(arguments: list[str]) -> list[str]:
+    kept = []
+    skip = False
+    for argument in arguments:
+        if skip or argument.startswith("--ckpt_path="):
+            skip = False
+        elif argument == "--ckpt_path":
+            skip = True
+        else:
+            kept.append(argument)
+    return kept
+
+
+class _LessNoise(logging.Filter):
+    """Drops what Lightning says about hardware that is not there, and its advertisements."""
+
+    NOISE = ("GPU available: False", "TPU available: False", "💡 Tip")
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(self.NOISE)
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point of the command `lora-lightning`."""
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch"):
+        logging.getLogger(name).addFilter(_LessNoise())
+    sys.path.insert(0, os.getcwd())  # so that `class_path: my_module.MyModel` finds the user's file
+    try:
+        LoraCLI(args)
+    except LoraError as error:
+        sys.stderr.write(f"{PROGRAM}: {type(error).__name__}: {error}\n")
+        sys.exit(1)
