@@ -62,6 +62,7 @@ class LoraCallback(Callback):
         **config_options: Any,
     ) -> None:
         super().__init__()
+        _check_options(config, config_options)
         self.config = LoraConfig(**config_options) if config is None else config
         self.adapter_name = adapter_name
         self.module = module
@@ -92,6 +93,7 @@ class LoraCallback(Callback):
         """Grow the adapters, now or as soon as the module has built its model."""
         if not self.enabled:
             return
+        self._check_alone(trainer)
         check_strategy(trainer)
         check_precision(trainer)
         explain_unreadable_checkpoints(trainer.strategy)
@@ -138,6 +140,19 @@ class LoraCallback(Callback):
         prefix = f"{self.module}." if self.module else ""
         keys = saved_keys(self.root(pl_module), self.adapter_name)
         return {prefix + key: shape for key, shape in keys.items()}
+
+    def _check_alone(self, trainer: Trainer) -> None:
+        for other in trainer.callbacks:  # type: ignore[attr-defined]
+            if (
+                isinstance(other, LoraCallback)
+                and other is not self
+                and other.enabled
+                and other.adapter_name == self.adapter_name
+            ):
+                raise ConfigError(
+                    f"Two LoraCallbacks of this Trainer have adapter_name={self.adapter_name!r}. "
+                    "Give each a name of its own. (lora.adapter_name)"
+                )
 
     def _check_same_options(self, root: nn.Module) -> None:
         for path, adapter in adapters_named(root, self.adapter_name).items():
@@ -238,6 +253,22 @@ class LoraCallback(Callback):
         state = checkpoint.get(KEY, {}).get("random_state")
         if self.enabled and state is not None and trainer.state.fn == "fit":
             set_random_state(state)
+
+
+def _check_options(config: LoraConfig | None, options: dict[str, Any]) -> None:
+    defaults = {field.name: field for field in dataclasses.fields(LoraConfig)}
+    for key in options:
+        if key not in defaults:
+            near = did_you_mean(key, [*defaults, "adapter_name", "module", "lr", "enabled"])
+            hint = f"Did you mean {near!r}?" if near else f"Known options: {', '.join(defaults)}."
+            raise ConfigError(f"LoraCallback has no option {key!r}. {hint} (lora.{key})")
+    # jsonargparse passes every option on, mostly with its default: those were not asked for.
+    passed_on = options.keys() == defaults.keys() and LoraConfig(**options) == LoraConfig()
+    if config is not None and options and not passed_on:
+        raise ConfigError(
+            f"LoraCallback was given config and also {', '.join(options)}: two sources that may "
+            "contradict. Put the options into the config, or leave the config out. (lora.config)"
+        )
 
 
 def _batch_size(trainer: Trainer) -> int | None:

@@ -78,7 +78,7 @@ def tensor_differences(saved: Mapping[str, list[int]], found: Mapping[str, list[
     if extra:
         lines.append(f"only in the checkpoint: {first_few(extra)}")
     if shapes:
-        lines.append(f"other shape: {first_few(shapes)}")
+        lines.append(f"other shape: {first_few(shapes, 2)}")
     return lines
 
 

@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -28,23 +29,38 @@ class LoraParser(LightningArgumentParser):
     """Lightning's parser, whose complaint about an unknown key names the nearest known one."""
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
-        """Print the message in one piece and exit with status 2."""
-        unknown = re.search(r"(?:option|[Kk]ey|argument)s? '?\"?([\w.\-]+)'?\"?", message)
-        if unknown and ("not accept" in message or "not expected" in message or "nrecognized" in message):
-            key = unknown.group(1).lstrip("-")
-            near = did_you_mean(key, self._known_keys())
-            message += f" Did you mean {near!r}?" if near else ""
-        return super().error(message, ex)
+        """Say what is wrong in one piece, without the usage of all options, and exit with 2."""
+        if not self.exit_on_error:
+            return super().error(message, ex)
+        sys.stderr.write(f"{PROGRAM}: error: {_with_suggestion(message, self._known_keys())}\n")
+        sys.stderr.write(f"All options: {PROGRAM} fit --help\n")
+        return sys.exit(2)
 
     def _known_keys(self) -> list[str]:
-        parsers = [self]
+        parsers: list[Any] = [self]
         for action in self._actions:
-            parsers += list((getattr(action, "choices", None) or {}).values()) if _is_subcommands(action) else []
+            if isinstance(action.choices, dict):  # the subcommands' parsers
+                parsers += action.choices.values()
         return sorted({action.dest for parser in parsers for action in parser._actions})
 
 
-def _is_subcommands(action: Any) -> bool:
-    return isinstance(getattr(action, "choices", None), dict)
+def _with_suggestion(message: str, known: list[str]) -> str:
+    """`message`, shortened to what matters and followed by the nearest known key."""
+    inner = re.search(r"given class_path '(\S+)':\s+Option '(\w+)' is not accepted", message)
+    if inner:  # buried in a list of everything else that the value could have been
+        section = {"lora_lightning.LoraCallback": "lora."}.get(inner.group(1), "")
+        key = section + inner.group(2)
+        where = re.match(r"Parser key \"([\w.]+)\"", message)
+        message = f"{inner.group(1)} does not accept option {inner.group(2)!r}"
+        message += f" ({where.group(1)})." if where else "."
+    else:
+        unknown = re.search(r"not accept option '([\w.]+)'|unrecognized arguments: --([\w.]+)", message)
+        if unknown is None:
+            return message
+        key = unknown.group(1) or unknown.group(2)
+        message = message.rstrip(".") + "."
+    near = did_you_mean(key, known)
+    return f"{message} Did you mean {near.rpartition('.')[2] if inner else near!r}?" if near else message
 
 
 class LoraCLI(LightningCLI):
@@ -209,6 +225,8 @@ def main(args: list[str] | None = None) -> None:
     """Entry point of the command `lora-lightning`."""
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch"):
         logging.getLogger(name).addFilter(_LessNoise())
+    for text in ("`isinstance", "Checkpoint directory .* exists"):  # said on every run and resume
+        warnings.filterwarnings("ignore", message=text)
     sys.path.insert(0, os.getcwd())  # so that `class_path: my_module.MyModel` finds the user's file
     try:
         LoraCLI(args)

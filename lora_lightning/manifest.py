@@ -10,7 +10,7 @@ import lora_lightning
 from lora_lightning.binding import Binding, binding_of
 from lora_lightning.checkpoint import config_differences, saved_keys, tensor_differences
 from lora_lightning.errors import AdapterMismatchError, CheckpointError, first_few
-from lora_lightning.fingerprint import digest, fingerprint_difference
+from lora_lightning.fingerprint import Fingerprint, digest, fingerprint_difference
 from lora_lightning.hosts.base import walk
 from lora_lightning.rng import random_state
 
@@ -83,6 +83,10 @@ def check_checkpoint(
             f"{manifest['version']}; this is {lora_lightning.__version__}, which reads up to format "
             f"{FORMAT}. Update lora_lightning. (ckpt_path)"
         )
+    saved_base, own_base = manifest["base"], binding_of(module).fingerprint or {}
+    # First what both bases have: where that differs, adapters differ as a consequence only.
+    shared = saved_base.keys() & own_base.keys()
+    _check_base({k: saved_base[k] for k in shared}, {k: own_base[k] for k in shared})
     differences = _adapter_differences(manifest["adapters"], state, module, callbacks)
     if differences:
         raise AdapterMismatchError(
@@ -91,14 +95,17 @@ def check_checkpoint(
             + "\nUse the options that the checkpoint was trained with, or start a new run without "
             "ckpt_path."
         )
-    binding = binding_of(module)
-    base_lines = fingerprint_difference(manifest["base"], binding.fingerprint or {})
-    if base_lines:
+    _check_base(saved_base, own_base)
+
+
+def _check_base(saved: Fingerprint, own: Fingerprint) -> None:
+    lines = fingerprint_difference(saved, own)
+    if lines:
+        shown = "".join(f"\n  {line}" for line in lines[:4]) + ("\n  ..." if len(lines) > 4 else "")
         raise AdapterMismatchError(
-            "The checkpoint's adapters were trained on another base model; nothing was loaded.\n  "
-            f"{len(base_lines)} of {len(manifest['base'])} base tensors differ: "
-            f"{first_few(base_lines, 4)}\n"
-            "Load the base that it was trained on, in the same precision; a base with random "
+            "The checkpoint's adapters were trained on another base model; nothing was loaded. "
+            f"{len(lines)} of {len(saved)} base tensors differ:{shown}\n"
+            "Load the base that they were trained on, in the same precision; a base with random "
             "weights needs the same seed. (model)"
         )
 

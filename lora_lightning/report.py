@@ -43,7 +43,7 @@ def target_rows(model: nn.Module, adapter_name: str) -> list[TargetRow]:
     rows: dict[str, TargetRow] = defaultdict(lambda: TargetRow(""))
     copies: dict[str, TargetRow] = {}
     for path, module in walk(model):
-        name = path.rpartition(".")[2]
+        name = _shown_name(path)
         adapter = module.adapters[adapter_name] if _carries(module, adapter_name) else None  # type: ignore[index,union-attr]
         size = sum(p.numel() for p in adapter.parameters()) if adapter is not None else 0
         if isinstance(adapter, TrainedCopy):
@@ -127,6 +127,13 @@ def show(*items: object) -> None:
     console = Console(soft_wrap=True)
     for item in items:
         console.print(item, highlight=False)
+
+
+def _shown_name(path: str) -> str:
+    """The last part of a path; where that is only a number (Sequential), with what it counts in."""
+    parts = path.split(".")
+    named = [index for index, part in enumerate(parts) if not part.isdigit()]
+    return ".".join(parts[named[-1] if named else 0 :])
 
 
 def _carries(module: nn.Module, adapter_name: str) -> bool:

@@ -174,7 +174,9 @@ def test_a_training_class_without_validation_text_is_fine(model, write):
 
 
 def test_a_class_whose_only_text_is_held_out_is_known(model, write):
-    rare = next(f"book {n}" for n in range(99) if split_records([Record(f"book {n}", "", "")], 0.1)[1])
+    rare = next(
+        f"book {n}" for n in range(99) if split_records([Record(f"book {n}", "", "")], 0.1)[1]
+    )
     data = data_of(model, "fit", train=write("a.jsonl", [*MANY, (rare, "rare")]))
     assert data.label_names == ["0", "1", "2", "rare"]
     assert "rare" not in {record.label for record in data.records("train")}

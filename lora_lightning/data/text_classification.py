@@ -177,13 +177,8 @@ class TextClassificationData(LightningDataModule):
         self._tokenizer = self._tokenizer or self._load_tokenizer()
         texts = [record.text for record in records]
         encoded = self._tokenizer(texts, truncation=True, max_length=self.max_tokens)
-        full = [
-            t
-            for t, ids in zip(texts, encoded["input_ids"], strict=True)
-            if len(ids) == self.max_tokens
-        ]
         rank_zero_info(
-            f"{split}: {len(texts):,} texts, {self._count_longer(full):,} of them cut to "
+            f"{split}: {len(texts):,} texts, {self._count_cut(texts, encoded):,} of them cut to "
             f"{self.max_tokens} tokens (data.max_tokens)"
         )
         columns = dict(encoded)
@@ -191,12 +186,14 @@ class TextClassificationData(LightningDataModule):
             columns["labels"] = self._class_ids(records)
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
-    def _count_longer(self, texts: list[str]) -> int:
-        """How many of `texts` have more than `max_tokens` tokens; one token more tells."""
-        if not texts:
+    def _count_cut(self, texts: list[str], encoded: Any) -> int:
+        lengths = [len(ids) for ids in encoded["input_ids"]]
+        full = [text for text, n in zip(texts, lengths, strict=True) if n == self.max_tokens]
+        if not full:
             return 0
-        one_more = self._tokenizer(texts, truncation=True, max_length=self.max_tokens + 1)
-        return sum(len(ids) > self.max_tokens for ids in one_more["input_ids"])
+        # A text that just fits is not cut: allowing one token more tells the two apart.
+        again = self._tokenizer(full, truncation=True, max_length=self.max_tokens + 1)
+        return sum(len(ids) > self.max_tokens for ids in again["input_ids"])
 
     def _class_ids(self, records: list[Record]) -> list[int]:
         index = {name: number for number, name in enumerate(self.label_names)}
@@ -206,7 +203,7 @@ class TextClassificationData(LightningDataModule):
                 hint = f" Did you mean {near!r}?" if near else ""
                 raise RecordError(
                     f"{record.where}, column {self.label_column!r}: label {record.label!r} is "
-                    f"unknown: the training data have none such. Known labels: "
+                    "unknown: the training data have none such. Known labels: "
                     f"{first_few(index, 20)}.{hint} (data.label_names)"
                 )
         return [index[str(record.label)] for record in records]

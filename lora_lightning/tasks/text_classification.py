@@ -34,7 +34,7 @@ class TextClassification(LightningModule):
         self,
         model: str,
         label_names: list[str] | None = None,
-        lr: float = 5e-3,
+        lr: float = 2e-3,
         weight_decay: float = 0.0,
         warmup_fraction: float = 0.1,
     ) -> None:

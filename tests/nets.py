@@ -1,0 +1,124 @@
+"""Small models that the tests of the engine share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+VOCAB, WIDTH, CLASSES = 11, 8, 3
+
+
+class ScaledEmbedding(nn.Embedding):
+    """Like Gemma's: the rows of the table are multiplied by `embed_scale`."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, padding_idx: int) -> None:
+        super().__init__(num_embeddings, embedding_dim, padding_idx)
+        self.register_buffer("embed_scale", torch.tensor(2.5), persistent=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids) * self.embed_scale.to(self.weight.dtype)
+
+
+# The module kinds that can carry adapters; all map the input of `example_input` to WIDTH values.
+HOSTS = {
+    "linear": lambda: nn.Linear(6, WIDTH),
+    "linear-without-bias": lambda: nn.Linear(6, WIDTH, bias=False),
+    "conv1d": lambda: Conv1D(WIDTH, 6),
+    "embedding": lambda: nn.Embedding(VOCAB, WIDTH),
+    "embedding-padding": lambda: nn.Embedding(VOCAB, WIDTH, padding_idx=3),
+    "embedding-scaled": lambda: ScaledEmbedding(VOCAB, WIDTH, padding_idx=0),
+}
+
+
+def example_input(host: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    if host.startswith("embedding"):
+        return torch.randint(0, VOCAB, (4, 5))
+    return torch.randn(4, 5, 6, dtype=dtype)
+
+
+class Layer(nn.Module):
+    def __init__(self, host: str) -> None:
+        super().__init__()
+        self.proj = HOSTS[host]()
+
+
+class HostNet(nn.Module):
+    """Two numbered layers of the host kind under test that both read the input, and a head."""
+
+    def __init__(self, host: str) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Layer(host), Layer(host)])
+        self.norm = nn.LayerNorm(WIDTH)
+        self.head = nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = sum(torch.tanh(layer.proj(x)) for layer in self.layers)
+        return self.head(self.norm(hidden))
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.out = nn.Linear(WIDTH, WIDTH, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.q(x) @ self.k(x).transpose(-1, -2) / WIDTH**0.5
+        return self.out(scores.softmax(-1) @ self.v(x))
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = Attention()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.mlp = nn.Sequential(Conv1D(2 * WIDTH, WIDTH), nn.GELU(), nn.Linear(2 * WIDTH, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm(x))
+        return x + self.mlp(x)
+
+
+class Transformer(nn.Module):
+    """Names as in real models: `embed`, `layers.0.attn.q`, `layers.1.mlp.0`, `norm`, `head`."""
+
+    def __init__(self, depth: int = 2) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCAB, WIDTH)
+        self.layers = nn.ModuleList([Block() for _ in range(depth)])
+        self.norm = nn.LayerNorm(WIDTH)
+        self.head = nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(self.norm(x))
+
+
+def token_ids() -> Tensor:
+    return torch.arange(2 * 7).reshape(2, 7) % VOCAB
+
+
+@torch.no_grad()
+def shake(parameters, std: float = 0.5) -> None:
+    """Give adapters values that matter: at their start they do nothing."""
+    for parameter in parameters:
+        parameter.copy_(torch.randn_like(parameter) * std)
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def bit_equal(one: Tensor, other: Tensor) -> bool:
+    """Same dtype, shape and bits (`torch.equal` takes -0.0 for 0.0)."""
+    return (
+        one.dtype == other.dtype
+        and one.shape == other.shape
+        and one.detach().numpy(force=True).tobytes() == other.detach().numpy(force=True).tobytes()
+        if one.dtype != torch.bfloat16
+        else one.shape == other.shape
+        and torch.equal(one.detach().view(torch.int16), other.detach().view(torch.int16))
+    )
