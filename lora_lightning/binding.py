@@ -3,8 +3,8 @@
 A callback can act neither between `configure_model` and the restore of a checkpoint, nor on the
 result of `configure_optimizers`, nor on a checkpoint written with `save_weights_only=True`. So the
 module's own hooks are overridden on the instance, as LightningCLI does for `configure_optimizers`.
-The overrides are plain functions of this file, bound to the module: they survive deepcopy, and
-find the callbacks through the module's Trainer; without one of ours they do what they did before.
+The overrides are plain functions of this file, bound to the module: they survive deepcopy and
+pickle, and find the callbacks through the module's Trainer; without one of ours they do what they did before.
 """
 
 from __future__ import annotations
@@ -49,10 +49,7 @@ def binding_of(module: LightningModule) -> Binding:
 
 def overrides(module: LightningModule, hook: str) -> bool:
     """Whether the user's module defines `hook` itself, on its class or on the instance."""
-    current = module.__dict__.get(hook)
-    if current is not None and not _is_ours(current):
-        return True
-    if binding_of(module).originals.get(hook) is not None:
+    if _own_attribute(module, hook) is not None or binding_of(module).originals.get(hook) is not None:
         return True
     owner = next(cls for cls in type(module).__mro__ if hook in cls.__dict__)
     # By name, so that modules of the `pytorch_lightning` package count as well.
@@ -64,10 +61,17 @@ def bind(module: LightningModule) -> None:
     for hook, override in _OVERRIDES.items():
         if hook == "configure_model" and not overrides(module, hook):
             continue  # Lightning asks whether it is overridden and would then call it
-        current = module.__dict__.get(hook)
-        if current is None or not _is_ours(current):
-            binding_of(module).originals[hook] = current
+        if not _is_ours(module.__dict__.get(hook)):
+            binding_of(module).originals[hook] = _own_attribute(module, hook)
             setattr(module, hook, MethodType(override, module))
+
+
+def _own_attribute(module: LightningModule, hook: str) -> Any:
+    """What the user has put on the instance under this name, if anything."""
+    current = module.__dict__.get(hook)
+    # A bound override comes back from pickle as the class's own method of the same name.
+    from_class = getattr(current, "__func__", None) is getattr(type(module), hook)
+    return None if _is_ours(current) or from_class else current
 
 
 def _is_ours(method: Any) -> bool:
@@ -88,20 +92,23 @@ def callbacks_of(module: LightningModule) -> list[LoraCallback]:
     return [c for c in callbacks if isinstance(c, LoraCallback) and c.enabled]
 
 
-def _setup(self: LightningModule, stage: str) -> None:
+# -- the overrides, under the names of the hooks (pickle looks bound methods up by name) -----------
+
+
+def setup(self: LightningModule, stage: str) -> None:
     _original(self, "setup")(stage)
     if not overrides(self, "configure_model"):
         for callback in callbacks_of(self):
             callback.grow(self)
 
 
-def _configure_model(self: LightningModule) -> None:
+def configure_model(self: LightningModule) -> None:
     _original(self, "configure_model")()
     for callback in callbacks_of(self):
         callback.grow(self)
 
 
-def _configure_optimizers(self: LightningModule) -> Any:
+def configure_optimizers(self: LightningModule) -> Any:
     callbacks = callbacks_of(self)
     if not callbacks:
         return _original(self, "configure_optimizers")()
@@ -116,7 +123,7 @@ def _configure_optimizers(self: LightningModule) -> Any:
     return configured
 
 
-def _on_save_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> None:
+def on_save_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> None:
     from lora_lightning.manifest import reduce_checkpoint
 
     _original(self, "on_save_checkpoint")(checkpoint)
@@ -125,7 +132,7 @@ def _on_save_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> No
         reduce_checkpoint(checkpoint, self, callbacks)
 
 
-def _on_load_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> None:
+def on_load_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> None:
     from lora_lightning.manifest import check_checkpoint, expect_only_adapters
 
     callbacks = callbacks_of(self)
@@ -136,9 +143,9 @@ def _on_load_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> No
 
 
 _OVERRIDES: dict[str, Callable[..., Any]] = {
-    "setup": _setup,
-    "configure_model": _configure_model,
-    "configure_optimizers": _configure_optimizers,
-    "on_save_checkpoint": _on_save_checkpoint,
-    "on_load_checkpoint": _on_load_checkpoint,
+    "setup": setup,
+    "configure_model": configure_model,
+    "configure_optimizers": configure_optimizers,
+    "on_save_checkpoint": on_save_checkpoint,
+    "on_load_checkpoint": on_load_checkpoint,
 }

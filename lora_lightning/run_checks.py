@@ -32,7 +32,7 @@ def check_strategy(trainer: Any) -> None:
     launcher = type(getattr(strategy, "launcher", None)).__name__
     if launcher == "_MultiProcessingLauncher":
         raise ConfigError(
-            f"strategy={strategy.strategy_name!r} trains in child processes and hands only tensors "
+            f"{name} from this launcher (spawn or fork) trains in child processes and hands only tensors "
             "that the main process already has back: the trained adapters would be lost. Use "
             "strategy='ddp' from a script, or one device in a notebook. (trainer.strategy)"
         )

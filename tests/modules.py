@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -86,12 +88,26 @@ class Data(LightningDataModule):
         self.dataset = TensorDataset(x, (x[:, 0] > 0).long() + (x[:, 1] > 0).long())
 
     def train_dataloader(self) -> DataLoader:
-        return DataLoader(self.dataset, self.batch_size, shuffle=True)
+        return DataLoader(self.dataset, batch_size=self.batch_size, shuffle=True)
 
     def val_dataloader(self) -> DataLoader:
-        return DataLoader(self.dataset, self.batch_size)
+        return DataLoader(self.dataset, batch_size=self.batch_size)
 
     test_dataloader = predict_dataloader = val_dataloader
+
+
+def run(folder: Path, *callbacks: Any, **options: Any) -> Trainer:
+    """A quiet Trainer on the CPU; writes checkpoints only where a ModelCheckpoint is given."""
+    defaults: dict[str, Any] = {
+        "default_root_dir": folder,
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks),
+        "max_epochs": 1,
+    }
+    return Trainer(callbacks=list(callbacks), **{**defaults, **options})
 
 
 def _borrow_layers(module: LightningModule) -> None:

@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from modules import Data, Net
+from modules import Data, Net, run
 from torch import nn
 
 import lora_lightning.adapters.lora
@@ -31,20 +30,6 @@ from lora_lightning.optim import check_coverage
 CONFIG = LoraConfig(r=2, target_modules=["embed", "body.2"], modules_to_save=["head"])
 
 
-def trainer(folder: Path, *callbacks: Any, **options: Any) -> Trainer:
-    return Trainer(
-        default_root_dir=folder,
-        callbacks=list(callbacks),
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        max_epochs=options.pop("max_epochs", 1),
-        enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks),
-        **options,
-    )
-
-
 def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
 
@@ -57,7 +42,7 @@ def test_1_base_is_bit_identical(tmp_path: Path, dtype: torch.dtype) -> None:
     module = Net().to(dtype)
     before = copy.deepcopy(module.state_dict())
     precision = "bf16-true" if dtype == torch.bfloat16 else "32-true"
-    trainer(tmp_path, LoraCallback(CONFIG), precision=precision).fit(module, Data())
+    run(tmp_path, LoraCallback(CONFIG), precision=precision).fit(module, Data())
     for _ in range(10):
         merge_adapter(module)
         unmerge_adapter(module)
@@ -118,7 +103,7 @@ def test_2_twin_random_b_is_noticed() -> None:
 def frozen_tensors_that_moved(folder: Path) -> set[str]:
     module = Net()
     before = copy.deepcopy(module.state_dict())
-    trainer(folder, LoraCallback(CONFIG)).fit(module, Data())
+    run(folder, LoraCallback(CONFIG)).fit(module, Data())
     after = module.state_dict()
     return {key for key in before if not torch.equal(before[key], after[key])}
 
@@ -129,7 +114,7 @@ def test_3_nothing_frozen_moves(tmp_path: Path) -> None:
 
 def test_3_only_adapters_require_gradients(tmp_path: Path) -> None:
     module = Net()
-    trainer(tmp_path, LoraCallback(CONFIG)).fit(module, Data())
+    run(tmp_path, LoraCallback(CONFIG)).fit(module, Data())
     trainable = {name for name, p in module.named_parameters() if p.requires_grad}
     assert trainable == {
         "embed.adapters.default.lora_A",
@@ -215,12 +200,12 @@ def test_4_twin_casting_the_activation_is_noticed(monkeypatch: Any) -> None:
 @pytest.mark.filterwarnings("ignore:You passed `Trainer")
 def test_4_adapters_stay_fp32_in_training(tmp_path: Path, precision: str) -> None:
     module = Net()
-    run = trainer(tmp_path, LoraCallback(r=2, target_modules=["embed"]), precision=precision)
-    run.fit(module, Data())
+    trainer = run(tmp_path, LoraCallback(r=2, target_modules=["embed"]), precision=precision)
+    trainer.fit(module, Data())
     adapter: Any = module.embed.adapters["default"]  # type: ignore[union-attr,index]
     assert adapter.lora_A.dtype == torch.float32
     assert adapter.lora_B.abs().sum() > 0
-    states = run.optimizers[0].state.values()
+    states = trainer.optimizers[0].state.values()
     assert {state["exp_avg"].dtype for state in states} == {torch.float32}
 
 
@@ -229,9 +214,9 @@ def test_4_adapters_stay_fp32_in_training(tmp_path: Path, precision: str) -> Non
 
 def test_5_optimizer_holds_exactly_the_adapters(tmp_path: Path) -> None:
     module = Net()
-    run = trainer(tmp_path, LoraCallback(CONFIG))
-    run.fit(module, Data())
-    held = [id(p) for group in run.optimizers[0].param_groups for p in group["params"]]
+    trainer = run(tmp_path, LoraCallback(CONFIG))
+    trainer.fit(module, Data())
+    held = [id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]]
     trainable = [id(p) for p in module.parameters() if p.requires_grad]
     assert sorted(held) == sorted(trainable)
 
@@ -241,7 +226,7 @@ def test_5_twin_without_the_override_is_refused(tmp_path: Path, monkeypatch: Any
     del overrides["configure_optimizers"]
     monkeypatch.setattr(lora_lightning.binding, "_OVERRIDES", overrides)
     with pytest.raises(OptimizerError, match="in an optimizer but not trainable"):
-        trainer(tmp_path, LoraCallback(CONFIG)).fit(Net(), Data())
+        run(tmp_path, LoraCallback(CONFIG)).fit(Net(), Data())
 
 
 def test_5_every_way_to_be_wrong_is_named() -> None:
@@ -264,15 +249,15 @@ def test_5_every_way_to_be_wrong_is_named() -> None:
 
 def written(folder: Path) -> dict[str, dict[str, Any]]:
     """Every way that Lightning has to write a checkpoint."""
-    run = trainer(
+    trainer = run(
         folder,
         LoraCallback(CONFIG),
         ModelCheckpoint(folder, filename="full", save_last=True),
         ModelCheckpoint(folder, filename="weights", save_weights_only=True, every_n_train_steps=4),
     )
-    run.fit(Net(), Data())
-    run.save_checkpoint(folder / "after.ckpt")
-    run.save_checkpoint(folder / "after-weights.ckpt", weights_only=True)
+    trainer.fit(Net(), Data())
+    trainer.save_checkpoint(folder / "after.ckpt")
+    trainer.save_checkpoint(folder / "after-weights.ckpt", weights_only=True)
     names = ["full", "last", "weights", "after", "after-weights"]
     return {name: torch.load(folder / f"{name}.ckpt", weights_only=True) for name in names}
 
@@ -316,12 +301,12 @@ def test_6_buffers_that_training_moves_are_saved(tmp_path: Path) -> None:
             self.codes += 1  # type: ignore[operator,misc]
             return super().training_step(batch, batch_idx)
 
-    run = trainer(tmp_path, LoraCallback(CONFIG))
-    run.fit(Codebook(), Data())
-    run.save_checkpoint(tmp_path / "a.ckpt")
+    trainer = run(tmp_path, LoraCallback(CONFIG))
+    trainer.fit(Codebook(), Data())
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
     state = torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"]
     assert state["codes"].tolist() == [4.0] * 4
     assert "constant" not in state
     other = Codebook()
-    trainer(tmp_path, LoraCallback(CONFIG)).validate(other, Data(), ckpt_path=tmp_path / "a.ckpt")
+    run(tmp_path, LoraCallback(CONFIG)).validate(other, Data(), ckpt_path=tmp_path / "a.ckpt")
     assert other.codes.tolist() == [4.0] * 4  # type: ignore[operator,union-attr]

@@ -64,7 +64,12 @@ def peft_model(base: nn.Module, options: dict) -> peft.PeftModel:
 
 
 def copy_weights(theirs: peft.PeftModel, ours: nn.Module, name: str = "default") -> None:
-    shake(p for key, p in theirs.named_parameters() if f".{name}" in key or p.requires_grad)
+    biases = {"lora_only", "all"} & {theirs.peft_config[name].bias}
+    shake(
+        parameter
+        for key, parameter in theirs.named_parameters()
+        if f".{name}" in key or (biases and parameter.requires_grad)
+    )
     state = peft.get_peft_model_state_dict(theirs, adapter_name=name, save_embedding_layers=False)
     load_adapter_state_dict(ours, {short(key): value for key, value in state.items()}, name)
 

@@ -73,7 +73,7 @@ class Copy(nn.Module):
 
 def test_it_learns_and_logs(tmp_path, model, file):
     seed_everything(0, verbose=False)
-    module = TextClassification(model, lr=1e-2)
+    module = TextClassification(model)
     trainer, data = trainer_in(tmp_path, max_epochs=15), data_of(file)
     trainer.fit(module, data)
     logged = set(trainer.callback_metrics)
@@ -158,6 +158,28 @@ def test_the_learning_rate_warms_up_and_falls_to_zero(tmp_path, model, file):
     assert rates == pytest.approx([0, 1 / 3, 2 / 3, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
     assert trainer.optimizers[0].param_groups[0]["lr"] == 0
     assert trainer.optimizers[0].defaults["fused"]
+
+
+def learning_rates(module):
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    return {names[id(p)]: g["lr"] for g in module._parameter_groups() for p in g["params"]}
+
+
+def test_new_weights_have_a_learning_rate_of_their_own(model):
+    module = built(model, lr=0.1, head_lr=0.2)
+    rates = learning_rates(module)
+    assert rates.keys() == dict(module.named_parameters()).keys()
+    assert {name for name, rate in rates.items() if rate == 0.2} == module.new_parameters
+
+    module.requires_grad_(False)
+    encoder, head = module.network.bert.pooler.dense, module.network.classifier
+    encoder.adapters, head.adapters = Copy(encoder), Copy(head)
+    assert learning_rates(module) == {
+        "network.bert.pooler.dense.adapters.default.weight": 0.1,
+        "network.bert.pooler.dense.adapters.default.bias": 0.1,
+        "network.classifier.adapters.default.weight": 0.2,
+        "network.classifier.adapters.default.bias": 0.2,
+    }
 
 
 def test_a_run_without_end_has_no_schedule(tmp_path, model, file):

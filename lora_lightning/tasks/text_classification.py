@@ -21,8 +21,10 @@ class TextClassification(LightningModule):
     Args:
         model: Hub id, local folder, or `package:import_name/sub/folder` (an installed package's).
         label_names: The classes in order. Default: those of the Trainer's data module.
-        lr: Learning rate at its peak. The default suits LoRA; full fine-tuning wants about a
-            tenth of it.
+        lr: Learning rate of pretrained weights and adapters, at its peak. The default suits LoRA;
+            full fine-tuning wants about a tenth of it.
+        head_lr: Learning rate of newly initialised weights, at its peak. They start from noise and
+            have further to go.
         weight_decay: AdamW's decoupled weight decay.
         warmup_fraction: Share of all steps, 0 <= fraction <= 1, in which the learning rate rises
             to its peak; after them it falls linearly to 0.
@@ -35,6 +37,7 @@ class TextClassification(LightningModule):
         model: str,
         label_names: list[str] | None = None,
         lr: float = 2e-3,
+        head_lr: float = 1e-2,
         weight_decay: float = 0.0,
         warmup_fraction: float = 0.1,
     ) -> None:
@@ -47,6 +50,7 @@ class TextClassification(LightningModule):
         self.model_name = model
         self.label_names = label_names
         self.lr = lr
+        self.head_lr = head_lr
         self.weight_decay = weight_decay
         self.warmup_fraction = warmup_fraction
         self.network = None
@@ -125,8 +129,7 @@ class TextClassification(LightningModule):
                 "set trainer.max_epochs or trainer.max_steps."
             )
         optimizer = torch.optim.AdamW(
-            [parameter for parameter in self.parameters() if parameter.requires_grad],
-            lr=self.lr,
+            self._parameter_groups(),
             weight_decay=self.weight_decay,
             fused=self._can_fuse(),
         )
@@ -182,6 +185,22 @@ class TextClassification(LightningModule):
                 "(model.label_names)"
             )
         return list(names)
+
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        trainable = {n: p for n, p in self.named_parameters() if p.requires_grad}
+        # A copy that an adapter trains in place of a new weight starts from noise as well.
+        new_modules = set().union(*map(_ancestors, self.new_parameters))
+        new = {
+            name
+            for name in trainable
+            if name in self.new_parameters
+            or (".adapters." in name and name.partition(".adapters.")[0] in new_modules)
+        }
+        groups = [
+            {"params": [p for n, p in trainable.items() if n not in new], "lr": self.lr},
+            {"params": [p for n, p in trainable.items() if n in new], "lr": self.head_lr},
+        ]
+        return [group for group in groups if group["params"]]
 
     def _can_fuse(self) -> bool:
         # Lightning cannot clip gradients under a gradient scaler with a fused optimizer.

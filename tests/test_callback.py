@@ -1,0 +1,398 @@
+"""LoraCallback through the Trainer: every entry point, every place where a model is built."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import ModelCheckpoint
+from modules import BuiltInConfigureModel, BuiltInSetup, Data, Net, NetWithoutOptimizer, run
+from torch import nn
+
+from lora_lightning import LoraCallback, LoraConfig, active_adapters, adapter_names
+from lora_lightning.errors import (
+    AdapterMismatchError,
+    AdapterStateError,
+    ConfigError,
+    OptimizerError,
+    TargetError,
+)
+
+OPTIONS: dict[str, Any] = {"r": 2, "target_modules": ["embed", "body.2"], "modules_to_save": ["head"]}
+
+
+def adapters(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {k: v.clone() for k, v in module.state_dict().items() if ".adapters." in k}
+
+
+# -- where and when ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [Net, BuiltInSetup, BuiltInConfigureModel, NetWithoutOptimizer])
+def test_trains_wherever_the_model_is_built(tmp_path: Path, kind: type) -> None:
+    module = kind()
+    run(tmp_path, LoraCallback(**OPTIONS)).fit(module, Data())
+    assert all(v.abs().sum() > 0 for v in adapters(module).values())
+    assert len(adapters(module)) == 6
+
+
+@pytest.mark.parametrize("kind", [Net, BuiltInSetup, BuiltInConfigureModel])
+def test_every_entry_point_once_and_again(tmp_path: Path, kind: type) -> None:
+    module, data = kind(), Data()
+    trainer = run(tmp_path, LoraCallback(**OPTIONS), ModelCheckpoint(tmp_path, filename="best"))
+    trainer.validate(module, data, verbose=False)  # before fit: adapters are there, as a no-op
+    at_start = adapters(module)
+    trainer.fit(module, data)
+    trained = adapters(module)
+    assert at_start.keys() == trained.keys()
+    assert not torch.equal(at_start["embed.adapters.default.lora_B"], trained["embed.adapters.default.lora_B"])
+    own = trainer.validate(module, data, verbose=False)
+    assert trainer.test(module, data, verbose=False)[0]["test_loss"] == own[0]["val_loss"]
+    trainer.predict(module, data)
+    trainer.fit(module, data)  # max_epochs reached: nothing more, and nothing is injected twice
+    assert all(torch.equal(trained[k], v) for k, v in adapters(module).items())
+    assert trainer.test(module, data, ckpt_path="best", verbose=False)[0]["test_loss"] == own[0]["val_loss"]
+    fresh = kind()
+    again = run(tmp_path, LoraCallback(**OPTIONS))
+    losses = again.validate(fresh, data, ckpt_path=str(tmp_path / "best.ckpt"), verbose=False)
+    assert losses == own
+    predictions = again.predict(fresh, data, ckpt_path=str(tmp_path / "best.ckpt"))
+    assert predictions is not None
+    fresh.eval()
+    assert torch.equal(torch.cat(predictions), fresh(data.dataset.tensors[0]))  # type: ignore[arg-type]
+
+
+def test_same_module_with_a_second_trainer(tmp_path: Path) -> None:
+    module = Net()
+    run(tmp_path, LoraCallback(**OPTIONS)).fit(module, Data())
+    first = adapters(module)
+    run(tmp_path, LoraCallback(**OPTIONS)).fit(module, Data())
+    second = adapters(module)
+    assert first.keys() == second.keys()
+    assert not torch.equal(first["embed.adapters.default.lora_B"], second["embed.adapters.default.lora_B"])
+
+
+def test_disabled_callback_is_not_there(tmp_path: Path) -> None:
+    module = Net()
+    before = copy.deepcopy(module.state_dict())
+    trainer = run(tmp_path, LoraCallback(enabled=False))
+    trainer.fit(module, Data())
+    assert not adapters(module)
+    assert not torch.equal(before["embed.weight"], module.embed.weight)  # full fine-tuning
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    assert "lora_lightning" not in torch.load(tmp_path / "a.ckpt")
+
+
+def test_without_the_callback_the_module_is_as_it_was(tmp_path: Path) -> None:
+    """The overrides stay on the module; under a Trainer without the callback they do nothing."""
+    module = Net()
+    run(tmp_path, LoraCallback(**OPTIONS)).fit(module, Data())
+    other = run(tmp_path)
+    other.validate(module, Data(), verbose=False)
+    other.save_checkpoint(tmp_path / "all.ckpt", weights_only=True)
+    assert set(torch.load(tmp_path / "all.ckpt")["state_dict"]) == set(module.state_dict())
+
+
+def test_submodule_only(tmp_path: Path) -> None:
+    module = Net()
+    run(tmp_path, LoraCallback(r=2, module="body")).fit(module, Data())
+    assert {name.partition(".adapters.")[0] for name in adapters(module)} == {"body.2"}
+    assert not module.head.weight.requires_grad
+
+
+def test_adapted_module_can_be_copied_and_pickled(tmp_path: Path) -> None:
+    module = Net()
+    run(tmp_path, LoraCallback(**OPTIONS)).fit(module, Data())
+    module.eval()
+    x = torch.randn(4, 8)
+    module.trainer = None  # a Trainer cannot be pickled, with or without LoRA
+    assert torch.equal(copy.deepcopy(module)(x), module(x))
+    assert torch.equal(pickle.loads(pickle.dumps(module))(x), module(x))
+
+
+def test_modules_of_pytorch_lightning(tmp_path: Path) -> None:
+    other = pytest.importorskip("pytorch_lightning")
+
+    class Theirs(other.LightningModule):  # type: ignore[name-defined,misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Linear(8, 3)
+
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    loader = torch.utils.data.DataLoader(Data().dataset, 16)
+    module = Theirs()
+    trainer = other.Trainer(
+        max_epochs=1, default_root_dir=tmp_path, callbacks=[LoraCallback(r=2)], logger=False,
+        enable_progress_bar=False, enable_model_summary=False, accelerator="cpu",
+    )  # fmt: skip
+    trainer.fit(module, loader)
+    assert set(adapters(module)) == {"net.adapters.default.lora_A", "net.adapters.default.lora_B"}
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    assert set(torch.load(tmp_path / "a.ckpt")["state_dict"]) == set(adapters(module))
+
+
+def test_two_callbacks_train_together(tmp_path: Path) -> None:
+    module = Net()
+    pair = [
+        LoraCallback(r=2, target_modules=["embed"], adapter_name="a"),
+        LoraCallback(r=3, target_modules=["embed", "body.2"], adapter_name="b"),
+    ]
+    trainer = run(tmp_path, *pair)
+    trainer.fit(module, Data())
+    assert adapter_names(module) == active_adapters(module) == ["a", "b"]
+    assert all(v.abs().sum() > 0 for v in adapters(module).values())
+    trainer.save_checkpoint(tmp_path / "two.ckpt")
+    saved = torch.load(tmp_path / "two.ckpt", weights_only=True)
+    assert set(saved["state_dict"]) == set(adapters(module))
+    fresh = Net()
+    run(tmp_path, *pair).validate(fresh, Data(), ckpt_path=tmp_path / "two.ckpt", verbose=False)
+    assert all(torch.equal(v, adapters(fresh)[k]) for k, v in adapters(module).items())
+    with pytest.raises(AdapterMismatchError, match="adapter 'b': only in the checkpoint"):
+        run(tmp_path, pair[0]).validate(Net(), Data(), ckpt_path=tmp_path / "two.ckpt", verbose=False)
+    with pytest.raises(ConfigError, match="Two LoraCallbacks of this Trainer have adapter_name='a'"):
+        run(tmp_path, pair[0], LoraCallback(adapter_name="a")).fit(Net(), Data())
+
+
+# -- what it says ------------------------------------------------------------------------------------
+
+
+def test_start_table_and_end_lines(tmp_path: Path, capsys: Any) -> None:
+    run(
+        tmp_path,
+        LoraCallback(r=2, target_modules=["embed", "body.2"], modules_to_save=["head"]),
+        ModelCheckpoint(tmp_path, filename="best", save_last=True),
+        accumulate_grad_batches=2,
+    ).fit(Net(), Data())
+    out = capsys.readouterr().out
+    assert "LoRA adapter 'default'" in out
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if "│" in line]
+    assert ["embed", "1 of 1", "2", "48"] in rows
+    assert ["body.2", "1 of 1", "2", "64"] in rows
+    assert ["head", "1 of 1", "full", "51"] in rows
+    assert "trainable 163 of 662 parameters (24.62 %)" in out
+    assert "adapter on disk 652 B; the base, " in out
+    assert "effective batch 32 = 16 x 2 accumulated x 1 devices" in out
+    assert f"best checkpoint: {tmp_path}/best.ckpt (" in out
+    assert f"last checkpoint: {tmp_path}/last.ckpt (" in out
+
+
+# -- the rest of the run -----------------------------------------------------------------------------
+
+
+def test_supplied_optimizer_is_fused_adamw(tmp_path: Path) -> None:
+    trainer = run(tmp_path, LoraCallback(lr=3e-3, **OPTIONS))
+    trainer.fit(NetWithoutOptimizer(), Data())
+    (optimizer,) = trainer.optimizers
+    assert type(optimizer) is torch.optim.AdamW
+    assert optimizer.defaults["fused"] is True
+    assert optimizer.defaults["lr"] == 3e-3
+
+
+def test_lora_dropout_acts_even_where_the_base_came_in_eval_mode(tmp_path: Path) -> None:
+    module = Net()
+    module.eval()
+    seen = []
+
+    class Watch(LoraCallback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            seen.append(pl_module.embed.adapters["default"].lora_dropout.training)
+
+    run(tmp_path, Watch(lora_dropout=0.5, **OPTIONS), max_steps=1).fit(module, Data())
+    assert seen == [True]
+
+
+def test_frozen_norm_gets_its_mode_back(tmp_path: Path) -> None:
+    module = Net()
+    run(tmp_path, LoraCallback(**OPTIONS)).fit(module, Data())
+    assert module.norm.training
+
+
+def test_a_bypassed_adapter_is_noticed_in_the_first_step(tmp_path: Path) -> None:
+    class ReadsTheWeight(Net):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            hidden = nn.functional.linear(x, self.embed.weight)  # past the module
+            return hidden[:, :3] + self.bias
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.bias = nn.Parameter(torch.zeros(3))
+
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            return nn.functional.cross_entropy(self(batch[0]).requires_grad_(), batch[1])
+
+    with pytest.raises(AdapterStateError) as error:
+        run(tmp_path, LoraCallback(r=2, target_modules=["embed"])).fit(ReadsTheWeight(), Data())
+    assert "After the first backward pass no adapter has a gradient" in str(error.value)
+    assert "(lora.target_modules)" in str(error.value)
+
+
+def test_a_partly_bypassed_adapter_is_a_warning(tmp_path: Path) -> None:
+    class SkipsBody(Net):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.norm(self.embed(x)))
+
+    with pytest.warns(UserWarning, match=r"2 of 6 trainable tensors had no gradient.*body\.2"):
+        run(tmp_path, LoraCallback(**OPTIONS), max_steps=1).fit(SkipsBody(), Data())
+
+
+# -- optimizers of every make ------------------------------------------------------------------------
+
+
+def groups_by_kind(self: LightningModule) -> Any:
+    weights = [p for n, p in self.named_parameters() if p.ndim > 1]
+    others = [p for n, p in self.named_parameters() if p.ndim <= 1]
+    return torch.optim.AdamW([{"params": weights, "weight_decay": 0.1}, {"params": others}], lr=1e-2)
+
+
+def only_the_head(self: Any) -> Any:
+    return torch.optim.SGD(self.head.parameters(), lr=0.1)
+
+
+def named(self: Any) -> Any:
+    return torch.optim.SGD(self.named_parameters(), lr=0.1)
+
+
+def one_cycle(self: Any) -> Any:
+    optimizer = groups_by_kind(self)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=[0.1, 0.2], total_steps=10)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+OPTIMIZERS = {
+    "groups": groups_by_kind,
+    "only the head": only_the_head,
+    "named parameters": named,
+    "one cycle": one_cycle,
+    "Adagrad": lambda self: torch.optim.Adagrad(self.parameters(), lr=0.1),
+    "LBFGS": lambda self: torch.optim.LBFGS(self.parameters(), lr=0.1),
+    "filtered": lambda self: torch.optim.Adam([p for p in self.parameters() if p.requires_grad], lr=0.1),
+    "None": lambda self: None,
+}
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
+def test_whatever_configure_optimizers_returns(tmp_path: Path, make: Any) -> None:
+    class Module(Net):
+        configure_optimizers = make
+
+    module = Module()
+    trainer = run(tmp_path, LoraCallback(**OPTIONS), max_epochs=2)
+    trainer.fit(module, Data())
+    held = [id(p) for o in trainer.optimizers for g in o.param_groups for p in g["params"]]
+    assert sorted(held) == sorted(id(p) for p in module.parameters() if p.requires_grad)
+    assert all(v.abs().sum() > 0 for v in adapters(module).values())
+
+
+def test_adapter_joins_the_group_of_its_base_weight(tmp_path: Path) -> None:
+    """As from LightningCLI, whose optimizer is older than the adapters."""
+    module = Net()
+    optimizer = torch.optim.SGD(
+        [{"params": module.head.parameters(), "lr": 0.1}, {"params": module.embed.parameters(), "lr": 0.2}]
+    )
+    module.configure_optimizers = lambda: optimizer  # type: ignore[method-assign,assignment]
+    run(tmp_path, LoraCallback(r=2, target_modules=["embed", "head"])).fit(module, Data())
+    head, embed = (group["params"] for group in optimizer.param_groups)
+    ids = {id(p): name for name, p in module.named_parameters()}
+    assert [ids[id(p)] for p in head] == ["head.adapters.default.lora_A", "head.adapters.default.lora_B"]
+    assert [ids[id(p)] for p in embed] == ["embed.adapters.default.lora_A", "embed.adapters.default.lora_B"]
+
+
+def test_optimizer_left_with_nothing(tmp_path: Path) -> None:
+    class TwoOptimizers(Net):
+        automatic_optimization = False
+
+        def configure_optimizers(self) -> Any:
+            return [
+                torch.optim.SGD(self.body.parameters(), lr=0.1),
+                torch.optim.Adam(self.head.parameters(), lr=0.1),
+            ]
+
+    with pytest.raises(OptimizerError) as error:
+        run(tmp_path, LoraCallback(r=2, target_modules=["body.2"])).fit(TwoOptimizers(), Data())
+    assert "Optimizer 1 (Adam) is left without any parameter" in str(error.value)
+    assert "(lora.modules_to_save)" in str(error.value)
+
+
+# -- bad input ---------------------------------------------------------------------------------------
+
+
+def text_of(error: type[Exception], act: Any) -> str:
+    with pytest.raises(error) as caught:
+        act()
+    return str(caught.value)
+
+
+def test_options_are_checked_when_they_are_given() -> None:
+    text = text_of(ConfigError, lambda: LoraCallback(rank=4))
+    assert "LoraCallback has no option 'rank'" in text
+    assert text_of(ConfigError, lambda: LoraCallback(lora_alhpa=4)).startswith(
+        "LoraCallback has no option 'lora_alhpa'. Did you mean 'lora_alpha'?"
+    )
+    text = text_of(ConfigError, lambda: LoraCallback(LoraConfig(r=2), r=4))
+    assert text.startswith("LoraCallback was given config and also r: two sources")
+    assert LoraCallback(LoraConfig(r=2)).config.r == 2
+
+
+def test_wrong_submodule(tmp_path: Path) -> None:
+    act = lambda: run(tmp_path, LoraCallback(module="bodi")).fit(Net(), Data())  # noqa: E731
+    text = text_of(ConfigError, act)
+    assert text == (
+        "module='bodi': Net has no such submodule. Did you mean 'body'? "
+        "At its top: embed, norm, body, head. (lora.module)"
+    )
+
+
+def test_wrong_target_is_found_before_the_first_step(tmp_path: Path) -> None:
+    for kind in (Net, BuiltInSetup, BuiltInConfigureModel):
+        module = kind()
+        act = lambda m=module: run(tmp_path, LoraCallback(target_modules=["embd"])).fit(m, Data())  # noqa: E731
+        assert "did you mean 'embed'" in text_of(TargetError, act)
+        assert not adapters(module)
+
+
+def test_other_options_on_the_same_module(tmp_path: Path) -> None:
+    module = Net()
+    run(tmp_path, LoraCallback(r=2)).validate(module, Data(), verbose=False)
+    text = text_of(
+        AdapterMismatchError,
+        lambda: run(tmp_path, LoraCallback(r=3)).validate(module, Data(), verbose=False),
+    )
+    assert "The model carries an adapter 'default' already ('embed', for one)" in text
+    assert "r: 2 there, 3 here" in text
+
+
+def test_merged_adapters_do_not_train(tmp_path: Path) -> None:
+    from lora_lightning import merge_adapter
+
+    module = Net()
+    run(tmp_path, LoraCallback(r=2)).validate(module, Data(), verbose=False)
+    merge_adapter(module)
+    with pytest.raises(AdapterStateError, match="Call unmerge_adapter"):
+        run(tmp_path, LoraCallback(r=2)).fit(module, Data())
+
+
+@pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork"])
+def test_strategies_that_lose_adapters_are_refused(tmp_path: Path, strategy: str) -> None:
+    from lora_lightning.run_checks import check_strategy
+
+    with pytest.raises(ConfigError, match="the trained adapters would be lost"):
+        check_strategy(run(tmp_path, strategy=strategy, devices=2))
+
+
+def test_unsupported_strategies_are_refused(tmp_path: Path) -> None:
+    from lightning.pytorch.strategies import ModelParallelStrategy
+
+    from lora_lightning.run_checks import check_strategy
+
+    with pytest.raises(ConfigError, match="does not support ModelParallelStrategy in this version"):
+        check_strategy(run(tmp_path, strategy=ModelParallelStrategy(), devices=2))
