@@ -75,17 +75,19 @@ def check_checkpoint_file(path: str) -> None:
 def unreadable(path: str, error: Exception) -> CheckpointError | None:
     """What to say of a file that torch could not read; None where the file is not at fault."""
     text = str(error)
-    if "weights_only" in text or "Weights only" in text or "Unsupported global" in text:
+    if not os.path.isfile(path):
+        return None
+    if zipfile.is_zipfile(path) and ("weights_only" in text or "Unsupported global" in text):
         return None  # whole, but holds objects that torch refuses: torch says which
-    size = os.path.getsize(path) if os.path.isfile(path) else 0
+    size = os.path.getsize(path)
     return CheckpointError(
         f"Checkpoint {path!r} ({size:,} bytes) is truncated or damaged and cannot be read: "
-        f"{text.splitlines()[0] if text else type(error).__name__}. Resume from another one"
+        f"{(text or type(error).__name__).splitlines()[0][:120]}. Resume from another one"
         f"{_others(path)}. (ckpt_path)"
     )
 
 
-READ_ERRORS = (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, ValueError, KeyError)
+READ_ERRORS = (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError)
 
 
 def explain_unreadable_checkpoints(strategy: Any) -> None:

@@ -1,0 +1,99 @@
+"""The house stands as designed: floors, import weight, file sizes, public names."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lora_lightning
+
+PACKAGE = Path(lora_lightning.__file__).parent
+
+# Which floor a room is on; imports go to the same floor or below. (callback.py's helpers that know
+# the Trainer are on its floor.)
+FLOORS = {
+    "errors": 0, "config": 0,
+    "initialization": 1, "adapters": 1, "hosts": 1, "targets": 1, "bias": 1,
+    "injection": 2, "switching": 2, "merging": 2,
+    "checkpoint": 3, "fingerprint": 3, "optim": 3, "report": 3, "rng": 3,
+    "callback": 4, "binding": 4, "manifest": 4, "run_checks": 4,
+    "tasks": 5, "data": 5,
+    "cli": 6, "__main__": 6,
+}  # fmt: skip
+
+
+def modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def floor(dotted: str) -> int:
+    return FLOORS[dotted.split(".")[1]]
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("lora_lightning."):
+            found.add(node.module)
+    return found
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_go_down_only(path: Path) -> None:
+    room = path.relative_to(PACKAGE).with_suffix("").parts
+    if room == ("__init__",):
+        return  # the lazy front door
+    for imported in imports(path):
+        assert floor(imported) <= FLOORS[room[0]], f"{'/'.join(room)} imports {imported}"
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_no_file_is_two_rooms(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 400
+
+
+ENGINE = "config errors initialization adapters hosts targets bias injection switching merging"
+HEAVY = ["lightning", "pytorch_lightning", "transformers", "torchmetrics", "jsonargparse", "rich"]
+
+
+def heavy_after(statements: str) -> list[str]:
+    code = f"{statements}\nimport sys; print([name for name in {HEAVY} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return ast.literal_eval(done.stdout.splitlines()[-1])
+
+
+def test_engine_needs_torch_only() -> None:
+    imported = "\n".join(f"import lora_lightning.{name}" for name in ENGINE.split())
+    working = (
+        "import torch\nfrom lora_lightning import inject_adapter, LoraConfig, merge_and_unload\n"
+        "net = torch.nn.Sequential(torch.nn.Linear(4, 4))\n"
+        "inject_adapter(net, LoraConfig(r=2))\nmerge_and_unload(net)"
+    )
+    assert heavy_after(f"{imported}\n{working}") == []
+
+
+def test_package_import_is_light() -> None:
+    code = "import lora_lightning, sys; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_the_import_test_can_fail() -> None:
+    assert "rich" in heavy_after("import lora_lightning.report")
+
+
+def test_every_public_name_is_there() -> None:
+    for name in lora_lightning.__all__:
+        assert getattr(lora_lightning, name).__name__ == name
+    assert set(lora_lightning.__all__) <= set(dir(lora_lightning))
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        lora_lightning.nothing  # noqa: B018
+
+
+def test_every_public_name_is_documented() -> None:
+    for name in lora_lightning.__all__:
+        assert getattr(lora_lightning, name).__doc__, name

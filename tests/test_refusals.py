@@ -1,0 +1,159 @@
+"""Checkpoints that do not belong to the run: refused with the difference, before anything loads."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from modules import Data, Net, run
+
+from lora_lightning import LoraCallback
+from lora_lightning.errors import AdapterMismatchError, CheckpointError
+
+OPTIONS: dict[str, Any] = {"r": 2, "target_modules": ["embed", "body.2"], "modules_to_save": ["head"]}
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    trainer = run(tmp_path, LoraCallback(**OPTIONS))
+    trainer.fit(Net(), Data())
+    trainer.save_checkpoint(tmp_path / "good.ckpt")
+    return tmp_path / "good.ckpt"
+
+
+def refused(path: Path, error: type[Exception], module: Any = None, **changed: Any) -> str:
+    """The text of the refusal; the module must be exactly as it was before."""
+    module = module or Net()
+    callback = LoraCallback(**{**OPTIONS, **changed})
+    trainer = run(path.parent, callback)
+    trainer.validate(module, Data(), verbose=False)  # grows the adapters
+    before = copy.deepcopy(module.state_dict())
+    for entry in (trainer.fit, trainer.validate, trainer.test, trainer.predict):
+        with pytest.raises(error) as caught:
+            entry(module, datamodule=Data(), ckpt_path=str(path))
+    after = module.state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    return str(caught.value)
+
+
+def edited(path: Path, edit: Any) -> Path:
+    content = torch.load(path, weights_only=True)
+    edit(content)
+    torch.save(content, path.with_name("edited.ckpt"))
+    return path.with_name("edited.ckpt")
+
+
+def test_the_good_one_is_accepted(checkpoint: Path) -> None:
+    run(checkpoint.parent, LoraCallback(**OPTIONS)).validate(Net(), Data(), str(checkpoint), verbose=False)
+
+
+@pytest.mark.parametrize("strict", [True, False], ids=["strict", "strict_loading=False"])
+def test_other_rank(checkpoint: Path, strict: bool) -> None:
+    module = Net()
+    module.strict_loading = strict
+    text = refused(checkpoint, AdapterMismatchError, module, r=3)
+    assert text.startswith("The checkpoint's adapters are not those of this run; nothing was loaded.")
+    assert "adapter 'default': r: 2 in the checkpoint, 3 here (lora.r)" in text
+    assert "body.2.adapters.default.lora_A [2, 16] in the checkpoint, [3, 16] here" in text
+    assert "Use the options that the checkpoint was trained with" in text
+
+
+def test_other_alpha_or_scaling(checkpoint: Path) -> None:
+    text = refused(checkpoint, AdapterMismatchError, lora_alpha=32)
+    assert "lora_alpha: 8 in the checkpoint, 32 here (lora.lora_alpha)" in text
+    text = refused(checkpoint, AdapterMismatchError, use_rslora=True)
+    assert "use_rslora: False in the checkpoint, True here (lora.use_rslora)" in text
+
+
+def test_other_targets(checkpoint: Path) -> None:
+    text = refused(checkpoint, AdapterMismatchError, target_modules=["embed"])
+    assert "only in the checkpoint: body.2.adapters.default.lora_A, body.2.adapters.default.lora_B" in text
+    text = refused(checkpoint, AdapterMismatchError, modules_to_save=None)
+    assert "only in the checkpoint: head.adapters.default.module.bias" in text
+    text = refused(checkpoint, AdapterMismatchError, adapter_name="style")
+    assert "adapter 'default': only in the checkpoint" in text
+    assert "adapter 'style': not in the checkpoint, which has ['default']" in text
+
+
+def test_same_targets_spelled_differently_are_accepted(checkpoint: Path) -> None:
+    callback = LoraCallback(**{**OPTIONS, "target_modules": r"embed|body\.2"})
+    run(checkpoint.parent, callback).validate(Net(), Data(), str(checkpoint), verbose=False)
+
+
+@pytest.mark.parametrize("strict", [True, False], ids=["strict", "strict_loading=False"])
+def test_missing_extra_and_misshapen_tensors(checkpoint: Path, strict: bool) -> None:
+    module = Net()
+    module.strict_loading = strict
+    key = "embed.adapters.default.lora_B"
+    path = edited(checkpoint, lambda c: c["state_dict"].pop(key))
+    assert f"missing in the checkpoint: {key}" in refused(path, AdapterMismatchError, module)
+    path = edited(checkpoint, lambda c: c["state_dict"].update({key: torch.zeros(16, 5)}))
+    assert f"{key} [16, 5] in the checkpoint, [16, 2] here" in refused(path, AdapterMismatchError)
+    path = edited(checkpoint, lambda c: c["state_dict"].update(stranger=torch.zeros(1)))
+    assert "tensors that no adapter owns: stranger" in refused(path, AdapterMismatchError)
+
+
+def test_other_base(checkpoint: Path) -> None:
+    other = Net()
+    with torch.no_grad():
+        other.embed.weight[3, 3] += 1e-6
+    text = refused(checkpoint, AdapterMismatchError, other)
+    assert text.startswith("The checkpoint's adapters were trained on another base model")
+    assert "1 of 9 base tensors differ:\n  embed.weight: other values\n" in text
+    text = refused(checkpoint, AdapterMismatchError, Net(width=8))
+    assert "embed.weight: shape [16, 8] in the checkpoint, [8, 8] here" in text
+
+
+def test_twin_the_fingerprint_is_what_notices(checkpoint: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("lora_lightning.manifest.fingerprint_difference", lambda *_: [])
+    other = Net()
+    with torch.no_grad():
+        other.embed.weight[3, 3] += 1e-6
+    run(checkpoint.parent, LoraCallback(**OPTIONS)).validate(other, Data(), str(checkpoint), verbose=False)
+
+
+def test_a_full_model_checkpoint(tmp_path: Path) -> None:
+    trainer = run(tmp_path)
+    trainer.fit(Net(), Data())
+    trainer.save_checkpoint(tmp_path / "full.ckpt")
+    text = refused(tmp_path / "full.ckpt", CheckpointError)
+    assert text.startswith("This is a full-model checkpoint (it holds the base model's 11 tensors)")
+    assert "module.load_state_dict(torch.load(path)['state_dict'])" in text
+
+
+def test_not_a_checkpoint_of_ours(tmp_path: Path) -> None:
+    torch.save({"state_dict": {}, "pytorch-lightning_version": "2.6.6"}, tmp_path / "a.ckpt")
+    text = refused(tmp_path / "a.ckpt", CheckpointError)
+    assert "it has no 'lora_lightning' entry" in text
+
+
+def test_a_newer_format(checkpoint: Path) -> None:
+    path = edited(checkpoint, lambda c: c["lora_lightning"].update(format=99))
+    assert "has format 99" in refused(path, CheckpointError)
+
+
+@pytest.mark.parametrize("keep", [0, 1, 500, 0.5, 0.99], ids=str)
+def test_truncated_file(checkpoint: Path, keep: float) -> None:
+    content = checkpoint.read_bytes()
+    size = int(keep * len(content)) if isinstance(keep, float) else keep
+    broken = checkpoint.with_name("broken.ckpt")
+    broken.write_bytes(content[:size])
+    text = refused(broken, CheckpointError)
+    assert f"broken.ckpt' ({size:,} bytes) is truncated or damaged and cannot be read" in text
+    assert "(good.ckpt lie beside it)" in text
+    assert text.endswith("(ckpt_path)")
+
+
+def test_foreign_file(checkpoint: Path) -> None:
+    broken = checkpoint.with_name("notes.ckpt")
+    broken.write_text("not a checkpoint at all\n" * 100)
+    assert "is truncated or damaged" in refused(broken, CheckpointError)
+
+
+def test_no_such_file(checkpoint: Path) -> None:
+    text = refused(checkpoint.with_name("goood.ckpt"), CheckpointError)
+    assert "does not exist. Did you mean" in text
+    assert "good.ckpt'" in text
