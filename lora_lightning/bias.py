@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -34,12 +35,17 @@ class TrainedBias:
     hidden: Tensor
     shown: bool = True
 
+    @staticmethod
+    def parameter(module: nn.Module) -> nn.Parameter:
+        """The module's bias."""
+        return cast(nn.Parameter, module.bias)
+
     @torch.no_grad()
     def show(self, module: nn.Module, shown: bool) -> None:
         """Exchange the values in the module for the hidden ones where `shown` changes."""
         if shown == self.shown:
             return
-        bias: Tensor = module.bias  # type: ignore[assignment]
+        bias = self.parameter(module)
         kept = bias.detach().clone()
         bias.copy_(self.hidden)
         self.hidden, self.shown = kept, shown
@@ -53,7 +59,7 @@ def train_bias(module: nn.Module, path: str, adapter_name: str) -> None:
             f"The bias of {path!r} already trains with adapter {record.adapter_name!r}; it cannot "
             f"also train with {adapter_name!r}. Use bias='none' for one of them. (lora.bias)"
         )
-    bias: Tensor = module.bias  # type: ignore[assignment]
+    bias = TrainedBias.parameter(module)
     module.__dict__[_RECORD] = TrainedBias(adapter_name, bias.detach().clone())
 
 
@@ -72,7 +78,9 @@ def forget_bias(module: nn.Module) -> None:
     del module.__dict__[_RECORD]
 
 
-def biases_to_train(model: nn.Module, option: str, targets: set[str]) -> list[tuple[str, nn.Module]]:
+def biases_to_train(
+    model: nn.Module, option: str, targets: set[str]
+) -> list[tuple[str, nn.Module]]:
     """The modules whose bias `option` selects; those inside trained copies are not base biases."""
     if option == "none":
         return []

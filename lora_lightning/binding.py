@@ -4,7 +4,8 @@ A callback can act neither between `configure_model` and the restore of a checkp
 result of `configure_optimizers`, nor on a checkpoint written with `save_weights_only=True`. So the
 module's own hooks are overridden on the instance, as LightningCLI does for `configure_optimizers`.
 The overrides are plain functions of this file, bound to the module: they survive deepcopy and
-pickle, and find the callbacks through the module's Trainer; without one of ours they do what they did before.
+pickle, and find the callbacks through the module's Trainer; without one of ours they do what the
+hook did before.
 """
 
 from __future__ import annotations
@@ -14,7 +15,12 @@ from dataclasses import dataclass, field
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
-from lora_lightning.optim import cover_trainable, default_optimizer, find_optimizers, frozen_left_out
+from lora_lightning.optim import (
+    cover_trainable,
+    default_optimizer,
+    find_optimizers,
+    frozen_left_out,
+)
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
@@ -49,7 +55,10 @@ def binding_of(module: LightningModule) -> Binding:
 
 def overrides(module: LightningModule, hook: str) -> bool:
     """Whether the user's module defines `hook` itself, on its class or on the instance."""
-    if _own_attribute(module, hook) is not None or binding_of(module).originals.get(hook) is not None:
+    if (
+        _own_attribute(module, hook) is not None
+        or binding_of(module).originals.get(hook) is not None
+    ):
         return True
     owner = next(cls for cls in type(module).__mro__ if hook in cls.__dict__)
     # By name, so that modules of the `pytorch_lightning` package count as well.
@@ -96,6 +105,7 @@ def callbacks_of(module: LightningModule) -> list[LoraCallback]:
 
 
 def setup(self: LightningModule, stage: str) -> None:
+    """The module's own `setup`, then growth, unless `configure_model` is still to build."""
     _original(self, "setup")(stage)
     if not overrides(self, "configure_model"):
         for callback in callbacks_of(self):
@@ -103,12 +113,14 @@ def setup(self: LightningModule, stage: str) -> None:
 
 
 def configure_model(self: LightningModule) -> None:
+    """The module's own `configure_model`, then growth."""
     _original(self, "configure_model")()
     for callback in callbacks_of(self):
         callback.grow(self)
 
 
 def configure_optimizers(self: LightningModule) -> Any:
+    """The module's own optimizers, narrowed to what trains; AdamW where it has none."""
     callbacks = callbacks_of(self)
     if not callbacks:
         return _original(self, "configure_optimizers")()
@@ -124,6 +136,7 @@ def configure_optimizers(self: LightningModule) -> Any:
 
 
 def on_save_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> None:
+    """The last hook before a checkpoint is written, of whatever kind: drop the base."""
     from lora_lightning.manifest import reduce_checkpoint
 
     _original(self, "on_save_checkpoint")(checkpoint)
@@ -133,6 +146,7 @@ def on_save_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> Non
 
 
 def on_load_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> None:
+    """The last hook before weights are loaded: refuse what does not fit."""
     from lora_lightning.manifest import check_checkpoint, expect_only_adapters
 
     callbacks = callbacks_of(self)

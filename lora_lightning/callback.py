@@ -21,7 +21,11 @@ from lora_lightning.injection import adapters_named, extend_adapter, freeze
 from lora_lightning.manifest import KEY, buffer_digests
 from lora_lightning.optim import check_coverage, trainable_parameters
 from lora_lightning.rng import set_random_state
-from lora_lightning.run_checks import check_precision, check_strategy, explain_unreadable_checkpoints
+from lora_lightning.run_checks import (
+    check_precision,
+    check_strategy,
+    explain_unreadable_checkpoints,
+)
 from lora_lightning.switching import active_adapters, set_adapter
 from lora_lightning.targets import Selection
 
@@ -231,8 +235,8 @@ class LoraCallback(Callback):
             )
         if without:
             rank_zero_warn(
-                f"{len(without)} of {len(trainable)} trainable tensors had no gradient in the first "
-                f"step ({', '.join(without[:3])}, ...): these modules were not called, or their "
+                f"{len(without)} of {len(trainable)} trainable tensors had no gradient in the "
+                f"first step ({', '.join(without[:3])}, ...): these modules were not called, or their "
                 "weights are read without calling them."
             )
 

@@ -109,6 +109,6 @@ def _tensors(model: nn.Module, adapter_name: str) -> list[tuple[str, str, Tensor
             found.append((prefix + short, f"{prefix}adapters.{adapter_name}.{name}", tensor))
     for name, module, record in trained_biases(model):
         if record.adapter_name == adapter_name:
-            bias: Tensor = module.bias if record.shown else record.hidden  # type: ignore[assignment]
+            bias = record.parameter(module) if record.shown else record.hidden
             found.append((name, name, bias.detach()))
     return found

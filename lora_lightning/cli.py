@@ -54,13 +54,19 @@ def _with_suggestion(message: str, known: list[str]) -> str:
         message = f"{inner.group(1)} does not accept option {inner.group(2)!r}"
         message += f" ({where.group(1)})." if where else "."
     else:
-        unknown = re.search(r"not accept option '([\w.]+)'|unrecognized arguments: --([\w.]+)", message)
+        unknown = re.search(
+            r"not accept option '([\w.]+)'|unrecognized arguments: --([\w.]+)", message
+        )
         if unknown is None:
             return message
         key = unknown.group(1) or unknown.group(2)
         message = message.rstrip(".") + "."
     near = did_you_mean(key, known)
-    return f"{message} Did you mean {near.rpartition('.')[2] if inner else near!r}?" if near else message
+    return (
+        f"{message} Did you mean {near.rpartition('.')[2] if inner else near!r}?"
+        if near
+        else message
+    )
 
 
 class LoraCLI(LightningCLI):
@@ -123,8 +129,8 @@ class LoraCLI(LightningCLI):
             options["ckpt_path"] = str(_best(found) if wanted == "best" else _last(found))
         elif wanted is None and self.subcommand == "fit" and found:
             raise ConfigError(
-                f"The run directory {str(self.run_directory)!r} holds {len(found)} checkpoints of an "
-                "earlier run already; nothing is overwritten. Continue that run with --ckpt_path "
+                f"The run directory {str(self.run_directory)!r} holds {len(found)} checkpoints of "
+                "an earlier run already; nothing is overwritten. Continue that run with --ckpt_path "
                 "last, or start a new one with --trainer.default_root_dir DIRECTORY. "
                 "(trainer.default_root_dir)"
             )
@@ -194,8 +200,8 @@ def _best(found: list[Path]) -> Path:
         if key.startswith("ModelCheckpoint") and best.is_file():
             return best
     raise CheckpointError(
-        f"ckpt_path='best': {str(found[-1])!r} does not say which checkpoint was the best. Name one: "
-        f"{', '.join(str(path) for path in found)}. (ckpt_path)"
+        f"ckpt_path='best': {str(found[-1])!r} does not say which checkpoint was the best. Name "
+        f"one: {', '.join(str(path) for path in found)}. (ckpt_path)"
     )
 
 

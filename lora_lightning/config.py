@@ -61,7 +61,9 @@ class LoraConfig:
     def __post_init__(self) -> None:
         for key, rank in {"r": self.r, **_prefixed("rank_pattern", self.rank_pattern)}.items():
             if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-                raise RankError(f"{key} is {rank!r}; a rank is an integer of at least 1. (lora.{key})")
+                raise RankError(
+                    f"{key} is {rank!r}; a rank is an integer of at least 1. (lora.{key})"
+                )
         alphas = {"lora_alpha": self.lora_alpha, **_prefixed("alpha_pattern", self.alpha_pattern)}
         for key, alpha in alphas.items():
             if not isinstance(alpha, (int, float)) or not math.isfinite(alpha) or alpha <= 0:
@@ -123,7 +125,9 @@ class LoraConfig:
         for key in options:
             if key not in known:
                 near = did_you_mean(key, known)
-                hint = f" Did you mean {near!r}?" if near else f" Known options: {', '.join(known)}."
+                hint = (
+                    f" Did you mean {near!r}?" if near else f" Known options: {', '.join(known)}."
+                )
                 raise ConfigError(f"Unknown LoRA option {key!r}.{hint} (lora.{key})")
         return cls(**options)
 
@@ -138,7 +142,9 @@ def _prefixed(key: str, pattern: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_choice(key: str, value: object, choices: tuple[object, ...]) -> None:
-    if not any(value is choice or (value == choice and type(value) is type(choice)) for choice in choices):
+    if not any(
+        value is choice or (value == choice and type(value) is type(choice)) for choice in choices
+    ):
         listed = ", ".join(repr(choice) for choice in choices)
         near = did_you_mean(str(value), [c for c in choices if isinstance(c, str)])
         hint = f" Did you mean {near!r}?" if near else ""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from lora_lightning.hosts.base import Host, walk
 SAMPLE = 65_536
 
 # name -> [shape, dtype, digest]: plain values, so that `torch.load(weights_only=True)` reads it.
-Fingerprint = dict[str, list]  # type: ignore[type-arg]
+Fingerprint = dict[str, list[Any]]
 
 
 def base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -39,16 +40,22 @@ def base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     }
     replaced: list[str] = []
     for path, module in walk(model):
-        if isinstance(module, Host) and any(isinstance(a, TrainedCopy) for a in module.adapters.values()):
+        if isinstance(module, Host) and any(
+            isinstance(a, TrainedCopy) for a in module.adapters.values()
+        ):
             replaced.append(path + ".")
         prefix = path + "." if path else ""
         if any(prefix.startswith(outer) for outer in replaced):
             continue
         for name, tensor in [*module.named_parameters(recurse=False), *_persistent_buffers(module)]:
             key = prefix + name
-            if isinstance(module, Host) and name == "weight" and module._unmerged_weight is not None:
+            if (
+                isinstance(module, Host)
+                and name == "weight"
+                and module._unmerged_weight is not None
+            ):
                 tensor = module._unmerged_weight
-            yield key, original_biases.get(key, tensor)  # type: ignore[misc]
+            yield key, cast(Tensor, original_biases.get(key, tensor))
 
 
 def base_fingerprint(model: nn.Module) -> Fingerprint:
@@ -65,7 +72,11 @@ def base_fingerprint(model: nn.Module) -> Fingerprint:
                 f"The base model's {name!r} is on the meta device and holds no values: load the "
                 "base before training adapters on it."
             )
-        fingerprint[name] = [list(tensor.shape), str(tensor.dtype).removeprefix("torch."), digest(tensor)]
+        fingerprint[name] = [
+            list(tensor.shape),
+            str(tensor.dtype).removeprefix("torch."),
+            digest(tensor),
+        ]
     return fingerprint
 
 

@@ -14,7 +14,7 @@ from lora_lightning.adapters.lora import LoraSettings
 from lora_lightning.adapters.trained_copy import TrainedCopy
 from lora_lightning.bias import biases_to_train, forget_bias, train_bias, trained_biases
 from lora_lightning.config import LoraConfig
-from lora_lightning.errors import AdapterStateError, ConfigError, RankError, TargetError
+from lora_lightning.errors import AdapterStateError, ConfigError, RankError
 from lora_lightning.hosts import host_type_for
 from lora_lightning.hosts.base import Host, check_can_grow, grow, named_hosts, shrink, walk
 from lora_lightning.hosts.fast_path import close_fast_path, reopen_fast_path
@@ -160,10 +160,10 @@ def _lora_settings(
         raise RankError(
             f"r={r} is larger than {path!r} ({kind} {sizes[0]} -> {sizes[1]}) allows: "
             f"at most {min(sizes)}. Lower r, give this layer its own with rank_pattern: "
-            f"{{{last}: {min(sizes)}}}, leave it out with exclude_modules: [{last}], or train it in "
-            f"full with modules_to_save: [{last}]. (lora.{key})"
+            f"{{{last}: {min(sizes)}}}, leave it out with exclude_modules: [{last}], or train it "
+            f"in full with modules_to_save: [{last}]. (lora.{key})"
         )
-    weight: torch.Tensor = module.weight  # type: ignore[assignment]
+    weight = cast(torch.Tensor, module.weight)
     return LoraSettings(
         config=config,
         r=r,
@@ -182,7 +182,9 @@ def _train_biases(
     targets: set[str],
     saved: dict[str, nn.Module],
 ) -> None:
-    known = {path for path, _, record in trained_biases(model) if record.adapter_name == adapter_name}
+    known = {
+        path for path, _, record in trained_biases(model) if record.adapter_name == adapter_name
+    }
     for path, module in biases_to_train(model, config.bias, targets):
         inside_copy = any(path == outer or path.startswith(outer + ".") for outer in saved)
         if f"{path}.bias" not in known and not inside_copy:
@@ -202,7 +204,7 @@ def _copy_without_adapters(module: nn.Module) -> nn.Module:
 def adapters_named(model: nn.Module, adapter_name: str) -> dict[str, Adapter]:
     """The adapters of that name, by path of their module."""
     return {
-        path: cast(Adapter, host.adapters[adapter_name])
+        path: host.adapters[adapter_name]
         for path, host in named_hosts(model)
         if adapter_name in host.adapters
     }

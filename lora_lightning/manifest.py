@@ -8,7 +8,7 @@ from torch import nn
 
 import lora_lightning
 from lora_lightning.binding import Binding, binding_of
-from lora_lightning.checkpoint import config_differences, saved_keys, tensor_differences
+from lora_lightning.checkpoint import config_differences, tensor_differences
 from lora_lightning.errors import AdapterMismatchError, CheckpointError, first_few
 from lora_lightning.fingerprint import Fingerprint, digest, fingerprint_difference
 from lora_lightning.hosts.base import walk
@@ -68,8 +68,8 @@ def check_checkpoint(
         if base and all(key in state for key in base):
             raise CheckpointError(
                 "This is a full-model checkpoint (it holds the base model's "
-                f"{len(base)} tensors), but LoraCallback resumes from adapter checkpoints. To start "
-                "from these weights, load them into the module before fit: "
+                f"{len(base)} tensors), but LoraCallback resumes from adapter checkpoints. To "
+                "start from these weights, load them into the module before fit: "
                 "module.load_state_dict(torch.load(path)['state_dict']); then train without "
                 "ckpt_path. (ckpt_path)"
             )
@@ -80,8 +80,8 @@ def check_checkpoint(
     if manifest["format"] > FORMAT:
         raise CheckpointError(
             f"This checkpoint has format {manifest['format']}, written by lora_lightning "
-            f"{manifest['version']}; this is {lora_lightning.__version__}, which reads up to format "
-            f"{FORMAT}. Update lora_lightning. (ckpt_path)"
+            f"{manifest['version']}; this is {lora_lightning.__version__}, which reads up to "
+            f"format {FORMAT}. Update lora_lightning. (ckpt_path)"
         )
     saved_base, own_base = manifest["base"], binding_of(module).fingerprint or {}
     # First what both bases have: where that differs, adapters differ as a consequence only.

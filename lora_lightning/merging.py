@@ -12,7 +12,7 @@ from lora_lightning.adapters.base import DeltaAdapter
 from lora_lightning.adapters.trained_copy import TrainedCopy
 from lora_lightning.bias import trained_biases
 from lora_lightning.errors import AdapterStateError
-from lora_lightning.hosts.base import Host, named_hosts, shrink
+from lora_lightning.hosts.base import Host, named_hosts
 from lora_lightning.hosts.fast_path import reopen_fast_path
 from lora_lightning.injection import delete_adapter
 from lora_lightning.switching import active_adapters, adapter_names, set_adapter
@@ -83,7 +83,7 @@ def merge_and_unload(model: nn.Module, names: str | Sequence[str] | None = None)
             if isinstance(adapter, TrainedCopy):
                 _take_over(host, adapter.module)
     for _, module, record in list(trained_biases(model)):
-        record.hidden = module.bias.detach().clone()  # type: ignore[union-attr,operator]
+        record.hidden = record.parameter(module).detach().clone()
     return unload(model)
 
 
@@ -117,7 +117,7 @@ def _check_weights(model: nn.Module, names: Sequence[str], copies_too: bool = Fa
         merging = [host.adapters[name] for name in names if name in host.adapters]
         written: list[nn.Parameter] = []
         if any(isinstance(adapter, DeltaAdapter) for adapter in merging):
-            weight = host._parameters.get("weight")  # type: ignore[attr-defined]
+            weight = host._parameters.get("weight")
             if weight is None:
                 raise AdapterStateError(
                     f"The weight of {path!r} is computed from other tensors (a parametrization); a "
@@ -125,7 +125,7 @@ def _check_weights(model: nn.Module, names: Sequence[str], copies_too: bool = Fa
                 )
             written.append(weight)
         if copies_too and any(isinstance(adapter, TrainedCopy) for adapter in merging):
-            written += [p for p in host.parameters() if id(p) not in _adapter_parameters(host)]  # type: ignore[attr-defined]
+            written += [p for p in host.parameters() if id(p) not in _adapter_parameters(host)]
         for parameter in written:
             if parameter.is_meta:
                 raise AdapterStateError(f"{path!r} is on the meta device; load the base first.")

@@ -73,13 +73,17 @@ def cover_trainable(optimizers: list[Optimizer], model: nn.Module, meant_for: Gr
     for name, p in trainable_parameters(model).items():
         if id(p) not in covered:
             owner = name.partition(".adapters.")[0] + "."
-            homes = [group_of[id(q)] for n, q in base.items() if n.startswith(owner) and id(q) in group_of]
+            homes = [
+                group_of[id(q)]
+                for n, q in base.items()
+                if n.startswith(owner) and id(q) in group_of
+            ]
             (homes or [optimizers[0].param_groups[0]])[0]["params"].append(p)
     for index, optimizer in enumerate(optimizers):
         if not any(group["params"] for group in optimizer.param_groups):
             raise OptimizerError(
-                f"Optimizer {index} ({type(optimizer).__name__}) is left without any parameter: all "
-                "that configure_optimizers gave it is frozen. Return it only when some of its "
+                f"Optimizer {index} ({type(optimizer).__name__}) is left without any parameter: "
+                "all that configure_optimizers gave it is frozen. Return it only when some of its "
                 "parameters train: list their module in modules_to_save. (lora.modules_to_save)"
             )
 
@@ -116,7 +120,9 @@ def check_coverage(optimizers: Iterable[Optimizer], model: nn.Module) -> None:
 def default_optimizer(model: nn.Module, lr: float) -> Optimizer:
     """AdamW over what trains, fused where torch has it: for modules that bring no optimizer."""
     params = list(trainable_parameters(model).values())
-    return torch.optim.AdamW(params, lr=lr, weight_decay=0.0, fused=all(_can_fuse(p) for p in params))
+    return torch.optim.AdamW(
+        params, lr=lr, weight_decay=0.0, fused=all(_can_fuse(p) for p in params)
+    )
 
 
 def find_optimizers(configured: Any) -> list[Optimizer]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from dataclasses import dataclass
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -44,7 +45,8 @@ def target_rows(model: nn.Module, adapter_name: str) -> list[TargetRow]:
     copies: dict[str, TargetRow] = {}
     for path, module in walk(model):
         name = _shown_name(path)
-        adapter = module.adapters[adapter_name] if _carries(module, adapter_name) else None  # type: ignore[index,union-attr]
+        carries = isinstance(module, Host) and adapter_name in module.adapters
+        adapter: Any = module.adapters[adapter_name] if carries else None  # type: ignore[index]
         size = sum(p.numel() for p in adapter.parameters()) if adapter is not None else 0
         if isinstance(adapter, TrainedCopy):
             copies[path] = TargetRow(path, 1, 1, (), size, full=True)
@@ -53,7 +55,7 @@ def target_rows(model: nn.Module, adapter_name: str) -> list[TargetRow]:
             row.name, row.possible = name, row.possible + 1
             if adapter is not None:
                 row.matched += 1
-                row.ranks = tuple(sorted({*row.ranks, adapter.r}))  # type: ignore[arg-type]
+                row.ranks = tuple(sorted({*row.ranks, adapter.r}))
                 row.parameters += size
     return [*(row for row in rows.values() if row.matched), *copies.values()]
 
@@ -67,9 +69,13 @@ def start_table(model: nn.Module, adapter_name: str, left_out: list[str]) -> Tab
     for row in target_rows(model, adapter_name):
         ranks = "full" if row.full else ", ".join(map(str, row.ranks))
         table.add_row(row.name, f"{row.matched} of {row.possible}", ranks, f"{row.parameters:,}")
-    biases = [m for _, m, record in trained_biases(model) if record.adapter_name == adapter_name]
+    biases = [
+        record.parameter(module).numel()
+        for _, module, record in trained_biases(model)
+        if record.adapter_name == adapter_name
+    ]
     if biases:
-        total = sum(m.bias.numel() for m in biases)  # type: ignore[union-attr,misc]
+        total = sum(biases)
         table.add_row("bias", str(len(biases)), "full", f"{total:,}")
     for path in left_out:
         table.add_row(f"{path} (output head, frozen)", "0 of 1", "-", "0")
@@ -83,9 +89,9 @@ def start_lines(model: nn.Module, root: nn.Module, adapter_name: str) -> list[st
     adapter = adapter_state_dict(root, adapter_name).values()
     on_disk = sum(t.numel() * t.element_size() for t in adapter)
     return [
-        f"trainable {trainable:,} of {total:,} parameters ({100 * trainable / max(total, 1):.2f} %)",
-        f"adapter on disk {readable_bytes(on_disk)}; the base, {readable_bytes(base_bytes(model))}, "
-        "is not saved",
+        f"trainable {trainable:,} of {total:,} parameters ({trainable / max(total, 1):.2%})",
+        f"adapter on disk {readable_bytes(on_disk)}; the base, {readable_bytes(base_bytes(model))}, is "
+        "not saved",
     ]
 
 
@@ -94,7 +100,9 @@ def batch_line(batch_size: int | None, accumulate: int, devices: int) -> str:
     if batch_size is None:
         return f"effective batch: batches x {accumulate} accumulated x {devices} devices"
     product = batch_size * accumulate * devices
-    return f"effective batch {product} = {batch_size} x {accumulate} accumulated x {devices} devices"
+    return (
+        f"effective batch {product} = {batch_size} x {accumulate} accumulated x {devices} devices"
+    )
 
 
 def end_lines(model: nn.Module, best: str, last: str) -> list[str]:
@@ -104,7 +112,9 @@ def end_lines(model: nn.Module, best: str, last: str) -> list[str]:
     for label, path in (("best", best), ("last", last)):
         if path and os.path.isfile(path):
             size = readable_bytes(os.path.getsize(path))
-            lines.append(f"{label} checkpoint: {path} ({size} with optimizer state; the base is {base})")
+            lines.append(
+                f"{label} checkpoint: {path} ({size} with optimizer state; the base is {base})"
+            )
     return lines
 
 
@@ -134,7 +144,3 @@ def _shown_name(path: str) -> str:
     parts = path.split(".")
     named = [index for index, part in enumerate(parts) if not part.isdigit()]
     return ".".join(parts[named[-1] if named else 0 :])
-
-
-def _carries(module: nn.Module, adapter_name: str) -> bool:
-    return isinstance(module, Host) and adapter_name in module.adapters

@@ -32,8 +32,8 @@ def check_strategy(trainer: Any) -> None:
     launcher = type(getattr(strategy, "launcher", None)).__name__
     if launcher == "_MultiProcessingLauncher":
         raise ConfigError(
-            f"{name} from this launcher (spawn or fork) trains in child processes and hands only tensors "
-            "that the main process already has back: the trained adapters would be lost. Use "
+            f"{name} from this launcher (spawn or fork) trains in child processes and hands only "
+            "tensors that the main process already has back: the trained adapters would be lost. Use "
             "strategy='ddp' from a script, or one device in a notebook. (trainer.strategy)"
         )
 
@@ -112,5 +112,7 @@ def _load_checkpoint(self: Any, checkpoint_path: Any, *args: Any, **kwargs: Any)
 
 def _others(path: str) -> str:
     folder = os.path.dirname(path) or "."
-    others = [f for f in sorted(os.listdir(folder)) if f.endswith(".ckpt") and f != os.path.basename(path)]
+    others = [
+        f for f in sorted(os.listdir(folder)) if f.endswith(".ckpt") and f != os.path.basename(path)
+    ]
     return f" ({', '.join(others)} lie beside it)" if others else ""

@@ -21,7 +21,9 @@ def adapter_names(model: nn.Module) -> list[str]:
 
 def active_adapters(model: nn.Module) -> list[str]:
     """Names of the adapters that act on `model`."""
-    return list(dict.fromkeys(name for _, host in named_hosts(model) for name in host.active_adapters))
+    return list(
+        dict.fromkeys(name for _, host in named_hosts(model) for name in host.active_adapters)
+    )
 
 
 def set_adapter(model: nn.Module, names: str | Sequence[str], *, trainable: bool = True) -> None:
@@ -46,12 +48,16 @@ def set_adapter(model: nn.Module, names: str | Sequence[str], *, trainable: bool
             raise AdapterStateError(f"No adapter {name!r}; the model has {known or 'none'}.{hint}")
     hosts = list(named_hosts(model))
     for path, host in hosts:
-        if host.merged_adapters and host.active_adapters != [n for n in names if n in host.adapters]:
+        if host.merged_adapters and host.active_adapters != [
+            n for n in names if n in host.adapters
+        ]:
             raise AdapterStateError(
                 f"Adapters {host.merged_adapters} are merged into the base; "
                 "call unmerge_adapter(model) before switching."
             )
-        copies = [n for n in names if n in host.adapters and isinstance(host.adapters[n], TrainedCopy)]
+        copies = [
+            n for n in names if n in host.adapters and isinstance(host.adapters[n], TrainedCopy)
+        ]
         if len(copies) > 1:
             raise AdapterStateError(
                 f"Adapters {copies} each replace {path!r} by a copy of their own "
@@ -63,7 +69,7 @@ def set_adapter(model: nn.Module, names: str | Sequence[str], *, trainable: bool
             _require_grad(adapter, trainable and name in names)
     for _, module, record in trained_biases(model):
         record.show(module, record.adapter_name in names)
-        module.bias.requires_grad_(trainable and record.adapter_name in names)  # type: ignore[union-attr,operator]
+        record.parameter(module).requires_grad_(trainable and record.adapter_name in names)
 
 
 def activate_new(model: nn.Module, name: str, active: bool) -> None:
@@ -77,7 +83,7 @@ def activate_new(model: nn.Module, name: str, active: bool) -> None:
     for _, module, record in trained_biases(model):
         if record.adapter_name == name:
             record.show(module, active)
-            module.bias.requires_grad_(active)  # type: ignore[union-attr,operator]
+            record.parameter(module).requires_grad_(active)
 
 
 def _require_grad(adapter: nn.Module, wanted: bool) -> None:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -120,10 +121,12 @@ def is_excluded(config: LoraConfig, path: str) -> bool:
             return True
     elif excluded and any(matches_name(name, path) for name in excluded):
         return True
-    return any(re.match(rf"(^|.*\.){saved}($|\..*)", path) for saved in config.modules_to_save or ())
+    return any(
+        re.match(rf"(^|.*\.){saved}($|\..*)", path) for saved in config.modules_to_save or ()
+    )
 
 
-def pattern_value(pattern: dict[str, float], path: str, default: float) -> float:
+def pattern_value(pattern: Mapping[str, float], path: str, default: float) -> float:
     """The value of the first key of `pattern` that fits the end of `path`."""
     for key, value in pattern.items():
         if re.match(rf"(.*\.)?({key})$", path):
@@ -141,10 +144,13 @@ def output_heads(model: nn.Module) -> list[str]:
     for path, module in walk(model):
         if not (hasattr(module, "base_model_prefix") and hasattr(module, "get_output_embeddings")):
             continue
-        head = module.get_output_embeddings()
+        model_part: Any = module
+        head = model_part.get_output_embeddings()
         if head is None:
             head = getattr(module, "score", None) or getattr(module, "classifier", None)
-        heads += [f"{path}.{sub}" if path else sub for sub, m in module.named_modules() if m is head]
+        heads += [
+            f"{path}.{sub}" if path else sub for sub, m in module.named_modules() if m is head
+        ]
     return heads
 
 
@@ -207,11 +213,17 @@ def _check_every_target_matched(
         outside = [path for path in modules if matches_name(name, path)]
         if outside:
             why = f"is there ({first_few(outside, 2)}), but excluded by other options"
-            if any(matches_name(saved, path) for saved in config.modules_to_save or () for path in outside):
+            if any(
+                matches_name(saved, path)
+                for saved in config.modules_to_save or ()
+                for path in outside
+            ):
                 why = f"is in modules_to_save already ({first_few(outside, 2)})"
             lines.append(f"  {name!r} {why}")
         else:
-            lines.append(f"  {name!r}{_near(name, modules) or ' is unlike every name in this model.'}")
+            lines.append(
+                f"  {name!r}{_near(name, modules) or ' is unlike every name in this model.'}"
+            )
     lines.append(f"  {_linear_names(modules)}")
     lines.append(
         f"Use {ALL_LINEAR!r} for every Linear except the output head, or list names. "
@@ -308,14 +320,22 @@ def _linear_names(modules: dict[str, nn.Module]) -> str:
     )
     if not names:
         return f"This model has no module of an adaptable kind ({SUPPORTED})."
-    return "Adaptable names in this model: " + ", ".join(f"{n} x{count}" for n, count in names.items())
+    return "Adaptable names in this model: " + ", ".join(
+        f"{n} x{count}" for n, count in names.items()
+    )
 
 
 def _kinds_in(modules: dict[str, nn.Module]) -> str:
-    kinds = Counter(type(m).__name__ for m in modules.values() if next(m.parameters(recurse=False), None) is not None)
+    kinds = Counter(
+        type(m).__name__
+        for m in modules.values()
+        if next(m.parameters(recurse=False), None) is not None
+    )
     if not kinds:
         return "the model has no parameters yet"
-    return "the model's modules with parameters are " + ", ".join(f"{k} x{n}" for k, n in kinds.items())
+    return "the model's modules with parameters are " + ", ".join(
+        f"{k} x{n}" for k, n in kinds.items()
+    )
 
 
 def _top_names(modules: dict[str, nn.Module]) -> str:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 
-
 class Net(LightningModule):
     """Dropout, BatchNorm and a head: everything that can go wrong in a small space."""
 
@@ -23,7 +22,9 @@ class Net(LightningModule):
             torch.manual_seed(42)  # stands for pretrained weights: the same in every process
             self.embed = nn.Linear(8, width)
             self.norm = nn.BatchNorm1d(width)
-            self.body = nn.Sequential(nn.ReLU(), nn.Dropout(0.2), nn.Linear(width, width), nn.ReLU())
+            self.body = nn.Sequential(
+                nn.ReLU(), nn.Dropout(0.2), nn.Linear(width, width), nn.ReLU()
+            )
             self.head = nn.Linear(width, 3)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -37,7 +37,11 @@ def floor(dotted: str) -> int:
 def imports(path: Path) -> set[str]:
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("lora_lightning."):
+        if (
+            isinstance(node, ast.ImportFrom)
+            and node.module
+            and node.module.startswith("lora_lightning.")
+        ):
             found.add(node.module)
     return found
 
@@ -91,7 +95,7 @@ def test_every_public_name_is_there() -> None:
         assert getattr(lora_lightning, name).__name__ == name
     assert set(lora_lightning.__all__) <= set(dir(lora_lightning))
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
-        lora_lightning.nothing  # noqa: B018
+        lora_lightning.nothing
 
 
 def test_every_public_name_is_documented() -> None:

@@ -23,7 +23,11 @@ from lora_lightning.errors import (
     TargetError,
 )
 
-OPTIONS: dict[str, Any] = {"r": 2, "target_modules": ["embed", "body.2"], "modules_to_save": ["head"]}
+OPTIONS: dict[str, Any] = {
+    "r": 2,
+    "target_modules": ["embed", "body.2"],
+    "modules_to_save": ["head"],
+}
 
 
 def adapters(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -50,13 +54,18 @@ def test_every_entry_point_once_and_again(tmp_path: Path, kind: type) -> None:
     trainer.fit(module, data)
     trained = adapters(module)
     assert at_start.keys() == trained.keys()
-    assert not torch.equal(at_start["embed.adapters.default.lora_B"], trained["embed.adapters.default.lora_B"])
+    assert not torch.equal(
+        at_start["embed.adapters.default.lora_B"], trained["embed.adapters.default.lora_B"]
+    )
     own = trainer.validate(module, data, verbose=False)
     assert trainer.test(module, data, verbose=False)[0]["test_loss"] == own[0]["val_loss"]
     trainer.predict(module, data)
     trainer.fit(module, data)  # max_epochs reached: nothing more, and nothing is injected twice
     assert all(torch.equal(trained[k], v) for k, v in adapters(module).items())
-    assert trainer.test(module, data, ckpt_path="best", verbose=False)[0]["test_loss"] == own[0]["val_loss"]
+    assert (
+        trainer.test(module, data, ckpt_path="best", verbose=False)[0]["test_loss"]
+        == own[0]["val_loss"]
+    )
     fresh = kind()
     again = run(tmp_path, LoraCallback(**OPTIONS))
     losses = again.validate(fresh, data, ckpt_path=str(tmp_path / "best.ckpt"), verbose=False)
@@ -74,7 +83,9 @@ def test_same_module_with_a_second_trainer(tmp_path: Path) -> None:
     run(tmp_path, LoraCallback(**OPTIONS)).fit(module, Data())
     second = adapters(module)
     assert first.keys() == second.keys()
-    assert not torch.equal(first["embed.adapters.default.lora_B"], second["embed.adapters.default.lora_B"])
+    assert not torch.equal(
+        first["embed.adapters.default.lora_B"], second["embed.adapters.default.lora_B"]
+    )
 
 
 def test_disabled_callback_is_not_there(tmp_path: Path) -> None:
@@ -158,8 +169,12 @@ def test_two_callbacks_train_together(tmp_path: Path) -> None:
     run(tmp_path, *pair).validate(fresh, Data(), ckpt_path=tmp_path / "two.ckpt", verbose=False)
     assert all(torch.equal(v, adapters(fresh)[k]) for k, v in adapters(module).items())
     with pytest.raises(AdapterMismatchError, match="adapter 'b': only in the checkpoint"):
-        run(tmp_path, pair[0]).validate(Net(), Data(), ckpt_path=tmp_path / "two.ckpt", verbose=False)
-    with pytest.raises(ConfigError, match="Two LoraCallbacks of this Trainer have adapter_name='a'"):
+        run(tmp_path, pair[0]).validate(
+            Net(), Data(), ckpt_path=tmp_path / "two.ckpt", verbose=False
+        )
+    with pytest.raises(
+        ConfigError, match="Two LoraCallbacks of this Trainer have adapter_name='a'"
+    ):
         run(tmp_path, pair[0], LoraCallback(adapter_name="a")).fit(Net(), Data())
 
 
@@ -175,11 +190,13 @@ def test_start_table_and_end_lines(tmp_path: Path, capsys: Any) -> None:
     ).fit(Net(), Data())
     out = capsys.readouterr().out
     assert "LoRA adapter 'default'" in out
-    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if "│" in line]
+    rows = [
+        [cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if "│" in line
+    ]
     assert ["embed", "1 of 1", "2", "48"] in rows
     assert ["body.2", "1 of 1", "2", "64"] in rows
     assert ["head", "1 of 1", "full", "51"] in rows
-    assert "trainable 163 of 662 parameters (24.62 %)" in out
+    assert "trainable 163 of 662 parameters (24.62%)" in out
     assert "adapter on disk 652 B; the base, " in out
     assert "effective batch 32 = 16 x 2 accumulated x 1 devices" in out
     assert f"best checkpoint: {tmp_path}/best.ckpt (" in out
@@ -251,7 +268,9 @@ def test_a_partly_bypassed_adapter_is_a_warning(tmp_path: Path) -> None:
 def groups_by_kind(self: LightningModule) -> Any:
     weights = [p for n, p in self.named_parameters() if p.ndim > 1]
     others = [p for n, p in self.named_parameters() if p.ndim <= 1]
-    return torch.optim.AdamW([{"params": weights, "weight_decay": 0.1}, {"params": others}], lr=1e-2)
+    return torch.optim.AdamW(
+        [{"params": weights, "weight_decay": 0.1}, {"params": others}], lr=1e-2
+    )
 
 
 def only_the_head(self: Any) -> Any:
@@ -275,7 +294,9 @@ OPTIMIZERS = {
     "one cycle": one_cycle,
     "Adagrad": lambda self: torch.optim.Adagrad(self.parameters(), lr=0.1),
     "LBFGS": lambda self: torch.optim.LBFGS(self.parameters(), lr=0.1),
-    "filtered": lambda self: torch.optim.Adam([p for p in self.parameters() if p.requires_grad], lr=0.1),
+    "filtered": lambda self: torch.optim.Adam(
+        [p for p in self.parameters() if p.requires_grad], lr=0.1
+    ),
     "None": lambda self: None,
 }
 
@@ -297,14 +318,23 @@ def test_adapter_joins_the_group_of_its_base_weight(tmp_path: Path) -> None:
     """As from LightningCLI, whose optimizer is older than the adapters."""
     module = Net()
     optimizer = torch.optim.SGD(
-        [{"params": module.head.parameters(), "lr": 0.1}, {"params": module.embed.parameters(), "lr": 0.2}]
+        [
+            {"params": module.head.parameters(), "lr": 0.1},
+            {"params": module.embed.parameters(), "lr": 0.2},
+        ]
     )
     module.configure_optimizers = lambda: optimizer  # type: ignore[method-assign,assignment]
     run(tmp_path, LoraCallback(r=2, target_modules=["embed", "head"])).fit(module, Data())
     head, embed = (group["params"] for group in optimizer.param_groups)
     ids = {id(p): name for name, p in module.named_parameters()}
-    assert [ids[id(p)] for p in head] == ["head.adapters.default.lora_A", "head.adapters.default.lora_B"]
-    assert [ids[id(p)] for p in embed] == ["embed.adapters.default.lora_A", "embed.adapters.default.lora_B"]
+    assert [ids[id(p)] for p in head] == [
+        "head.adapters.default.lora_A",
+        "head.adapters.default.lora_B",
+    ]
+    assert [ids[id(p)] for p in embed] == [
+        "embed.adapters.default.lora_A",
+        "embed.adapters.default.lora_B",
+    ]
 
 
 def test_optimizer_left_with_nothing(tmp_path: Path) -> None:

@@ -13,7 +13,11 @@ from modules import Data, Net, run
 from lora_lightning import LoraCallback
 from lora_lightning.errors import AdapterMismatchError, CheckpointError
 
-OPTIONS: dict[str, Any] = {"r": 2, "target_modules": ["embed", "body.2"], "modules_to_save": ["head"]}
+OPTIONS: dict[str, Any] = {
+    "r": 2,
+    "target_modules": ["embed", "body.2"],
+    "modules_to_save": ["head"],
+}
 
 
 @pytest.fixture
@@ -47,7 +51,9 @@ def edited(path: Path, edit: Any) -> Path:
 
 
 def test_the_good_one_is_accepted(checkpoint: Path) -> None:
-    run(checkpoint.parent, LoraCallback(**OPTIONS)).validate(Net(), Data(), str(checkpoint), verbose=False)
+    run(checkpoint.parent, LoraCallback(**OPTIONS)).validate(
+        Net(), Data(), str(checkpoint), verbose=False
+    )
 
 
 @pytest.mark.parametrize("strict", [True, False], ids=["strict", "strict_loading=False"])
@@ -55,7 +61,9 @@ def test_other_rank(checkpoint: Path, strict: bool) -> None:
     module = Net()
     module.strict_loading = strict
     text = refused(checkpoint, AdapterMismatchError, module, r=3)
-    assert text.startswith("The checkpoint's adapters are not those of this run; nothing was loaded.")
+    assert text.startswith(
+        "The checkpoint's adapters are not those of this run; nothing was loaded."
+    )
     assert "adapter 'default': r: 2 in the checkpoint, 3 here (lora.r)" in text
     assert "body.2.adapters.default.lora_A [2, 16] in the checkpoint, [3, 16] here" in text
     assert "Use the options that the checkpoint was trained with" in text
@@ -70,7 +78,10 @@ def test_other_alpha_or_scaling(checkpoint: Path) -> None:
 
 def test_other_targets(checkpoint: Path) -> None:
     text = refused(checkpoint, AdapterMismatchError, target_modules=["embed"])
-    assert "only in the checkpoint: body.2.adapters.default.lora_A, body.2.adapters.default.lora_B" in text
+    assert (
+        "only in the checkpoint: body.2.adapters.default.lora_A, body.2.adapters.default.lora_B"
+        in text
+    )
     text = refused(checkpoint, AdapterMismatchError, modules_to_save=None)
     assert "only in the checkpoint: head.adapters.default.module.bias" in text
     text = refused(checkpoint, AdapterMismatchError, adapter_name="style")
@@ -112,7 +123,9 @@ def test_twin_the_fingerprint_is_what_notices(checkpoint: Path, monkeypatch: Any
     other = Net()
     with torch.no_grad():
         other.embed.weight[3, 3] += 1e-6
-    run(checkpoint.parent, LoraCallback(**OPTIONS)).validate(other, Data(), str(checkpoint), verbose=False)
+    run(checkpoint.parent, LoraCallback(**OPTIONS)).validate(
+        other, Data(), str(checkpoint), verbose=False
+    )
 
 
 def test_a_full_model_checkpoint(tmp_path: Path) -> None:

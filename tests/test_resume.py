@@ -16,12 +16,16 @@ import lora_lightning.callback
 from lora_lightning import LoraCallback
 
 
-def fit(kind: type, folder: Path, epochs: int, ckpt_path: Any = None, **options: Any) -> dict[str, Any]:
+def fit(
+    kind: type, folder: Path, epochs: int, ckpt_path: Any = None, **options: Any
+) -> dict[str, Any]:
     seed_everything(7 if ckpt_path is None else 123, verbose=False)  # another process, other luck
     if ckpt_path is not None:
         torch.rand(5), np.random.rand(3)
     module = kind()
-    callback = LoraCallback(r=2, lora_dropout=0.3, target_modules=["embed", "body.2"], modules_to_save=["head"])
+    callback = LoraCallback(
+        r=2, lora_dropout=0.3, target_modules=["embed", "body.2"], modules_to_save=["head"]
+    )
     saver = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, save_last=True)
     trainer = run(folder, callback, saver, max_epochs=epochs, **options)
     trainer.fit(module, Data(), ckpt_path=ckpt_path)
@@ -78,7 +82,9 @@ def test_evaluation_leaves_the_random_state_alone(tmp_path: Path) -> None:
 def test_other_callbacks_resume_too(tmp_path: Path) -> None:
     def go(folder: Path, epochs: int, ckpt_path: Any = None) -> int:
         seed_everything(3, verbose=False)
-        stop = EarlyStopping("val_loss", patience=2, min_delta=10.0)  # nothing ever counts as better
+        stop = EarlyStopping(
+            "val_loss", patience=2, min_delta=10.0
+        )  # nothing ever counts as better
         trainer = run(
             folder,
             stop,

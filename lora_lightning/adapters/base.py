@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,9 @@ class DeltaAdapter(Adapter):
 
 class AdapterDict(nn.ModuleDict):
     """The adapters of one module by name. Its type is how adapters are told from base modules."""
+
+    def __getitem__(self, name: str) -> Adapter:
+        return cast(Adapter, super().__getitem__(name))
 
 
 def master_dtype(base: torch.dtype) -> torch.dtype:

@@ -102,7 +102,8 @@ class LoraAdapter(_LoraAdapter):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """y + scaling * B A dropout(x), in y's dtype."""
         x = self.lora_dropout(x)
-        a, b = self.lora_A, self.lora_B
+        a: Tensor = self.lora_A
+        b: Tensor = self.lora_B
         if not torch.is_autocast_enabled(x.device.type):  # which would cast x, A and B itself
             a, b = a.to(x.dtype), b.to(x.dtype)
         hidden = F.linear(x, a)

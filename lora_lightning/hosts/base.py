@@ -9,9 +9,8 @@ restores exactly the class that was there.
 from __future__ import annotations
 
 import copyreg
-import functools
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,7 @@ from lora_lightning.adapters.trained_copy import TrainedCopy
 from lora_lightning.errors import AdapterStateError, TargetError
 
 
-class Host:
+class Host(nn.Module):
     """Mixin of the dynamic subclass: a module that carries adapters.
 
     Attributes:
@@ -35,6 +34,7 @@ class Host:
     kind = "module"  # which adapter class fits, a key of adapters.LORA_BY_KIND
     host_type: type[Host]  # these two: what the dynamic class is made of
     base_type: type[nn.Module]
+    weight: nn.Parameter  # of every kind that carries deltas
     adapters: AdapterDict
     active_adapters: list[str]
     adapters_enabled: bool
@@ -58,14 +58,14 @@ class Host:
                 return adapter(*args, **kwargs)
         if self._instance_forward is not None:  # a forward patched onto the instance (accelerate)
             return self._instance_forward(*args, **kwargs)
-        return super().forward(*args, **kwargs)  # type: ignore[misc]
+        return super().forward(*args, **kwargs)  # the base type's
 
     def live_adapters(self) -> list[Adapter]:
         """The adapters that act in forward: active, enabled, and not already in the weight."""
         if not self.adapters_enabled:
             return []
         merged = self.merged_adapters
-        return [self.adapters[n] for n in self.active_adapters if n not in merged]  # type: ignore[misc]
+        return [self.adapters[n] for n in self.active_adapters if n not in merged]
 
     def weight_delta(self, adapter: DeltaAdapter) -> Tensor:
         """The adapter's delta in the layout of this module's `weight`."""
@@ -90,11 +90,11 @@ class Host:
         ]
         if not new:
             return
-        weight: Tensor = self.weight  # type: ignore[assignment,attr-defined]
+        weight = self.weight
         base = weight.detach().clone() if self._unmerged_weight is None else self._unmerged_weight
         total = base.to(torch.promote_types(base.dtype, torch.float32))
         for name in [*self.merged_adapters, *new]:
-            total = total + self.weight_delta(self.adapters[name]).to(total)  # type: ignore[arg-type]
+            total = total + self.weight_delta(cast(DeltaAdapter, self.adapters[name])).to(total)
         if not torch.isfinite(total).all():
             raise AdapterStateError(
                 f"Merging {new} into a {type(self).__name__} gives values that are not finite; "
@@ -109,7 +109,7 @@ class Host:
     def unmerge(self) -> None:
         """Put back the very weight that was there before the first merge, bit for bit."""
         if self._unmerged_weight is not None:
-            self.weight.copy_(self._unmerged_weight)  # type: ignore[attr-defined,operator]
+            self.weight.copy_(self._unmerged_weight)
         self._unmerged_weight = None
         self.merged_adapters = []
 
@@ -121,16 +121,21 @@ class Host:
         return (_new_host, (self.host_type, self.base_type), *reduced[2:])
 
 
-@functools.cache
-def adapted_class(host_type: type[Host], base_type: type[nn.Module]) -> type:
+_CLASSES: dict[tuple[type[Host], type[nn.Module]], Any] = {}
+
+
+def adapted_class(host_type: type[Host], base_type: type[nn.Module]) -> Any:
     """The subclass of `base_type` that carries adapters; the same one every time."""
+    if (host_type, base_type) in _CLASSES:
+        return _CLASSES[host_type, base_type]
     namespace = {
         "__module__": host_type.__module__,
         "__doc__": base_type.__doc__,
         "host_type": host_type,
         "base_type": base_type,
     }
-    return type(f"Adapted{base_type.__name__}", (host_type, base_type), namespace)
+    bases = (host_type, base_type)
+    return _CLASSES.setdefault(bases, type(f"Adapted{base_type.__name__}", bases, namespace))
 
 
 def _new_host(host_type: type[Host], base_type: type[nn.Module]) -> Any:
@@ -148,7 +153,9 @@ def check_can_grow(module: nn.Module, path: str) -> None:
     if isinstance(module, Host):
         return
     if isinstance(module, torch.jit.ScriptModule):
-        reason = "is a scripted module: its compiled code cannot be extended. Adapt it before torch.jit"
+        reason = (
+            "is a scripted module: its compiled code cannot be extended. Adapt it before torch.jit"
+        )
     elif hasattr(module, "adapters"):
         reason = "already has an attribute `adapters` of its own, where adapters would live"
     elif isinstance(getattr(module, "weight", None), nn.parameter.UninitializedParameter):
@@ -163,15 +170,24 @@ def grow(module: nn.Module, host_type: type[Host], name: str, adapter: Adapter) 
     if not isinstance(module, Host):
         instance_forward = module.__dict__.pop("forward", None)
         module.__class__ = adapted_class(host_type, type(module))
-        module.adapters = AdapterDict()
-        host: Any = module
+        host = cast(Host, module)
+        host.adapters = AdapterDict()
         host.active_adapters = []
         host.adapters_enabled = True
         host.merged_adapters = []
         host._unmerged_weight = None
         host._instance_forward = instance_forward
     adapter.train(module.training)
-    module.adapters[name] = adapter  # type: ignore[index,operator]
+    cast(Host, module).adapters[name] = adapter
+
+
+_STATE = (
+    "active_adapters",
+    "adapters_enabled",
+    "merged_adapters",
+    "_unmerged_weight",
+    "_instance_forward",
+)
 
 
 def shrink(module: Host, name: str) -> None:
@@ -187,12 +203,10 @@ def shrink(module: Host, name: str) -> None:
             "take that wrapping off first, then the adapters."
         )
     instance_forward = module._instance_forward
-    for attribute in (
-        "active_adapters", "adapters_enabled", "merged_adapters", "_unmerged_weight", "_instance_forward",
-    ):  # fmt: skip
+    for attribute in _STATE:
         del module.__dict__[attribute]
     del module.adapters
-    module.__class__ = base_type
+    module.__class__ = base_type  # type: ignore[assignment]
     if instance_forward is not None:
         module.forward = instance_forward  # type: ignore[method-assign]
 

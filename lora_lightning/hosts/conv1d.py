@@ -14,7 +14,7 @@ class Conv1DHost(LinearHost):
     @staticmethod
     def dimensions(module: nn.Module) -> tuple[int, int]:
         """(in_features, out_features)."""
-        in_features, out_features = module.weight.shape  # type: ignore[union-attr,misc]
+        in_features, out_features = module.weight.shape  # type: ignore[misc]
         return in_features, out_features
 
     def weight_delta(self, adapter: DeltaAdapter) -> Tensor:

@@ -18,7 +18,7 @@ class EmbeddingHost(Host):
     @staticmethod
     def dimensions(module: nn.Module) -> tuple[int, int]:
         """(num_embeddings, embedding_dim)."""
-        num_embeddings, embedding_dim = module.weight.shape  # type: ignore[union-attr,misc]
+        num_embeddings, embedding_dim = module.weight.shape  # type: ignore[misc]
         return num_embeddings, embedding_dim
 
     def forward(self, ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -30,8 +30,8 @@ class EmbeddingHost(Host):
                 y = adapter(
                     ids,
                     y,
-                    padding_idx=self.padding_idx,  # type: ignore[attr-defined]
-                    scale_grad_by_freq=self.scale_grad_by_freq,  # type: ignore[attr-defined]
+                    padding_idx=self.padding_idx,
+                    scale_grad_by_freq=self.scale_grad_by_freq,
                     embed_scale=getattr(self, "embed_scale", 1.0),
                 )
         return y

@@ -22,7 +22,9 @@ _KEPT = "_fast_path_before_adapters"
 def close_fast_path(model: nn.Module) -> None:
     """Make every encoder layer that holds a host call its children."""
     for module, switch, closed in _encoders(model):
-        if _KEPT not in module.__dict__ and any(isinstance(child, Host) for child in module.modules()):
+        if _KEPT not in module.__dict__ and any(
+            isinstance(child, Host) for child in module.modules()
+        ):
             module.__dict__[_KEPT] = getattr(module, switch)
             setattr(module, switch, closed)
 

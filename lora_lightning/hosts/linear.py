@@ -19,7 +19,7 @@ class LinearHost(Host):
     @staticmethod
     def dimensions(module: nn.Module) -> tuple[int, int]:
         """(in_features, out_features)."""
-        out_features, in_features = module.weight.shape  # type: ignore[union-attr,misc]
+        out_features, in_features = module.weight.shape  # type: ignore[misc]
         return in_features, out_features
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
