@@ -236,8 +236,8 @@ class LoraCallback(Callback):
         if without:
             rank_zero_warn(
                 f"{len(without)} of {len(trainable)} trainable tensors had no gradient in the "
-                f"first step ({', '.join(without[:3])}, ...): these modules were not called, or their "
-                "weights are read without calling them."
+                f"first step ({', '.join(without[:3])}, ...): these modules were not called, "
+                "or their weights are read without calling them."
             )
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -130,8 +130,8 @@ class LoraCLI(LightningCLI):
         elif wanted is None and self.subcommand == "fit" and found:
             raise ConfigError(
                 f"The run directory {str(self.run_directory)!r} holds {len(found)} checkpoints of "
-                "an earlier run already; nothing is overwritten. Continue that run with --ckpt_path "
-                "last, or start a new one with --trainer.default_root_dir DIRECTORY. "
+                "an earlier run already; nothing is overwritten. Continue that run with "
+                "--ckpt_path last, or start a new one with --trainer.default_root_dir DIRECTORY. "
                 "(trainer.default_root_dir)"
             )
         elif wanted is None and self.subcommand != "fit":
@@ -146,6 +146,8 @@ class LoraCLI(LightningCLI):
         if own:
             self._drop_section()
         trainer = super().instantiate_trainer(**kwargs)
+        # First, so that wrong options are found before other callbacks write files.
+        trainer.callbacks.sort(key=lambda callback: not isinstance(callback, LoraCallback))  # type: ignore[attr-defined]
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str((self.run_directory / "checkpoints").absolute())

@@ -90,8 +90,8 @@ def start_lines(model: nn.Module, root: nn.Module, adapter_name: str) -> list[st
     on_disk = sum(t.numel() * t.element_size() for t in adapter)
     return [
         f"trainable {trainable:,} of {total:,} parameters ({trainable / max(total, 1):.2%})",
-        f"adapter on disk {readable_bytes(on_disk)}; the base, {readable_bytes(base_bytes(model))}, is "
-        "not saved",
+        f"adapter on disk {readable_bytes(on_disk)}; the base "
+        f"({readable_bytes(base_bytes(model))}) is not saved",
     ]
 
 

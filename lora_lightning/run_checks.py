@@ -33,8 +33,8 @@ def check_strategy(trainer: Any) -> None:
     if launcher == "_MultiProcessingLauncher":
         raise ConfigError(
             f"{name} from this launcher (spawn or fork) trains in child processes and hands only "
-            "tensors that the main process already has back: the trained adapters would be lost. Use "
-            "strategy='ddp' from a script, or one device in a notebook. (trainer.strategy)"
+            "tensors that the main process already has back: the trained adapters would be lost. "
+            "Use strategy='ddp' from a script, or one device in a notebook. (trainer.strategy)"
         )
 
 

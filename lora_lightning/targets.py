@@ -277,8 +277,8 @@ def _check_adaptable(path: str, module: nn.Module, modules: dict[str, nn.Module]
         raise TargetError(_attention_text("target_modules", path))
     if host_type_for(module) is None:
         raise TargetError(
-            f"target_modules selects {path!r}, a {type(module).__name__}, which cannot carry a LoRA "
-            f"adapter. Adaptable kinds: {SUPPORTED}. To train it in full, list it in "
+            f"target_modules selects {path!r}, a {type(module).__name__}, which cannot carry a "
+            f"LoRA adapter. Adaptable kinds: {SUPPORTED}. To train it in full, list it in "
             f"modules_to_save instead.\n  {_linear_names(modules)}\n(lora.target_modules)"
         )
 

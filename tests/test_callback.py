@@ -197,7 +197,7 @@ def test_start_table_and_end_lines(tmp_path: Path, capsys: Any) -> None:
     assert ["body.2", "1 of 1", "2", "64"] in rows
     assert ["head", "1 of 1", "full", "51"] in rows
     assert "trainable 163 of 662 parameters (24.62%)" in out
-    assert "adapter on disk 652 B; the base, " in out
+    assert "adapter on disk 652 B; the base (" in out
     assert "effective batch 32 = 16 x 2 accumulated x 1 devices" in out
     assert f"best checkpoint: {tmp_path}/best.ckpt (" in out
     assert f"last checkpoint: {tmp_path}/last.ckpt (" in out

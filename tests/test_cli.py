@@ -1,0 +1,279 @@
+"""`lora-lightning` as its users run it: a process, its files and what it prints."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import lora_lightning.cli
+
+REPOSITORY = Path(__file__).parent.parent
+
+CONFIG: dict[str, Any] = {
+    "lora": {"r": 2, "lora_dropout": 0.1, "modules_to_save": ["head"]},
+    "model": {"class_path": "modules.Net"},
+    "data": {"class_path": "modules.Data"},
+    "trainer": {
+        "max_epochs": 1,
+        "accelerator": "cpu",
+        "default_root_dir": "runs/a",
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    },
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A user's folder: a module, its data and a config."""
+    (tmp_path / "modules.py").write_text((Path(__file__).parent / "modules.py").read_text())
+    write(tmp_path / "my.yaml", CONFIG)
+    return tmp_path
+
+
+def write(path: Path, config: dict[str, Any]) -> None:
+    path.write_text(yaml.safe_dump(config))
+
+
+@pytest.fixture
+def cli(folder: Path, monkeypatch: Any, capfd: Any) -> Any:
+    """Run the command in this process (importing torch takes seconds); returns what it prints."""
+
+    def run(*arguments: str, fails: int = 0) -> str:
+        monkeypatch.chdir(folder)
+        monkeypatch.setenv("COLUMNS", "200")
+        monkeypatch.setattr(sys, "argv", ["lora-lightning", *arguments])
+        code = 0
+        try:
+            lora_lightning.cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capfd.readouterr()
+        output = captured.out + captured.err
+        assert code == fails, output
+        return output
+
+    return run
+
+
+def process(folder: Path, *arguments: str) -> str:
+    """Run the installed command as a process of its own."""
+    command = [str(Path(sys.executable).parent / "lora-lightning"), *arguments]
+    environment = {**os.environ, "COLUMNS": "200", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def final(folder: Path, run: str = "a") -> dict[str, torch.Tensor]:
+    (path,) = (folder / "runs" / run / "checkpoints").glob("epoch=1*.ckpt")
+    return torch.load(path, weights_only=True)["state_dict"]
+
+
+def test_fit_resume_validate(cli: Any, folder: Path) -> None:
+    out = cli("fit", "--config", "my.yaml")
+    assert "LoRA adapter 'default'" in out
+    assert "  lora-lightning fit --config my.yaml --ckpt_path last\n" in out
+    assert "  lora-lightning validate --config my.yaml --ckpt_path best\n" in out
+
+    text = cli("fit", "--config", "my.yaml", fails=1)
+    assert "The run directory 'runs/a' holds 1 checkpoints of an earlier run already" in text
+    assert "--ckpt_path last" in text
+    assert "(trainer.default_root_dir)" in text
+
+    more = ["--trainer.max_epochs", "2"]
+    cli("fit", "--config", "my.yaml", *more, "--ckpt_path", "last")
+    straight = ["--trainer.default_root_dir", "runs/b", *more]
+    cli("fit", "--config", "my.yaml", *straight)
+    resumed, uninterrupted = final(folder, "a"), final(folder, "b")
+    assert resumed.keys() == uninterrupted.keys()
+    assert all(torch.equal(resumed[key], uninterrupted[key]) for key in resumed)
+
+    logs = sorted(path.name for path in (folder / "runs/a/logs").iterdir())
+    assert logs == ["version_0", "version_1"]  # nothing of the first call was overwritten
+    assert "val_loss" in cli("validate", "--config", "my.yaml", "--ckpt_path", "best")
+    text = cli("validate", "--config", "my.yaml")
+    assert "no --ckpt_path given: this evaluates the model before any fine-tuning" in text
+
+
+def test_section_and_callback_entry_are_the_same(cli: Any, folder: Path) -> None:
+    more = ["--trainer.max_epochs", "2"]
+    cli("fit", "--config", "my.yaml", *more)
+    entry = {"class_path": "lora_lightning.LoraCallback", "init_args": CONFIG["lora"]}
+    nested = {"class_path": "lora_lightning.LoraCallback", "init_args": {"config": CONFIG["lora"]}}
+    for run, callback in (("entry", entry), ("nested", nested)):
+        config = {key: value for key, value in CONFIG.items() if key != "lora"}
+        config["trainer"] = {**CONFIG["trainer"], "callbacks": [callback]}
+        config["trainer"]["default_root_dir"] = f"runs/{run}"
+        write(folder / f"{run}.yaml", config)
+        cli("fit", "--config", f"{run}.yaml", *more)
+        assert all(torch.equal(v, final(folder, run)[k]) for k, v in final(folder).items())
+    text = cli(
+        "fit",
+        "--config",
+        "entry.yaml",
+        "--lora.r",
+        "3",
+        "--trainer.default_root_dir",
+        "runs/x",
+        fails=1,
+    )
+    assert "LoRA options are given twice" in text
+
+
+def test_options_on_the_command_line_win(cli: Any, folder: Path) -> None:
+    cli("fit", "--config", "my.yaml", "--lora.r", "3", "--trainer.max_epochs", "2")
+    assert final(folder)["embed.adapters.default.lora_A"].shape == (3, 8)
+
+
+def test_optimizer_from_the_command_line(cli: Any, folder: Path) -> None:
+    """LightningCLI builds it before there is any adapter."""
+    cli(
+        "fit", "--config", "my.yaml", "--optimizer", "SGD", "--optimizer.lr", "0.1",
+        "--trainer.max_epochs", "2",
+    )  # fmt: skip
+    assert all(tensor.abs().sum() > 0 for tensor in final(folder).values())
+
+
+MISTAKES: dict[str, tuple[list[str], int, list[str]]] = {
+    "unknown option": (
+        ["--lora.rnak", "4"],
+        2,
+        ["error: unrecognized arguments: --lora.rnak 4. Did you mean 'lora.r'?"],
+    ),
+    "wrong type": (["--lora.r", "many"], 2, ['Parser key "lora.r"', "Got value: many"]),
+    "rank 0": (
+        ["--lora.r", "0"],
+        1,
+        ["RankError: r is 0; a rank is an integer of at least 1. (lora.r)"],
+    ),
+    "rank too large": (
+        ["--lora.r", "9"],
+        1,
+        ["RankError: r=9 is larger than 'embed' (Linear 8 -> 16) allows: at most 8.", "(lora.r)"],
+    ),
+    "no target": (
+        ["--lora.target_modules", "[q_proj]"],
+        1,
+        [
+            "TargetError: target_modules ['q_proj']: 1 of 1 name matched nothing.",
+            "(lora.target_modules)",
+        ],
+    ),
+    "one target of two": (
+        ["--lora.target_modules", "[embed, hed]"],
+        1,
+        ["1 of 2 names matched nothing.", "'hed' -> did you mean 'head'"],
+    ),
+    "norm targeted": (
+        ["--lora.target_modules", "[norm]"],
+        1,
+        ["selects 'norm', a BatchNorm1d, which cannot carry a LoRA adapter", "modules_to_save"],
+    ),
+    "no last checkpoint": (
+        ["--ckpt_path", "last"],
+        1,
+        ["ckpt_path='last': 'runs/a/checkpoints' holds no checkpoint."],
+    ),
+    "no such checkpoint": (
+        ["--ckpt_path", "runs/a/best.ckpt"],
+        1,
+        ["CheckpointError: Checkpoint 'runs/a/best.ckpt' does not exist."],
+    ),
+    "unknown model option": (["--model.witdh", "8"], 2, ["error:", "witdh"]),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes(cli: Any, folder: Path, mistake: str) -> None:
+    arguments, code, sentences = MISTAKES[mistake]
+    text = cli("fit", "--config", "my.yaml", *arguments, fails=code)
+    for sentence in sentences:
+        assert sentence in text
+    assert not [path for path in (folder / "runs").rglob("*") if path.is_file()]  # nothing written
+
+
+@pytest.mark.parametrize("section", ["lora", "trainer"])
+def test_unknown_key_in_yaml(cli: Any, folder: Path, section: str) -> None:
+    known = {"lora": "lora_dropout", "trainer": "max_epochs"}[section]
+    write(folder / "typo.yaml", {**CONFIG, section: {**CONFIG[section], known + "s": 1}})
+    text = cli("fit", "--config", "typo.yaml", fails=2)
+    assert f"does not accept option '{section}.{known}s'. Did you mean '{section}.{known}'?" in text
+    assert len(text.strip().splitlines()) == 2  # the error and where the options are listed
+
+
+def test_unknown_key_in_a_callback_entry(cli: Any, folder: Path) -> None:
+    entry = {"class_path": "lora_lightning.LoraCallback", "init_args": {"lora_alhpa": 4}}
+    write(folder / "typo.yaml", {**CONFIG, "trainer": {"callbacks": [entry]}})
+    text = cli("fit", "--config", "typo.yaml", fails=2)
+    assert (
+        "lora_lightning.LoraCallback does not accept option 'lora_alhpa' (trainer.callbacks). "
+        "Did you mean 'lora_alpha'?" in text
+    )
+
+
+def test_damaged_checkpoint(cli: Any, folder: Path) -> None:
+    cli("fit", "--config", "my.yaml")
+    (path,) = (folder / "runs/a/checkpoints").glob("*.ckpt")
+    path.write_bytes(path.read_bytes()[:5000])
+    relative = str(path.relative_to(folder))
+    for wanted in ("last", "best", relative):
+        text = cli("fit", "--config", "my.yaml", "--ckpt_path", wanted, fails=1)
+        assert (
+            f"CheckpointError: Checkpoint '{relative}' (5,000 bytes) is truncated or damaged"
+            in text
+        )
+
+
+def test_help_explains_every_option(cli: Any, folder: Path) -> None:
+    text = cli("fit", "--help")
+    for option in (
+        "r",
+        "lora_alpha",
+        "target_modules",
+        "modules_to_save",
+        "module",
+        "enabled",
+        "bias",
+    ):
+        assert f"--lora.{option}" in text
+    assert "Rank of the update, 1 <= r" in " ".join(text.split())
+
+
+def test_installed_command(folder: Path) -> None:
+    assert "LoRA adapter 'default'" in process(folder, "fit", "--config", "my.yaml")
+
+
+@pytest.mark.slow
+def test_quickstart(tmp_path: Path) -> None:
+    """The README's main job, as it stands there; above 0.60, adapters and head only."""
+    (tmp_path / "configs").symlink_to(REPOSITORY / "configs")
+    out = process(tmp_path, "fit", "--config", "configs/quickstart.yaml")
+    for shown in (
+        "query",
+        "6 of 6",
+        "dense",
+        "19 of 19",
+        "network.classifier",
+        "effective batch 16",
+    ):
+        assert shown in out
+    best = torch.load(tmp_path / "runs/quickstart/checkpoints/best.ckpt", weights_only=True)
+    keys = best["state_dict"]
+    assert len(keys) == 2 * 37 + 2
+    assert all(".adapters.default." in key for key in keys)
+    score = float(next(iter(best["callbacks"].values()))["best_model_score"])
+    assert score > 0.60
+    out = process(
+        tmp_path, "validate", "--config", "configs/quickstart.yaml", "--ckpt_path", "best"
+    )
+    assert f"{score:.6f}" in out  # a new process finds the same accuracy
