@@ -13,7 +13,6 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.errors import AdapterStateError
 from lora_lightning.hosts.base import walk
 
 _RECORD = "_trained_bias"
@@ -47,18 +46,14 @@ class TrainedBias:
             return
         bias = self.parameter(module)
         kept = bias.detach().clone()
-        bias.copy_(self.hidden)
+        # No backward formula reads a bias, so a graph that holds it (LayerNorm's does) stays good.
+        with torch.autograd._unsafe_preserve_version_counter(bias):
+            bias.copy_(self.hidden)
         self.hidden, self.shown = kept, shown
 
 
-def train_bias(module: nn.Module, path: str, adapter_name: str) -> None:
+def train_bias(module: nn.Module, adapter_name: str) -> None:
     """Let `module.bias` train as part of an adapter."""
-    record = module.__dict__.get(_RECORD)
-    if record is not None:
-        raise AdapterStateError(
-            f"The bias of {path!r} already trains with adapter {record.adapter_name!r}; it cannot "
-            f"also train with {adapter_name!r}. Use bias='none' for one of them. (lora.bias)"
-        )
     bias = TrainedBias.parameter(module)
     module.__dict__[_RECORD] = TrainedBias(adapter_name, bias.detach().clone())
 
@@ -75,6 +70,7 @@ def forget_bias(module: nn.Module) -> None:
     """End the training of the bias and bring its original values back."""
     record: TrainedBias = module.__dict__[_RECORD]
     record.show(module, False)
+    record.parameter(module).requires_grad_(False)
     del module.__dict__[_RECORD]
 
 
@@ -84,9 +80,9 @@ def biases_to_train(
     """The modules whose bias `option` selects; those inside trained copies are not base biases."""
     if option == "none":
         return []
-    return [
-        (path, module)
-        for path, module in walk(model)
-        if isinstance(getattr(module, "bias", None), nn.Parameter)
-        and (option == "all" or path in targets)
-    ]
+    found: dict[int, tuple[str, nn.Module]] = {}  # a bias shared by two modules trains once
+    for path, module in walk(model):
+        bias = getattr(module, "bias", None)
+        if isinstance(bias, nn.Parameter) and (option == "all" or path in targets):
+            found.setdefault(id(bias), (path, module))
+    return list(found.values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -68,7 +69,7 @@ class LoraConfig:
         for key, alpha in alphas.items():
             if not isinstance(alpha, (int, float)) or not math.isfinite(alpha) or alpha <= 0:
                 raise ConfigError(f"{key} is {alpha!r}; it must be a number above 0. (lora.{key})")
-        if not 0 <= self.lora_dropout < 1:
+        if not isinstance(self.lora_dropout, (int, float)) or not 0 <= self.lora_dropout < 1:
             raise ConfigError(
                 f"lora_dropout is {self.lora_dropout!r}; it is a probability, 0 <= p < 1. "
                 "(lora.lora_dropout)"
@@ -86,6 +87,11 @@ class LoraConfig:
                 object.__setattr__(self, spec.name, value.copy())
 
     def _check_names(self) -> None:
+        for key in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"):
+            value = getattr(self, key)
+            for expression in [value] if isinstance(value, str) else value or ():
+                if not isinstance(value, (list, tuple, set)):  # listed names are no expressions
+                    _check_expression(key, expression)
         if not self.target_modules:
             raise ConfigError(
                 f"target_modules is {self.target_modules!r}: nothing would be adapted. Use "
@@ -139,6 +145,15 @@ def scaling(config: LoraConfig, r: int, alpha: float) -> float:
 
 def _prefixed(key: str, pattern: dict[str, Any]) -> dict[str, Any]:
     return {f"{key}[{name!r}]": value for name, value in pattern.items()}
+
+
+def _check_expression(key: str, expression: str) -> None:
+    try:
+        re.compile(expression)
+    except re.error as error:
+        raise ConfigError(
+            f"{key} {expression!r} is no regular expression: {error}. (lora.{key})"
+        ) from None
 
 
 def _check_choice(key: str, value: object, choices: tuple[object, ...]) -> None:

@@ -34,9 +34,9 @@ def base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     Merged weights and trained biases give their original values. What a trained copy replaces
     (a new head) is left out: it does not take part in the model any more.
     """
-    original_biases = {
-        name: record.hidden if record.shown else module.bias
-        for name, module, record in trained_biases(model)
+    original_biases = {  # by identity: a bias can have several names
+        id(module.bias): record.hidden if record.shown else module.bias
+        for _, module, record in trained_biases(model)
     }
     replaced: list[str] = []
     for path, module in walk(model):
@@ -55,7 +55,7 @@ def base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 and module._unmerged_weight is not None
             ):
                 tensor = module._unmerged_weight
-            yield key, cast(Tensor, original_biases.get(key, tensor))
+            yield key, cast(Tensor, original_biases.get(id(tensor), tensor))
 
 
 def base_fingerprint(model: nn.Module) -> Fingerprint:

@@ -16,9 +16,17 @@ from lora_lightning.bias import biases_to_train, forget_bias, train_bias, traine
 from lora_lightning.config import LoraConfig
 from lora_lightning.errors import AdapterStateError, ConfigError, RankError
 from lora_lightning.hosts import host_type_for
-from lora_lightning.hosts.base import Host, check_can_grow, grow, named_hosts, shrink, walk
+from lora_lightning.hosts.base import (
+    Host,
+    check_can_grow,
+    check_can_shrink,
+    grow,
+    named_hosts,
+    shrink,
+    walk,
+)
 from lora_lightning.hosts.fast_path import close_fast_path, reopen_fast_path
-from lora_lightning.switching import activate_new, active_adapters, adapter_names
+from lora_lightning.switching import activate_new, active_adapters, adapter_names, check_enabled
 from lora_lightning.targets import Selection, pattern_value, select_modules
 
 
@@ -59,6 +67,7 @@ def extend_adapter(
 ) -> Selection:
     """`inject_adapter` for a model that grows: modules that carry the adapter already keep it."""
     _check_name(adapter_name)
+    check_enabled(model)
     _check_unmerged(model)
     seed = torch.initial_seed() if seed is None else seed
     selection = select_modules(model, config)
@@ -69,7 +78,9 @@ def extend_adapter(
         check_can_grow(module, path)
         adapters[path] = _lora_settings(path, module, config, adapter_name, seed)
     for path, module in new_saved.items():
-        check_can_grow(module, path)
+        check_can_grow(module, path, "modules_to_save")
+
+    biases = _new_biases(model, config, adapter_name, set(selection.targets), selection.saved)
 
     others = adapter_names(model)
     active = not others or adapter_name in active_adapters(model)
@@ -84,7 +95,8 @@ def extend_adapter(
     for module in new_saved.values():
         trained = TrainedCopy(_copy_without_adapters(module), config)
         grow(module, host_type_for(module) or Host, adapter_name, trained)
-    _train_biases(model, config, adapter_name, set(selection.targets), selection.saved)
+    for module in biases:
+        train_bias(module, adapter_name)
     close_fast_path(model)
     activate_new(model, adapter_name, active)
     return selection
@@ -97,15 +109,19 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
         AdapterStateError: If there is no such adapter, or it is merged.
 
     """
+    check_enabled(model)
     names = adapter_names(model)
     if adapter_name not in names:
         raise AdapterStateError(
             f"The model has no adapter {adapter_name!r}; it has {names or 'none at all'}."
         )
     _check_unmerged(model, adapter_name)
-    for _, host in list(named_hosts(model)):
-        if adapter_name in host.adapters:
-            shrink(host, adapter_name)
+    hosts = [(path, host) for path, host in named_hosts(model) if adapter_name in host.adapters]
+    for path, host in hosts:
+        if len(host.adapters) == 1:
+            check_can_shrink(host, path)
+    for _, host in hosts:
+        shrink(host, adapter_name)
     for _, module, record in list(trained_biases(model)):
         if record.adapter_name == adapter_name:
             forget_bias(module)
@@ -175,20 +191,27 @@ def _lora_settings(
     )
 
 
-def _train_biases(
+def _new_biases(
     model: nn.Module,
     config: LoraConfig,
     adapter_name: str,
     targets: set[str],
     saved: dict[str, nn.Module],
-) -> None:
-    known = {
-        path for path, _, record in trained_biases(model) if record.adapter_name == adapter_name
-    }
+) -> list[nn.Module]:
+    owners = {id(module.bias): record.adapter_name for _, module, record in trained_biases(model)}
+    found = []
     for path, module in biases_to_train(model, config.bias, targets):
-        inside_copy = any(path == outer or path.startswith(outer + ".") for outer in saved)
-        if f"{path}.bias" not in known and not inside_copy:
-            train_bias(module, path, adapter_name)
+        if any(path == outer or path.startswith(outer + ".") for outer in saved):
+            continue
+        owner = owners.get(id(module.bias))
+        if owner is None:
+            found.append(module)
+        elif owner != adapter_name:
+            raise AdapterStateError(
+                f"The bias of {path!r} already trains with adapter {owner!r}; it cannot also "
+                f"train with {adapter_name!r}. Use bias='none' for one of them. (lora.bias)"
+            )
+    return found
 
 
 def _copy_without_adapters(module: nn.Module) -> nn.Module:

@@ -12,10 +12,10 @@ from lora_lightning.adapters.base import DeltaAdapter
 from lora_lightning.adapters.trained_copy import TrainedCopy
 from lora_lightning.bias import trained_biases
 from lora_lightning.errors import AdapterStateError
-from lora_lightning.hosts.base import Host, named_hosts
+from lora_lightning.hosts.base import Host, check_can_shrink, named_hosts
 from lora_lightning.hosts.fast_path import reopen_fast_path
 from lora_lightning.injection import delete_adapter
-from lora_lightning.switching import active_adapters, adapter_names, set_adapter
+from lora_lightning.switching import active_adapters, adapter_names, check_enabled, set_adapter
 
 
 def merge_adapter(model: nn.Module, names: str | Sequence[str] | None = None) -> None:
@@ -35,6 +35,7 @@ def merge_adapter(model: nn.Module, names: str | Sequence[str] | None = None) ->
             a result is not finite. Nothing is merged then.
 
     """
+    check_enabled(model)
     active = active_adapters(model)
     names = active if names is None else [names] if isinstance(names, str) else list(names)
     for name in names:
@@ -58,6 +59,7 @@ def merge_adapter(model: nn.Module, names: str | Sequence[str] | None = None) ->
 
 def unmerge_adapter(model: nn.Module) -> None:
     """Restore the weights of before `merge_adapter`, bit for bit."""
+    check_enabled(model)
     for _, host in named_hosts(model):
         host.unmerge()
 
@@ -72,10 +74,21 @@ def merge_and_unload(model: nn.Module, names: str | Sequence[str] | None = None)
         AdapterStateError: As `merge_adapter`; nothing is changed then.
 
     """
+    for path, host in named_hosts(model):
+        check_can_shrink(host, path)
+    before = active_adapters(model)
+    trained = [(p, p.requires_grad) for p in model.parameters()]
     if names is not None:
         set_adapter(model, names)
-    _check_weights(model, active_adapters(model), copies_too=True)
-    merge_adapter(model)
+    try:
+        _check_weights(model, active_adapters(model), copies_too=True)
+        merge_adapter(model)
+    except AdapterStateError:
+        if names is not None:
+            set_adapter(model, before)
+            for parameter, required in trained:
+                parameter.requires_grad_(required)
+        raise
     for _, host in list(named_hosts(model)):
         host._unmerged_weight = None  # the merged weight is the base now
         host.merged_adapters = []
@@ -94,6 +107,9 @@ def unload(model: nn.Module) -> nn.Module:
         `model`.
 
     """
+    for path, host in named_hosts(model):
+        check_can_shrink(host, path)
+    check_enabled(model)
     unmerge_adapter(model)
     for name in adapter_names(model):
         delete_adapter(model, name)
@@ -122,6 +138,12 @@ def _check_weights(model: nn.Module, names: Sequence[str], copies_too: bool = Fa
                 raise AdapterStateError(
                     f"The weight of {path!r} is computed from other tensors (a parametrization); a "
                     "delta cannot be merged into it. Remove the parametrization first."
+                )
+            if getattr(host, "max_norm", None) is not None:
+                raise AdapterStateError(
+                    f"{path!r} limits its rows to max_norm; a merged row would be limited together "
+                    "with its update, which gives other values. Take it out of the targets, or "
+                    "keep the adapter unmerged."
                 )
             written.append(weight)
         if copies_too and any(isinstance(adapter, TrainedCopy) for adapter in merging):

@@ -39,6 +39,7 @@ def set_adapter(model: nn.Module, names: str | Sequence[str], *, trainable: bool
             both replace the same module by a trained copy.
 
     """
+    check_enabled(model)
     names = [names] if isinstance(names, str) else list(names)
     known = adapter_names(model)
     for name in names:
@@ -90,6 +91,19 @@ def _require_grad(adapter: nn.Module, wanted: bool) -> None:
     for parameter in adapter.parameters():
         if parameter.is_floating_point():
             parameter.requires_grad_(wanted)
+
+
+def check_enabled(model: nn.Module) -> None:
+    """Refuse to change adapters inside `disable_adapter`, which puts back what it found.
+
+    Raises:
+        AdapterStateError: If the adapters are disabled at present.
+
+    """
+    if not all(host.adapters_enabled for _, host in named_hosts(model)):
+        raise AdapterStateError(
+            "The adapters are disabled at present: leave `with disable_adapter(model):` first."
+        )
 
 
 @contextmanager

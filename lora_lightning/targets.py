@@ -12,13 +12,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lora_lightning.config import ALL_LINEAR, LoraConfig
 from lora_lightning.errors import TargetError, did_you_mean, first_few
 from lora_lightning.hosts import SUPPORTED, host_type_for
-from lora_lightning.hosts.base import walk
+from lora_lightning.hosts.base import check_can_grow, walk
 from lora_lightning.hosts.conv1d import is_conv1d
 
 
@@ -219,6 +220,11 @@ def _check_every_target_matched(
                 for path in outside
             ):
                 why = f"is in modules_to_save already ({first_few(outside, 2)})"
+            elif _wanted_layers(config) and all(layer_index(config, p) is None for p in outside):
+                why = (
+                    f"is there ({first_few(outside, 2)}), but its path has no layer number: "
+                    "say with layers_pattern which list of modules layers_to_transform counts in"
+                )
             lines.append(f"  {name!r} {why}")
         else:
             lines.append(
@@ -275,6 +281,8 @@ def _check_every_pattern_matched(targets: dict[str, nn.Module], config: LoraConf
 def _check_adaptable(path: str, module: nn.Module, modules: dict[str, nn.Module]) -> None:
     if _reads_past(module):
         raise TargetError(_attention_text("target_modules", path))
+    if isinstance(module, torch.jit.ScriptModule):
+        check_can_grow(module, path)
     if host_type_for(module) is None:
         raise TargetError(
             f"target_modules selects {path!r}, a {type(module).__name__}, which cannot carry a "

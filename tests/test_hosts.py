@@ -26,6 +26,7 @@ from nets import (
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
 
 from lora_lightning import (
     LoraConfig,
@@ -88,7 +89,9 @@ def test_start_is_bit_equal_and_the_old_state_dict_loads(host):
 
 @pytest.mark.parametrize("host", HOSTS)
 def test_deepcopy_pickle_and_torch_save(host):
-    model = adapted(HostNet(host), LoraConfig(r=2, target_modules=["proj"], modules_to_save=["head"]))
+    model = adapted(
+        HostNet(host), LoraConfig(r=2, target_modules=["proj"], modules_to_save=["head"])
+    )
     shake([model.head.adapters["default"].module.weight])
     x = example_input(host)
     expected = model(x)
@@ -154,7 +157,9 @@ def test_two_adapters_on_and_off_leave_no_trace(build):
     adapted(model, LoraConfig(r=3, target_modules=["proj"]), "second")
     assert isinstance(module, cls)
     set_adapter(model, ["default", "second"])
-    deltas = [s * a.lora_B @ a.lora_A for s, a in zip((3, 8 / 3), module.adapters.values(), strict=True)]
+    deltas = [
+        s * a.lora_B @ a.lora_A for s, a in zip((3, 8 / 3), module.adapters.values(), strict=True)
+    ]
     torch.testing.assert_close(model(x), base + x @ sum(deltas).T)
     with disable_adapter(model):
         assert bit_equal(model(x), base)
@@ -231,7 +236,10 @@ class OwnAdapters(nn.Linear):
     ("build", "words"),
     [
         (lambda: OwnAdapters(3, 3), ["'0' (OwnAdapters)", "attribute `adapters` of its own"]),
-        (lambda: nn.LazyLinear(3), ["'0' (LazyLinear)", "is lazy", "Run one batch through the model"]),
+        (
+            lambda: nn.LazyLinear(3),
+            ["'0' (LazyLinear)", "is lazy", "Run one batch through the model"],
+        ),
         (lambda: torch.jit.script(nn.Linear(3, 3)), ["'0'", "scripted", "before torch.jit"]),
         (lambda: torch.jit.trace(nn.Linear(3, 3), torch.zeros(1, 3)), ["'0'", "scripted"]),
     ],
@@ -312,7 +320,9 @@ def test_without_closing_the_fast_path_adapters_would_be_bypassed():
 
 
 def test_attention_inside_a_trained_copy_runs():
-    model = nn.ModuleDict({"mha": nn.MultiheadAttention(8, 2, batch_first=True), "l": nn.Linear(8, 8)})
+    model = nn.ModuleDict(
+        {"mha": nn.MultiheadAttention(8, 2, batch_first=True), "l": nn.Linear(8, 8)}
+    )
     x = torch.randn(2, 5, 8)
     base = model["mha"](x, x, x)[0]
     inject_adapter(model, LoraConfig(r=2, modules_to_save=["mha"]))
@@ -481,7 +491,26 @@ def test_scaled_embedding_with_a_plain_number():
     model = adapted(nn.Sequential(table), LoraConfig(r=2, target_modules=["0"]))
     ids = torch.arange(5)
     adapter = table.adapters["default"]
-    rows = table.weight + adapter.scaling * (
-        adapter.lora_embedding_B @ adapter.lora_embedding_A
-    ).T
+    rows = table.weight + adapter.scaling * (adapter.lora_embedding_B @ adapter.lora_embedding_A).T
     torch.testing.assert_close(model(ids), 2 * rows)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_gradient_checkpointing_gives_the_same_gradients(reentrant, autocast):
+    model = adapted(Attention(), LoraConfig(r=2))
+    x = torch.randn(4, 5, WIDTH, requires_grad=True)
+
+    def gradients(forward) -> list[Tensor]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = forward(x)
+        x.grad = None
+        model.zero_grad()
+        y.float().square().sum().backward()
+        return [x.grad, *(p.grad for p in trainable(model).values())]
+
+    plain = gradients(model)
+    found = gradients(lambda x: checkpoint(model, x, use_reentrant=reentrant))
+    noise = 0.05 if autocast else 1e-6  # gradients of x are summed in bf16, in another order
+    for one, other in zip(found, plain, strict=True):
+        assert (one - other).norm() <= noise * other.norm()

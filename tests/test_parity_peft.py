@@ -160,7 +160,7 @@ def test_this_comparison_can_fail():
 @pytest.mark.parametrize("active", [["default"], ["second"], ["default", "second"]], ids=str)
 @pytest.mark.parametrize("host", HOSTS)
 def test_several_adapters(host, active):
-    base, theirs, ours = pair(host)
+    _, theirs, ours = pair(host)
     second = {"r": 2, "lora_alpha": 3, "target_modules": ["1.proj", "head"], "use_rslora": True}
     theirs.add_adapter("second", peft.LoraConfig(**second))
     inject_adapter(ours, LoraConfig(**second), "second")
@@ -216,9 +216,7 @@ def test_start_values_are_distributed_as_in_peft(host, init):
     options = {"r": 20, "target_modules": ["0"], "init_lora_weights": init}
     theirs = peft_model(copy.deepcopy(wide), options)
     inject_adapter(wide, LoraConfig(**options))
-    expected = {
-        short(key): value for key, value in peft.get_peft_model_state_dict(theirs).items()
-    }
+    expected = {short(key): value for key, value in peft.get_peft_model_state_dict(theirs).items()}
     found = adapter_state_dict(wide)
     assert expected.keys() - {"0.weight", "0.base_layer.weight"} == found.keys()
     for name, value in found.items():

@@ -24,8 +24,28 @@ from lora_lightning.targets import is_excluded, matches_target, pattern_value, s
 # -- names against peft ------------------------------------------------------------------------
 
 PREFIXES = ["", "model.", "base.encoder.", "v_"]
-STACKS = ["", "layers.0.", "layers.1.", "layers.11.", "h.1.", "layers.1.experts.0.", "0.", "layer.0.1."]
-LEAVES = ["q", "attn.q", "q_proj", "proj", "vq", "q.lora", "head", "overhead", "head.dense", "mlp.0"]
+STACKS = [
+    "",
+    "layers.0.",
+    "layers.1.",
+    "layers.11.",
+    "h.1.",
+    "layers.1.experts.0.",
+    "0.",
+    "layer.0.1.",
+]
+LEAVES = [
+    "q",
+    "attn.q",
+    "q_proj",
+    "proj",
+    "vq",
+    "q.lora",
+    "head",
+    "overhead",
+    "head.dense",
+    "mlp.0",
+]
 PATHS = [a + b + c for a, b, c in itertools.product(PREFIXES, STACKS, LEAVES)]
 
 LISTS = [
@@ -33,7 +53,15 @@ LISTS = [
     ["model.layers.1.attn.q", "proj"], ["h.1.q"], ["1.attn.q"], ["attn"], [".q"], ["odel.q"],
 ]  # fmt: skip
 REGEXES = ["q", r".*\.q", r".*q", r".*layers\.[01]\..*", r"(model\.)?.*(q|proj)$", ".*head"]
-EXCLUDES = [None, ["q"], ["attn.q", "head"], ["model.layers.1.attn.q"], r".*\.1\..*", "q", r".*proj"]
+EXCLUDES = [
+    None,
+    ["q"],
+    ["attn.q", "head"],
+    ["model.layers.1.attn.q"],
+    r".*\.1\..*",
+    "q",
+    r".*proj",
+]
 SAVES = [None, ["head"], ["layers"], ["attn", "dense"], ["h.1"]]
 LAYERS = [None, 0, 1, [1], [0, 11], []]
 LAYER_PATTERNS = [None, "layers", ["h", "layers"], "layers.1.experts", "layer", []]
@@ -94,7 +122,17 @@ def test_random_names_are_matched_as_in_peft(path, options):
     assert found == expected
 
 
-KEYS = ["q", "attn.q", r"layers\.1\..*", ".*q", "layers.1.attn.q", "q|proj", "proj$", "^model.q", "."]
+KEYS = [
+    "q",
+    "attn.q",
+    r"layers\.1\..*",
+    ".*q",
+    "layers.1.attn.q",
+    "q|proj",
+    "proj$",
+    "^model.q",
+    ".",
+]
 
 
 @pytest.mark.parametrize("keys", itertools.permutations(KEYS, 2), ids=str)
@@ -167,7 +205,9 @@ def test_all_linear_selects_what_peft_selects(build, task, head):
     assert set(selection.targets) == set(expected)
     assert selection.left_out == ([head] if head else [])
 
-    inside = select_modules(nn.ModuleDict({"model": model}), LoraConfig(r=1))  # as in a LightningModule
+    inside = select_modules(
+        nn.ModuleDict({"model": model}), LoraConfig(r=1)
+    )  # as in a LightningModule
     assert set(inside.targets) == {f"model.{path}" for path in expected}
 
 
@@ -188,7 +228,9 @@ def test_all_linear_leaves_embeddings_and_attention_internals_alone():
 
 def test_saved_modules_are_exactly_those_named():
     model = nn.ModuleDict({name: nn.Linear(2, 2) for name in ("head", "overhead", "subhead", "q")})
-    selection = select_modules(model, LoraConfig(r=1, target_modules=["q"], modules_to_save=["head"]))
+    selection = select_modules(
+        model, LoraConfig(r=1, target_modules=["q"], modules_to_save=["head"])
+    )
     assert list(selection.saved) == ["head"]
 
 
@@ -230,7 +272,10 @@ ERRORS = {  # options, error type, sentences in order
     "excluded again": (
         {"target_modules": ["q", "k"], "exclude_modules": ["q"]},
         TargetError,
-        ["1 of 2 names matched nothing.", "'q' is there (layers.0.attn.q, layers.1.attn.q), but excluded"],
+        [
+            "1 of 2 names matched nothing.",
+            "'q' is there (layers.0.attn.q, layers.1.attn.q), but excluded",
+        ],
     ),
     "saved and targeted": (
         {"target_modules": ["q", "head"], "modules_to_save": ["head"]},

@@ -9,6 +9,7 @@ restores exactly the class that was there.
 from __future__ import annotations
 
 import copyreg
+import inspect
 from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
@@ -93,8 +94,10 @@ class Host(nn.Module):
         weight = self.weight
         base = weight.detach().clone() if self._unmerged_weight is None else self._unmerged_weight
         total = base.to(torch.promote_types(base.dtype, torch.float32))
-        for name in [*self.merged_adapters, *new]:
-            total = total + self.weight_delta(cast(DeltaAdapter, self.adapters[name])).to(total)
+        with torch.autocast(weight.device.type, enabled=False):  # which would narrow B A
+            for name in [*self.merged_adapters, *new]:
+                total = total + self.weight_delta(cast(DeltaAdapter, self.adapters[name])).to(total)
+        total = total.to(weight.dtype)
         if not torch.isfinite(total).all():
             raise AdapterStateError(
                 f"Merging {new} into a {type(self).__name__} gives values that are not finite; "
@@ -143,7 +146,7 @@ def _new_host(host_type: type[Host], base_type: type[nn.Module]) -> Any:
     return cls.__new__(cls)
 
 
-def check_can_grow(module: nn.Module, path: str) -> None:
+def check_can_grow(module: nn.Module, path: str, option: str = "target_modules") -> None:
     """Refuse modules whose class cannot be swapped, before anything is touched.
 
     Raises:
@@ -162,7 +165,7 @@ def check_can_grow(module: nn.Module, path: str) -> None:
         reason = "is lazy and has no size yet. Run one batch through the model first"
     else:
         return
-    raise TargetError(f"{path!r} ({type(module).__name__}) {reason}. (lora.target_modules)")
+    raise TargetError(f"{path!r} ({type(module).__name__}) {reason}. (lora.{option})")
 
 
 def grow(module: nn.Module, host_type: type[Host], name: str, adapter: Adapter) -> None:
@@ -190,6 +193,20 @@ _STATE = (
 )
 
 
+def check_can_shrink(module: Host, path: str) -> None:
+    """Refuse modules whose class was swapped again on top of ours, before anything is touched.
+
+    Raises:
+        AdapterStateError: Naming `path`.
+
+    """
+    if type(module) is not adapted_class(module.host_type, module.base_type):
+        raise AdapterStateError(
+            f"{path!r} ({type(module).__name__}) was wrapped by other code after its adapters "
+            "were added; take that wrapping off first, then the adapters."
+        )
+
+
 def shrink(module: Host, name: str) -> None:
     """Take adapter `name` off; the last one gives the module its own class back."""
     del module.adapters[name]
@@ -197,11 +214,6 @@ def shrink(module: Host, name: str) -> None:
     if module.adapters:
         return
     base_type = module.base_type
-    if type(module) is not adapted_class(module.host_type, base_type):
-        raise AdapterStateError(
-            f"{type(module).__name__} was wrapped by other code after its adapters were added; "
-            "take that wrapping off first, then the adapters."
-        )
     instance_forward = module._instance_forward
     for attribute in _STATE:
         del module.__dict__[attribute]
@@ -209,6 +221,16 @@ def shrink(module: Host, name: str) -> None:
     module.__class__ = base_type  # type: ignore[assignment]
     if instance_forward is not None:
         module.forward = instance_forward  # type: ignore[method-assign]
+
+
+def first_argument(
+    host: Host, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """(the input, the other positional, the other named arguments), also where it was named."""
+    if args:
+        return args[0], args[1:], kwargs
+    name = list(inspect.signature(host.base_type.forward).parameters)[1]  # after `self`
+    return kwargs[name], (), {key: value for key, value in kwargs.items() if key != name}
 
 
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

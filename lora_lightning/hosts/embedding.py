@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_lightning.adapters.base import DeltaAdapter
-from lora_lightning.hosts.base import Host
+from lora_lightning.hosts.base import Host, first_argument
 
 
 class EmbeddingHost(Host):
@@ -21,9 +21,10 @@ class EmbeddingHost(Host):
         num_embeddings, embedding_dim = module.weight.shape  # type: ignore[misc]
         return num_embeddings, embedding_dim
 
-    def forward(self, ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The base's rows plus the live adapters' rows."""
         live = self.live_adapters()
+        ids, args, kwargs = first_argument(self, args, kwargs)
         y = self.base_forward(live, ids, *args, **kwargs)
         for adapter in live:
             if isinstance(adapter, DeltaAdapter):

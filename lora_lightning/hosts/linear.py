@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_lightning.adapters.base import DeltaAdapter
-from lora_lightning.hosts.base import Host
+from lora_lightning.hosts.base import Host, first_argument
 from lora_lightning.hosts.shared_cast import autocast_input
 
 
@@ -22,11 +22,12 @@ class LinearHost(Host):
         out_features, in_features = module.weight.shape  # type: ignore[misc]
         return in_features, out_features
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The base's output plus the live adapters' shares."""
         live = self.live_adapters()
         if not live:
-            return self.base_forward(live, x, *args, **kwargs)
+            return self.base_forward(live, *args, **kwargs)
+        x, args, kwargs = first_argument(self, args, kwargs)
         shared = autocast_input(x)
         # Only the plain Linear is known to begin with autocast's cast; a subclass with a forward
         # of its own (a router in fp32, say) gets what it was given.
