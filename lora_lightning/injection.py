@@ -67,8 +67,6 @@ def extend_adapter(
 ) -> Selection:
     """`inject_adapter` for a model that grows: modules that carry the adapter already keep it."""
     _check_name(adapter_name)
-    check_enabled(model)
-    _check_unmerged(model)
     seed = torch.initial_seed() if seed is None else seed
     selection = select_modules(model, config)
     new_targets = _without_adapter(selection.targets, adapter_name)
@@ -79,8 +77,11 @@ def extend_adapter(
         adapters[path] = _lora_settings(path, module, config, adapter_name, seed)
     for path, module in new_saved.items():
         check_can_grow(module, path, "modules_to_save")
-
     biases = _new_biases(model, config, adapter_name, set(selection.targets), selection.saved)
+    if not (adapters or new_saved or biases):
+        return selection
+    check_enabled(model)
+    _check_unmerged(model)
 
     others = adapter_names(model)
     active = not others or adapter_name in active_adapters(model)

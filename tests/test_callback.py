@@ -178,6 +178,24 @@ def test_two_callbacks_train_together(tmp_path: Path) -> None:
         run(tmp_path, pair[0], LoraCallback(adapter_name="a")).fit(Net(), Data())
 
 
+def test_evaluating_a_disabled_or_merged_adapter(tmp_path: Path) -> None:
+    """Comparing with the base is a validate inside `disable_adapter`, callback and all."""
+    from lora_lightning import disable_adapter, merge_adapter
+
+    base = run(tmp_path).validate(Net(), Data(), verbose=False)[0]["val_loss"]
+    module, data = Net(), Data()
+    trainer = run(tmp_path, LoraCallback(r=2))
+    trainer.fit(module, data)
+    tuned = trainer.validate(module, data, verbose=False)[0]["val_loss"]
+    with disable_adapter(module):
+        assert trainer.validate(module, data, verbose=False)[0]["val_loss"] == base
+    assert trainer.validate(module, data, verbose=False)[0]["val_loss"] == tuned
+    merge_adapter(module)
+    merged = trainer.validate(module, data, verbose=False)[0]["val_loss"]
+    assert merged == pytest.approx(tuned, rel=1e-6)
+    assert merged != base
+
+
 # -- what it says ------------------------------------------------------------------------------------
 
 

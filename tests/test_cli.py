@@ -272,7 +272,7 @@ def test_quickstart(tmp_path: Path) -> None:
     assert len(keys) == 2 * 37 + 2
     assert all(".adapters.default." in key for key in keys)
     score = float(next(iter(best["callbacks"].values()))["best_model_score"])
-    assert score > 0.60
+    assert score > 0.70  # LoRA reached 0.77 to 0.80 over three seeds, the head alone 0.60
     out = process(
         tmp_path, "validate", "--config", "configs/quickstart.yaml", "--ckpt_path", "best"
     )

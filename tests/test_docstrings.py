@@ -131,4 +131,4 @@ def test_the_data_module_splits_without_leak(monkeypatch, records):
     assert data.label_names == sorted({record.label for record in records})
     assert next(iter(data.train_dataloader()))["input_ids"].shape[1] <= 64
     with pytest.raises(ConfigError, match="there is no test data"):
-        data.setup("test")
+        data.test_dataloader()

@@ -46,7 +46,9 @@ def test_yaml_is_accepted(config: str, tmp_path: Path, monkeypatch: Any) -> None
     content = yaml.safe_load(config)
     for section in ("model", "data"):  # the user's own classes
         if "my_module" in content.get(section, {"class_path": "my_module"})["class_path"]:
-            content[section] = {"class_path": {"model": "modules.Net", "data": "modules.Data"}[section]}
+            content[section] = {
+                "class_path": {"model": "modules.Net", "data": "modules.Data"}[section]
+            }
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(content))
     monkeypatch.chdir(tmp_path)
 

@@ -102,13 +102,13 @@ class TextClassificationData(LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Read, check and tokenise what `stage` needs and no earlier stage has prepared."""
-        splits = STAGE_SPLITS[stage] if stage else self._given_splits()
+        # The Trainer may be given other loaders; a split that is missed is found in `records`.
+        splits = [s for s in self._given_splits() if stage is None or s in STAGE_SPLITS[stage]]
         # The classes are the training labels, so these are read first, for every stage.
         if self._label_names is None and self.paths["train"] is not None:
             self._label_names = self._training_labels()
         for split in splits:
-            if split not in self._examples:
-                self._examples[split] = self._encoded(split, self.records(split))
+            self._prepared(split)
 
     def records(self, split: str) -> list[Record]:
         """The records of `split`, read at the first call."""
@@ -128,20 +128,27 @@ class TextClassificationData(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Example]:
         """Training batches, in a random order that puts texts of about equal length together."""
-        lengths = [len(example["input_ids"]) for example in self._examples["train"]]
-        return self._loader("train", LengthGroupedSampler(lengths, self.batch_size))
+        examples = self._prepared("train")
+        sampler = LengthGroupedSampler([_length(e) for e in examples], self.batch_size)
+        return self._loader(examples, sampler)
 
     def val_dataloader(self) -> DataLoader[Example] | list[DataLoader[Example]]:
         """Validation batches; no loader where nothing is held out."""
-        return self._loader("validation") if self._examples["validation"] else []
+        examples = self._prepared("validation")
+        return self._loader(_by_length(examples)) if examples else []
 
     def test_dataloader(self) -> DataLoader[Example]:
         """Test batches."""
-        return self._loader("test")
+        return self._loader(_by_length(self._prepared("test")))
 
     def predict_dataloader(self) -> DataLoader[Example]:
-        """Batches without labels."""
-        return self._loader("predict")
+        """Batches without labels, in the order of the file."""
+        return self._loader(self._prepared("predict"))
+
+    def _prepared(self, split: str) -> list[Example]:
+        if split not in self._examples:
+            self._examples[split] = self._encoded(split, self.records(split))
+        return self._examples[split]
 
     def _given_splits(self) -> list[str]:
         held_out = self.paths["train"] is not None
@@ -232,13 +239,24 @@ class TextClassificationData(LightningDataModule):
             )
         return tokenizer
 
-    def _loader(self, split: str, sampler: Sampler[int] | None = None) -> DataLoader[Example]:
+    def _loader(
+        self, examples: list[Example], sampler: Sampler[int] | None = None
+    ) -> DataLoader[Example]:
         from transformers import DataCollatorWithPadding
 
         return DataLoader(
-            cast(Dataset[Example], self._examples[split]),  # a list is a map-style dataset
+            cast(Dataset[Example], examples),  # a list is a map-style dataset
             batch_size=self.batch_size,
             sampler=sampler,
             num_workers=self.num_workers,
             collate_fn=DataCollatorWithPadding(self._tokenizer),
         )
+
+
+def _length(example: Example) -> int:
+    return len(example["input_ids"])
+
+
+def _by_length(examples: list[Example]) -> list[Example]:
+    """In an order that wastes little on padding; metrics do not depend on it."""
+    return sorted(examples, key=_length)
