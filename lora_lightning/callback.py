@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from lora_lightning import report
-from lora_lightning.binding import bind, binding_of, overrides
+from lora_lightning.binding import bind, binding_of, callbacks_of, overrides
 from lora_lightning.checkpoint import saved_keys
 from lora_lightning.config import LoraConfig
 from lora_lightning.errors import AdapterMismatchError, AdapterStateError, ConfigError, did_you_mean
@@ -26,7 +26,7 @@ from lora_lightning.run_checks import (
     check_strategy,
     explain_unreadable_checkpoints,
 )
-from lora_lightning.switching import active_adapters, set_adapter
+from lora_lightning.switching import active_adapters, adapter_names, set_adapter
 from lora_lightning.targets import Selection
 
 
@@ -109,6 +109,7 @@ class LoraCallback(Callback):
         """Put this adapter on the module; what carries it already keeps it."""
         root = self.root(pl_module)
         self._check_same_options(root)
+        self._check_no_strangers(pl_module)
         first = not active_adapters(root)
         self._selection = extend_adapter(root, self.config, self.adapter_name)
         if not first and self.adapter_name not in active_adapters(root):
@@ -157,6 +158,17 @@ class LoraCallback(Callback):
                     f"Two LoraCallbacks of this Trainer have adapter_name={self.adapter_name!r}. "
                     "Give each a name of its own. (lora.adapter_name)"
                 )
+
+    def _check_no_strangers(self, pl_module: LightningModule) -> None:
+        managed = [callback.adapter_name for callback in callbacks_of(pl_module)]
+        strangers = [name for name in adapter_names(pl_module) if name not in managed]
+        if strangers:
+            raise AdapterStateError(
+                f"The model carries adapters {strangers}, which no LoraCallback of this Trainer "
+                "manages: they would not be saved. Make them part of the base with "
+                "merge_and_unload(module), take them off with delete_adapter, or give each a "
+                "LoraCallback of its own. (lora.adapter_name)"
+            )
 
     def _check_same_options(self, root: nn.Module) -> None:
         for path, adapter in adapters_named(root, self.adapter_name).items():

@@ -14,7 +14,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from modules import BuiltInConfigureModel, BuiltInSetup, Data, Net, NetWithoutOptimizer, run
 from torch import nn
 
-from lora_lightning import LoraCallback, LoraConfig, active_adapters, adapter_names
+from lora_lightning import (
+    LoraCallback,
+    LoraConfig,
+    active_adapters,
+    adapter_names,
+    inject_adapter,
+)
 from lora_lightning.errors import (
     AdapterMismatchError,
     AdapterStateError,
@@ -417,6 +423,23 @@ def test_other_options_on_the_same_module(tmp_path: Path) -> None:
     )
     assert "The model carries an adapter 'default' already ('embed', for one)" in text
     assert "r: 2 there, 3 here" in text
+
+
+def test_adapters_that_nobody_would_save(tmp_path: Path) -> None:
+    module = Net()
+    inject_adapter(module, LoraConfig(r=2, target_modules=["embed"]), "older")
+    with pytest.raises(AdapterStateError) as error:
+        run(tmp_path, LoraCallback(r=2)).fit(module, Data())
+    assert "The model carries adapters ['older'], which no LoraCallback" in str(error.value)
+    assert "merge_and_unload(module)" in str(error.value)
+
+
+def test_an_adapter_that_was_injected_by_hand(tmp_path: Path) -> None:
+    module = Net()
+    inject_adapter(module, LoraConfig(**OPTIONS))
+    run(tmp_path, LoraCallback(**OPTIONS)).fit(module, Data())
+    assert len(adapters(module)) == 6
+    assert all(v.abs().sum() > 0 for v in adapters(module).values())
 
 
 def test_merged_adapters_do_not_train(tmp_path: Path) -> None:
