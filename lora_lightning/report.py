@@ -113,7 +113,7 @@ def end_lines(model: nn.Module, best: str, last: str) -> list[str]:
         if path and os.path.isfile(path):
             size = readable_bytes(os.path.getsize(path))
             lines.append(
-                f"{label} checkpoint: {path} ({size} with optimizer state; the base is {base})"
+                f"{label} checkpoint: {_nearby(path)} ({size} with optimizer state; the base is {base})"
             )
     return lines
 
@@ -133,10 +133,20 @@ def readable_bytes(count: float) -> str:
 
 
 def show(*items: object) -> None:
-    """Print tables and lines; highlighting only where a person is looking."""
+    """Print tables and lines."""
+    # By way of print(), which a live progress bar knows to keep above itself; a rich console of
+    # our own would write over it.
     console = Console(soft_wrap=True)
-    for item in items:
-        console.print(item, highlight=False)
+    with console.capture() as captured:
+        for item in items:
+            console.print(item, highlight=False)
+    print(captured.get(), end="", flush=True)
+
+
+def _nearby(path: str) -> str:
+    """Relative to the working directory where it lies below it."""
+    relative = os.path.relpath(path)
+    return path if relative.startswith("..") else relative
 
 
 def _shown_name(path: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ def test_yaml_is_accepted(config: str, tmp_path: Path, monkeypatch: Any) -> None
             }
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(content))
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lora-lightning", "fit", "--config", "c.yaml"])
 
     class ParseOnly(LoraCLI):
         def instantiate_classes(self) -> None:
@@ -59,7 +61,7 @@ def test_yaml_is_accepted(config: str, tmp_path: Path, monkeypatch: Any) -> None
         def _run_subcommand(self, subcommand: str) -> None:
             pass
 
-    ParseOnly(["fit", "--config", "c.yaml"])
+    ParseOnly()
 
 
 def test_setup_commands_are_one_line_each() -> None:

@@ -135,7 +135,7 @@ KEYS = [
 ]
 
 
-@pytest.mark.parametrize("keys", itertools.permutations(KEYS, 2), ids=str)
+@pytest.mark.parametrize("keys", list(itertools.permutations(KEYS, 2)), ids=str)
 def test_patterns_apply_as_in_peft(keys):
     """The first key that fits wins."""
     pattern = dict(zip(keys, (3, 4), strict=True))
