@@ -258,7 +258,8 @@ class LoraCallback(Callback):
             callback: Any = trainer.checkpoint_callback
             best = getattr(callback, "best_model_path", "")
             last = getattr(callback, "last_model_path", "")
-            report.show(*report.end_lines(pl_module, best, last))
+            weights_only = getattr(callback, "save_weights_only", False)
+            report.show(*report.end_lines(pl_module, best, last, weights_only))
 
     # -- resuming ------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import shlex
+import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -180,9 +181,17 @@ class LoraCLI(LightningCLI):
         evaluate = ["validate" if argument == "fit" else argument for argument in arguments]
         show(
             "to train on (raise trainer.max_epochs):\n  "
-            + shlex.join([PROGRAM, *arguments, "--ckpt_path", "last"]),
-            "to evaluate:\n  " + shlex.join([PROGRAM, *evaluate, "--ckpt_path", "best"]),
+            + shlex.join([_typed_program(), *arguments, "--ckpt_path", "last"]),
+            "to evaluate:\n  " + shlex.join([_typed_program(), *evaluate, "--ckpt_path", "best"]),
         )
+
+    def after_predict(self) -> None:
+        """Keep what was predicted, which LightningCLI would drop."""
+        predictions = self.trainer.predict_loop.predictions
+        if predictions and self.trainer.is_global_zero:
+            path = Path(self.trainer.log_dir or self.run_directory) / "predictions.pt"
+            torch.save(predictions, path)
+            show(f"predictions, batch by batch: {path} (torch.load)")
 
 
 def _last(found: list[Path]) -> Path:
@@ -205,6 +214,15 @@ def _best(found: list[Path]) -> Path:
         f"ckpt_path='best': {str(found[-1])!r} does not say which checkpoint was the best. Name "
         f"one: {', '.join(str(path) for path in found)}. (ckpt_path)"
     )
+
+
+def _typed_program() -> str:
+    """The command's name where the shell finds it, else the path by which it was called."""
+    found = shutil.which(PROGRAM)
+    called = sys.argv[0]
+    if found and os.path.exists(called) and not os.path.samefile(found, called):
+        return called
+    return PROGRAM if found or not os.path.exists(called) else called
 
 
 def _without_ckpt_path(arguments: list[str]) -> list[str]:

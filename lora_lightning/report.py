@@ -105,16 +105,16 @@ def batch_line(batch_size: int | None, accumulate: int, devices: int) -> str:
     )
 
 
-def end_lines(model: nn.Module, best: str, last: str) -> list[str]:
+def end_lines(model: nn.Module, best: str, last: str, weights_only: bool) -> list[str]:
     """Where the adapter checkpoints lie and how large they are beside the base."""
     lines = []
+    content = "weights only" if weights_only else "with optimizer state"
     base = readable_bytes(base_bytes(model))
     for label, path in (("best", best), ("last", last)):
         if path and os.path.isfile(path):
             size = readable_bytes(os.path.getsize(path))
-            lines.append(
-                f"{label} checkpoint: {_nearby(path)} ({size} with optimizer state; the base is {base})"
-            )
+            sizes = f"({size} {content}; the base is {base})"
+            lines.append(f"{label} checkpoint: {_nearby(path)} {sizes}")
     return lines
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -101,6 +102,10 @@ def test_fit_resume_validate(cli: Any, folder: Path) -> None:
     logs = sorted(path.name for path in (folder / "runs/a/logs").iterdir())
     assert logs == ["version_0", "version_1"]  # nothing of the first call was overwritten
     assert "val_loss" in cli("validate", "--config", "my.yaml", "--ckpt_path", "best")
+    text = cli("predict", "--config", "my.yaml", "--ckpt_path", "best")
+    path = "runs/a/logs/version_3/predictions.pt"
+    assert f"predictions, batch by batch: {path} (torch.load)" in text
+    assert [len(batch) for batch in torch.load(folder / path, weights_only=True)] == [16] * 4
     text = cli("validate", "--config", "my.yaml")
     assert "no --ckpt_path given: this evaluates the model before any fine-tuning" in text
 
@@ -250,7 +255,13 @@ def test_help_explains_every_option(cli: Any, folder: Path) -> None:
 
 
 def test_installed_command(folder: Path) -> None:
-    assert "LoRA adapter 'default'" in process(folder, "fit", "--config", "my.yaml")
+    """Called by its path, as without an activated environment; what it prints can be pasted."""
+    out = process(folder, "fit", "--config", "my.yaml")
+    assert "LoRA adapter 'default'" in out
+    program = str(Path(sys.executable).parent / "lora-lightning")
+    on_path = shutil.which("lora-lightning")
+    shown = "lora-lightning" if on_path and os.path.samefile(on_path, program) else program
+    assert f"\n  {shown} fit --config my.yaml --ckpt_path last\n" in out
 
 
 @pytest.mark.slow

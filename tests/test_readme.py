@@ -36,7 +36,7 @@ def test_commands_parse() -> None:
     """Every `lora-lightning` call in the README is one that the parser takes."""
     commands = [line for block in blocks("bash") for line in block.splitlines()]
     calls = [shlex.split(c)[1:] for c in commands if c.startswith("lora-lightning")]
-    assert len(calls) == 4
+    assert len(calls) == 6
     assert {call[0] for call in calls} <= {"fit", "validate", "test", "predict"}
 
 
