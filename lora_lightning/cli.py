@@ -175,7 +175,8 @@ class LoraCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Print the commands that resume and evaluate this run."""
-        if not self.trainer.is_global_zero:
+        saved = any((self.run_directory / "checkpoints").glob("*.ckpt"))
+        if not saved or not self.trainer.is_global_zero:
             return
         arguments = _without_ckpt_path(sys.argv[1:])
         evaluate = ["validate" if argument == "fit" else argument for argument in arguments]

@@ -286,6 +286,24 @@ def test_a_partly_bypassed_adapter_is_a_warning(tmp_path: Path) -> None:
         run(tmp_path, LoraCallback(**OPTIONS), max_steps=1).fit(SkipsBody(), Data())
 
 
+def test_learning_rate_finder(tmp_path: Path) -> None:
+    """It saves and restores through the same hooks, in the middle of fit."""
+    from lightning.pytorch.tuner import Tuner
+
+    class Searchable(Net):
+        lr = 1e-3
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW(self.parameters(), lr=self.lr)
+
+    module = Searchable()
+    trainer = run(tmp_path, LoraCallback(**OPTIONS))
+    Tuner(trainer).lr_find(module, datamodule=Data(), num_training=10, min_lr=1e-4, max_lr=1e-1)
+    assert not adapters(module)["embed.adapters.default.lora_B"].any()  # as at the start
+    trainer.fit(module, Data())
+    assert all(v.abs().sum() > 0 for v in adapters(module).values())
+
+
 # -- optimizers of every make ------------------------------------------------------------------------
 
 

@@ -239,6 +239,13 @@ def test_damaged_checkpoint(cli: Any, folder: Path) -> None:
         )
 
 
+def test_fast_dev_run_leaves_nothing(cli: Any, folder: Path) -> None:
+    out = cli("fit", "--config", "my.yaml", "--trainer.fast_dev_run", "true")
+    assert "LoRA adapter 'default'" in out
+    assert "--ckpt_path" not in out  # there is nothing to resume from
+    assert not list(folder.rglob("*.ckpt"))
+
+
 def test_help_explains_every_option(cli: Any, folder: Path) -> None:
     text = cli("fit", "--help")
     for option in (
