@@ -104,6 +104,12 @@ def callbacks_of(module: LightningModule) -> list[LoraCallback]:
 # -- the overrides, under the names of the hooks (pickle looks bound methods up by name) -----------
 
 
+def averaged_models(trainer: Any) -> list[Any]:
+    """The copies of the module that WeightAveraging callbacks keep during fit."""
+    models = [getattr(callback, "_average_model", None) for callback in trainer.callbacks]
+    return [model for model in models if model is not None]
+
+
 def setup(self: LightningModule, stage: str) -> None:
     """The module's own `setup`, then growth, unless `configure_model` is still to build."""
     _original(self, "setup")(stage)
@@ -152,7 +158,10 @@ def on_load_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> Non
     callbacks = callbacks_of(self)
     if callbacks:
         check_checkpoint(checkpoint, self, callbacks)
-        expect_only_adapters(self)
+        averaged = averaged_models(self.trainer) if "current_model_state" in checkpoint else []
+        expect_only_adapters(self, times=1 + len(averaged))  # WeightAveraging loads it once more
+        for model in averaged:
+            expect_only_adapters(model)
     _original(self, "on_load_checkpoint")(checkpoint)
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from lora_lightning import report
-from lora_lightning.binding import bind, binding_of, callbacks_of, overrides
+from lora_lightning.binding import averaged_models, bind, binding_of, callbacks_of, overrides
 from lora_lightning.checkpoint import saved_keys
 from lora_lightning.config import LoraConfig
 from lora_lightning.errors import AdapterMismatchError, AdapterStateError, ConfigError, did_you_mean
@@ -197,6 +197,12 @@ class LoraCallback(Callback):
                 raise AdapterStateError(
                     f"Adapters {host.merged_adapters} are merged into the base ({path!r}, for one) "
                     "and would not train. Call unmerge_adapter(module) before fit."
+                )
+        for averaged in averaged_models(trainer):
+            if self.adapter_name not in adapter_names(averaged):
+                raise ConfigError(
+                    "WeightAveraging copied the module before the adapters were on it, so they "
+                    "would not be averaged. List LoraCallback before it. (trainer.callbacks)"
                 )
         check_coverage(trainer.optimizers, pl_module)
         for adapter in adapters_named(self.root(pl_module), self.adapter_name).values():

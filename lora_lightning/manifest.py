@@ -39,7 +39,9 @@ def reduce_checkpoint(
         }
     binding = binding_of(module)
     keep.update(_changed_buffers(module, binding))
-    checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in keep}
+    for part in ("state_dict", "current_model_state"):  # the latter is WeightAveraging's
+        if part in checkpoint:
+            checkpoint[part] = {k: v for k, v in checkpoint[part].items() if k in keep}
     checkpoint[KEY] = {
         "format": FORMAT,
         "version": lora_lightning.__version__,
@@ -110,15 +112,19 @@ def _check_base(saved: Fingerprint, own: Fingerprint) -> None:
         )
 
 
-def expect_only_adapters(module: nn.Module) -> None:
-    """Let the next strict `load_state_dict` pass without the base: `check_checkpoint` has checked.
+def expect_only_adapters(module: nn.Module, times: int = 1) -> None:
+    """Let the next strict `load_state_dict` calls pass without the base.
 
-    What is in the file was compared tensor by tensor; all that can be missing is the base.
+    `check_checkpoint` has compared the file tensor by tensor; all that can be missing is the base.
     """
+    left = times
 
     def forgive(_: nn.Module, incompatible: Any) -> None:
+        nonlocal left
         incompatible.missing_keys.clear()
-        handle.remove()
+        left -= 1
+        if left == 0:
+            handle.remove()
 
     handle = module.register_load_state_dict_post_hook(forgive)
 

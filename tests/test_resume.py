@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import seed_everything
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, WeightAveraging
 from modules import BuiltInConfigureModel, Data, Net, NetWithoutOptimizer, run
+from torch.optim.swa_utils import get_ema_avg_fn
 
 import lora_lightning.callback
 from lora_lightning import LoraCallback
+from lora_lightning.errors import ConfigError
 
 
 def fit(
@@ -77,6 +79,33 @@ def test_evaluation_leaves_the_random_state_alone(tmp_path: Path) -> None:
     for _ in Data().val_dataloader():  # and what the loader draws
         pass
     assert torch.equal(drawn, torch.get_rng_state())
+
+
+def test_weight_averaging(tmp_path: Path) -> None:
+    """EMA of the adapters: only they are saved, and it resumes exactly."""
+
+    def go(folder: Path, epochs: int, ckpt_path: Any = None, lora_first: bool = True) -> Any:
+        seed_everything(7 if ckpt_path is None else 123, verbose=False)
+        callbacks = [
+            LoraCallback(r=2, target_modules=["embed", "body.2"], modules_to_save=["head"]),
+            WeightAveraging(avg_fn=get_ema_avg_fn(0.9)),
+        ]
+        saver = ModelCheckpoint(folder, filename="{epoch}", save_last=True)
+        module = Net()
+        trainer = run(folder, *callbacks[:: 1 if lora_first else -1], saver, max_epochs=epochs)
+        trainer.fit(module, Data(), ckpt_path=ckpt_path)
+        return module.state_dict()
+
+    straight = go(tmp_path / "straight", 4)
+    go(tmp_path / "broken", 2)
+    saved = torch.load(tmp_path / "broken/last.ckpt", weights_only=True)
+    for part in ("state_dict", "current_model_state"):
+        assert len(saved[part]) == 6
+        assert all(".adapters." in key for key in saved[part])
+    assert not equal(saved["state_dict"], saved["current_model_state"])
+    assert equal(straight, go(tmp_path / "broken", 4, "last"))
+    with pytest.raises(ConfigError, match="List LoraCallback before it"):
+        go(tmp_path / "wrong", 1, lora_first=False)
 
 
 def test_other_callbacks_resume_too(tmp_path: Path) -> None:
