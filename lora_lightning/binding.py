@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
+from lora_lightning.errors import CheckpointError
 from lora_lightning.optim import (
     cover_trainable,
     default_optimizer,
@@ -45,7 +46,7 @@ class Binding:
 
     originals: dict[str, Any] = field(default_factory=dict)
     fingerprint: Fingerprint | None = None
-    buffers: dict[str, str] = field(default_factory=dict)
+    buffers: dict[str, list[str]] = field(default_factory=dict)
 
 
 def binding_of(module: LightningModule) -> Binding:
@@ -136,7 +137,9 @@ def configure_optimizers(self: LightningModule) -> Any:
             configured = _original(self, "configure_optimizers")()
     optimizers = find_optimizers(configured)
     if not optimizers:
-        return default_optimizer(self, callbacks[0].lr)
+        # Lightning cannot clip gradients under a gradient scaler with a fused optimizer.
+        fused = self.trainer.precision != "16-mixed"
+        return default_optimizer(self, callbacks[0].lr, fused)
     cover_trainable(optimizers, self, meant_for)
     return configured
 
@@ -147,22 +150,28 @@ def on_save_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> Non
 
     _original(self, "on_save_checkpoint")(checkpoint)
     callbacks = callbacks_of(self)
-    if callbacks:
+    # Without a fingerprint nothing has grown yet: a run that failed in setup is being saved.
+    if callbacks and binding_of(self).fingerprint is not None:
         reduce_checkpoint(checkpoint, self, callbacks)
 
 
 def on_load_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> None:
     """The last hook before weights are loaded: refuse what does not fit."""
-    from lora_lightning.manifest import check_checkpoint, expect_only_adapters
+    from lora_lightning.manifest import KEY, check_checkpoint, expect_only_adapters
 
+    _original(self, "on_load_checkpoint")(checkpoint)
     callbacks = callbacks_of(self)
+    if not callbacks and KEY in checkpoint:
+        raise CheckpointError(
+            "This is an adapter checkpoint, but no LoraCallback is at work in this Trainer. Add "
+            "one with the options that it was trained with, or enable it. (lora.enabled)"
+        )
     if callbacks:
         check_checkpoint(checkpoint, self, callbacks)
         averaged = averaged_models(self.trainer) if "current_model_state" in checkpoint else []
         expect_only_adapters(self, times=1 + len(averaged))  # WeightAveraging loads it once more
         for model in averaged:
             expect_only_adapters(model)
-    _original(self, "on_load_checkpoint")(checkpoint)
 
 
 _OVERRIDES: dict[str, Callable[..., Any]] = {

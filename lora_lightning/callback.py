@@ -8,20 +8,25 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from lora_lightning import report
-from lora_lightning.binding import averaged_models, bind, binding_of, callbacks_of, overrides
+from lora_lightning.binding import averaged_models, bind, callbacks_of, overrides
 from lora_lightning.checkpoint import saved_keys
 from lora_lightning.config import LoraConfig
-from lora_lightning.errors import AdapterMismatchError, AdapterStateError, ConfigError, did_you_mean
-from lora_lightning.fingerprint import base_fingerprint
+from lora_lightning.errors import (
+    AdapterMismatchError,
+    AdapterStateError,
+    ConfigError,
+    did_you_mean,
+    first_few,
+)
 from lora_lightning.hosts.base import named_hosts, walk
 from lora_lightning.injection import adapters_named, extend_adapter, freeze
-from lora_lightning.manifest import KEY, buffer_digests
+from lora_lightning.manifest import KEY, remember_base
 from lora_lightning.optim import check_coverage, trainable_parameters
 from lora_lightning.rng import set_random_state
 from lora_lightning.run_checks import (
+    check_callbacks,
     check_precision,
     check_strategy,
     explain_unreadable_checkpoints,
@@ -40,7 +45,8 @@ class LoraCallback(Callback):
     Args:
         config: All LoRA options as one object; give either this or the options themselves.
         adapter_name: Name of the adapter on the model and in checkpoints.
-        module: Dotted path of the submodule to adapt; default: the whole LightningModule.
+        module: Dotted path of the submodule to adapt; default: the whole LightningModule. All
+            names in the options, modules_to_save too, are then looked up below it.
         lr: Learning rate of the AdamW that is supplied where the module brings no optimizer.
         enabled: False trains the module as if the callback were not there.
         **config_options: The options of `LoraConfig`, one by one.
@@ -73,7 +79,6 @@ class LoraCallback(Callback):
         self.lr = lr
         self.enabled = enabled
         self._selection = Selection()
-        self._frozen_norms: list[nn.Module] = []
         self._gradients_checked = False
         self._log: Any = None
 
@@ -96,8 +101,10 @@ class LoraCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Grow the adapters, now or as soon as the module has built its model."""
         if not self.enabled:
+            bind(pl_module)  # so that an adapter checkpoint is refused in words
             return
         self._check_alone(trainer)
+        check_callbacks(trainer)
         check_strategy(trainer)
         check_precision(trainer)
         explain_unreadable_checkpoints(trainer.strategy)
@@ -110,15 +117,13 @@ class LoraCallback(Callback):
         root = self.root(pl_module)
         self._check_same_options(root)
         self._check_no_strangers(pl_module)
+        fresh = not adapter_names(pl_module)
         first = not active_adapters(root)
         self._selection = extend_adapter(root, self.config, self.adapter_name)
         if not first and self.adapter_name not in active_adapters(root):
             set_adapter(root, [*active_adapters(root), self.adapter_name])
         freeze(pl_module)
-        binding = binding_of(pl_module)
-        if binding.fingerprint is None:
-            binding.fingerprint = base_fingerprint(pl_module)
-            binding.buffers = buffer_digests(pl_module)
+        remember_base(pl_module, fresh)
 
     def root(self, pl_module: LightningModule) -> nn.Module:
         """The submodule that is adapted.
@@ -207,11 +212,6 @@ class LoraCallback(Callback):
         check_coverage(trainer.optimizers, pl_module)
         for adapter in adapters_named(self.root(pl_module), self.adapter_name).values():
             adapter.train()  # also where the base came in eval mode (from_pretrained)
-        self._frozen_norms = [
-            module
-            for _, module in walk(pl_module)
-            if isinstance(module, _NormBase) and module.track_running_stats
-        ]
         self._gradients_checked = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -229,18 +229,24 @@ class LoraCallback(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Keep the running statistics of frozen norm layers still, whoever called `train()`."""
-        for norm in self._frozen_norms:
-            norm.training = False
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give frozen norm layers the mode of their surroundings back."""
-        for norm in self._frozen_norms:
-            norm.training = pl_module.training
+        """Check at the head of every epoch that nothing else has begun to train."""
+        if not self.enabled or batch_idx:
+            return
+        check_coverage(trainer.optimizers, pl_module)
+        owned = {
+            key for callback in callbacks_of(pl_module) for key in callback.saved_keys(pl_module)
+        }
+        others = [name for name in trainable_parameters(pl_module) if name not in owned]
+        if others:
+            raise AdapterStateError(
+                f"{first_few(others)} began to train, but belong to no adapter: they would not be "
+                "saved. Train them as a copy instead: lora.modules_to_save. (lora.modules_to_save)"
+            )
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """After the first backward, every adapter has a gradient, or something bypasses it."""
-        if not self.enabled or self._gradients_checked:
+        # Under manual optimization a backward pass may be meant for a part of the model.
+        if not self.enabled or self._gradients_checked or not pl_module.automatic_optimization:
             return
         self._gradients_checked = True
         trainable = trainable_parameters(pl_module)
@@ -257,6 +263,13 @@ class LoraCallback(Callback):
                 f"first step ({', '.join(without[:3])}, ...): these modules were not called, "
                 "or their weights are read without calling them."
             )
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Say what is left to resume from when a run is interrupted."""
+        if isinstance(exception, KeyboardInterrupt) and trainer.state.fn == "fit":
+            self.on_fit_end(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say where the adapters lie."""

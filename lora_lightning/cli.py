@@ -19,7 +19,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 
 from lora_lightning.callback import LoraCallback
-from lora_lightning.errors import CheckpointError, ConfigError, LoraError, did_you_mean
+from lora_lightning.errors import CheckpointError, ConfigError, LoraError, did_you_mean, first_few
 from lora_lightning.report import show
 from lora_lightning.run_checks import READ_ERRORS, check_checkpoint_file, unreadable
 
@@ -117,15 +117,14 @@ class LoraCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Look the checkpoint up, and refuse to start a run over an existing one."""
         options = self._options()
-        folder = self.run_directory / "checkpoints"
-        found = sorted(folder.glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
+        found = self.found_checkpoints()
         wanted = options.get("ckpt_path")
         if wanted in ("last", "best"):
             if not found:
                 raise CheckpointError(
-                    f"ckpt_path={wanted!r}: {str(folder)!r} holds no checkpoint. Start the run "
-                    "without --ckpt_path, or name its directory with --trainer.default_root_dir. "
-                    "(ckpt_path)"
+                    f"ckpt_path={wanted!r}: {first_few(self._folders())} holds no checkpoint. "
+                    "Start the run without --ckpt_path, or name its directory with "
+                    "--trainer.default_root_dir. (ckpt_path)"
                 )
             options["ckpt_path"] = str(_best(found) if wanted == "best" else _last(found))
         elif wanted is None and self.subcommand == "fit" and found:
@@ -150,14 +149,30 @@ class LoraCLI(LightningCLI):
         # First, so that wrong options are found before other callbacks write files.
         trainer.callbacks.sort(key=lambda callback: not isinstance(callback, LoraCallback))  # type: ignore[attr-defined]
         for callback in trainer.checkpoint_callbacks:
-            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
-                callback.dirpath = str((self.run_directory / "checkpoints").absolute())
+            if isinstance(callback, ModelCheckpoint):
+                if callback.dirpath is None:
+                    callback.dirpath = str((self.run_directory / "checkpoints").absolute())
+                if callback.monitor is not None and callback.save_last is None:
+                    callback.save_last = True  # the best one may be an old one: resume needs both
         return trainer
 
     @property
     def run_directory(self) -> Path:
         """Where this run's checkpoints and logs are."""
         return Path(self._options()["trainer"]["default_root_dir"] or "runs/default")
+
+    def found_checkpoints(self) -> list[Path]:
+        """Checkpoints of this run, the newest last."""
+        paths = {path for folder in self._folders() for path in Path(folder).glob("*.ckpt")}
+        return sorted(paths, key=lambda path: path.stat().st_mtime)
+
+    def _folders(self) -> list[str]:
+        entries = self._options()["trainer"].get("callbacks") or []
+        named = [getattr(entry, "init_args", None) for entry in entries]
+        folders = [
+            str(options["dirpath"]) for options in named if options and options.get("dirpath")
+        ]
+        return [str(self.run_directory / "checkpoints"), *folders]
 
     def _options(self) -> Any:
         return self.config[self.config["subcommand"]]
@@ -175,8 +190,7 @@ class LoraCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Print the commands that resume and evaluate this run."""
-        saved = any((self.run_directory / "checkpoints").glob("*.ckpt"))
-        if not saved or not self.trainer.is_global_zero:
+        if not self.found_checkpoints() or not self.trainer.is_global_zero:
             return
         arguments = _without_ckpt_path(sys.argv[1:])
         evaluate = ["validate" if argument == "fit" else argument for argument in arguments]

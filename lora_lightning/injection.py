@@ -15,6 +15,7 @@ from lora_lightning.adapters.trained_copy import TrainedCopy
 from lora_lightning.bias import biases_to_train, forget_bias, train_bias, trained_biases
 from lora_lightning.config import LoraConfig
 from lora_lightning.errors import AdapterStateError, ConfigError, RankError
+from lora_lightning.frozen_norms import hold_still, let_go
 from lora_lightning.hosts import host_type_for
 from lora_lightning.hosts.base import (
     Host,
@@ -100,6 +101,7 @@ def extend_adapter(
         train_bias(module, adapter_name)
     close_fast_path(model)
     activate_new(model, adapter_name, active)
+    hold_still(model)
     return selection
 
 
@@ -128,15 +130,19 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
             forget_bias(module)
     reopen_fast_path(model)
     close_fast_path(model)  # other adapters may still need it closed
+    let_go(model)
+    if adapter_names(model):
+        hold_still(model)
 
 
 def freeze(model: nn.Module) -> None:
-    """`requires_grad=False` on everything that is in no adapter."""
+    """`requires_grad=False` on everything that is in no adapter; norm statistics held still."""
     kept = {id(module.bias) for _, module, _ in trained_biases(model)}
     for _, module in walk(model):
         for parameter in module.parameters(recurse=False):
             if id(parameter) not in kept:
                 parameter.requires_grad_(False)
+    hold_still(model)
 
 
 def _check_name(name: str) -> None:

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 import lora_lightning
 from lora_lightning.binding import Binding, binding_of
 from lora_lightning.checkpoint import config_differences, tensor_differences
 from lora_lightning.errors import AdapterMismatchError, CheckpointError, first_few
-from lora_lightning.fingerprint import Fingerprint, digest, fingerprint_difference
+from lora_lightning.fingerprint import (
+    Fingerprint,
+    base_fingerprint,
+    digest,
+    fingerprint_difference,
+)
 from lora_lightning.hosts.base import walk
 from lora_lightning.rng import random_state
 
@@ -21,6 +27,7 @@ if TYPE_CHECKING:
 
 KEY = "lora_lightning"
 FORMAT = 1
+_EXTRA_STATE = "_extra_state"  # what a user's module keeps by get_extra_state
 
 
 def reduce_checkpoint(
@@ -41,7 +48,9 @@ def reduce_checkpoint(
     keep.update(_changed_buffers(module, binding))
     for part in ("state_dict", "current_model_state"):  # the latter is WeightAveraging's
         if part in checkpoint:
-            checkpoint[part] = {k: v for k, v in checkpoint[part].items() if k in keep}
+            checkpoint[part] = {
+                k: v for k, v in checkpoint[part].items() if k in keep or k.endswith(_EXTRA_STATE)
+            }
     checkpoint[KEY] = {
         "format": FORMAT,
         "version": lora_lightning.__version__,
@@ -129,20 +138,48 @@ def expect_only_adapters(module: nn.Module, times: int = 1) -> None:
     handle = module.register_load_state_dict_post_hook(forgive)
 
 
-def buffer_digests(module: nn.Module) -> dict[str, str]:
-    """Digest of every persistent buffer outside adapters, all values read."""
-    return {
-        f"{path}.{name}" if path else name: digest(buffer, limit=None)
+def remember_base(module: LightningModule, fresh: bool) -> None:
+    """Take the base's fingerprint; again at each setup, as its weights may have been exchanged.
+
+    Args:
+        module: The module, adapters on it.
+        fresh: Whether it carried no adapter before; what was remembered is void then.
+
+    """
+    binding = binding_of(module)
+    found = base_fingerprint(module)
+    known = {} if fresh else binding.fingerprint or {}
+    if not known:
+        binding.buffers = {name: _digests(buffer) for name, buffer in _base_buffers(module)}
+    # Buffers may have moved in training, and another dtype is the Trainer's own cast of the base.
+    stays = [
+        n for n in known if n in found and (n in binding.buffers or known[n][1] != found[n][1])
+    ]
+    binding.fingerprint = {**found, **{name: known[name] for name in stays}}
+
+
+def _base_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return [
+        (f"{path}.{name}" if path else name, buffer)
         for path, child in walk(module)
         for name, buffer in child.named_buffers(recurse=False)
         if name not in child._non_persistent_buffers_set
-    }
+    ]
+
+
+def _digests(buffer: Tensor) -> list[str]:
+    # As it is, and as the half-precision plugins cast it: a cast is not training.
+    casts = [torch.bfloat16, torch.float16] if buffer.is_floating_point() else []
+    return [digest(b, limit=None) for b in (buffer, *(buffer.to(cast) for cast in casts))]
 
 
 def _changed_buffers(module: nn.Module, binding: Binding) -> list[str]:
     # A base buffer that training moves (a codebook, an EMA) would be lost with the base.
-    now = buffer_digests(module)
-    return [name for name, value in now.items() if binding.buffers.get(name) != value]
+    return [
+        name
+        for name, buffer in _base_buffers(module)
+        if digest(buffer, limit=None) not in binding.buffers.get(name, [])
+    ]
 
 
 def _adapter_differences(
@@ -168,7 +205,7 @@ def _adapter_differences(
             found += tensor_differences(present, expected)
         lines += [f"adapter {name!r}: {line}" for line in found]
     known = {key for entry in saved.values() for key in entry["tensors"]} | buffers.keys()
-    strangers = [key for key in state if key not in known]
+    strangers = [key for key in state if key not in known and not key.endswith(_EXTRA_STATE)]
     if strangers and not lines:
         lines.append(f"tensors that no adapter owns: {first_few(strangers)}")
     return lines

@@ -17,6 +17,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lora_lightning.errors import OptimizerError, first_few
+from lora_lightning.hosts.base import adapter_owners
 
 # id of a frozen parameter -> the group that it was in or was meant for
 Groups = dict[int, dict[str, Any]]
@@ -70,9 +71,10 @@ def cover_trainable(optimizers: list[Optimizer], model: nn.Module, meant_for: Gr
             if isinstance(p, torch.Tensor) and not p.requires_grad:
                 del optimizer.state[p]
     base = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+    owners = adapter_owners(model)
     for name, p in trainable_parameters(model).items():
         if id(p) not in covered:
-            owner = name.partition(".adapters.")[0] + "."
+            owner = owners.get(id(p), name) + "."
             homes = [
                 group_of[id(q)]
                 for n, q in base.items()
@@ -117,12 +119,11 @@ def check_coverage(optimizers: Iterable[Optimizer], model: nn.Module) -> None:
         )
 
 
-def default_optimizer(model: nn.Module, lr: float) -> Optimizer:
+def default_optimizer(model: nn.Module, lr: float, fused: bool = True) -> Optimizer:
     """AdamW over what trains, fused where torch has it: for modules that bring no optimizer."""
     params = list(trainable_parameters(model).values())
-    return torch.optim.AdamW(
-        params, lr=lr, weight_decay=0.0, fused=all(_can_fuse(p) for p in params)
-    )
+    fused = fused and all(_can_fuse(p) for p in params)
+    return torch.optim.AdamW(params, lr=lr, weight_decay=0.0, fused=fused)
 
 
 def find_optimizers(configured: Any) -> list[Optimizer]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import nn
 
 from lora_lightning.adapters.trained_copy import TrainedCopy
@@ -62,13 +63,16 @@ def target_rows(model: nn.Module, adapter_name: str) -> list[TargetRow]:
 
 def start_table(model: nn.Module, adapter_name: str, left_out: list[str]) -> Table:
     """Per target name: modules matched of possible, r, parameters."""
-    table = Table(title=f"LoRA adapter '{adapter_name}'", title_justify="left")
+    # Text, not str: rich would take "[...]" in a name for markup.
+    table = Table(title=Text(f"LoRA adapter '{adapter_name}'"), title_justify="left")
     table.add_column("target")
     for column in ("modules", "r", "parameters"):
         table.add_column(column, justify="right")
     for row in target_rows(model, adapter_name):
         ranks = "full" if row.full else ", ".join(map(str, row.ranks))
-        table.add_row(row.name, f"{row.matched} of {row.possible}", ranks, f"{row.parameters:,}")
+        table.add_row(
+            Text(row.name), f"{row.matched} of {row.possible}", ranks, f"{row.parameters:,}"
+        )
     biases = [
         record.parameter(module).numel()
         for _, module, record in trained_biases(model)
@@ -78,7 +82,7 @@ def start_table(model: nn.Module, adapter_name: str, left_out: list[str]) -> Tab
         total = sum(biases)
         table.add_row("bias", str(len(biases)), "full", f"{total:,}")
     for path in left_out:
-        table.add_row(f"{path} (output head, frozen)", "0 of 1", "-", "0")
+        table.add_row(Text(f"{path} (output head, frozen and not saved)"), "0 of 1", "-", "0")
     return table
 
 
@@ -139,7 +143,7 @@ def show(*items: object) -> None:
     console = Console(soft_wrap=True)
     with console.capture() as captured:
         for item in items:
-            console.print(item, highlight=False)
+            console.print(item, highlight=False, markup=False)
     print(captured.get(), end="", flush=True)
 
 

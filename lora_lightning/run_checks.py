@@ -8,9 +8,10 @@ import zipfile
 from types import MethodType
 from typing import Any
 
-from lora_lightning.errors import CheckpointError, ConfigError, did_you_mean
+from lora_lightning.errors import CheckpointError, ConfigError, did_you_mean, first_few
 
 _STRATEGIES = {"SingleDeviceStrategy", "DDPStrategy"}
+_BASE_CHANGERS = {"BaseFinetuning", "ModelPruning"}
 _CONVERTING_PLUGINS = {"BitsandbytesPrecision", "TransformerEnginePrecision"}
 
 
@@ -53,6 +54,25 @@ def check_precision(trainer: Any) -> None:
         )
 
 
+def check_callbacks(trainer: Any) -> None:
+    """No callback that trains or changes base weights, which adapter checkpoints do not hold.
+
+    Raises:
+        ConfigError: For those that do.
+
+    """
+    for callback in trainer.callbacks:
+        name = next(
+            (c.__name__ for c in type(callback).__mro__ if c.__name__ in _BASE_CHANGERS), None
+        )
+        if name is not None:
+            raise ConfigError(
+                f"{type(callback).__name__} changes base weights, but with LoraCallback the base "
+                "is frozen and checkpoints hold adapters only: its work would be lost. Take one of "
+                "the two out. (trainer.callbacks)"
+            )
+
+
 def check_checkpoint_file(path: str) -> None:
     """There is such a file.
 
@@ -60,8 +80,14 @@ def check_checkpoint_file(path: str) -> None:
         CheckpointError: Naming the nearest file in its folder.
 
     """
-    if os.path.exists(path) or "://" in path:
+    if os.path.isfile(path) or "://" in path:
         return
+    if os.path.isdir(path):
+        inside = [name for name in sorted(os.listdir(path)) if name.endswith(".ckpt")]
+        raise CheckpointError(
+            f"Checkpoint {path!r} is a folder; name a file. It holds "
+            f"{first_few(inside) or 'no checkpoint'}. (ckpt_path)"
+        )
     folder = os.path.dirname(path) or "."
     files = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
     near = did_you_mean(os.path.basename(path), files)
@@ -80,6 +106,8 @@ def unreadable(path: str, error: Exception) -> CheckpointError | None:
     if zipfile.is_zipfile(path) and ("weights_only" in text or "Unsupported global" in text):
         return None  # whole, but holds objects that torch refuses: torch says which
     size = os.path.getsize(path)
+    if "Weights only" in text:  # torch's advice on pickles does not help with a broken file
+        text = "it is no PyTorch archive"
     return CheckpointError(
         f"Checkpoint {path!r} ({size:,} bytes) is truncated or damaged and cannot be read: "
         f"{(text or type(error).__name__).splitlines()[0][:120]}. Resume from another one"

@@ -17,7 +17,7 @@ PACKAGE = Path(lora_lightning.__file__).parent
 # the Trainer are on its floor.)
 FLOORS = {
     "errors": 0, "config": 0,
-    "initialization": 1, "adapters": 1, "hosts": 1, "targets": 1, "bias": 1,
+    "initialization": 1, "adapters": 1, "hosts": 1, "targets": 1, "bias": 1, "frozen_norms": 1,
     "injection": 2, "switching": 2, "merging": 2,
     "checkpoint": 3, "fingerprint": 3, "optim": 3, "report": 3, "rng": 3,
     "callback": 4, "binding": 4, "manifest": 4, "run_checks": 4,

@@ -20,10 +20,13 @@ from lora_lightning import (
     active_adapters,
     adapter_names,
     inject_adapter,
+    merge_and_unload,
+    unload,
 )
 from lora_lightning.errors import (
     AdapterMismatchError,
     AdapterStateError,
+    CheckpointError,
     ConfigError,
     OptimizerError,
     TargetError,
@@ -252,10 +255,208 @@ def test_lora_dropout_acts_even_where_the_base_came_in_eval_mode(tmp_path: Path)
     assert seen == [True]
 
 
-def test_frozen_norm_gets_its_mode_back(tmp_path: Path) -> None:
+def test_frozen_norm_is_held_while_adapters_are_on(tmp_path: Path) -> None:
     module = Net()
     run(tmp_path, LoraCallback(**OPTIONS)).fit(module, Data())
+    module.train()
+    assert not module.norm.training
+    assert not pickle.loads(pickle.dumps(module.norm)).training
+    unload(module)
     assert module.norm.training
+    assert module.norm.eval().train().training
+
+
+@pytest.mark.parametrize("method", ["lr_find", "scale_batch_size"])
+def test_trial_runs_leave_the_base_alone(tmp_path: Path, method: str) -> None:
+    """The Tuner leaves callbacks out of its trial fits."""
+    from lightning.pytorch.tuner import Tuner
+
+    class Searchable(Net):
+        lr = 1e-3
+
+    module = Searchable()
+    before = {k: v.clone() for k, v in module.state_dict().items()}
+    tuner = Tuner(run(tmp_path, LoraCallback(**OPTIONS)))
+    if method == "lr_find":
+        tuner.lr_find(module, datamodule=Data(), num_training=5, update_attr=False)
+    else:
+        tuner.scale_batch_size(module, datamodule=Data(), max_trials=2, steps_per_trial=2)
+    unload(module)
+    assert all(torch.equal(before[k], v) for k, v in module.state_dict().items())
+
+
+def test_a_base_that_was_exchanged_has_another_fingerprint(tmp_path: Path) -> None:
+    """merge_and_unload or other weights between two runs: the checkpoint names the base it had."""
+    module, data = Net(), Data()
+    run(tmp_path, LoraCallback(**OPTIONS)).fit(module, data)
+    merge_and_unload(module)
+    merged = copy.deepcopy(module.state_dict())
+    trainer = run(tmp_path, LoraCallback(**{**OPTIONS, "r": 3}))
+    trainer.fit(module, data)
+    trainer.save_checkpoint(tmp_path / "second.ckpt")
+    again = run(tmp_path, LoraCallback(**{**OPTIONS, "r": 3}))
+    with pytest.raises(AdapterMismatchError, match="another base model"):
+        again.validate(Net(), data, ckpt_path=tmp_path / "second.ckpt", verbose=False)
+    right = Net()
+    right.load_state_dict(merged)
+    again.validate(right, data, ckpt_path=tmp_path / "second.ckpt", verbose=False)
+
+    loaded = Net()  # other weights loaded into a module that carries its adapters already
+    trainer = run(tmp_path, LoraCallback(**OPTIONS))
+    trainer.validate(loaded, data, verbose=False)
+    loaded.load_state_dict(merged, strict=False)
+    trainer.fit(loaded, data)
+    trainer.save_checkpoint(tmp_path / "third.ckpt")
+    right = Net()
+    right.load_state_dict(merged)
+    run(tmp_path, LoraCallback(**OPTIONS)).validate(
+        right, data, ckpt_path=tmp_path / "third.ckpt", verbose=False
+    )
+
+
+def test_second_run_in_half_precision_keeps_the_fingerprint(tmp_path: Path) -> None:
+    """bf16-true casts the base in place; its fingerprint stays that of the base as it came."""
+    module, data = Net(), Data()
+    for _ in range(2):
+        trainer = run(tmp_path, LoraCallback(**OPTIONS), precision="bf16-true")
+        trainer.fit(module, data)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    state = torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"]
+    assert all(".adapters." in key for key in state)  # a cast buffer is no change
+    fresh = run(tmp_path, LoraCallback(**OPTIONS))
+    fresh.validate(Net(), data, ckpt_path=tmp_path / "a.ckpt", verbose=False)
+
+
+def test_callbacks_that_change_the_base_are_refused(tmp_path: Path) -> None:
+    from lightning.pytorch.callbacks import BackboneFinetuning, ModelPruning
+
+    for callback in (BackboneFinetuning(), ModelPruning("l1_unstructured", amount=0.5)):
+        with pytest.raises(ConfigError, match=f"{type(callback).__name__} changes base weights"):
+            run(tmp_path, LoraCallback(**OPTIONS), callback).fit(Net(), Data())
+
+
+def test_base_weights_that_begin_to_train_are_noticed(tmp_path: Path) -> None:
+    class Unfreezes(Net):
+        def on_train_start(self) -> None:
+            self.embed.requires_grad_(True)
+            self.optimizers().add_param_group({"params": self.embed.bias})
+            self.embed.weight.requires_grad_(False)
+
+    with pytest.raises(AdapterStateError, match=r"embed\.bias began to train, but belong"):
+        run(tmp_path, LoraCallback(**OPTIONS)).fit(Unfreezes(), Data())
+
+
+@pytest.mark.filterwarnings("ignore:.*was called without a model")
+def test_a_failing_setup_shows_its_own_error(tmp_path: Path) -> None:
+    from lightning.pytorch.callbacks import OnExceptionCheckpoint
+
+    callbacks = [LoraCallback(target_modules=["nope"]), OnExceptionCheckpoint(str(tmp_path))]
+    with pytest.raises(TargetError, match="matched nothing"):
+        run(tmp_path, *callbacks, enable_checkpointing=True).fit(Net(), Data())
+
+
+def test_an_adapter_checkpoint_needs_the_callback(tmp_path: Path) -> None:
+    trainer = run(tmp_path, LoraCallback(**OPTIONS))
+    trainer.fit(Net(), Data())
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    with pytest.raises(CheckpointError, match="no LoraCallback is at work in this Trainer"):
+        run(tmp_path, LoraCallback(enabled=False)).fit(Net(), Data(), ckpt_path=tmp_path / "a.ckpt")
+    with pytest.raises(CheckpointError, match=r"is a folder; name a file. It holds a\.ckpt"):
+        run(tmp_path, LoraCallback(**OPTIONS)).fit(Net(), Data(), ckpt_path=str(tmp_path))
+
+
+def test_a_failing_load_leaves_strict_loading_strict(tmp_path: Path) -> None:
+    class Refuses(Net):
+        def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            raise KeyError("mine")
+
+    trainer = run(tmp_path, LoraCallback(**OPTIONS))
+    trainer.fit(Net(), Data())
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    module = Refuses()
+    with pytest.raises(KeyError, match="mine"):
+        run(tmp_path, LoraCallback(**OPTIONS)).validate(
+            module, Data(), ckpt_path=tmp_path / "a.ckpt"
+        )
+    with pytest.raises(RuntimeError, match="Missing key"):
+        module.load_state_dict({})
+
+
+def test_extra_state_is_kept(tmp_path: Path) -> None:
+    class Counts(Net):
+        steps = 0
+
+        def get_extra_state(self) -> Any:
+            return {"steps": self.steps}
+
+        def set_extra_state(self, state: Any) -> None:
+            self.steps = state["steps"]
+
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            self.steps += 1
+            return super().training_step(batch, batch_idx)
+
+    trainer = run(tmp_path, LoraCallback(**OPTIONS))
+    trainer.fit(Counts(), Data())
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    fresh = Counts()
+    run(tmp_path, LoraCallback(**OPTIONS)).validate(
+        fresh, Data(), ckpt_path=tmp_path / "a.ckpt", verbose=False
+    )
+    assert fresh.steps == 4
+
+
+def test_interrupted_run_says_where_its_checkpoint_lies(tmp_path: Path, capsys: Any) -> None:
+    class Interrupted(Net):
+        def on_train_epoch_start(self) -> None:
+            if self.current_epoch == 1:
+                raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit):
+        run(
+            tmp_path,
+            LoraCallback(**OPTIONS),
+            ModelCheckpoint(tmp_path, filename="one"),
+            max_epochs=3,
+        ).fit(Interrupted(), Data())
+    assert f"best checkpoint: {tmp_path}/one.ckpt" in capsys.readouterr().out
+
+
+def test_manual_optimization_in_parts_is_no_warning(tmp_path: Path, recwarn: Any) -> None:
+    class Alternates(Net):
+        automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(self.embed(batch[0]).mean())
+            optimizer.step()
+
+    run(tmp_path, LoraCallback(**OPTIONS)).fit(Alternates(), Data())
+    assert not [w for w in recwarn if "had no gradient" in str(w.message)]
+
+
+def test_groups_are_found_by_type_not_by_name(tmp_path: Path) -> None:
+    """A user's module may be called `adapters`."""
+
+    class Named(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.adapters = nn.ModuleDict({"fast": nn.Linear(8, 8)})
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(self.adapters["fast"](x))
+
+    module = Named()
+    optimizer = torch.optim.SGD(
+        [
+            {"params": module.embed.parameters(), "lr": 0.1},
+            {"params": module.adapters.parameters(), "lr": 0.2},
+        ]
+    )
+    module.configure_optimizers = lambda: optimizer  # type: ignore[method-assign,assignment]
+    run(tmp_path, LoraCallback(r=2, target_modules=["embed", "fast"])).fit(module, Data())
+    assert [len(group["params"]) for group in optimizer.param_groups] == [2, 2]
 
 
 def test_a_bypassed_adapter_is_noticed_in_the_first_step(tmp_path: Path) -> None:

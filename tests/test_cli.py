@@ -187,7 +187,7 @@ MISTAKES: dict[str, tuple[list[str], int, list[str]]] = {
     "no last checkpoint": (
         ["--ckpt_path", "last"],
         1,
-        ["ckpt_path='last': 'runs/a/checkpoints' holds no checkpoint."],
+        ["ckpt_path='last': runs/a/checkpoints holds no checkpoint."],
     ),
     "no such checkpoint": (
         ["--ckpt_path", "runs/a/best.ckpt"],
@@ -237,6 +237,26 @@ def test_damaged_checkpoint(cli: Any, folder: Path) -> None:
             f"CheckpointError: Checkpoint '{relative}' (5,000 bytes) is truncated or damaged"
             in text
         )
+
+
+def test_printed_commands_keep_brackets(cli: Any) -> None:
+    out = cli("fit", "--config", "my.yaml", "--lora.target_modules", "[embed]")
+    assert "fit --config my.yaml --lora.target_modules '[embed]' --ckpt_path last" in out
+
+
+def test_last_is_kept_beside_the_best(cli: Any, folder: Path) -> None:
+    saver = {"monitor": "val_loss", "mode": "max", "filename": "best", "dirpath": "runs/elsewhere"}
+    entry = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": saver}
+    write(folder / "b.yaml", {**CONFIG, "trainer": {**CONFIG["trainer"], "callbacks": [entry]}})
+    out = cli("fit", "--config", "b.yaml", "--trainer.max_epochs", "3")
+    assert "--ckpt_path last" in out
+    assert sorted(p.name for p in (folder / "runs/elsewhere").iterdir()) == [
+        "best.ckpt",
+        "last.ckpt",
+    ]
+    assert "already; nothing is overwritten" in cli("fit", "--config", "b.yaml", fails=1)
+    out = cli("fit", "--config", "b.yaml", "--ckpt_path", "last", "--trainer.max_epochs", "4")
+    assert "runs/elsewhere/last.ckpt" in out
 
 
 def test_fast_dev_run_leaves_nothing(cli: Any, folder: Path) -> None:

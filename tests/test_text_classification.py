@@ -6,6 +6,7 @@ from lightning.pytorch import Trainer, seed_everything
 from tiny_bert import save_tiny_bert
 from torch import nn
 
+from lora_lightning import LoraConfig, inject_adapter, set_adapter
 from lora_lightning.data.text_classification import TextClassificationData
 from lora_lightning.errors import ConfigError
 from lora_lightning.tasks.text_classification import TextClassification
@@ -61,14 +62,6 @@ def built(model, **options):
     module = TextClassification(model, **{"label_names": ["a", "b", "c"], **options})
     module.configure_model()
     return module
-
-
-class Copy(nn.Module):
-    """An adapter as the engine grows it: a trained copy below a frozen module."""
-
-    def __init__(self, host):
-        super().__init__()
-        self.default = nn.Linear(host.in_features, host.out_features)
 
 
 def test_it_learns_and_logs(tmp_path, model, file):
@@ -171,14 +164,13 @@ def test_new_weights_have_a_learning_rate_of_their_own(model):
     assert rates.keys() == dict(module.named_parameters()).keys()
     assert {name for name, rate in rates.items() if rate == 0.2} == module.new_parameters
 
-    module.requires_grad_(False)
-    encoder, head = module.network.bert.pooler.dense, module.network.classifier
-    encoder.adapters, head.adapters = Copy(encoder), Copy(head)
+    options = {"target_modules": ["pooler.dense"], "modules_to_save": ["classifier"]}
+    inject_adapter(module, LoraConfig(r=2, **options))
     assert learning_rates(module) == {
-        "network.bert.pooler.dense.adapters.default.weight": 0.1,
-        "network.bert.pooler.dense.adapters.default.bias": 0.1,
-        "network.classifier.adapters.default.weight": 0.2,
-        "network.classifier.adapters.default.bias": 0.2,
+        "network.bert.pooler.dense.adapters.default.lora_A": 0.1,
+        "network.bert.pooler.dense.adapters.default.lora_B": 0.1,
+        "network.classifier.adapters.default.module.weight": 0.2,
+        "network.classifier.adapters.default.module.bias": 0.2,
     }
 
 
@@ -202,20 +194,18 @@ def test_a_new_head_that_is_frozen_is_refused(tmp_path, model, file):
     )
 
 
-def test_a_frozen_new_head_with_a_trained_copy_is_fine(model):
+@pytest.mark.parametrize(
+    ("saved", "fine"),
+    [("classifier", True), ("network", True), ("pooler", False)],
+    ids=["its own copy", "a copy of what encloses it", "a neighbour's copy"],
+)
+def test_a_frozen_new_head_with_a_trained_copy_is_fine(model, saved, fine):
     module = built(model)
-    module.requires_grad_(False)
-    head = module.network.classifier
-    head.adapters = Copy(head)
-    module.on_fit_start()
-    head.adapters.requires_grad_(False)
-    with pytest.raises(ConfigError, match="stay random"):
+    module.probe = nn.Linear(2, 2)  # a target that every case has
+    inject_adapter(module, LoraConfig(r=2, target_modules=["probe"], modules_to_save=[saved]))
+    if fine:
         module.on_fit_start()
-    del head.adapters
-    module.network.adapters = Copy(head)  # a copy of an enclosing module covers it as well
-    module.on_fit_start()
-    del module.network.adapters
-    module.network.bert.adapters = Copy(head)  # a neighbour's does not
+        set_adapter(module, [])  # nothing trains any more
     with pytest.raises(ConfigError, match="stay random"):
         module.on_fit_start()
 

@@ -250,3 +250,8 @@ def named_hosts(model: nn.Module) -> Iterator[tuple[str, Host]]:
     for path, module in walk(model):
         if isinstance(module, Host):
             yield path, module
+
+
+def adapter_owners(model: nn.Module) -> dict[int, str]:
+    """Path of the host by `id` of every parameter that its adapters own."""
+    return {id(p): path for path, host in named_hosts(model) for p in host.adapters.parameters()}

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from lora_lightning.errors import ConfigError, first_few
+from lora_lightning.hosts.base import adapter_owners
 from lora_lightning.tasks.pretrained import load_pretrained
 
 Batch = dict[str, Tensor]
@@ -190,11 +191,11 @@ class TextClassification(LightningModule):
         trainable = {n: p for n, p in self.named_parameters() if p.requires_grad}
         # A copy that an adapter trains in place of a new weight starts from noise as well.
         new_modules = set().union(*map(_ancestors, self.new_parameters))
+        owners = adapter_owners(self)
         new = {
             name
-            for name in trainable
-            if name in self.new_parameters
-            or (".adapters." in name and name.partition(".adapters.")[0] in new_modules)
+            for name, parameter in trainable.items()
+            if name in self.new_parameters or owners.get(id(parameter)) in new_modules
         }
         groups = [
             {"params": [p for n, p in trainable.items() if n not in new], "lr": self.lr},
@@ -209,16 +210,10 @@ class TextClassification(LightningModule):
 
 
 def _frozen_for_good(module: nn.Module, names: set[str]) -> set[str]:
-    """Those of the parameters `names` that neither train nor have a trained adapter copy.
-
-    An adapter grows on the module it belongs to, at `<module path>.adapters.<name>.<tensor>`.
-    """
+    """Those of the parameters `names` that neither train nor lie below a trained adapter."""
     parameters = dict(module.named_parameters())
-    adapted = {
-        name.partition(".adapters.")[0]
-        for name, parameter in parameters.items()
-        if parameter.requires_grad and ".adapters." in name
-    }
+    owners = adapter_owners(module)
+    adapted = {owners[id(p)] for p in parameters.values() if p.requires_grad and id(p) in owners}
     return {
         name
         for name in names & parameters.keys()
