@@ -37,7 +37,8 @@ def inject_adapter(
     """Grow one adapter on every module that `config` selects, in place, and freeze the base.
 
     The first adapter on a model is active and trainable; later ones are neither until
-    `set_adapter` names them. Everything is checked before anything is touched.
+    `set_adapter` names them. Frozen norm layers that track statistics stay in eval mode as long as
+    adapters are on. Everything is checked before anything is touched.
 
     Args:
         model: Any module. Its parameters keep their names; its own state dict still loads.
