@@ -102,13 +102,13 @@ def callbacks_of(module: LightningModule) -> list[LoraCallback]:
     return [c for c in callbacks if isinstance(c, LoraCallback) and c.enabled]
 
 
-# -- the overrides, under the names of the hooks (pickle looks bound methods up by name) -----------
-
-
 def averaged_models(trainer: Any) -> list[Any]:
     """The copies of the module that WeightAveraging callbacks keep during fit."""
     models = [getattr(callback, "_average_model", None) for callback in trainer.callbacks]
     return [model for model in models if model is not None]
+
+
+# -- the overrides, under the names of the hooks (pickle looks bound methods up by name) -----------
 
 
 def setup(self: LightningModule, stage: str) -> None:

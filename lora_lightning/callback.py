@@ -118,9 +118,8 @@ class LoraCallback(Callback):
         self._check_same_options(root)
         self._check_no_strangers(pl_module)
         fresh = not adapter_names(pl_module)
-        first = not active_adapters(root)
         self._selection = extend_adapter(root, self.config, self.adapter_name)
-        if not first and self.adapter_name not in active_adapters(root):
+        if self.adapter_name not in active_adapters(root):
             set_adapter(root, [*active_adapters(root), self.adapter_name])
         freeze(pl_module)
         remember_base(pl_module, fresh)

@@ -47,7 +47,7 @@ def base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         prefix = path + "." if path else ""
         if any(prefix.startswith(outer) for outer in replaced):
             continue
-        for name, tensor in [*module.named_parameters(recurse=False), *_persistent_buffers(module)]:
+        for name, tensor in [*module.named_parameters(recurse=False), *persistent_buffers(module)]:
             key = prefix + name
             if (
                 isinstance(module, Host)
@@ -108,7 +108,8 @@ def digest(tensor: Tensor, limit: int | None = SAMPLE) -> str:
     return hashlib.sha256(values.numpy().tobytes()).hexdigest()[:16]
 
 
-def _persistent_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
+def persistent_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """The module's own buffers that its state dict holds."""
     return [
         (name, buffer)
         for name, buffer in module.named_buffers(recurse=False)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ def generator_for(seed: int, name: str) -> torch.Generator:
 
 @torch.no_grad()
 def zeros_(tensor: Tensor) -> None:
-    """Zero in place. (`nn.init.zeros_` for tensors on any device, meta too.)"""
+    """Zero in place, also under Lightning's `empty_init`, which skips `nn.init.zeros_`."""
     tensor.zero_()
 
 
@@ -42,7 +43,7 @@ def normal_(tensor: Tensor, std: float, generator: torch.Generator) -> None:
     _fill(tensor, lambda draft: draft.normal_(0, std, generator=generator))
 
 
-def _fill(tensor: Tensor, draw) -> None:  # type: ignore[no-untyped-def]
+def _fill(tensor: Tensor, draw: Callable[[Tensor], Tensor]) -> None:
     if tensor.is_meta:
         return
     # Drawn on the CPU in fp32 and copied, so that the values do not depend on device or dtype.

@@ -16,6 +16,7 @@ from lora_lightning.fingerprint import (
     base_fingerprint,
     digest,
     fingerprint_difference,
+    persistent_buffers,
 )
 from lora_lightning.hosts.base import walk
 from lora_lightning.rng import random_state
@@ -162,8 +163,7 @@ def _base_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
     return [
         (f"{path}.{name}" if path else name, buffer)
         for path, child in walk(module)
-        for name, buffer in child.named_buffers(recurse=False)
-        if name not in child._non_persistent_buffers_set
+        for name, buffer in persistent_buffers(child)
     ]
 
 

@@ -13,7 +13,6 @@ from lora_lightning.adapters.trained_copy import TrainedCopy
 from lora_lightning.bias import trained_biases
 from lora_lightning.errors import AdapterStateError
 from lora_lightning.hosts.base import Host, check_can_shrink, named_hosts
-from lora_lightning.hosts.fast_path import reopen_fast_path
 from lora_lightning.injection import delete_adapter
 from lora_lightning.switching import active_adapters, adapter_names, check_enabled, set_adapter
 
@@ -109,11 +108,9 @@ def unload(model: nn.Module) -> nn.Module:
     """
     for path, host in named_hosts(model):
         check_can_shrink(host, path)
-    check_enabled(model)
     unmerge_adapter(model)
     for name in adapter_names(model):
         delete_adapter(model, name)
-    reopen_fast_path(model)
     return model
 
 

@@ -29,6 +29,7 @@ class TargetRow:
         matched, possible: Modules that carry the adapter; modules of that name that could.
         ranks: Every rank among them.
         parameters: Trainable numbers.
+        full: Whether the module trains as a copy (`modules_to_save`), without a rank.
 
     """
 

@@ -21,6 +21,7 @@ from lora_lightning import (
     adapter_names,
     inject_adapter,
     merge_and_unload,
+    set_adapter,
     unload,
 )
 from lora_lightning.errors import (
@@ -658,6 +659,15 @@ def test_an_adapter_that_was_injected_by_hand(tmp_path: Path) -> None:
     inject_adapter(module, LoraConfig(**OPTIONS))
     run(tmp_path, LoraCallback(**OPTIONS)).fit(module, Data())
     assert len(adapters(module)) == 6
+    assert all(v.abs().sum() > 0 for v in adapters(module).values())
+
+
+def test_an_adapter_that_was_switched_off_trains_again(tmp_path: Path) -> None:
+    module = Net()
+    inject_adapter(module, LoraConfig(**OPTIONS))
+    set_adapter(module, [])
+    run(tmp_path, LoraCallback(**OPTIONS)).fit(module, Data())
+    assert active_adapters(module) == ["default"]
     assert all(v.abs().sum() > 0 for v in adapters(module).values())
 
 
