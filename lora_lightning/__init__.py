@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from lora_lightning.adapters.lora import LoraConfig as LoraConfig
     from lora_lightning.callback import LoraCallback as LoraCallback
     from lora_lightning.checkpoint import adapter_state_dict as adapter_state_dict
     from lora_lightning.checkpoint import load_adapter_state_dict as load_adapter_state_dict
-    from lora_lightning.config import LoraConfig as LoraConfig
     from lora_lightning.data.docstrings import StdlibDocstrings as StdlibDocstrings
     from lora_lightning.data.text_classification import (
         TextClassificationData as TextClassificationData,
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "LoraCallback": "callback",
-    "LoraConfig": "config",
+    "LoraConfig": "adapters.lora",
     "inject_adapter": "injection",
     "delete_adapter": "injection",
     "adapter_names": "switching",

@@ -10,9 +10,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lora_lightning import report
+from lora_lightning.adapters.lora import LoraConfig
 from lora_lightning.binding import averaged_models, bind, callbacks_of, overrides
 from lora_lightning.checkpoint import saved_keys
-from lora_lightning.config import LoraConfig
+from lora_lightning.config import AdapterConfig
 from lora_lightning.errors import (
     AdapterMismatchError,
     AdapterStateError,
@@ -43,7 +44,8 @@ class LoraCallback(Callback):
     adapters only, and `ckpt_path` restores them after checking that adapters and base fit.
 
     Args:
-        config: All LoRA options as one object; give either this or the options themselves.
+        config: All options as one object, of LoRA or another adapter type; give either this or
+            LoRA's options themselves.
         adapter_name: Name of the adapter on the model and in checkpoints.
         module: Dotted path of the submodule to adapt; default: the whole LightningModule. All
             names in the options, modules_to_save too, are then looked up below it.
@@ -63,7 +65,7 @@ class LoraCallback(Callback):
 
     def __init__(
         self,
-        config: LoraConfig | None = None,
+        config: LoraConfig | AdapterConfig | None = None,
         *,
         adapter_name: str = "default",
         module: str | None = None,
@@ -73,7 +75,7 @@ class LoraCallback(Callback):
     ) -> None:
         super().__init__()
         _check_options(config, config_options)
-        self.config = LoraConfig(**config_options) if config is None else config
+        self.config: AdapterConfig = LoraConfig(**config_options) if config is None else config
         self.adapter_name = adapter_name
         self.module = module
         self.lr = lr
@@ -177,11 +179,11 @@ class LoraCallback(Callback):
     def _check_same_options(self, root: nn.Module) -> None:
         for path, adapter in adapters_named(root, self.adapter_name).items():
             if adapter.config != self.config:
+                there, here = _options(adapter.config), _options(self.config)
                 changed = [
-                    f"{field.name}: {getattr(adapter.config, field.name)!r} there, "
-                    f"{getattr(self.config, field.name)!r} here"
-                    for field in dataclasses.fields(LoraConfig)
-                    if getattr(adapter.config, field.name) != getattr(self.config, field.name)
+                    f"{key}: {there.get(key)!r} there, {here.get(key)!r} here"
+                    for key in {**there, **here}
+                    if there.get(key) != here.get(key)
                 ]
                 raise AdapterMismatchError(
                     f"The model carries an adapter {self.adapter_name!r} already ({path!r}, for "
@@ -290,7 +292,11 @@ class LoraCallback(Callback):
             set_random_state(state)
 
 
-def _check_options(config: LoraConfig | None, options: dict[str, Any]) -> None:
+def _options(config: AdapterConfig) -> dict[str, Any]:
+    return {"type": config.peft_type, **config.to_dict()}
+
+
+def _check_options(config: AdapterConfig | None, options: dict[str, Any]) -> None:
     defaults = {field.name: field for field in dataclasses.fields(LoraConfig)}
     for key in options:
         if key not in defaults:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,13 +11,10 @@ from torch import Tensor, nn
 
 from lora_lightning.adapters.trained_copy import TrainedCopy
 from lora_lightning.bias import trained_biases
-from lora_lightning.config import LoraConfig
+from lora_lightning.config import AdapterConfig
 from lora_lightning.errors import AdapterMismatchError, AdapterStateError, first_few
 from lora_lightning.hosts.base import named_hosts
 from lora_lightning.switching import adapter_names
-
-# The options that change what an adapter computes from the same tensors, or which there are.
-_COMPARED = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias")
 
 
 def adapter_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:
@@ -82,14 +80,18 @@ def tensor_differences(saved: Mapping[str, list[int]], found: Mapping[str, list[
     return lines
 
 
-def config_differences(saved: Mapping[str, Any], config: LoraConfig) -> list[str]:
+def config_differences(saved: Mapping[str, Any], config: AdapterConfig) -> list[str]:
     """The options in which a checkpoint's adapter computes something else, a line each."""
-    own = config.to_dict()
-    return [
-        f"{key}: {saved.get(key)!r} in the checkpoint, {own[key]!r} here (lora.{key})"
-        for key in _COMPARED
-        if saved.get(key) != own[key]
-    ]
+    differences = []
+    for spec in dataclasses.fields(config):
+        value: Any = getattr(config, spec.name)
+        default = spec.default_factory() if callable(spec.default_factory) else spec.default
+        there = saved.get(spec.name, default)  # an option that is younger than the checkpoint
+        if spec.name not in config.free_to_change and there != value:
+            differences.append(
+                f"{spec.name}: {there!r} in the checkpoint, {value!r} here (lora.{spec.name})"
+            )
+    return differences
 
 
 def _tensors(model: nn.Module, adapter_name: str) -> list[tuple[str, str, Tensor]]:

@@ -47,15 +47,10 @@ def base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         prefix = path + "." if path else ""
         if any(prefix.startswith(outer) for outer in replaced):
             continue
+        kept = module.kept_tensors() if isinstance(module, Host) else {}
         for name, tensor in [*module.named_parameters(recurse=False), *persistent_buffers(module)]:
-            key = prefix + name
-            if (
-                isinstance(module, Host)
-                and name == "weight"
-                and module._unmerged_weight is not None
-            ):
-                tensor = module._unmerged_weight
-            yield key, cast(Tensor, original_biases.get(id(tensor), tensor))
+            original = original_biases.get(id(tensor), tensor)
+            yield prefix + name, cast(Tensor, kept.get(name, original))
 
 
 def base_fingerprint(model: nn.Module) -> Fingerprint:

@@ -6,33 +6,37 @@ import copy
 from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lora_lightning.adapters import LORA_BY_KIND
-from lora_lightning.adapters.base import Adapter, AdapterDict
-from lora_lightning.adapters.lora import LoraSettings
+from lora_lightning.adapters import classes_for
+from lora_lightning.adapters.base import Adapter, AdapterDict, AdapterParts, Site
 from lora_lightning.adapters.trained_copy import TrainedCopy
 from lora_lightning.bias import biases_to_train, forget_bias, train_bias, trained_biases
-from lora_lightning.config import LoraConfig
-from lora_lightning.errors import AdapterStateError, ConfigError, RankError
+from lora_lightning.config import AdapterConfig
+from lora_lightning.errors import AdapterStateError, ConfigError
 from lora_lightning.frozen_norms import hold_still, let_go
 from lora_lightning.hosts import host_type_for
-from lora_lightning.hosts.base import (
-    Host,
+from lora_lightning.hosts.base import Host, named_hosts, walk
+from lora_lightning.hosts.fast_path import close_fast_path, reopen_fast_path
+from lora_lightning.hosts.growing import (
+    become_host,
     check_can_grow,
     check_can_shrink,
     grow,
-    named_hosts,
+    leave_host,
     shrink,
-    walk,
 )
-from lora_lightning.hosts.fast_path import close_fast_path, reopen_fast_path
 from lora_lightning.switching import activate_new, active_adapters, adapter_names, check_enabled
-from lora_lightning.targets import Selection, pattern_value, select_modules
+from lora_lightning.targets import Selection, select_modules
 
 
 def inject_adapter(
-    model: nn.Module, config: LoraConfig, adapter_name: str = "default", *, seed: int | None = None
+    model: nn.Module,
+    config: AdapterConfig,
+    adapter_name: str = "default",
+    *,
+    seed: int | None = None,
+    low_cpu_mem_usage: bool = False,
 ) -> Selection:
     """Grow one adapter on every module that `config` selects, in place, and freeze the base.
 
@@ -46,6 +50,8 @@ def inject_adapter(
         adapter_name: A name for it; a model can carry several.
         seed: What random start values depend on, beside each tensor's name. Default: the seed
             PyTorch was given (`seed_everything`, `torch.manual_seed`).
+        low_cpu_mem_usage: Make the adapter on the meta device, without memory and start values;
+            `load_adapter_state_dict` or `load_adapter` then fills it.
 
     Returns:
         What was selected.
@@ -61,11 +67,18 @@ def inject_adapter(
             f"The model already has an adapter {adapter_name!r}. Take it off first with "
             f"delete_adapter(model, {adapter_name!r}), or choose another name."
         )
-    return extend_adapter(model, config, adapter_name, seed=seed)
+    return extend_adapter(
+        model, config, adapter_name, seed=seed, low_cpu_mem_usage=low_cpu_mem_usage
+    )
 
 
 def extend_adapter(
-    model: nn.Module, config: LoraConfig, adapter_name: str, *, seed: int | None = None
+    model: nn.Module,
+    config: AdapterConfig,
+    adapter_name: str,
+    *,
+    seed: int | None = None,
+    low_cpu_mem_usage: bool = False,
 ) -> Selection:
     """`inject_adapter` for a model that grows: modules that carry the adapter already keep it."""
     _check_name(adapter_name)
@@ -73,28 +86,24 @@ def extend_adapter(
     selection = select_modules(model, config)
     new_targets = _without_adapter(selection.targets, adapter_name)
     new_saved = _without_adapter(selection.saved, adapter_name)
-    adapters = {}
     for path, module in new_targets.items():
         check_can_grow(module, path)
-        adapters[path] = _lora_settings(path, module, config, adapter_name, seed)
     for path, module in new_saved.items():
         check_can_grow(module, path, "modules_to_save")
     biases = _new_biases(model, config, adapter_name, set(selection.targets), selection.saved)
-    if not (adapters or new_saved or biases):
+    if not (new_targets or new_saved or biases):
         return selection
     check_enabled(model)
     _check_unmerged(model)
+    device = torch.device("meta") if low_cpu_mem_usage else None
+    adapters = _make_adapters(new_targets, config, adapter_name, seed, device)
 
     others = adapter_names(model)
     active = not others or adapter_name in active_adapters(model)
     if not others:
         freeze(model)
-    for path, settings in adapters.items():
-        module = new_targets[path]
-        host_type = cast(type[Host], host_type_for(module))
-        adapter_type = LORA_BY_KIND[host_type.kind]
-        adapter = adapter_type(*host_type.dimensions(module), settings)
-        grow(module, host_type, adapter_name, adapter)
+    for path, adapter in adapters.items():
+        grow(new_targets[path], Host, adapter_name, adapter)
     for module in new_saved.values():
         trained = TrainedCopy(_copy_without_adapters(module), config)
         grow(module, host_type_for(module) or Host, adapter_name, trained)
@@ -171,37 +180,70 @@ def _without_adapter(modules: dict[str, nn.Module], name: str) -> dict[str, nn.M
     }
 
 
-def _lora_settings(
-    path: str, module: nn.Module, config: LoraConfig, adapter_name: str, seed: int
-) -> LoraSettings:
-    host_type = cast(type[Host], host_type_for(module))
-    sizes = host_type.dimensions(module)
-    kind = (module.base_type if isinstance(module, Host) else type(module)).__name__
-    r = int(pattern_value(config.rank_pattern, path, config.r))
-    if r > min(sizes):
-        last = path.rpartition(".")[2]
-        key = "rank_pattern" if r != config.r else "r"
-        raise RankError(
-            f"r={r} is larger than {path!r} ({kind} {sizes[0]} -> {sizes[1]}) allows: "
-            f"at most {min(sizes)}. Lower r, give this layer its own with rank_pattern: "
-            f"{{{last}: {min(sizes)}}}, leave it out with exclude_modules: [{last}], or train it "
-            f"in full with modules_to_save: [{last}]. (lora.{key})"
+def _make_adapters(
+    targets: dict[str, nn.Module],
+    config: AdapterConfig,
+    adapter_name: str,
+    seed: int,
+    device: torch.device | None,
+) -> dict[str, Adapter]:
+    # All are made before the first one is put on: a rank that does not fit shows here, and then
+    # the modules become again what they were.
+    fresh = [module for module in targets.values() if not isinstance(module, Host)]
+    try:
+        for module in fresh:
+            become_host(module, cast(type[Host], host_type_for(module)))
+        return {
+            path: _make_adapter(path, cast(Host, module), config, adapter_name, seed, device)
+            for path, module in targets.items()
+        }
+    except BaseException:
+        for module in fresh:
+            if isinstance(module, Host):
+                leave_host(module)
+        raise
+
+
+def _make_adapter(
+    path: str,
+    host: Host,
+    config: AdapterConfig,
+    adapter_name: str,
+    seed: int,
+    device: torch.device | None,
+) -> Adapter:
+    parts: dict[str, Adapter] = {}
+    for weight_name, shape in host.weight_shapes().items():
+        stored = cast(Tensor, getattr(host, weight_name))
+        name = path if weight_name == "weight" else f"{path}.{weight_name}"
+        site = Site(
+            config=config,
+            kind=host.kind,
+            shape=shape,
+            path=path,
+            name=f"{name}.{adapter_name}",
+            seed=seed,
+            device=stored.device if device is None else device,
+            base_dtype=host.weight_dtype(weight_name),
+            conv=host.convolution(),
         )
-    weight = cast(torch.Tensor, module.weight)
-    return LoraSettings(
-        config=config,
-        r=r,
-        lora_alpha=pattern_value(config.alpha_pattern, path, config.lora_alpha),
-        seed=seed,
-        name=f"{path}.{adapter_name}",
-        device=weight.device,
-        base_dtype=weight.dtype,
-    )
+        adapter = classes_for(config)[host.kind](site)
+        if adapter.needs_weight and device is None:
+            if stored.is_meta:
+                raise ConfigError(
+                    f"The adapter of {path!r} starts from the base weight, which is on the meta "
+                    "device and has no values yet: load the base first. (lora.init_lora_weights)"
+                )
+            adapter.start_from_weight(host.base_weight(weight_name).detach())
+        parts[weight_name] = adapter
+    if parts.keys() == {"weight"}:
+        return parts["weight"]
+    return AdapterParts(config, parts)
 
 
 def _new_biases(
     model: nn.Module,
-    config: LoraConfig,
+    config: AdapterConfig,
     adapter_name: str,
     targets: set[str],
     saved: dict[str, nn.Module],

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from lora_lightning.adapters.base import DeltaAdapter
 from lora_lightning.adapters.trained_copy import TrainedCopy
 from lora_lightning.bias import trained_biases
 from lora_lightning.errors import AdapterStateError
-from lora_lightning.hosts.base import Host, check_can_shrink, named_hosts
+from lora_lightning.hosts.base import Host, named_hosts, part_of
+from lora_lightning.hosts.growing import check_can_shrink
 from lora_lightning.injection import delete_adapter
 from lora_lightning.switching import active_adapters, adapter_names, check_enabled, set_adapter
 
@@ -44,6 +44,7 @@ def merge_adapter(model: nn.Module, names: str | Sequence[str] | None = None) ->
                 f"set_adapter(model, {name!r}) before merging."
             )
     _check_weights(model, names)
+    _check_order(model, names)
     before = [(host, list(host.merged_adapters)) for _, host in named_hosts(model)]
     try:
         for host, _ in before:
@@ -89,9 +90,9 @@ def merge_and_unload(model: nn.Module, names: str | Sequence[str] | None = None)
                 parameter.requires_grad_(required)
         raise
     for _, host in list(named_hosts(model)):
-        host._unmerged_weight = None  # the merged weight is the base now
-        host.merged_adapters = []
-        for adapter in host.live_adapters():
+        host.forget_originals()
+        for name in host.live_names():
+            adapter = host.adapters[name]
             if isinstance(adapter, TrainedCopy):
                 _take_over(host, adapter.module)
     for _, module, record in list(trained_biases(model)):
@@ -129,12 +130,16 @@ def _check_weights(model: nn.Module, names: Sequence[str], copies_too: bool = Fa
     for path, host in named_hosts(model):
         merging = [host.adapters[name] for name in names if name in host.adapters]
         written: list[nn.Parameter] = []
-        if any(isinstance(adapter, DeltaAdapter) for adapter in merging):
-            weight = host._parameters.get("weight")
+        for weight_name in host.weight_shapes():
+            parts = [part_of(adapter, weight_name) for adapter in merging]
+            if not any(part is not None and not isinstance(part, TrainedCopy) for part in parts):
+                continue
+            weight = host._parameters.get(weight_name)
             if weight is None:
                 raise AdapterStateError(
-                    f"The weight of {path!r} is computed from other tensors (a parametrization); a "
-                    "delta cannot be merged into it. Remove the parametrization first."
+                    f"The {weight_name} of {path!r} is computed from other tensors (a "
+                    "parametrization); nothing can be merged into it. Remove the parametrization "
+                    "first."
                 )
             if getattr(host, "max_norm", None) is not None:
                 raise AdapterStateError(
@@ -154,6 +159,19 @@ def _check_weights(model: nn.Module, names: Sequence[str], copies_too: bool = Fa
                     "say); merging would change that one too. Untie them first: give each module "
                     "a parameter of its own."
                 )
+
+
+def _check_order(model: nn.Module, names: Sequence[str]) -> None:
+    # Additive adapters can be merged in any order; others act on what came before them.
+    for path, host in named_hosts(model):
+        order = [n for n in host.adapters if n in host.active_adapters and host.can_merge(n)]
+        merging = [n for n in order if n in names or n in host.merged_adapters]
+        if order[: len(merging)] != merging and not all(host.adapters[n].additive for n in order):
+            raise AdapterStateError(
+                f"Adapters act on {path!r} in the order {order}, and not all of them add up: "
+                f"{merging} cannot be merged before those in front. Merge all of them, or the "
+                "first ones."
+            )
 
 
 def _adapter_parameters(host: Host) -> set[int]:

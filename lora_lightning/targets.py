@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,10 +16,12 @@ import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from lora_lightning.config import ALL_LINEAR, LoraConfig
+from lora_lightning.adapters import classes_for
+from lora_lightning.config import ALL_LINEAR, AdapterConfig
 from lora_lightning.errors import TargetError, did_you_mean, first_few
 from lora_lightning.hosts import SUPPORTED, host_type_for
-from lora_lightning.hosts.base import check_can_grow, walk
+from lora_lightning.hosts.base import walk
+from lora_lightning.hosts.growing import check_can_grow
 from lora_lightning.hosts.conv1d import is_conv1d
 
 
@@ -39,7 +41,7 @@ class Selection:
     left_out: list[str] = field(default_factory=list)
 
 
-def select_modules(model: nn.Module, config: LoraConfig) -> Selection:
+def select_modules(model: nn.Module, config: AdapterConfig) -> Selection:
     """The modules of `model` that `config` selects.
 
     Raises:
@@ -74,7 +76,7 @@ def select_modules(model: nn.Module, config: LoraConfig) -> Selection:
     _check_every_layer_matched(selection.targets, config)
     _check_every_pattern_matched(selection.targets, config)
     for path, module in selection.targets.items():
-        _check_adaptable(path, module, modules)
+        _check_adaptable(path, module, modules, config)
     return selection
 
 
@@ -86,7 +88,7 @@ def matches_name(name: str, path: str) -> bool:
     return path == name or path.endswith("." + name)
 
 
-def matches_target(config: LoraConfig, path: str) -> bool:
+def matches_target(config: AdapterConfig, path: str) -> bool:
     """Whether `target_modules` (with `layers_to_transform`) selects `path`."""
     targets = config.target_modules
     if isinstance(targets, str):
@@ -99,7 +101,7 @@ def matches_target(config: LoraConfig, path: str) -> bool:
     return not wanted or layer_index(config, path) in wanted
 
 
-def layer_index(config: LoraConfig, path: str) -> int | None:
+def layer_index(config: AdapterConfig, path: str) -> int | None:
     """The index that `layers_to_transform` counts: the first number in `path` after a name."""
     if not config.layers_pattern:
         expressions = [r".*?\.[^.]*\.(?P<index>\d+)\."]
@@ -114,7 +116,7 @@ def layer_index(config: LoraConfig, path: str) -> int | None:
     return None
 
 
-def is_excluded(config: LoraConfig, path: str) -> bool:
+def is_excluded(config: AdapterConfig, path: str) -> bool:
     """Whether `exclude_modules` or `modules_to_save` takes `path` out of the targets."""
     excluded = config.exclude_modules
     if isinstance(excluded, str):
@@ -125,14 +127,6 @@ def is_excluded(config: LoraConfig, path: str) -> bool:
     return any(
         re.match(rf"(^|.*\.){saved}($|\..*)", path) for saved in config.modules_to_save or ()
     )
-
-
-def pattern_value(pattern: Mapping[str, float], path: str, default: float) -> float:
-    """The value of the first key of `pattern` that fits the end of `path`."""
-    for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", path):
-            return value
-    return default
 
 
 def output_heads(model: nn.Module) -> list[str]:
@@ -158,7 +152,7 @@ def output_heads(model: nn.Module) -> list[str]:
 # -- the checks --------------------------------------------------------------------------------
 
 
-def _select_saved(modules: dict[str, nn.Module], config: LoraConfig) -> dict[str, nn.Module]:
+def _select_saved(modules: dict[str, nn.Module], config: AdapterConfig) -> dict[str, nn.Module]:
     saved: dict[str, nn.Module] = {}
     for name in config.modules_to_save or ():
         found = {path: module for path, module in modules.items() if matches_name(name, path)}
@@ -186,7 +180,7 @@ def _select_saved(modules: dict[str, nn.Module], config: LoraConfig) -> dict[str
 
 
 def _check_every_target_matched(
-    modules: dict[str, nn.Module], targets: dict[str, nn.Module], config: LoraConfig
+    modules: dict[str, nn.Module], targets: dict[str, nn.Module], config: AdapterConfig
 ) -> None:
     wanted = config.target_modules
     if isinstance(wanted, str):
@@ -238,7 +232,7 @@ def _check_every_target_matched(
     raise TargetError("\n".join(lines))
 
 
-def _check_every_exclusion_matched(modules: dict[str, nn.Module], config: LoraConfig) -> None:
+def _check_every_exclusion_matched(modules: dict[str, nn.Module], config: AdapterConfig) -> None:
     excluded = config.exclude_modules
     if excluded is None:
         return
@@ -253,7 +247,7 @@ def _check_every_exclusion_matched(modules: dict[str, nn.Module], config: LoraCo
         )
 
 
-def _check_every_layer_matched(targets: dict[str, nn.Module], config: LoraConfig) -> None:
+def _check_every_layer_matched(targets: dict[str, nn.Module], config: AdapterConfig) -> None:
     wanted = _wanted_layers(config)
     if not wanted:
         return
@@ -268,9 +262,9 @@ def _check_every_layer_matched(targets: dict[str, nn.Module], config: LoraConfig
         )
 
 
-def _check_every_pattern_matched(targets: dict[str, nn.Module], config: LoraConfig) -> None:
+def _check_every_pattern_matched(targets: dict[str, nn.Module], config: AdapterConfig) -> None:
     for option in ("rank_pattern", "alpha_pattern"):
-        for key in getattr(config, option):
+        for key in getattr(config, option, ()):
             if not any(re.match(rf"(.*\.)?({key})$", path) for path in targets):
                 raise TargetError(
                     f"{option} {key!r} fits none of the {len(targets)} adapted modules."
@@ -278,16 +272,26 @@ def _check_every_pattern_matched(targets: dict[str, nn.Module], config: LoraConf
                 )
 
 
-def _check_adaptable(path: str, module: nn.Module, modules: dict[str, nn.Module]) -> None:
+def _check_adaptable(
+    path: str, module: nn.Module, modules: dict[str, nn.Module], config: AdapterConfig
+) -> None:
     if _reads_past(module):
         raise TargetError(_attention_text("target_modules", path))
     if isinstance(module, torch.jit.ScriptModule):
         check_can_grow(module, path)
-    if host_type_for(module) is None:
+    host_type = host_type_for(module)
+    if host_type is None:
         raise TargetError(
-            f"target_modules selects {path!r}, a {type(module).__name__}, which cannot carry a "
-            f"LoRA adapter. Adaptable kinds: {SUPPORTED}. To train it in full, list it in "
+            f"target_modules selects {path!r}, a {type(module).__name__}, which cannot carry an "
+            f"adapter. Adaptable kinds: {SUPPORTED}. To train it in full, list it in "
             f"modules_to_save instead.\n  {_linear_names(modules)}\n(lora.target_modules)"
+        )
+    kinds = classes_for(config)
+    if host_type.kind not in kinds:
+        raise TargetError(
+            f"target_modules selects {path!r}, a {type(module).__name__}, but a "
+            f"{config.peft_type} adapter is defined for modules of kind {', '.join(kinds)} only. "
+            "Leave it out, or adapt it with another adapter. (lora.target_modules)"
         )
 
 
@@ -307,7 +311,7 @@ def _attention_text(option: str, path: str) -> str:
 # -- words for the messages --------------------------------------------------------------------
 
 
-def _wanted_layers(config: LoraConfig) -> list[int]:
+def _wanted_layers(config: AdapterConfig) -> list[int]:
     layers = config.layers_to_transform
     return [layers] if isinstance(layers, int) else list(layers or ())
 

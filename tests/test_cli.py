@@ -164,7 +164,7 @@ MISTAKES: dict[str, tuple[list[str], int, list[str]]] = {
     "rank too large": (
         ["--lora.r", "9"],
         1,
-        ["RankError: r=9 is larger than 'embed' (Linear 8 -> 16) allows: at most 8.", "(lora.r)"],
+        ["RankError: r=9 is larger than 'embed' (weight (16, 8)) allows: at most 8.", "(lora.r)"],
     ),
     "no target": (
         ["--lora.target_modules", "[q_proj]"],
@@ -182,7 +182,7 @@ MISTAKES: dict[str, tuple[list[str], int, list[str]]] = {
     "norm targeted": (
         ["--lora.target_modules", "[norm]"],
         1,
-        ["selects 'norm', a BatchNorm1d, which cannot carry a LoRA adapter", "modules_to_save"],
+        ["selects 'norm', a BatchNorm1d, which cannot carry an adapter", "modules_to_save"],
     ),
     "no last checkpoint": (
         ["--ckpt_path", "last"],

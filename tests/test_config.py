@@ -6,9 +6,9 @@ import dataclasses
 
 import peft
 import pytest
+import torch
 
-from lora_lightning import LoraConfig
-from lora_lightning.config import scaling
+from lora_lightning import LoraConfig, inject_adapter
 from lora_lightning.errors import ConfigError, LoraError, RankError
 
 BAD = {  # options, error type, the whole message or its parts
@@ -47,12 +47,13 @@ BAD = {  # options, error type, the whole message or its parts
         {"init_lora_weights": "gausian"},
         ConfigError,
         [
-            "init_lora_weights is 'gausian'; known values: True, False, 'gaussian'.",
+            "init_lora_weights is 'gausian'; known values: True, False, 'gaussian', ",
             "Did you mean 'gaussian'?",
             "(lora.init_lora_weights)",
         ],
     ),
-    "init of later issues": ({"init_lora_weights": "pissa"}, ConfigError, ["known values: True"]),
+    "unknown init": ({"init_lora_weights": "corda"}, ConfigError, ["known values: True"]),
+    "bias and dora": ({"lora_bias": True, "use_dora": True}, ConfigError, ["(lora.lora_bias)"]),
     "init=1": ({"init_lora_weights": 1}, ConfigError, ["init_lora_weights is 1;"]),
     "bias typo": (
         {"bias": "lora-only"},
@@ -139,11 +140,11 @@ def test_an_unknown_option_names_the_nearest():
     with pytest.raises(ConfigError) as caught:
         LoraConfig.from_dict({"r": 4, "lora_aplha": 8})
     assert str(caught.value) == (
-        "Unknown LoRA option 'lora_aplha'. Did you mean 'lora_alpha'? (lora.lora_aplha)"
+        "Unknown LoraConfig option 'lora_aplha'. Did you mean 'lora_alpha'? (lora.lora_aplha)"
     )
     with pytest.raises(ConfigError) as caught:
         LoraConfig.from_dict({"zzz": 4})
-    for name in ["Unknown LoRA option 'zzz'", "Known options: r, lora_alpha", "bias", "(lora.zzz)"]:
+    for name in ["Unknown LoraConfig option 'zzz'", "Known options: target_modules,", "bias", "(lora.zzz)"]:
         assert name in str(caught.value)
 
 
@@ -152,6 +153,8 @@ FULL = {
     "lora_alpha": 16,
     "lora_dropout": 0.1,
     "use_rslora": True,
+    "use_dora": True,
+    "lora_bias": False,
     "init_lora_weights": "gaussian",
     "target_modules": ["q", "v"],
     "exclude_modules": ["k"],
@@ -209,4 +212,6 @@ def test_sets_and_tuples_become_lists_in_a_fixed_order():
     ids=["lora", "rslora"],
 )
 def test_scaling(options, expected):
-    assert scaling(LoraConfig(**options), 4, 6) == expected
+    layer = torch.nn.Linear(5, 5)
+    inject_adapter(model := torch.nn.Sequential(layer), LoraConfig(r=4, lora_alpha=6, **options))
+    assert model[0].adapters["default"].scaling == expected

@@ -187,7 +187,7 @@ def test_4_master_weights_are_fp32_and_activations_stay_bf16() -> None:
 
 
 def test_4_twin_casting_the_activation_is_noticed(monkeypatch: Any) -> None:
-    def forward(self: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def forward(self: Any, x: torch.Tensor, y: torch.Tensor, base: Any) -> torch.Tensor:
         hidden = nn.functional.linear(x.to(self.lora_A.dtype), self.lora_A)
         return y + nn.functional.linear(hidden, self.lora_B).to(y.dtype)
 

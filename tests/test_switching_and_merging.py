@@ -252,7 +252,7 @@ def test_merging_twice_and_one_after_the_other():
     merge_adapter(model)
     merge_adapter(model)
     torch.testing.assert_close(model(x), expected)
-    assert [h.merged_adapters for _, h in named_hosts(model)] == [["second", "default"]]
+    assert [h.merged_adapters for _, h in named_hosts(model)] == [["default", "second"]]
 
 
 def tied() -> nn.Module:

@@ -19,7 +19,8 @@ from torch import nn
 
 from lora_lightning import LoraConfig, inject_adapter
 from lora_lightning.errors import ConfigError, LoraError, RankError, TargetError
-from lora_lightning.targets import is_excluded, matches_target, pattern_value, select_modules
+from lora_lightning.config import pattern_value
+from lora_lightning.targets import is_excluded, matches_target, select_modules
 
 # -- names against peft ------------------------------------------------------------------------
 
@@ -305,8 +306,8 @@ ERRORS = {  # options, error type, sentences in order
         {"target_modules": ["norm"]},
         TargetError,
         [
-            "target_modules selects 'layers.0.norm', a LayerNorm, which cannot carry a LoRA adapter.",
-            "Adaptable kinds: Linear, Conv1D (transformers), Embedding.",
+            "target_modules selects 'layers.0.norm', a LayerNorm, which cannot carry an adapter.",
+            "Adaptable kinds: Linear, Conv1D (transformers), Embedding, ",
             "To train it in full, list it in modules_to_save instead.",
             "Adaptable names in this model:",
             "(lora.target_modules)",
@@ -374,7 +375,7 @@ ERRORS = {  # options, error type, sentences in order
         {"r": 9, "target_modules": ["q"]},
         RankError,
         [
-            "r=9 is larger than 'layers.0.attn.q' (Linear 8 -> 8) allows: at most 8.",
+            "r=9 is larger than 'layers.0.attn.q' (weight (8, 8)) allows: at most 8.",
             "Lower r",
             "rank_pattern: {q: 8}",
             "exclude_modules: [q]",
@@ -385,7 +386,7 @@ ERRORS = {  # options, error type, sentences in order
     "rank_pattern too large": (
         {"r": 2, "target_modules": ["q", "head"], "rank_pattern": {"head": 4}},
         RankError,
-        ["r=4 is larger than 'head' (Linear 8 -> 3) allows: at most 3.", "(lora.rank_pattern)"],
+        ["r=4 is larger than 'head' (weight (3, 8)) allows: at most 3.", "(lora.rank_pattern)"],
     ),
 }
 

@@ -1,41 +1,176 @@
-"""What every adapter is: one named set of trainable tensors on one module."""
+"""What every adapter is: one named set of trainable tensors on one weight.
+
+The map of a module with adapters is a fold over them, in the order of `active_adapters`:
+f_0 is the module's own map, and adapter k turns f_(k-1) into
+
+    f_k(x) = forward(x, f_(k-1)(transform_input(x))),
+
+on weights W_k = transform_weight(W_(k-1)). An adapter says both, so that every host can run it and
+merge it; most are additive, W_k = W_(k-1) + delta.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.config import LoraConfig
+from lora_lightning.config import AdapterConfig, RankedConfig, pattern_value
+from lora_lightning.errors import RankError
+from lora_lightning.initialization import generator_for
 
 
-class Adapter(nn.Module):
-    """Tensors and maths of one adapter on one module; it never sees the module it sits on.
+@dataclass(frozen=True)
+class Convolution:
+    """How a convolution runs over its input; `dims` is 1, 2 or 3."""
+
+    dims: int
+    stride: tuple[int, ...]
+    padding: tuple[int, ...] | str
+    dilation: tuple[int, ...]
+    groups: int
+    padding_mode: str
+
+
+class Base(Protocol):
+    """What an adapter may ask of the weight it sits on: a host, or a part of one."""
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias that goes with the weight."""
+
+    def apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The host's map with another weight of the same layout and without bias."""
+
+    def base_weight(self) -> Tensor:
+        """The weight as it was before any merge, dense, in the canonical layout."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where one adapter sits, and all it is made from.
 
     Attributes:
-        config: The options it was made from; shared by all adapters of one injection.
+        config: The options shared by all adapters of one injection.
+        kind: "linear", "conv", "embedding" or "experts".
+        shape: Of the weight, in the canonical layout: linear (out, in); conv (out, in / groups,
+            *kernel); embedding (num_embeddings, embedding_dim); experts as stored.
+        path: Of the module, without the adapter's name.
+        name, seed: What random start values depend on, beside the tensor's own name.
+        device, base_dtype: Of the base weight; device "meta" for `low_cpu_mem_usage`.
+        conv: The convolution's geometry where kind is "conv".
+        transposed: Whether the experts' weight is stored as (experts, in, out).
 
     """
 
-    config: LoraConfig
+    config: Any
+    kind: str
+    shape: tuple[int, ...]
+    path: str
+    name: str
+    seed: int
+    device: torch.device
+    base_dtype: torch.dtype
+    conv: Convolution | None = None
+    transposed: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the adapter's tensors: float64 on a float64 base, else float32."""
+        return torch.float64 if self.base_dtype == torch.float64 else torch.float32
+
+    def rank(self, largest: int | None = None) -> int:
+        """r of this module, `rank_pattern` applied.
+
+        Raises:
+            RankError: If it exceeds `largest`.
+
+        """
+        config = cast(RankedConfig, self.config)
+        r = int(pattern_value(config.rank_pattern, self.path, config.r))
+        if largest is not None and r > largest:
+            last = self.path.rpartition(".")[2]
+            key = "rank_pattern" if r != config.r else "r"
+            raise RankError(
+                f"r={r} is larger than {self.path!r} (weight {tuple(self.shape)}) allows: at most "
+                f"{largest}. Lower r, give this layer its own with rank_pattern: "
+                f"{{{last}: {largest}}}, leave it out with exclude_modules: [{last}], or train it "
+                f"in full with modules_to_save: [{last}]. (lora.{key})"
+            )
+        return r
+
+    def alpha(self, default: float) -> float:
+        """Alpha of this module, `alpha_pattern` applied."""
+        return float(pattern_value(self.config.alpha_pattern, self.path, default))
+
+    def parameter(self, *shape: int) -> nn.Parameter:
+        """An uninitialised trainable tensor of this adapter."""
+        return nn.Parameter(torch.empty(shape, device=self.device, dtype=self.dtype))
+
+    def generator(self, tensor_name: str) -> torch.Generator:
+        """Random numbers for the start of one tensor."""
+        return generator_for(self.seed, f"{self.name}.{tensor_name}")
+
+
+class Adapter(nn.Module):
+    """Tensors and maths of one adapter on one weight.
+
+    Attributes:
+        config: The options it was made from; shared by all adapters of one injection.
+        live: Whether it acts at present, as a tensor: what compiled code looks at instead of the
+            host's lists, so that switching does not recompile.
+
+    """
+
+    config: AdapterConfig
+    live: Tensor
+    needs_weight = False  # whether `start_from_weight` has something to do
+    additive = False  # whether it adds to output and weight the same whatever else acts
+
+    def __init__(self, config: AdapterConfig, device: torch.device | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.register_buffer("live", torch.empty((), dtype=torch.bool, device=device), False)
+        self.set_live(False)
+
+    @torch.no_grad()
+    def set_live(self, acts: bool) -> None:
+        """Tell whether the adapter acts."""
+        self.acts = acts
+        self.live.fill_(acts)
 
     def reset_parameters(self) -> None:
         """Set the own tensors to their start values; called again after meta materialisation."""
-        raise NotImplementedError
+        self.set_live(self.acts)
 
+    def start_from_weight(self, weight: Tensor) -> None:
+        """Set the start values that are computed from the dense base weight."""
 
-class DeltaAdapter(Adapter):
-    """An adapter that adds to the weight: W + delta_weight()."""
+    def transform_input(self, x: Tensor, base: Base) -> Tensor:
+        """What the map below this adapter reads instead of `x`."""
+        return x
 
-    def delta_weight(self) -> Tensor:
-        """The update of the weight, in the adapter's own dtype."""
-        raise NotImplementedError
+    def forward(self, x: Tensor, y: Tensor, base: Base) -> Tensor:
+        """The output after this adapter, in y's dtype.
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """The module's output `y` for input `x`, plus this adapter's share, in y's dtype."""
-        raise NotImplementedError
+        Args:
+            x: What this adapter was given.
+            y: What the map below it made of `transform_input(x)`.
+            base: The weight that it sits on.
+
+        """
+        return y
+
+    def transform_weight(self, weight: Tensor, base: Base) -> Tensor:
+        """The weight of the map after this adapter, from that of the map below it."""
+        return weight
+
+    def transform_bias(self, bias: Tensor, base: Base) -> Tensor:
+        """The bias of the map after this adapter, from that of the map below it."""
+        return bias
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # `model.to(torch.bfloat16)` (Lightning's "bf16-true") narrows the base, not the fp32
@@ -49,13 +184,82 @@ class DeltaAdapter(Adapter):
         return super()._apply(keep_master_copy, recurse)
 
 
+class DeltaAdapter(Adapter):
+    """An adapter that adds to the weight: W + delta_weight().
+
+    Attributes:
+        scaling: The factor in front of the update.
+        gain: The same as a tensor, for compiled code, which is then not tied to one value.
+
+    """
+
+    scaling: float
+    gain: Tensor
+    additive = True
+
+    def __init__(self, site: Site, scaling: float) -> None:
+        super().__init__(site.config, site.device)
+        self.register_buffer("gain", torch.empty((), device=site.device, dtype=site.dtype), False)
+        self.own_scaling = scaling  # of the config; `scaling` is what acts
+        self.set_scaling(scaling)
+
+    def reset_parameters(self) -> None:
+        """Set the own tensors to their start values; called again after meta materialisation."""
+        super().reset_parameters()
+        self.set_scaling(self.scaling)
+
+    @torch.no_grad()
+    def set_scaling(self, scaling: float) -> None:
+        """Let the update act with another factor."""
+        self.scaling = scaling
+        self.gain.fill_(scaling)
+
+    def scale(self) -> float | Tensor:
+        """`scaling`; inside compiled code as a tensor, so that rescaling does not recompile."""
+        return self.gain if torch.compiler.is_compiling() else self.scaling
+
+    def delta_weight(self) -> Tensor:
+        """The update of the weight, in the canonical layout and the adapter's own dtype."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, y: Tensor, base: Base) -> Tensor:
+        """y + (delta_weight() applied to x)."""
+        weight = self.delta_weight()
+        if not torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
+            weight = weight.to(x.dtype)
+        return y + base.apply_weight(x, weight).to(y.dtype)
+
+    def transform_weight(self, weight: Tensor, base: Base) -> Tensor:
+        """Weight + delta_weight()."""
+        return weight + self.delta_weight().to(weight)
+
+
+class AdapterParts(Adapter):
+    """One adapter on a module of several weights: a child for each, under the weight's name."""
+
+    def __init__(self, config: AdapterConfig, parts: dict[str, Adapter]) -> None:
+        super().__init__(config)
+        for weight_name, part in parts.items():
+            self.add_module(weight_name, part)
+
+    def set_live(self, acts: bool) -> None:
+        """Tell the parts whether they act."""
+        super().set_live(acts)
+        for part in self.children():
+            cast(Adapter, part).set_live(acts)
+
+    @property
+    def additive(self) -> bool:  # type: ignore[override]
+        """Whether all parts are."""
+        return all(cast(Adapter, part).additive for part in self.children())
+
+    def part(self, weight_name: str) -> Adapter | None:
+        """The part on one weight, or None where it has none."""
+        return cast("Adapter | None", self._modules.get(weight_name))
+
+
 class AdapterDict(nn.ModuleDict):
     """The adapters of one module by name. Its type is how adapters are told from base modules."""
 
     def __getitem__(self, name: str) -> Adapter:
         return cast(Adapter, super().__getitem__(name))
-
-
-def master_dtype(base: torch.dtype) -> torch.dtype:
-    """float64 on a float64 base, else float32: half-precision and quantised bases too."""
-    return torch.float64 if base == torch.float64 else torch.float32

@@ -9,165 +9,235 @@ arXiv:2312.03732). Tensor names and shapes are those of PEFT's files.
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_lightning.adapters.base import DeltaAdapter, master_dtype
-from lora_lightning.config import LoraConfig, scaling
-from lora_lightning.initialization import (
-    generator_for,
-    kaiming_uniform_,
-    normal_,
-    parameter,
-    zeros_,
+from lora_lightning.adapters.base import Base, DeltaAdapter, Site
+from lora_lightning.adapters.lora_start import START_FROM_WEIGHT, orthogonal_factors
+from lora_lightning.config import (
+    RankedConfig,
+    check_choice,
+    check_positive,
+    check_probability,
 )
+from lora_lightning.errors import AdapterStateError, ConfigError
+from lora_lightning.initialization import kaiming_uniform_, normal_, zeros_
 
 
-@dataclass(frozen=True)
-class LoraSettings:
-    """What one layer's adapter is made from.
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig(RankedConfig):
+    """Options of a LoRA adapter; names and defaults are those of PEFT.
 
-    Attributes:
-        config: The options shared by all layers.
-        r, lora_alpha: Rank and alpha of this layer (patterns already applied).
-        seed, name: What the random start values depend on.
-        device, base_dtype: Of the base weight.
+    h = W x + b + scaling * B A dropout(x),  scaling = lora_alpha / r, or lora_alpha / sqrt(r)
+    with use_rslora.  (Hu et al. 2021, arXiv:2106.09685, section 4.1; rsLoRA: Kalajdzievski 2023,
+    arXiv:2312.03732)
+
+    Args:
+        r: Rank of the update, 1 <= r <= min(in_features, out_features) of every adapted layer.
+        lora_alpha: Numerator of the scaling; doubling it doubles the update.
+        lora_dropout: Probability in [0, 1) of dropping an element of the adapter's input.
+        use_rslora: Scale by lora_alpha / sqrt(r), so that large ranks keep learning.
+        use_dora: Learn the length of every row of the weight apart from its direction (DoRA).
+        lora_bias: Give B a bias of its own.
+        init_lora_weights: true: A Kaiming-uniform, B zero (the adapter starts as a no-op);
+            "gaussian": A normal with std 1/r, B zero; "orthogonal": A and B random with B A = 0;
+            "pissa" (or "pissa_niter_N", faster) and "olora": from the base weight's own SVD or
+            QR, less what they start with; false: A and B both random, for tests.
+        target_modules: Which modules to adapt: "all-linear" (every Linear and Conv1D but the
+            output head), a list of names (whole path or its last part), or one regular
+            expression over whole paths.
+        exclude_modules: Which of those to leave out: list of names or one regular expression.
+        layers_to_transform: Only adapt the layers with these indices (target_modules as a list).
+        layers_pattern: Name of the module list that layers_to_transform counts in.
+        rank_pattern: Other ranks for some modules: {name or regular expression: r}.
+        alpha_pattern: Other alphas for some modules: {name or regular expression: lora_alpha}.
+        modules_to_save: Modules trained in full, as a copy saved with the adapter (a new head).
+        bias: Which biases train too: "none", "lora_only" (of adapted layers) or "all".
+
+    Raises:
+        ConfigError: If a value is out of range or two options contradict each other.
+        RankError: If r or a rank in rank_pattern is not a positive integer.
 
     """
 
-    config: LoraConfig
-    r: int
-    lora_alpha: float
-    seed: int
-    name: str
-    device: torch.device
-    base_dtype: torch.dtype
+    peft_type = "LORA"
+    free_to_change = RankedConfig.free_to_change | {"lora_dropout", "init_lora_weights"}
+
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    use_dora: bool = False
+    lora_bias: bool = False
+    init_lora_weights: bool | str = True
+
+    def __post_init__(self) -> None:
+        check_positive("lora_alpha", self.lora_alpha)
+        check_probability("lora_dropout", self.lora_dropout)
+        start = self.init_lora_weights
+        if not (isinstance(start, str) and re.fullmatch(r"pissa_niter_\d+", start)):
+            known = (True, False, "gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora")
+            check_choice("init_lora_weights", start, known)
+        if self.lora_bias and (self.use_dora or isinstance(start, str)):
+            other = "use_dora" if self.use_dora else f"init_lora_weights={start!r}"
+            raise ConfigError(f"lora_bias cannot be combined with {other}. (lora.lora_bias)")
+        super().__post_init__()
 
 
-class _LoraAdapter(DeltaAdapter):
-    """What LoRA on a linear map and LoRA on an embedding table have in common."""
+class LowRankAdapter(DeltaAdapter):
+    """What LoRA on a linear map, a convolution and an embedding table have in common."""
 
-    def __init__(self, settings: LoraSettings) -> None:
-        super().__init__()
-        self.config = settings.config
-        self.r = settings.r
-        self.lora_alpha = settings.lora_alpha
-        self.scaling = scaling(settings.config, settings.r, settings.lora_alpha)
-        self.seed = settings.seed
-        self.name = settings.name
+    def __init__(self, site: Site, largest: int) -> None:
+        config: LoraConfig = site.config
+        self.r = site.rank(largest)
+        self.lora_alpha = site.alpha(config.lora_alpha)
+        root = math.sqrt(self.r) if config.use_rslora else self.r
+        super().__init__(site, self.lora_alpha / root)
+        self.site = site
+        dropout = config.lora_dropout
+        self.lora_dropout = nn.Dropout(dropout) if dropout else nn.Identity()
 
-    def _generator(self, tensor_name: str) -> torch.Generator:
-        return generator_for(self.seed, f"{self.name}.{tensor_name}")
+    def update(self, x: Tensor, base: Base) -> Tensor:
+        """The adapter's share of the output alone, scaling * B A x, without dropout and bias."""
+        raise NotImplementedError
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A (k, in) and B (out, k) of the update scaling * B A, as matrices."""
+        raise NotImplementedError
+
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        """A weight in the canonical layout as the matrix (out, in) that B A is added to."""
+        return weight
 
     def extra_repr(self) -> str:
         """Rank and alpha, as they appear in `print(model)`."""
         return f"r={self.r}, lora_alpha={self.lora_alpha:g}"
 
 
-class LoraAdapter(_LoraAdapter):
-    """LoRA on a linear map: y + scaling * B A dropout(x).
+class LoraAdapter(LowRankAdapter):
+    """LoRA on a linear map: y + scaling * (B A dropout(x) + b).
 
     The maths run in the activation's dtype: A and B (small) are cast to it, never the activation
     (large) to theirs.
 
+    Where A and B start from the base weight (PiSSA, OLoRA), what they start with, B0 A0, is
+    subtracted as a frozen low-rank term of its own, scaling * (B A - B0 A0): the base weight
+    itself stays untouched.
+
     Shapes:
-        x (..., in_features), y (..., out_features) -> (..., out_features);
-        lora_A (r, in_features); lora_B (out_features, r).
+        x (..., in), y (..., out) -> (..., out); lora_A (r, in); lora_B (out, r);
+        lora_B_bias (out) with `lora_bias`; lora_A_start, lora_B_start as lora_A, lora_B.
 
     """
 
-    def __init__(self, in_features: int, out_features: int, settings: LoraSettings) -> None:
-        super().__init__(settings)
-        dropout = settings.config.lora_dropout
-        self.lora_dropout = nn.Dropout(dropout) if dropout else nn.Identity()
-        dtype = master_dtype(settings.base_dtype)
-        self.lora_A = parameter((self.r, in_features), settings.device, dtype)
-        self.lora_B = parameter((out_features, self.r), settings.device, dtype)
+    lora_A_start: Tensor | None
+    lora_B_start: Tensor | None
+
+    def __init__(self, site: Site) -> None:
+        out_features, in_features = site.shape
+        super().__init__(site, min(site.shape))
+        self.lora_A = site.parameter(self.r, in_features)
+        self.lora_B = site.parameter(out_features, self.r)
+        self.lora_B_bias = site.parameter(out_features) if site.config.lora_bias else None
+        starts = _starts_from_weight(site)
+        for name, tensor in (("lora_A_start", self.lora_A), ("lora_B_start", self.lora_B)):
+            self.register_buffer(name, torch.zeros_like(tensor.detach()) if starts else None)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """A and B as `init_lora_weights` says; B A = 0 unless it is false."""
-        if self.config.init_lora_weights == "gaussian":
-            normal_(self.lora_A, 1 / self.r, self._generator("lora_A"))
+        """A and B as `init_lora_weights` says, unless they start from the base weight."""
+        super().reset_parameters()
+        start = cast(LoraConfig, self.config).init_lora_weights
+        generator = self.site.generator("lora_A")
+        if start == "gaussian":
+            normal_(self.lora_A, 1 / self.r, generator)
         else:
-            kaiming_uniform_(self.lora_A, self._generator("lora_A"))
-        if self.config.init_lora_weights is False:
-            kaiming_uniform_(self.lora_B, self._generator("lora_B"))
+            kaiming_uniform_(self.lora_A, generator)
+        if start is False:
+            kaiming_uniform_(self.lora_B, self.site.generator("lora_B"))
         else:
             zeros_(self.lora_B)
+        if start == "orthogonal":
+            self._start_with(
+                *orthogonal_factors(self.r, self.site.shape, self.site.path, generator)
+            )
+        if self.lora_B_bias is not None:
+            zeros_(self.lora_B_bias)
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """y + scaling * B A dropout(x), in y's dtype."""
-        x = self.lora_dropout(x)
-        a: Tensor = self.lora_A
-        b: Tensor = self.lora_B
-        if not torch.is_autocast_enabled(x.device.type):  # which would cast x, A and B itself
-            a, b = a.to(x.dtype), b.to(x.dtype)
-        hidden = F.linear(x, a)
-        if hidden.dtype != y.dtype:  # a base that answers in another dtype than it was asked in
-            return y + (F.linear(hidden, b) * self.scaling).to(y.dtype)
-        # One fused call: no output-sized temporaries for B h, for its scaling and for the sum.
-        flat_y, flat_hidden = y.reshape(-1, y.shape[-1]), hidden.reshape(-1, self.r)
-        return torch.addmm(flat_y, flat_hidden, b.t(), alpha=self.scaling).view(y.shape)
+    @property
+    def needs_weight(self) -> bool:  # type: ignore[override]
+        """Whether A and B start from the base weight."""
+        return self.lora_A_start is not None
 
-    def delta_weight(self) -> Tensor:
-        """scaling * B A, (out_features, in_features)."""
-        return self.scaling * (self.lora_B @ self.lora_A)
+    @torch.no_grad()
+    def start_from_weight(self, weight: Tensor) -> None:
+        """A and B from the base weight (PiSSA, OLoRA), and what they start with beside them."""
+        start = str(cast(LoraConfig, self.config).init_lora_weights)
+        factors = START_FROM_WEIGHT[start.partition("_")[0]]
+        generator = self.site.generator("lora_A")
+        self._start_with(*factors(weight, self.r, self.scaling, start, generator))
+        cast(Tensor, self.lora_A_start).copy_(self.lora_A)
+        cast(Tensor, self.lora_B_start).copy_(self.lora_B)
 
+    @torch.no_grad()
+    def _start_with(self, a: Tensor, b: Tensor) -> None:
+        self.lora_A.copy_(a)
+        self.lora_B.copy_(b)
 
-class LoraEmbeddingAdapter(_LoraAdapter):
-    """LoRA on an embedding table: y + scaling * (B A)^T[ids].
-
-    Here A starts at zero and B random; rows of tokens that never occur stay unchanged.
-
-    Shapes:
-        ids (...) of integers, y (..., embedding_dim) -> (..., embedding_dim);
-        lora_embedding_A (r, num_embeddings); lora_embedding_B (embedding_dim, r).
-
-    """
-
-    def __init__(self, num_embeddings: int, embedding_dim: int, settings: LoraSettings) -> None:
-        super().__init__(settings)
-        dtype = master_dtype(settings.base_dtype)
-        self.lora_embedding_A = parameter((self.r, num_embeddings), settings.device, dtype)
-        self.lora_embedding_B = parameter((embedding_dim, self.r), settings.device, dtype)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """A zero and B ~ N(0, 1); both random where `init_lora_weights` is false."""
-        if self.config.init_lora_weights is False:
-            normal_(self.lora_embedding_A, 1.0, self._generator("lora_embedding_A"))
-        else:
-            zeros_(self.lora_embedding_A)
-        normal_(self.lora_embedding_B, 1.0, self._generator("lora_embedding_B"))
-
-    def forward(
-        self,
-        ids: Tensor,
-        y: Tensor,
-        *,
-        padding_idx: int | None = None,
-        scale_grad_by_freq: bool = False,
-        embed_scale: float | Tensor = 1.0,
-    ) -> Tensor:
-        """y + scaling * embed_scale * (B A)^T[ids], in y's dtype; arguments as in the table's own.
-
-        `embed_scale` is what some models (Gemma) multiply the rows of the table with.
-        """
-        rows = F.embedding(
-            ids,
-            self.lora_embedding_A.t(),
-            padding_idx=padding_idx,
-            scale_grad_by_freq=scale_grad_by_freq,
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A (k, in) and B (out, k); k = 2 r where what they started with is subtracted."""
+        if self.lora_A_start is None or self.lora_B_start is None:
+            return self.lora_A, self.lora_B
+        return (
+            torch.cat([self.lora_A, self.lora_A_start]),
+            torch.cat([self.lora_B, -self.lora_B_start], dim=1),
         )
-        # Autocast does not narrow an embedding lookup, so it must not narrow its update either.
-        with torch.autocast(ids.device.type, enabled=False):
-            update = F.linear(rows.to(y.dtype), self.lora_embedding_B.to(y.dtype))
-        return y + (self.scaling * embed_scale) * update
+
+    def cast_factors(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """A and B in the dtype in which `x` is multiplied."""
+        a, b = self.factors()
+        if torch.is_autocast_enabled(x.device.type):  # which casts x, A and B itself
+            return a, b
+        return a.to(x.dtype), b.to(x.dtype)
+
+    def update(self, x: Tensor, base: Base) -> Tensor:
+        """The product scaling * B A x."""
+        a, b = self.cast_factors(x)
+        return F.linear(F.linear(x, a) * self.scale(), b)
+
+    def forward(self, x: Tensor, y: Tensor, base: Base) -> Tensor:
+        """y + scaling * (B A dropout(x) + b), in y's dtype."""
+        y = y + self.update(self.lora_dropout(x), base).to(y.dtype)
+        if self.lora_B_bias is not None:
+            y = y + (self.scale() * self.lora_B_bias).to(y.dtype)
+        return y
 
     def delta_weight(self) -> Tensor:
-        """scaling * (B A)^T, (num_embeddings, embedding_dim)."""
-        return self.scaling * (self.lora_embedding_B @ self.lora_embedding_A).t()
+        """scaling * B A, (out, in)."""
+        a, b = self.factors()
+        return self.scale() * (b @ a)
+
+    def transform_weight(self, weight: Tensor, base: Base) -> Tensor:
+        """W + scaling * B A."""
+        if self.lora_B_bias is not None and base.bias is None:
+            raise AdapterStateError(
+                f"{self.site.path!r} has no bias that the adapter's own (lora_bias) could be "
+                "merged into. Keep the adapter unmerged. (lora.lora_bias)"
+            )
+        return super().transform_weight(weight, base)
+
+    def transform_bias(self, bias: Tensor, base: Base) -> Tensor:
+        """Base bias + scaling * b."""
+        if self.lora_B_bias is None:
+            return bias
+        return bias + self.scaling * self.lora_B_bias.to(bias.dtype)
+
+
+def _starts_from_weight(site: Site) -> bool:
+    start: Any = site.config.init_lora_weights
+    return isinstance(start, str) and start.partition("_")[0] in START_FROM_WEIGHT

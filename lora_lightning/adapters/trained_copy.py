@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lora_lightning.adapters.base import Adapter
-from lora_lightning.config import LoraConfig
+from lora_lightning.config import AdapterConfig
 
 
 class TrainedCopy(Adapter):
@@ -19,17 +20,16 @@ class TrainedCopy(Adapter):
 
     """
 
-    def __init__(self, copy: nn.Module, config: LoraConfig) -> None:
-        super().__init__()
-        self.config = config
+    def __init__(self, copy: nn.Module, config: AdapterConfig) -> None:
+        super().__init__(config)
         self.module = copy
         for parameter in copy.parameters():
             if parameter.is_floating_point():
                 parameter.requires_grad_(True)
 
-    def reset_parameters(self) -> None:
-        """Nothing to do: the modules inside reset themselves."""
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The copy's output in place of the module's."""
         return self.module(*args, **kwargs)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        return nn.Module._apply(self, fn, recurse)  # the copy is cast like the module itself

@@ -5,11 +5,12 @@ from __future__ import annotations
 from torch import nn
 
 from lora_lightning.hosts.base import Host
+from lora_lightning.hosts.conv import CONVOLUTIONS, ConvHost
 from lora_lightning.hosts.conv1d import Conv1DHost, is_conv1d
 from lora_lightning.hosts.embedding import EmbeddingHost
 from lora_lightning.hosts.linear import LinearHost
 
-SUPPORTED = "Linear, Conv1D (transformers), Embedding"
+SUPPORTED = "Linear, Conv1D (transformers), Embedding, Conv1d, Conv2d, Conv3d"
 
 
 def host_type_for(module: nn.Module) -> type[Host] | None:
@@ -18,4 +19,7 @@ def host_type_for(module: nn.Module) -> type[Host] | None:
         return LinearHost
     if isinstance(module, nn.Embedding):
         return EmbeddingHost
+    if isinstance(module, tuple(CONVOLUTIONS)):
+        transposed = getattr(module, "transposed", False)
+        return None if transposed else ConvHost
     return Conv1DHost if is_conv1d(module) else None

@@ -1,120 +1,281 @@
-"""How an adapter grows on a module while the module stays itself.
+"""A module that carries adapters while it stays itself.
 
 The module's `__class__` becomes a cached subclass of its own class (what
 `torch.nn.utils.parametrize` and FSDP2 do too) and the module gains one child, `adapters`. So its
 parameters keep their names, `isinstance` and `.weight` keep working, and taking the adapters off
-restores exactly the class that was there.
+restores exactly the class that was there. `growing.py` does the swap.
 """
 
 from __future__ import annotations
 
 import copyreg
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.adapters.base import Adapter, AdapterDict, DeltaAdapter
+from lora_lightning.adapters.base import Adapter, AdapterDict, AdapterParts, Base, Convolution
 from lora_lightning.adapters.trained_copy import TrainedCopy
-from lora_lightning.errors import AdapterStateError, TargetError
+from lora_lightning.errors import AdapterStateError
 
 
 class Host(nn.Module):
-    """Mixin of the dynamic subclass: a module that carries adapters.
+    """Mixin of the dynamic subclass.
+
+    The map of a host is a fold over its live adapters, in the order in which they were added (see
+    `adapters/base.py`). A kind of module says, in a file of its own, what its weights are, how
+    they are read and written, and how they act on an input.
 
     Attributes:
         adapters: The adapters by name.
-        active_adapters: Names of those that take part in forward, in order.
+        active_adapters: Names of those that take part in forward.
         adapters_enabled: False inside `disable_adapter`.
-        merged_adapters: Names of those that are added into the weight at present.
+        merged_adapters: Names of those that are in the weights at present.
+        row_adapters: Inside `adapters_per_row`, the adapter's name of each row (None: the base).
 
     """
 
-    kind = "module"  # which adapter class fits, a key of adapters.LORA_BY_KIND
+    kind = "module"  # which adapter classes fit
     host_type: type[Host]  # these two: what the dynamic class is made of
     base_type: type[nn.Module]
-    weight: nn.Parameter  # of every kind that carries deltas
     adapters: AdapterDict
-    active_adapters: list[str]
-    adapters_enabled: bool
-    merged_adapters: list[str]
-    _unmerged_weight: Tensor | None
+    row_adapters: list[str | None] | None
+    weight: Tensor
+    bias: Tensor | None
+    _active: list[str]
+    _enabled: bool
+    _merged: list[str]
+    _kept: dict[str, Any]  # what restores each written parameter, by its name
     _instance_forward: Any
 
-    @staticmethod
-    def dimensions(module: nn.Module) -> tuple[int, int]:
-        """(in, out) sizes of the adapter that fits `module`; only kinds with an adapter have it."""
+    # -- what a kind of module says about itself -------------------------------------------------
+
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape, in the canonical layout, of every weight that an adapter can sit on, by name."""
+        return {}
+
+    def convolution(self) -> Convolution | None:
+        """The geometry, of a convolution."""
+        return None
+
+    def dense_weight(self, name: str = "weight") -> Tensor:
+        """A weight as it is now, dense, in the canonical layout."""
+        return cast(Tensor, getattr(self, name))
+
+    def weight_dtype(self, name: str = "weight") -> torch.dtype:
+        """The dtype that a weight's values have in the module's maths."""
+        return cast(Tensor, getattr(self, name)).dtype
+
+    def bias_name(self, name: str = "weight") -> str:
+        """The parameter that holds the bias of a weight."""
+        return "bias"
+
+    # -- what adapters ask of their base (`adapters.base.Base`) ----------------------------------
+
+    def apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The module's map with another weight, without bias."""
         raise NotImplementedError
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """A module of no special kind: only trained copies can sit here."""
-        return self.base_forward(self.live_adapters(), *args, **kwargs)
+    def base_weight(self, name: str = "weight") -> Tensor:
+        """A weight as it was before any merge, dense, in the canonical layout."""
+        return self._kept[name] if name in self._kept else self.dense_weight(name)
 
-    def base_forward(self, live: list[Adapter], *args: Any, **kwargs: Any) -> Any:
-        """The module's own forward, or that of a live trained copy, which replaces it."""
-        for adapter in live:
-            if isinstance(adapter, TrainedCopy):
-                return adapter(*args, **kwargs)
+    # -- forward ---------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The base's output with the live adapters."""
+        if self.row_adapters is not None:
+            return self._forward_by_row(*args, **kwargs)
+        chain = self.chain()
+        if not chain:
+            return self.base_forward(None, *args, **kwargs)
+        x, args, kwargs = first_argument(self, args, kwargs)
+        return self.run(chain, x, *args, **kwargs)
+
+    def run(self, chain: list[Adapter], x: Any, *args: Any, **kwargs: Any) -> Any:
+        """The output for input `x` with the adapters of `chain`."""
+        copy, others = split_copy(chain)
+        return fold(others, x, lambda z: self.base_forward(copy, z, *args, **kwargs), self)
+
+    def base_forward(self, copy: TrainedCopy | None, *args: Any, **kwargs: Any) -> Any:
+        """The module's own forward, or that of a trained copy in its place."""
+        if copy is not None:
+            return copy(*args, **kwargs)
         if self._instance_forward is not None:  # a forward patched onto the instance (accelerate)
             return self._instance_forward(*args, **kwargs)
         return super().forward(*args, **kwargs)  # the base type's
 
-    def live_adapters(self) -> list[Adapter]:
-        """The adapters that act in forward: active, enabled, and not already in the weight."""
-        if not self.adapters_enabled:
-            return []
-        merged = self.merged_adapters
-        return [self.adapters[n] for n in self.active_adapters if n not in merged]
+    def chain(self, name: str = "weight") -> list[Adapter]:
+        """The adapters that act on a weight: active, enabled, and not already in it.
 
-    def weight_delta(self, adapter: DeltaAdapter) -> Tensor:
-        """The adapter's delta in the layout of this module's `weight`."""
-        return adapter.delta_weight()
+        While torch.compile traces, all of them: each is then switched by its tensor `live`.
+        """
+        if torch.compiler.is_compiling():
+            return [
+                part
+                for adapter_name, adapter in self.adapters.items()
+                if (part := part_of(cast(Adapter, adapter), name)) is not None
+                and (not isinstance(part, TrainedCopy) or adapter_name in self.live_names())
+            ]
+        if not self._enabled:
+            return []
+        parts = [part_of(self.adapters[adapter_name], name) for adapter_name in self.live_names()]
+        return [part for part in parts if part is not None]
+
+    def live_names(self) -> list[str]:
+        """Names of the adapters that act in forward, in the order they were added."""
+        if not self._enabled:
+            return []
+        return [n for n in self.adapters if n in self._active and n not in self._merged]
+
+    def _forward_by_row(self, *args: Any, **kwargs: Any) -> Any:
+        x, args, kwargs = first_argument(self, args, kwargs)
+        names = cast("list[str | None]", self.row_adapters)
+        if not isinstance(x, Tensor) or x.shape[0] != len(names):
+            found = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise AdapterStateError(
+                f"adapters_per_row names an adapter for each of {len(names)} rows, but a "
+                f"{self.base_type.__name__} was called with {found}, whose first dimension is "
+                "not the batch. Adapters per row need the batch first everywhere."
+            )
+        y: Tensor | None = None
+        for name in dict.fromkeys(names):
+            chain = []
+            if name is not None and name in self.adapters and self._enabled:
+                part = part_of(self.adapters[name], "weight")
+                chain = [] if part is None else [part]
+            index = torch.tensor([i for i, n in enumerate(names) if n == name], device=x.device)
+            rows = self.run(chain, x.index_select(0, index), *args, **kwargs)
+            if y is None:
+                y = rows.new_zeros((len(names), *rows.shape[1:]))
+            y = y.index_copy(0, index, rows)
+        return y
+
+    # -- which adapters act ----------------------------------------------------------------------
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the adapters that take part in forward."""
+        return self._active
+
+    @active_adapters.setter
+    def active_adapters(self, names: list[str]) -> None:
+        self._active = names
+        self._tell_adapters()
+
+    @property
+    def adapters_enabled(self) -> bool:
+        """False inside `disable_adapter`."""
+        return self._enabled
+
+    @adapters_enabled.setter
+    def adapters_enabled(self, enabled: bool) -> None:
+        self._enabled = enabled
+        self._tell_adapters()
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        """Names of the adapters that are in the weights at present."""
+        return self._merged
+
+    @merged_adapters.setter
+    def merged_adapters(self, names: list[str]) -> None:
+        self._merged = names
+        self._tell_adapters()
+
+    def _tell_adapters(self) -> None:
+        live = self.live_names()
+        for name in self.adapters:
+            self.adapters[name].set_live(name in live)
+
+    # -- merging ---------------------------------------------------------------------------------
 
     @torch.no_grad()
     def merge(self, names: Iterable[str]) -> None:
-        """Add the deltas of `names` to the weight; the weight itself is kept aside.
+        """Put the adapters `names` into the weights; what was there is kept aside.
 
-        weight = W + sum of deltas, summed in at least fp32 and rounded once.
+        The fold of the adapters over the base weight, in at least fp32 and rounded once.
 
         Raises:
-            AdapterStateError: If the result is not finite; the weight is then unchanged.
+            AdapterStateError: If a result is not finite; nothing is changed then.
 
         """
-        new = [
-            name
-            for name in names
-            if name in self.adapters
-            and name not in self.merged_adapters
-            and isinstance(self.adapters[name], DeltaAdapter)
-        ]
-        if not new:
+        wanted = {*self._merged, *names}
+        merging = [name for name in self.adapters if name in wanted and self.can_merge(name)]
+        if merging == self._merged:
             return
-        weight = self.weight
-        base = weight.detach().clone() if self._unmerged_weight is None else self._unmerged_weight
-        total = base.to(torch.promote_types(base.dtype, torch.float32))
-        with torch.autocast(weight.device.type, enabled=False):  # which would narrow B A
-            for name in [*self.merged_adapters, *new]:
-                total = total + self.weight_delta(cast(DeltaAdapter, self.adapters[name])).to(total)
-        total = total.to(weight.dtype)
-        if not torch.isfinite(total).all():
-            raise AdapterStateError(
-                f"Merging {new} into a {type(self).__name__} gives values that are not finite; "
-                "nothing was merged into it. The adapter has diverged, or the weight's dtype "
-                f"({weight.dtype}) is too narrow."
-            )
-        weight.copy_(total)
-        self._unmerged_weight = base
-        self.merged_adapters = [*self.merged_adapters, *new]
+        results: dict[str, Tensor] = {}
+        for name in self.weight_shapes():
+            parts = [part for n in merging if (part := part_of(self.adapters[n], name)) is not None]
+            if parts:
+                self._fold_weight(name, parts, results)
+        for name, result in results.items():
+            if not torch.isfinite(result).all():
+                raise AdapterStateError(
+                    f"Merging {merging} into a {type(self).__name__} gives values that are not "
+                    "finite; nothing was merged into it. The adapter has diverged, or the dtype "
+                    f"({result.dtype}) is too narrow."
+                )
+        for name, result in results.items():
+            if name not in self._kept:
+                self._kept[name] = self.keep(name)
+            self.store_weight(result, name)
+        self.merged_adapters = merging
+
+    def can_merge(self, name: str) -> bool:
+        """Whether there is something to merge: a trained copy already is a module of its own."""
+        return not isinstance(self.adapters[name], TrainedCopy)
+
+    def _fold_weight(self, name: str, parts: list[Adapter], results: dict[str, Tensor]) -> None:
+        weight = self.base_weight(name)
+        base: Base = self if name == "weight" else HostPart(self, name)
+        total = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        with torch.autocast(weight.device.type, enabled=False):  # which would narrow the products
+            for part in parts:
+                total = part.transform_weight(total, base)
+            results[name] = total.to(weight.dtype)
+            bias_name = self.bias_name(name)
+            if getattr(self, bias_name, None) is None:
+                return
+            bias = self.base_weight(bias_name)
+            unchanged = changed = bias.to(total.dtype)
+            for part in parts:
+                changed = part.transform_bias(changed, base)
+            if changed is not unchanged:
+                results[bias_name] = changed.to(bias.dtype)
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Put back the very weight that was there before the first merge, bit for bit."""
-        if self._unmerged_weight is not None:
-            self.weight.copy_(self._unmerged_weight)
-        self._unmerged_weight = None
+        """Put back the very weights that were there before the first merge, bit for bit."""
+        for name, kept in self._kept.items():
+            self.restore(kept, name)
+        self._kept = {}
         self.merged_adapters = []
+
+    def keep(self, name: str) -> Any:
+        """What brings a parameter back bit for bit, as `base_weight` gives it."""
+        return self.dense_weight(name).detach().clone()
+
+    def store_weight(self, dense: Tensor, name: str) -> None:
+        """Write a dense weight in the canonical layout."""
+        self.dense_weight(name).copy_(dense)
+
+    def restore(self, kept: Any, name: str) -> None:
+        """Put back what `keep` gave."""
+        self.store_weight(kept, name)
+
+    def kept_tensors(self) -> dict[str, Tensor]:
+        """The original of every parameter that a merge has written, in the parameter's layout."""
+        return dict(self._kept)
+
+    def forget_originals(self) -> None:
+        """Let what is merged be the base from now on."""
+        self._kept = {}
+        self.merged_adapters = []
+
+    # -- pickling --------------------------------------------------------------------------------
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The dynamic class cannot be found by name: pickle what it is made of instead.
@@ -122,6 +283,53 @@ class Host(nn.Module):
         if isinstance(reduced, str) or reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
             return reduced
         return (_new_host, (self.host_type, self.base_type), *reduced[2:])
+
+
+class HostPart:
+    """One weight of a host that has several, as its adapters see it."""
+
+    def __init__(self, host: Host, name: str) -> None:
+        self.host = host
+        self.name = name
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias that goes with the weight."""
+        return cast("Tensor | None", getattr(self.host, self.host.bias_name(self.name), None))
+
+    def apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The host's map with another weight, without bias."""
+        return self.host.apply_weight(x, weight)
+
+    def base_weight(self) -> Tensor:
+        """The weight before any merge, dense, in the canonical layout."""
+        return self.host.base_weight(self.name)
+
+
+def fold(chain: list[Adapter], x: Tensor, base_map: Callable[[Tensor], Any], base: Base) -> Any:
+    """The output of `base_map` with the adapters of `chain` around it, the first one innermost."""
+    compiling = torch.compiler.is_compiling()
+    inputs = []
+    for adapter in reversed(chain):
+        inputs.append(x)
+        below = adapter.transform_input(x, base)
+        x = torch.where(adapter.live, below, x) if compiling and below is not x else below
+    y = base_map(x)
+    for adapter, given in zip(chain, reversed(inputs), strict=True):
+        after = adapter(given, y, base)
+        y = torch.where(adapter.live, after, y) if compiling and after is not y else after
+    return y
+
+
+def split_copy(chain: list[Adapter]) -> tuple[TrainedCopy | None, list[Adapter]]:
+    """The trained copy that replaces the base, if there is one, and the other adapters."""
+    copy = next((adapter for adapter in chain if isinstance(adapter, TrainedCopy)), None)
+    return copy, [adapter for adapter in chain if not isinstance(adapter, TrainedCopy)]
+
+
+def part_of(adapter: Adapter, weight_name: str) -> Adapter | None:
+    """What of an adapter sits on one weight of its module."""
+    return adapter.part(weight_name) if isinstance(adapter, AdapterParts) else adapter
 
 
 _CLASSES: dict[tuple[type[Host], type[nn.Module]], Any] = {}
@@ -144,83 +352,6 @@ def adapted_class(host_type: type[Host], base_type: type[nn.Module]) -> Any:
 def _new_host(host_type: type[Host], base_type: type[nn.Module]) -> Any:
     cls = adapted_class(host_type, base_type)
     return cls.__new__(cls)
-
-
-def check_can_grow(module: nn.Module, path: str, option: str = "target_modules") -> None:
-    """Refuse modules whose class cannot be swapped, before anything is touched.
-
-    Raises:
-        TargetError: Naming `path` and the reason.
-
-    """
-    if isinstance(module, Host):
-        return
-    if isinstance(module, torch.jit.ScriptModule):
-        reason = (
-            "is a scripted module: its compiled code cannot be extended. Adapt it before torch.jit"
-        )
-    elif hasattr(module, "adapters"):
-        reason = "already has an attribute `adapters` of its own, where adapters would live"
-    elif isinstance(getattr(module, "weight", None), nn.parameter.UninitializedParameter):
-        reason = "is lazy and has no size yet. Run one batch through the model first"
-    else:
-        return
-    raise TargetError(f"{path!r} ({type(module).__name__}) {reason}. (lora.{option})")
-
-
-def grow(module: nn.Module, host_type: type[Host], name: str, adapter: Adapter) -> None:
-    """Put `adapter` on `module` under `name`, inactive; the first one swaps the module's class."""
-    if not isinstance(module, Host):
-        instance_forward = module.__dict__.pop("forward", None)
-        module.__class__ = adapted_class(host_type, type(module))
-        host = cast(Host, module)
-        host.adapters = AdapterDict()
-        host.active_adapters = []
-        host.adapters_enabled = True
-        host.merged_adapters = []
-        host._unmerged_weight = None
-        host._instance_forward = instance_forward
-    adapter.train(module.training)
-    cast(Host, module).adapters[name] = adapter
-
-
-_STATE = (
-    "active_adapters",
-    "adapters_enabled",
-    "merged_adapters",
-    "_unmerged_weight",
-    "_instance_forward",
-)
-
-
-def check_can_shrink(module: Host, path: str) -> None:
-    """Refuse modules whose class was swapped again on top of ours, before anything is touched.
-
-    Raises:
-        AdapterStateError: Naming `path`.
-
-    """
-    if type(module) is not adapted_class(module.host_type, module.base_type):
-        raise AdapterStateError(
-            f"{path!r} ({type(module).__name__}) was wrapped by other code after its adapters "
-            "were added; take that wrapping off first, then the adapters."
-        )
-
-
-def shrink(module: Host, name: str) -> None:
-    """Take adapter `name` off; the last one gives the module its own class back."""
-    del module.adapters[name]
-    module.active_adapters = [active for active in module.active_adapters if active != name]
-    if module.adapters:
-        return
-    base_type = module.base_type
-    instance_forward = module._instance_forward
-    for attribute in _STATE:
-        del module.__dict__[attribute]
-    del module.adapters
-    module.__class__ = base_type  # type: ignore[assignment]
-    if instance_forward is not None:
-        module.forward = instance_forward  # type: ignore[method-assign]
 
 
 def first_argument(

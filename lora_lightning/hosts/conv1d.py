@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
-from lora_lightning.adapters.base import DeltaAdapter
 from lora_lightning.hosts.linear import LinearHost
 
 
 class Conv1DHost(LinearHost):
-    """y = x W + b + sum of the live adapters' shares; weight (in_features, out_features)."""
+    """y = x W + b, weight stored (in_features, out_features), canonical its transpose."""
 
-    @staticmethod
-    def dimensions(module: nn.Module) -> tuple[int, int]:
-        """(in_features, out_features)."""
-        in_features, out_features = module.weight.shape  # type: ignore[misc]
-        return in_features, out_features
+    def dense_weight(self, name: str = "weight") -> Tensor:
+        """A view of the weight as (out_features, in_features)."""
+        tensor: Tensor = getattr(self, name)
+        return tensor.t()
 
-    def weight_delta(self, adapter: DeltaAdapter) -> Tensor:
-        """The delta, transposed like the weight."""
-        return adapter.delta_weight().t()
+    def kept_tensors(self) -> dict[str, Any]:
+        """The originals in the stored layout."""
+        return {name: kept.t() for name, kept in self._kept.items()}
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -2,37 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any
+import torch.nn.functional as F
+from torch import Tensor
 
-from torch import Tensor, nn
-
-from lora_lightning.adapters.base import DeltaAdapter
-from lora_lightning.hosts.base import Host, first_argument
+from lora_lightning.hosts.base import Host
 
 
 class EmbeddingHost(Host):
-    """y = E[ids] + sum of the live adapters' rows; weight (num_embeddings, embedding_dim)."""
+    """y = E[ids], weight (num_embeddings, embedding_dim)."""
 
     kind = "embedding"
+    padding_idx: int | None
+    scale_grad_by_freq: bool
 
-    @staticmethod
-    def dimensions(module: nn.Module) -> tuple[int, int]:
-        """(num_embeddings, embedding_dim)."""
-        num_embeddings, embedding_dim = module.weight.shape  # type: ignore[misc]
-        return num_embeddings, embedding_dim
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        """{"weight": (num_embeddings, embedding_dim)}."""
+        return {"weight": tuple(self.weight.shape)}
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The base's rows plus the live adapters' rows."""
-        live = self.live_adapters()
-        ids, args, kwargs = first_argument(self, args, kwargs)
-        y = self.base_forward(live, ids, *args, **kwargs)
-        for adapter in live:
-            if isinstance(adapter, DeltaAdapter):
-                y = adapter(
-                    ids,
-                    y,
-                    padding_idx=self.padding_idx,
-                    scale_grad_by_freq=self.scale_grad_by_freq,
-                    embed_scale=getattr(self, "embed_scale", 1.0),
-                )
-        return y
+    def apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Rows of another table, treated as the table's own: padding, gradient scale, embed_scale.
+
+        `embed_scale` is what some models (Gemma) multiply their rows with. `max_norm` belongs to
+        the table's own rows only.
+        """
+        rows = F.embedding(
+            x,
+            weight,
+            padding_idx=self.padding_idx,
+            scale_grad_by_freq=self.scale_grad_by_freq,
+        )
+        return rows * getattr(self, "embed_scale", 1.0)

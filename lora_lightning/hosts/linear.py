@@ -4,36 +4,40 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_lightning.adapters.base import DeltaAdapter
-from lora_lightning.hosts.base import Host, first_argument
+from lora_lightning.adapters.base import Adapter
+from lora_lightning.hosts.base import Host, fold, split_copy
 from lora_lightning.hosts.shared_cast import autocast_input
 
 
 class LinearHost(Host):
-    """y = W x + b + sum of the live adapters' shares; weight (out_features, in_features)."""
+    """y = W x + b, weight (out_features, in_features)."""
 
     kind = "linear"
 
-    @staticmethod
-    def dimensions(module: nn.Module) -> tuple[int, int]:
-        """(in_features, out_features)."""
-        out_features, in_features = module.weight.shape  # type: ignore[misc]
-        return in_features, out_features
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        """{"weight": (out_features, in_features)}."""
+        return {"weight": tuple(self.dense_weight().shape)}
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The base's output plus the live adapters' shares."""
-        live = self.live_adapters()
-        if not live:
-            return self.base_forward(live, *args, **kwargs)
-        x, args, kwargs = first_argument(self, args, kwargs)
+    def apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The product x weight^T."""
+        return F.linear(x, weight)
+
+    def run(self, chain: list[Adapter], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The output for `x`, which under autocast is cast once for all that read it."""
+        copy, others = split_copy(chain)
         shared = autocast_input(x)
         # Only the plain Linear is known to begin with autocast's cast; a subclass with a forward
         # of its own (a router in fp32, say) gets what it was given.
-        plain = self.base_type.forward is nn.Linear.forward and self._instance_forward is None
-        y = self.base_forward(live, shared if plain else x, *args, **kwargs)
-        for adapter in live:
-            if isinstance(adapter, DeltaAdapter):
-                y = adapter(shared, y)
-        return y
+        own = shared if self.is_plain() else x
+
+        def base_map(z: Tensor) -> Any:
+            return self.base_forward(copy, own if z is shared else z, *args, **kwargs)
+
+        return fold(others, shared, base_map, self)
+
+    def is_plain(self) -> bool:
+        """Whether the base's forward is that of nn.Linear itself."""
+        return self.base_type.forward is nn.Linear.forward and self._instance_forward is None

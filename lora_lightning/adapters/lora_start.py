@@ -1,0 +1,90 @@
+"""Start values of A and B that are more than independent random numbers.
+
+Those computed from the base weight W (out, in) come with a promise: the adapter subtracts
+scaling * B A of its start, so that the model begins as the base model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lora_lightning.errors import RankError
+
+Factors = tuple[Tensor, Tensor]
+
+
+def pissa_factors(
+    weight: Tensor, r: int, scaling: float, option: str, generator: torch.Generator
+) -> Factors:
+    """The r leading singular triplets of W = U S V^T, shared out over A and B.
+
+    A = sqrt(S_r / scaling) V_r^T, B = U_r sqrt(S_r / scaling), so scaling * B A is the best rank-r
+    approximation of W. "pissa_niter_N" finds them by N power iterations on a random subspace.
+
+    Source: Meng et al. 2024, "PiSSA" (arXiv:2404.02948), equations 2-4; section 5 for the fast SVD.
+    """
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    if option == "pissa":
+        u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+        u, s, vh = u[:, :r], s[:r], vh[:r]
+    else:
+        u, s, vh = _svd_lowrank(weight, r, int(option.rpartition("_")[2]), generator)
+    root = (s / scaling).sqrt()
+    return root[:, None] * vh, u * root
+
+
+def olora_factors(
+    weight: Tensor, r: int, scaling: float, option: str, generator: torch.Generator
+) -> Factors:
+    """The first r columns of Q and rows of R in W = Q R.
+
+    B = Q[:, :r], A = R[:r].
+
+    Source: Büyükakyüz 2024, "OLoRA" (arXiv:2406.01775), section 3.
+    """
+    q, upper = torch.linalg.qr(weight.to(torch.promote_types(weight.dtype, torch.float32)))
+    return upper[:r], q[:, :r]
+
+
+START_FROM_WEIGHT: dict[str, Callable[..., Factors]] = {
+    "pissa": pissa_factors,
+    "olora": olora_factors,
+}
+
+
+def orthogonal_factors(
+    r: int, shape: tuple[int, ...], path: str, generator: torch.Generator
+) -> Factors:
+    """Random A (r, in) and B (out, r) with B A = 0: both learn from the first step on.
+
+    A = (X Q_even)^T / 10 and B = Y^T Q_odd / 10 for Gaussian X (in, r/2), Y (r/2, out) and the even
+    and odd rows of an orthogonal Q (r, r), which are orthogonal to each other.
+
+    Raises:
+        RankError: If r is odd.
+
+    """
+    if r % 2:
+        raise RankError(
+            f"init_lora_weights='orthogonal' splits the rank in halves, but r={r} at {path!r} is "
+            f"odd. Use r={r + 1}. (lora.r)"
+        )
+    out_features, in_features = shape
+    q, _ = torch.linalg.qr(torch.randn(r, r, generator=generator))
+    x = torch.randn(in_features, r // 2, generator=generator)
+    y = torch.randn(r // 2, out_features, generator=generator)
+    return (x @ q[0::2]).t() / 10, y.t() @ q[1::2] / 10
+
+
+def _svd_lowrank(
+    weight: Tensor, r: int, iterations: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    # torch draws the subspace from the global generators: lend them, and give them back unchanged.
+    devices = [weight.device] if weight.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(generator.initial_seed())
+        u, s, v = torch.svd_lowrank(weight, q=r, niter=iterations)
+    return u, s, v.t()
