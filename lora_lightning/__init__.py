@@ -33,9 +33,14 @@ if TYPE_CHECKING:
     from lora_lightning.merging import merge_and_unload as merge_and_unload
     from lora_lightning.merging import unload as unload
     from lora_lightning.merging import unmerge_adapter as unmerge_adapter
+    from lora_lightning.peft_format import load_adapter as load_adapter
+    from lora_lightning.peft_format import save_adapter as save_adapter
+    from lora_lightning.status import adapter_status as adapter_status
     from lora_lightning.switching import active_adapters as active_adapters
     from lora_lightning.switching import adapter_names as adapter_names
+    from lora_lightning.switching import adapters_per_row as adapters_per_row
     from lora_lightning.switching import disable_adapter as disable_adapter
+    from lora_lightning.switching import scale_adapter as scale_adapter
     from lora_lightning.switching import set_adapter as set_adapter
     from lora_lightning.tasks.text_classification import TextClassification as TextClassification
 
@@ -52,6 +57,11 @@ _HOME = {
     "unmerge_adapter": "merging",
     "merge_and_unload": "merging",
     "unload": "merging",
+    "adapters_per_row": "switching",
+    "scale_adapter": "switching",
+    "adapter_status": "status",
+    "save_adapter": "peft_format",
+    "load_adapter": "peft_format",
     "adapter_state_dict": "checkpoint",
     "load_adapter_state_dict": "checkpoint",
     "TextClassification": "tasks.text_classification",

@@ -12,7 +12,7 @@ from torch import nn
 from lora_lightning import report
 from lora_lightning.adapters.lora import LoraConfig
 from lora_lightning.binding import averaged_models, bind, callbacks_of, overrides
-from lora_lightning.checkpoint import saved_keys
+from lora_lightning.checkpoint import KEY, saved_keys
 from lora_lightning.config import AdapterConfig
 from lora_lightning.errors import (
     AdapterMismatchError,
@@ -23,7 +23,7 @@ from lora_lightning.errors import (
 )
 from lora_lightning.hosts.base import named_hosts, walk
 from lora_lightning.injection import adapters_named, extend_adapter, freeze
-from lora_lightning.manifest import KEY, remember_base
+from lora_lightning.manifest import remember_base
 from lora_lightning.optim import check_coverage, trainable_parameters
 from lora_lightning.rng import set_random_state
 from lora_lightning.run_checks import (

@@ -16,6 +16,8 @@ from lora_lightning.errors import AdapterMismatchError, AdapterStateError, first
 from lora_lightning.hosts.base import named_hosts
 from lora_lightning.switching import adapter_names
 
+KEY = "lora_lightning"  # under which a Lightning checkpoint says whose adapters it holds
+
 
 def adapter_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:
     """The tensors of one adapter, by module path and tensor name, without the adapter's name.
@@ -51,9 +53,28 @@ def load_adapter_state_dict(
         raise AdapterMismatchError(
             f"This state does not fit adapter {adapter_name!r}:\n  " + "\n  ".join(differences)
         )
+    materialize(model, adapter_name)
+    own = {short: tensor for short, _, tensor in _tensors(model, adapter_name)}
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(state[name])
+
+
+def materialize(model: nn.Module, adapter_name: str) -> None:
+    """Give an adapter that was made on the meta device memory beside its module's own weights."""
+    for path, host in named_hosts(model):
+        adapter = host.adapters.get(adapter_name)
+        if adapter is None or not any(p.is_meta for p in adapter.parameters()):
+            continue
+        own = {id(p) for p in host.adapters.parameters()}
+        device = next(p.device for p in host.parameters() if id(p) not in own)
+        if device.type == "meta":
+            raise AdapterMismatchError(
+                f"The base weight of {path!r} is on the meta device: load the base model before "
+                "its adapters."
+            )
+        adapter.to_empty(device=device)
+        adapter.reset_parameters()
 
 
 def saved_keys(model: nn.Module, adapter_name: str) -> dict[str, list[int]]:

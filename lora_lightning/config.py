@@ -50,6 +50,10 @@ class AdapterConfig:
         }
     )
 
+    # Options and tensors that only PEFT's files know; tensors without a module's path.
+    file_only: ClassVar[frozenset[str]] = frozenset()
+    shared_file_keys: ClassVar[frozenset[str]] = frozenset()
+
     target_modules: list[str] | str = ALL_LINEAR
     exclude_modules: list[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
@@ -105,9 +109,23 @@ class AdapterConfig:
                 "(lora.layers_to_transform)"
             )
 
+    @property
+    def starts_from_base(self) -> bool:
+        """Whether what the adapter computes depends on start values taken from the base weight."""
+        return False
+
     def to_dict(self) -> dict[str, Any]:
         """The options as plain Python values, as they are stored in checkpoints."""
         return dataclasses.asdict(self)
+
+    def file_options(self) -> dict[str, Any]:
+        """The options as PEFT's adapter_config.json has them."""
+        return self.to_dict()
+
+    @classmethod
+    def from_file_options(cls: type[Config], options: dict[str, Any]) -> Config:
+        """The config that PEFT's adapter_config.json describes; unknown options are refused."""
+        return cls.from_dict(options)
 
     @classmethod
     def from_dict(cls: type[Config], options: dict[str, Any]) -> Config:

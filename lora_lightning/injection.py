@@ -79,6 +79,7 @@ def extend_adapter(
     *,
     seed: int | None = None,
     low_cpu_mem_usage: bool = False,
+    check_rank: bool = True,
 ) -> Selection:
     """`inject_adapter` for a model that grows: modules that carry the adapter already keep it."""
     _check_name(adapter_name)
@@ -96,7 +97,7 @@ def extend_adapter(
     check_enabled(model)
     _check_unmerged(model)
     device = torch.device("meta") if low_cpu_mem_usage else None
-    adapters = _make_adapters(new_targets, config, adapter_name, seed, device)
+    adapters = _make_adapters(new_targets, config, adapter_name, seed, device, check_rank)
 
     others = adapter_names(model)
     active = not others or adapter_name in active_adapters(model)
@@ -105,7 +106,8 @@ def extend_adapter(
     for path, adapter in adapters.items():
         grow(new_targets[path], Host, adapter_name, adapter)
     for module in new_saved.values():
-        trained = TrainedCopy(_copy_without_adapters(module), config)
+        copied = _copy_without_adapters(module)
+        trained = TrainedCopy(copied if device is None else copied.to_empty(device=device), config)
         grow(module, host_type_for(module) or Host, adapter_name, trained)
     for module in biases:
         train_bias(module, adapter_name)
@@ -186,6 +188,7 @@ def _make_adapters(
     adapter_name: str,
     seed: int,
     device: torch.device | None,
+    check_rank: bool,
 ) -> dict[str, Adapter]:
     # All are made before the first one is put on: a rank that does not fit shows here, and then
     # the modules become again what they were.
@@ -194,7 +197,9 @@ def _make_adapters(
         for module in fresh:
             become_host(module, cast(type[Host], host_type_for(module)))
         return {
-            path: _make_adapter(path, cast(Host, module), config, adapter_name, seed, device)
+            path: _make_adapter(
+                path, cast(Host, module), config, adapter_name, seed, device, check_rank
+            )
             for path, module in targets.items()
         }
     except BaseException:
@@ -211,6 +216,7 @@ def _make_adapter(
     adapter_name: str,
     seed: int,
     device: torch.device | None,
+    check_rank: bool,
 ) -> Adapter:
     parts: dict[str, Adapter] = {}
     for weight_name, shape in host.weight_shapes().items():
@@ -226,6 +232,7 @@ def _make_adapter(
             device=stored.device if device is None else device,
             base_dtype=host.weight_dtype(weight_name),
             conv=host.convolution(),
+            check_rank=check_rank,
         )
         adapter = classes_for(config)[host.kind](site)
         if adapter.needs_weight and device is None:

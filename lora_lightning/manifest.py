@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import lora_lightning
 from lora_lightning.binding import Binding, binding_of
-from lora_lightning.checkpoint import config_differences, tensor_differences
+from lora_lightning.checkpoint import KEY, config_differences, tensor_differences
 from lora_lightning.errors import AdapterMismatchError, CheckpointError, first_few
 from lora_lightning.fingerprint import (
     Fingerprint,
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
     from lora_lightning.callback import LoraCallback
 
-KEY = "lora_lightning"
 FORMAT = 1
 _EXTRA_STATE = "_extra_state"  # what a user's module keeps by get_extra_state
 
@@ -41,6 +40,7 @@ def reduce_checkpoint(
         tensors = callback.saved_keys(module)
         keep.update(tensors)
         adapters[callback.adapter_name] = {
+            "peft_type": callback.config.peft_type,
             "config": callback.config.to_dict(),
             "module": callback.module or "",
             "tensors": tensors,
@@ -198,6 +198,10 @@ def _adapter_differences(
             continue
         expected = callback.saved_keys(module)
         stated = saved[name]["tensors"]
+        there, here = saved[name].get("peft_type", "LORA"), callback.config.peft_type
+        if there != here:
+            lines.append(f"adapter {name!r}: {there} in the checkpoint, {here} here (lora.config)")
+            continue
         found = [*config_differences(saved[name]["config"], callback.config)]
         found += tensor_differences(stated, expected)
         if not found:  # the file's own tensors against its own statement: damage, not options

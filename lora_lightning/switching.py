@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from lora_lightning.adapters.base import Adapter, AdapterParts, DeltaAdapter
 from lora_lightning.adapters.trained_copy import TrainedCopy
 from lora_lightning.bias import trained_biases
 from lora_lightning.errors import AdapterStateError, did_you_mean
@@ -43,10 +44,7 @@ def set_adapter(model: nn.Module, names: str | Sequence[str], *, trainable: bool
     names = [names] if isinstance(names, str) else list(names)
     known = adapter_names(model)
     for name in names:
-        if name not in known:
-            near = did_you_mean(name, known)
-            hint = f" Did you mean {near!r}?" if near else ""
-            raise AdapterStateError(f"No adapter {name!r}; the model has {known or 'none'}.{hint}")
+        _check_known(name, known)
     hosts = list(named_hosts(model))
     for path, host in hosts:
         if host.merged_adapters and host.active_adapters != [
@@ -73,6 +71,92 @@ def set_adapter(model: nn.Module, names: str | Sequence[str], *, trainable: bool
         record.parameter(module).requires_grad_(trainable and record.adapter_name in names)
 
 
+@contextmanager
+def adapters_per_row(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
+    """Inside, row i of every batch goes through adapter `names[i]` alone; None: the base.
+
+        with adapters_per_row(model, ["french", "german", None]):
+            model(batch_of_three)
+
+    Active adapters play no part inside. The rows of one adapter are computed together, and just as
+    a batch of their own would be.
+
+    Args:
+        model: A model with adapters, none of them merged. Every adapted module must get the batch
+            in its first dimension.
+        names: The name of an adapter, or None, for each row.
+
+    Raises:
+        AdapterStateError: If a name is unknown, adapters are merged, or an adapter trains biases
+            of the base, which all rows share. Inside: if a module is called with another number
+            of rows.
+
+    """
+    check_enabled(model)
+    known = adapter_names(model)
+    for name in dict.fromkeys(names):
+        if name is not None:
+            _check_known(name, known)
+    hosts = [host for _, host in named_hosts(model)]
+    for path, host in named_hosts(model):
+        if any(isinstance(adapter, AdapterParts) for adapter in host.adapters.values()):
+            raise AdapterStateError(
+                f"{path!r} ({host.base_type.__name__}) carries adapters on several weights; such "
+                "modules cannot give every row an adapter of its own. Run one batch per adapter."
+            )
+        if host.merged_adapters:
+            raise AdapterStateError(
+                f"Adapters {host.merged_adapters} are merged into the base, which every row would "
+                "go through; call unmerge_adapter(model) first."
+            )
+    for path, _, record in trained_biases(model):
+        if record.shown or record.adapter_name in names:
+            raise AdapterStateError(
+                f"Adapter {record.adapter_name!r} trains {path!r} of the base itself (bias), which "
+                "all rows of a batch share. Run its rows as a batch of their own."
+            )
+    before = [host.row_adapters for host in hosts]
+    for host in hosts:
+        host.row_adapters = list(names)
+    try:
+        yield
+    finally:
+        for host, rows in zip(hosts, before, strict=True):
+            host.row_adapters = rows
+
+
+def scale_adapter(model: nn.Module, adapter_name: str, factor: float) -> None:
+    """Let an adapter act with `factor` times the scaling of its own config; 1 restores it.
+
+    W + factor * delta: between 0 (the base) and 1 (as trained) this interpolates (WiSE-FT), beyond
+    it exaggerates. Compiled code is not compiled again. Not saved: a property of the run.
+
+    Raises:
+        AdapterStateError: If there is no such adapter, it is merged, or its type has no scaling.
+
+    """
+    _check_known(adapter_name, adapter_names(model))
+    scaled = []
+    for path, host in named_hosts(model):
+        if adapter_name not in host.adapters:
+            continue
+        if adapter_name in host.merged_adapters:
+            raise AdapterStateError(
+                f"Adapter {adapter_name!r} is merged into the base; call unmerge_adapter(model) "
+                "before scaling it."
+            )
+        for part in host.adapters[adapter_name].modules():
+            if isinstance(part, DeltaAdapter):
+                scaled.append(part)
+            elif isinstance(part, Adapter) and not isinstance(part, (AdapterParts, TrainedCopy)):
+                raise AdapterStateError(
+                    f"The adapter {adapter_name!r} on {path!r} is a {type(part).__name__}, which "
+                    "has no scaling."
+                )
+    for part in scaled:
+        part.set_scaling(part.own_scaling * factor)
+
+
 def activate_new(model: nn.Module, name: str, active: bool) -> None:
     """Bring freshly grown adapters `name` into the state `active`; others stay as they are."""
     for _, host in named_hosts(model):
@@ -85,6 +169,13 @@ def activate_new(model: nn.Module, name: str, active: bool) -> None:
         if record.adapter_name == name:
             record.show(module, active)
             record.parameter(module).requires_grad_(active)
+
+
+def _check_known(name: str, known: list[str]) -> None:
+    if name not in known:
+        near = did_you_mean(name, known)
+        hint = f" Did you mean {near!r}?" if near else ""
+        raise AdapterStateError(f"No adapter {name!r}; the model has {known or 'none'}.{hint}")
 
 
 def _require_grad(adapter: nn.Module, wanted: bool) -> None:

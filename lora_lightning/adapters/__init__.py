@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from lora_lightning.adapters.adalora import AdaLoraAdapter, AdaLoraConfig, AdaLoraConvAdapter
 from lora_lightning.adapters.base import Adapter, Site
 from lora_lightning.adapters.dora import DoraAdapter, DoraConvAdapter, DoraEmbeddingAdapter
 from lora_lightning.adapters.lora import LoraAdapter, LoraConfig
@@ -87,3 +88,4 @@ def _lora_classes(config: AdapterConfig) -> ByKind:
 
 
 register_adapter(LoraConfig, _lora_classes)
+register_adapter(AdaLoraConfig, {"linear": AdaLoraAdapter, "conv": AdaLoraConvAdapter})

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +62,7 @@ class Site:
         name, seed: What random start values depend on, beside the tensor's own name.
         device, base_dtype: Of the base weight; device "meta" for `low_cpu_mem_usage`.
         conv: The convolution's geometry where kind is "conv".
+        check_rank: Whether a rank that exceeds the weight's is an error.
         transposed: Whether the experts' weight is stored as (experts, in, out).
 
     """
@@ -75,6 +76,7 @@ class Site:
     device: torch.device
     base_dtype: torch.dtype
     conv: Convolution | None = None
+    check_rank: bool = True
     transposed: bool = False
 
     @property
@@ -91,7 +93,7 @@ class Site:
         """
         config = cast(RankedConfig, self.config)
         r = int(pattern_value(config.rank_pattern, self.path, config.r))
-        if largest is not None and r > largest:
+        if self.check_rank and largest is not None and r > largest:
             last = self.path.rpartition(".")[2]
             key = "rank_pattern" if r != config.r else "r"
             raise RankError(
@@ -129,6 +131,9 @@ class Adapter(nn.Module):
     live: Tensor
     needs_weight = False  # whether `start_from_weight` has something to do
     additive = False  # whether it adds to output and weight the same whatever else acts
+    # What PEFT's files call a tensor, where that differs: {"lora_A": "lora_A.weight"}.
+    file_names: ClassVar[dict[str, str]] = {}
+    not_in_files: ClassVar[frozenset[str]] = frozenset()  # what files of others do not hold
 
     def __init__(self, config: AdapterConfig, device: torch.device | None = None) -> None:
         super().__init__()
@@ -148,6 +153,10 @@ class Adapter(nn.Module):
 
     def start_from_weight(self, weight: Tensor) -> None:
         """Set the start values that are computed from the dense base weight."""
+
+    def file_state(self) -> dict[str, Tensor]:
+        """The tensors under the names, and in the form, that PEFT's files give them."""
+        return {self.file_names.get(k, k): tensor for k, tensor in self.state_dict().items()}
 
     def transform_input(self, x: Tensor, base: Base) -> Tensor:
         """What the map below this adapter reads instead of `x`."""
@@ -263,3 +272,7 @@ class AdapterDict(nn.ModuleDict):
 
     def __getitem__(self, name: str) -> Adapter:
         return cast(Adapter, super().__getitem__(name))
+
+    def get(self, name: str) -> Adapter | None:
+        """The adapter of that name, or None."""
+        return self[name] if name in self else None

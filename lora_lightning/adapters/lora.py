@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -89,8 +89,52 @@ class LoraConfig(RankedConfig):
         super().__post_init__()
 
 
+    @property
+    def starts_from_base(self) -> bool:
+        """Whether A and B start from the base weight, which is compensated for."""
+        start = self.init_lora_weights
+        return isinstance(start, str) and start.partition("_")[0] in START_FROM_WEIGHT
+
+    @classmethod
+    def from_file_options(cls, options: dict[str, Any]) -> LoraConfig:
+        """The config of PEFT's adapter_config.json.
+
+        Raises:
+            ConfigError: If the file's tensors are only a part of the adapter: what was subtracted
+                from the base at the start is in no file.
+
+        """
+        start = options.get("init_lora_weights", True)
+        if isinstance(start, str) and start not in ("pissa", "olora"):
+            if start.startswith("pissa_niter_") or start in ("corda", "lora_ga"):
+                raise ConfigError(
+                    f"init_lora_weights={start!r} changed the base weight by an amount that is "
+                    "not in the folder. Have PEFT convert it when saving "
+                    "(path_initial_model_for_weight_conversion)."
+                )
+            options = {**options, "init_lora_weights": True}  # the start is history
+        return super().from_file_options(options)
+
+    def file_options(self) -> dict[str, Any]:
+        """What PEFT's adapter_config.json says: a rank twice as large where A and B are of 2 r."""
+        options = {**super().file_options(), "init_lora_weights": True}
+        if self.starts_from_base:
+            factor = math.sqrt(2) if self.use_rslora else 2  # so that the scaling stays the same
+            options["r"] = 2 * self.r
+            options["lora_alpha"] = factor * self.lora_alpha
+            options["rank_pattern"] = {k: 2 * r for k, r in self.rank_pattern.items()}
+            options["alpha_pattern"] = {k: factor * a for k, a in self.alpha_pattern.items()}
+        return options
+
+
 class LowRankAdapter(DeltaAdapter):
     """What LoRA on a linear map, a convolution and an embedding table have in common."""
+
+    file_names: ClassVar[dict[str, str]] = {
+        "lora_A": "lora_A.weight",
+        "lora_B": "lora_B.weight",
+        "lora_B_bias": "lora_B.bias",
+    }
 
     def __init__(self, site: Site, largest: int) -> None:
         config: LoraConfig = site.config
@@ -135,6 +179,7 @@ class LoraAdapter(LowRankAdapter):
 
     """
 
+    not_in_files = frozenset({"lora_A_start", "lora_B_start"})
     lora_A_start: Tensor | None
     lora_B_start: Tensor | None
 
@@ -144,7 +189,7 @@ class LoraAdapter(LowRankAdapter):
         self.lora_A = site.parameter(self.r, in_features)
         self.lora_B = site.parameter(out_features, self.r)
         self.lora_B_bias = site.parameter(out_features) if site.config.lora_bias else None
-        starts = _starts_from_weight(site)
+        starts = site.config.starts_from_base
         for name, tensor in (("lora_A_start", self.lora_A), ("lora_B_start", self.lora_B)):
             self.register_buffer(name, torch.zeros_like(tensor.detach()) if starts else None)
         self.reset_parameters()
@@ -198,6 +243,16 @@ class LoraAdapter(LowRankAdapter):
             torch.cat([self.lora_B, -self.lora_B_start], dim=1),
         )
 
+    def file_state(self) -> dict[str, Tensor]:
+        """A and B; where their start is subtracted, those of rank 2 r that say the same."""
+        state = super().file_state()
+        if self.lora_A_start is not None:
+            for name in self.not_in_files:
+                del state[name]
+            a, b = self.factors()
+            state["lora_A.weight"], state["lora_B.weight"] = a.detach(), b.detach()
+        return state
+
     def cast_factors(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """A and B in the dtype in which `x` is multiplied."""
         a, b = self.factors()
@@ -236,8 +291,3 @@ class LoraAdapter(LowRankAdapter):
         if self.lora_B_bias is None:
             return bias
         return bias + self.scaling * self.lora_B_bias.to(bias.dtype)
-
-
-def _starts_from_weight(site: Site) -> bool:
-    start: Any = site.config.init_lora_weights
-    return isinstance(start, str) and start.partition("_")[0] in START_FROM_WEIGHT

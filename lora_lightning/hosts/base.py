@@ -72,6 +72,14 @@ class Host(nn.Module):
         """The parameter that holds the bias of a weight."""
         return "bias"
 
+    def file_places(self, names: list[str]) -> dict[str, str]:
+        """What PEFT's files put between the module's path and the tensors of each weight."""
+        return {name: f"{name}." for name in names}
+
+    def peft_knows(self, adapter: Adapter) -> bool:
+        """Whether PEFT computes the same from this adapter on this module."""
+        return not isinstance(adapter, AdapterParts)
+
     # -- what adapters ask of their base (`adapters.base.Base`) ----------------------------------
 
     def apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -112,17 +120,18 @@ class Host(nn.Module):
 
         While torch.compile traces, all of them: each is then switched by its tensor `live`.
         """
-        if torch.compiler.is_compiling():
-            return [
-                part
-                for adapter_name, adapter in self.adapters.items()
-                if (part := part_of(cast(Adapter, adapter), name)) is not None
-                and (not isinstance(part, TrainedCopy) or adapter_name in self.live_names())
-            ]
-        if not self._enabled:
+        compiling = torch.compiler.is_compiling()
+        if not (compiling or self._enabled):
             return []
-        parts = [part_of(self.adapters[adapter_name], name) for adapter_name in self.live_names()]
-        return [part for part in parts if part is not None]
+        found = []
+        for adapter_name in self.adapters if compiling else self.live_names():
+            part = part_of(self.adapters[adapter_name], name)
+            # A copy may answer in any structure: which one acts is compiled in.
+            if isinstance(part, TrainedCopy) and adapter_name not in self.live_names():
+                continue
+            if part is not None:
+                found.append(part)
+        return found
 
     def live_names(self) -> list[str]:
         """Names of the adapters that act in forward, in the order they were added."""

@@ -7,7 +7,7 @@ from typing import cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_lightning.adapters.base import Convolution
+from lora_lightning.adapters.base import Adapter, Convolution
 from lora_lightning.hosts.base import Host
 
 CONVOLUTIONS = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
@@ -35,6 +35,11 @@ class ConvHost(Host):
             module.groups,
             module.padding_mode,
         )
+
+    def peft_knows(self, adapter: Adapter) -> bool:
+        """Not where it dilates or pads otherwise than with zeros: PEFT leaves both out."""
+        conv = self.convolution()
+        return set(conv.dilation) == {1} and conv.padding_mode == "zeros"
 
     def apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
         """The convolution of x with another kernel, in the module's own geometry.

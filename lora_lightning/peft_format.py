@@ -1,0 +1,285 @@
+"""PEFT folders, both ways: adapter_config.json beside adapter_model.safetensors.
+
+Source: the files that peft 0.21.2 writes and reads. A folder is untrusted input: everything is
+checked before the model is touched.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_safetensors
+from torch import Tensor, nn
+
+from lora_lightning.adapter_files import load_from_checkpoint
+from lora_lightning.atomic_write import write_atomically
+from lora_lightning.checkpoint import materialize, tensor_differences
+from lora_lightning.errors import (
+    AdapterMismatchError,
+    AdapterStateError,
+    CheckpointError,
+    did_you_mean,
+)
+from lora_lightning.injection import delete_adapter, extend_adapter
+from lora_lightning.peft_config import OWN, describe, parse
+from lora_lightning.peft_keys import tensors_to_load, tensors_to_save
+from lora_lightning.peft_selection import selection_of_file
+from lora_lightning.switching import adapter_names
+
+CONFIG = "adapter_config.json"
+TENSORS = "adapter_model.safetensors"
+MIX = OWN + "MIX"  # the peft_type of a folder of folders
+LARGEST_CONFIG = 10_000_000  # bytes
+
+
+def save_adapter(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    adapter_name: str | Sequence[str] = "default",
+) -> None:
+    """Write an adapter as a PEFT folder: adapter_config.json and adapter_model.safetensors.
+
+    The same adapter gives the same bytes, in any process. An adapter whose start was subtracted
+    from it (PiSSA, OLoRA) is written as the plain LoRA of twice the rank that it is.
+
+    Args:
+        model: The model that PEFT would load the adapter onto.
+        directory: Made if need be; files of these names in it are replaced.
+        adapter_name: Which adapter; several names give a folder with one folder for each, which
+            `load_adapter` reads back in this order.
+
+    Raises:
+        AdapterStateError: If there is no such adapter, or it is on the meta device.
+        CheckpointError: If the folder cannot be written; what was there before is still there.
+
+    """
+    folder = Path(directory)
+    if isinstance(adapter_name, str):
+        files = _files(model, folder, adapter_name)
+    else:
+        order = {"peft_type": MIX, "adapters": list(adapter_name)}
+        files = {}
+        for name in adapter_name:
+            files.update(_files(model, folder / name, name))
+        files[folder / CONFIG] = _json(order)
+    try:
+        for path in files:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(files)
+    except OSError as error:
+        raise CheckpointError(
+            f"The adapter cannot be written to {str(folder)!r}: {error.strerror or error}."
+        ) from error
+
+
+def load_adapter(
+    model: nn.Module, path: str | os.PathLike[str], adapter_name: str | None = None
+) -> list[str]:
+    """Put an adapter on `model` from a PEFT folder or an adapter-only Lightning checkpoint.
+
+    As with `inject_adapter`, the first adapter on a model is active and trainable, later ones are
+    neither. Nothing is fetched from a hub. Everything is checked first: on any error the model is
+    as it was before.
+
+    Args:
+        model: The model that the adapter was made for.
+        path: The folder, or a checkpoint that a run with `LoraCallback` wrote.
+        adapter_name: The name to give it. Default: "default" for a PEFT folder; the names they
+            have for the adapters of a checkpoint or a folder of several.
+
+    Returns:
+        The names of the adapters that were loaded.
+
+    Raises:
+        CheckpointError: If the files are missing, damaged or of another kind.
+        AdapterMismatchError: If the adapter does not fit the model, or uses what this library does
+            not have.
+        AdapterStateError: If the model already has an adapter of that name.
+
+    """
+    place = Path(path)
+    if place.is_file() and place.name != CONFIG and place.suffix != ".safetensors":
+        with _unchanged_on_error(model):
+            return load_from_checkpoint(model, place, adapter_name)
+    folder = place.parent if place.is_file() else place
+    options = _read_config(folder)
+    if options.get("peft_type") != MIX:
+        name = "default" if adapter_name is None else adapter_name
+        with _unchanged_on_error(model):
+            _load_folder(model, folder, name, options)
+        return [name]
+    names = options.get("adapters")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(f"{str(folder / CONFIG)!r} does not list the adapters of its folder.")
+    if adapter_name is not None:
+        raise AdapterStateError(
+            f"{str(folder)!r} holds the adapters {names}, which keep their names; load one of "
+            f"them from its own folder to give it the name {adapter_name!r}."
+        )
+    with _unchanged_on_error(model):
+        for name in names:
+            if name in (".", "..") or "/" in name or os.sep in name:
+                raise CheckpointError(f"{str(folder / CONFIG)!r} names a folder {name!r}.")
+            _load_folder(model, folder / name, name, _read_config(folder / name))
+    return names
+
+
+def _files(model: nn.Module, folder: Path, adapter_name: str) -> dict[Path, bytes]:
+    known = adapter_names(model)
+    if adapter_name not in known:
+        near = did_you_mean(adapter_name, known)
+        hint = f" Did you mean {near!r}?" if near else ""
+        raise AdapterStateError(
+            f"No adapter {adapter_name!r} to save; the model has {known or 'none'}.{hint}"
+        )
+    tensors = {}
+    for key, tensor in sorted(tensors_to_save(model, adapter_name).items()):
+        if tensor.is_meta:
+            raise AdapterStateError(
+                f"Adapter {adapter_name!r} is on the meta device and has no values to save: load "
+                "it first."
+            )
+        tensors[key] = tensor.detach().to("cpu", copy=True).contiguous()
+    content = to_safetensors(tensors, metadata={"format": "pt"})
+    return {folder / TENSORS: content, folder / CONFIG: _json(describe(model, adapter_name))}
+
+
+def _json(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _load_folder(model: nn.Module, folder: Path, name: str, options: dict[str, Any]) -> None:
+    if name in adapter_names(model):
+        raise AdapterStateError(
+            f"The model already has an adapter {name!r}. Take it off first with "
+            f"delete_adapter(model, {name!r}), exchange its weights with hotswap_adapter, or load "
+            "this one under another name."
+        )
+    where = str(folder / CONFIG)
+    config = parse(options, where)
+    file = folder / TENSORS
+    with _opened(file) as opened:
+        shapes = {key: opened.get_slice(key).get_shape() for key in opened.keys()}  # noqa: SIM118
+        config, of_base = selection_of_file(model, config, shapes, str(file))
+        try:
+            # On the meta device first: a config can ask for any size.
+            extend_adapter(model, config, name, low_cpu_mem_usage=True, check_rank=False)
+        except RuntimeError as error:
+            if isinstance(error, AdapterStateError):
+                raise
+            raise AdapterMismatchError(f"{where} asks for impossible sizes: {error}") from None
+        own = tensors_to_load(model, name)
+        own_shapes = {key: list(tensor.shape) for key, tensor in own.items()}
+        loaded = {key: shape for key, shape in shapes.items() if key not in of_base}
+        differences = tensor_differences(loaded, own_shapes)
+        if differences:
+            raise AdapterMismatchError(
+                f"{str(file)!r} does not fit its config or this model:\n  "
+                + "\n  ".join(differences)
+            )
+        if config.starts_from_base:
+            delete_adapter(model, name)
+            extend_adapter(model, config, name, check_rank=False)
+        values = {key: opened.get_tensor(key) for key in shapes}
+    _check_values(values, file)
+    _check_base(model, {key: values.pop(key) for key in of_base}, file)
+    materialize(model, name)
+    with torch.no_grad():
+        for key, tensor in tensors_to_load(model, name).items():
+            tensor.copy_(values[key])
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    file = folder / CONFIG
+    if not folder.exists():
+        raise CheckpointError(
+            f"There is no folder or file {str(folder)!r} to load an adapter from."
+        )
+    if not file.is_file():
+        found = sorted(entry.name for entry in folder.iterdir())
+        raise CheckpointError(
+            f"{str(folder)!r} is no adapter folder: it has no {CONFIG}. It holds "
+            f"{', '.join(found[:8]) or 'nothing'}."
+        )
+    if file.stat().st_size > LARGEST_CONFIG:
+        raise CheckpointError(f"{str(file)!r} is too large for an adapter's config.")
+    try:
+        options = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{str(file)!r} is no valid JSON: {error}") from None
+    if not isinstance(options, dict):
+        raise CheckpointError(
+            f"{str(file)!r} holds a {type(options).__name__}, not an adapter's options."
+        )
+    return options
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    if not file.is_file():
+        old = file.with_name("adapter_model.bin")
+        hint = (
+            f" {old.name} is a pickle, which can run any code when it is read; save it as "
+            "safetensors with PEFT (safe_serialization=True)."
+            if old.is_file()
+            else ""
+        )
+        raise CheckpointError(f"{str(file)!r} is missing.{hint}")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            yield opened
+    except SafetensorError as error:
+        raise CheckpointError(f"{str(file)!r} is damaged or no safetensors file: {error}") from None
+
+
+def _check_values(values: dict[str, Tensor], file: Path) -> None:
+    for key, tensor in values.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise AdapterMismatchError(
+                f"{str(file)!r} holds values that are not finite (NaN or infinity) in {key!r}: the "
+                "adapter has diverged, or the file is damaged."
+            )
+
+
+def _check_base(model: nn.Module, values: dict[str, Tensor], file: Path) -> None:
+    """Base tensors that PEFT saved along (embeddings) must be those of this base."""
+    own = {key: tensor for key, tensor in model.state_dict().items()}
+    for key, value in values.items():
+        name = key.removeprefix("base_model.model.").replace(".base_layer", "")
+        base = own.get(name)
+        if (
+            base is None
+            or base.shape != value.shape
+            or not torch.equal(base.cpu().to(value), value)
+        ):
+            found = "has none" if base is None else f"has other values, {list(base.shape)}"
+            raise AdapterMismatchError(
+                f"{str(file)!r} comes with {name!r} {list(value.shape)} of its base, but this model "
+                f"{found}. Load the base that the adapter was trained on (resize its embeddings "
+                "if the vocabulary was extended)."
+            )
+
+
+@contextmanager
+def _unchanged_on_error(model: nn.Module) -> Iterator[None]:
+    names = adapter_names(model)
+    required = [(p, p.requires_grad) for p in model.parameters()]
+    training = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    except BaseException:
+        for name in adapter_names(model):
+            if name not in names:
+                delete_adapter(model, name)
+        for parameter, wanted in required:
+            parameter.requires_grad_(wanted)
+        for module, mode in training:
+            module.training = mode
+        raise

@@ -1,0 +1,86 @@
+"""How PEFT's files name the tensors of an adapter.
+
+    base_model.model.<path of the module>.<tensor>[.weight]
+
+without the adapter's name. The suffix is an accident of how PEFT holds a tensor (in a module or
+not); every adapter class says it in `file_names`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+from lora_lightning.adapters.base import Adapter, AdapterParts
+from lora_lightning.adapters.trained_copy import TrainedCopy
+from lora_lightning.bias import trained_biases
+from lora_lightning.hosts.base import Host, named_hosts
+
+PREFIX = "base_model.model."
+
+
+def tensors_to_save(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """The adapter as PEFT's files hold it."""
+    found: dict[str, Tensor] = {}
+    for prefix, part in _parts(model, adapter_name):
+        found.update({prefix + name: tensor for name, tensor in part.file_state().items()})
+    return {**found, **_shared_with_base(model, adapter_name)}
+
+
+def tensors_to_load(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """The adapter's own tensors under the keys of the values in PEFT's files that they take."""
+    found: dict[str, Tensor] = {}
+    for prefix, part in _parts(model, adapter_name):
+        for name, tensor in part.state_dict().items():
+            if name not in part.not_in_files:
+                found[prefix + part.file_names.get(name, name)] = tensor
+    return {**found, **_shared_with_base(model, adapter_name)}
+
+
+def _parts(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Adapter]]:
+    """(what stands before the tensors' names in the file, adapter) for every weight adapted."""
+    hosts = dict(named_hosts(model))
+    for path, host in hosts.items():
+        adapter = host.adapters.get(adapter_name)
+        if adapter is None or isinstance(adapter, TrainedCopy):
+            continue
+        prefix = PREFIX + _place(path, hosts, adapter_name)
+        if isinstance(adapter, AdapterParts):
+            names = [name for name, _ in adapter.named_children()]
+            for weight_name, place in host.file_places(names).items():
+                part = adapter.part(weight_name)
+                if part is not None:
+                    yield prefix + place, part
+        else:
+            yield prefix, adapter
+
+
+def _place(path: str, hosts: dict[str, Host], adapter_name: str) -> str:
+    """The module's path as PEFT's wrappers spell it, with the dot at its end."""
+    outer, _, last = path.rpartition(".")
+    # PEFT keeps an attention's out_proj inside the wrapper of the attention itself.
+    if last == "out_proj" and outer in hosts and adapter_name in hosts[outer].adapters:
+        return f"{outer}.base_layer.{last}."
+    return path + "." if path else ""
+
+
+def _shared_with_base(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """Trained copies and biases, which keep the names they have in the base."""
+    found: dict[str, Tensor] = {}
+    targets = set()
+    for path, host in named_hosts(model):
+        adapter = host.adapters.get(adapter_name)
+        prefix = path + "." if path else ""
+        if isinstance(adapter, TrainedCopy):
+            state = adapter.module.state_dict()
+            found.update({f"{PREFIX}{prefix}{name}": tensor for name, tensor in state.items()})
+        elif adapter is not None:
+            targets.add(prefix)
+    for name, module, record in trained_biases(model):
+        if record.adapter_name == adapter_name:
+            bias = record.parameter(module) if record.shown else record.hidden
+            prefix = name.removesuffix("bias")
+            inner = "base_layer." if prefix in targets else ""
+            found[f"{PREFIX}{prefix}{inner}bias"] = bias.detach()
+    return found
