@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         TextClassificationData as TextClassificationData,
     )
     from lora_lightning.errors import LoraError as LoraError
+    from lora_lightning.hotswap import hotswap_adapter as hotswap_adapter
     from lora_lightning.injection import delete_adapter as delete_adapter
     from lora_lightning.injection import inject_adapter as inject_adapter
     from lora_lightning.merging import merge_adapter as merge_adapter
@@ -62,6 +63,7 @@ _HOME = {
     "adapter_status": "status",
     "save_adapter": "peft_format",
     "load_adapter": "peft_format",
+    "hotswap_adapter": "hotswap",
     "adapter_state_dict": "checkpoint",
     "load_adapter_state_dict": "checkpoint",
     "TextClassification": "tasks.text_classification",

@@ -8,8 +8,10 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
+from torch.optim import Optimizer
 
 from lora_lightning import report
+from lora_lightning.adalora_schedule import RankSchedule
 from lora_lightning.adapters.lora import LoraConfig
 from lora_lightning.binding import averaged_models, bind, callbacks_of, overrides
 from lora_lightning.checkpoint import KEY, saved_keys
@@ -25,6 +27,7 @@ from lora_lightning.hosts.base import named_hosts, walk
 from lora_lightning.injection import adapters_named, extend_adapter, freeze
 from lora_lightning.manifest import remember_base
 from lora_lightning.optim import check_coverage, trainable_parameters
+from lora_lightning.peft_format import load_adapter
 from lora_lightning.rng import set_random_state
 from lora_lightning.run_checks import (
     check_callbacks,
@@ -32,7 +35,12 @@ from lora_lightning.run_checks import (
     check_strategy,
     explain_unreadable_checkpoints,
 )
-from lora_lightning.switching import active_adapters, adapter_names, set_adapter
+from lora_lightning.switching import (
+    active_adapters,
+    adapter_names,
+    set_adapter,
+    set_trainable,
+)
 from lora_lightning.targets import Selection
 
 
@@ -49,6 +57,9 @@ class LoraCallback(Callback):
         adapter_name: Name of the adapter on the model and in checkpoints.
         module: Dotted path of the submodule to adapt; default: the whole LightningModule. All
             names in the options, modules_to_save too, are then looked up below it.
+        init_from: A PEFT folder or an adapter-only checkpoint that the adapter comes from, options
+            and all; give no options of your own then.
+        trainable: False keeps the adapter as it is: it acts, is saved, but does not train.
         lr: Learning rate of the AdamW that is supplied where the module brings no optimizer.
         enabled: False trains the module as if the callback were not there.
         **config_options: The options of `LoraConfig`, one by one.
@@ -69,18 +80,23 @@ class LoraCallback(Callback):
         *,
         adapter_name: str = "default",
         module: str | None = None,
+        init_from: str | None = None,
+        trainable: bool = True,
         lr: float = 1e-3,
         enabled: bool = True,
         **config_options: Any,
     ) -> None:
         super().__init__()
-        _check_options(config, config_options)
+        _check_options(config, config_options, init_from)
         self.config: AdapterConfig = LoraConfig(**config_options) if config is None else config
         self.adapter_name = adapter_name
         self.module = module
+        self.init_from = init_from
+        self.trainable = trainable
         self.lr = lr
         self.enabled = enabled
         self._selection = Selection()
+        self.ranks = RankSchedule()  # for AdaLoRA
         self._gradients_checked = False
         self._log: Any = None
 
@@ -105,6 +121,7 @@ class LoraCallback(Callback):
         if not self.enabled:
             bind(pl_module)  # so that an adapter checkpoint is refused in words
             return
+        self.ranks.load(None)
         self._check_alone(trainer)
         check_callbacks(trainer)
         check_strategy(trainer)
@@ -117,6 +134,8 @@ class LoraCallback(Callback):
     def grow(self, pl_module: LightningModule) -> None:
         """Put this adapter on the module; what carries it already keeps it."""
         root = self.root(pl_module)
+        if self.init_from is not None:
+            self._load(root, self.init_from)
         self._check_same_options(root)
         self._check_no_strangers(pl_module)
         fresh = not adapter_names(pl_module)
@@ -124,7 +143,16 @@ class LoraCallback(Callback):
         if self.adapter_name not in active_adapters(root):
             set_adapter(root, [*active_adapters(root), self.adapter_name])
         freeze(pl_module)
+        for callback in callbacks_of(pl_module):
+            if callback.adapter_name in adapter_names(root):
+                set_trainable(root, callback.adapter_name, callback.trainable)
         remember_base(pl_module, fresh)
+
+    def _load(self, root: nn.Module, path: str) -> None:
+        """Put the adapter on from a file, unless it is there already, and take its options over."""
+        if self.adapter_name not in adapter_names(root):
+            load_adapter(root, path, self.adapter_name)
+        self.config = next(iter(adapters_named(root, self.adapter_name).values())).config
 
     def root(self, pl_module: LightningModule) -> nn.Module:
         """The submodule that is adapted.
@@ -217,8 +245,11 @@ class LoraCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show what trains."""
-        if self.enabled and trainer.is_global_zero:
-            root = self.root(pl_module)
+        if not self.enabled:
+            return
+        root = self.root(pl_module)
+        self.ranks.start(trainer, root, self.config, self.adapter_name)
+        if trainer.is_global_zero:
             report.show(
                 report.start_table(root, self.adapter_name, self._selection.left_out),
                 *report.start_lines(pl_module, root, self.adapter_name),
@@ -265,6 +296,18 @@ class LoraCallback(Callback):
                 "or their weights are read without calling them."
             )
 
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Add the gradient of AdaLoRA's orthogonality term."""
+        self.ranks.before_step(trainer, optimizer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Let AdaLoRA allocate ranks."""
+        self.ranks.after_batch()
+
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
@@ -274,37 +317,49 @@ class LoraCallback(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say where the adapters lie."""
+        ranks = self.ranks.finish()
         if self.enabled and trainer.is_global_zero:
             callback: Any = trainer.checkpoint_callback
             best = getattr(callback, "best_model_path", "")
             last = getattr(callback, "last_model_path", "")
             weights_only = getattr(callback, "save_weights_only", False)
-            report.show(*report.end_lines(pl_module, best, last, weights_only))
+            report.show(*ranks, *report.end_lines(pl_module, best, last, weights_only))
 
     # -- resuming ------------------------------------------------------------------------------
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Continue the run's random numbers where the checkpoint left off."""
-        state = checkpoint.get(KEY, {}).get("random_state")
+        """Continue the run's random numbers and AdaLoRA's ranks where the checkpoint left off."""
+        manifest = checkpoint.get(KEY, {})
+        state = manifest.get("random_state")
         if self.enabled and state is not None and trainer.state.fn == "fit":
             set_random_state(state)
+            self.ranks.load(manifest["adapters"][self.adapter_name].get("rank_allocation"))
 
 
 def _options(config: AdapterConfig) -> dict[str, Any]:
     return {"type": config.peft_type, **config.to_dict()}
 
 
-def _check_options(config: AdapterConfig | None, options: dict[str, Any]) -> None:
+def _check_options(
+    config: AdapterConfig | None, options: dict[str, Any], init_from: str | None
+) -> None:
     defaults = {field.name: field for field in dataclasses.fields(LoraConfig)}
     for key in options:
         if key not in defaults:
-            near = did_you_mean(key, [*defaults, "adapter_name", "module", "lr", "enabled"])
+            own = ["adapter_name", "module", "init_from", "trainable", "lr", "enabled"]
+            near = did_you_mean(key, [*defaults, *own])
             hint = f"Did you mean {near!r}?" if near else f"Known options: {', '.join(defaults)}."
             raise ConfigError(f"LoraCallback has no option {key!r}. {hint} (lora.{key})")
     # jsonargparse passes every option on, mostly with its default: those were not asked for.
     passed_on = options.keys() == defaults.keys() and LoraConfig(**options) == LoraConfig()
+    if init_from is not None and (config is not None or (options and not passed_on)):
+        given = "config" if config is not None else ", ".join(options)
+        raise ConfigError(
+            f"LoraCallback was given init_from={init_from!r} and also {given}: the adapter comes "
+            "with its options. Leave them out. (lora.init_from)"
+        )
     if config is not None and options and not passed_on:
         raise ConfigError(
             f"LoraCallback was given config and also {', '.join(options)}: two sources that may "

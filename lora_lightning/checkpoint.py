@@ -64,7 +64,9 @@ def materialize(model: nn.Module, adapter_name: str) -> None:
     """Give an adapter that was made on the meta device memory beside its module's own weights."""
     for path, host in named_hosts(model):
         adapter = host.adapters.get(adapter_name)
-        if adapter is None or not any(p.is_meta for p in adapter.parameters()):
+        if adapter is None:
+            continue
+        if not any(t.is_meta for t in (*adapter.parameters(), *adapter.buffers())):
             continue
         own = {id(p) for p in host.adapters.parameters()}
         device = next(p.device for p in host.parameters() if id(p) not in own)

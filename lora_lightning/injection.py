@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import cast
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from lora_lightning.adapters import classes_for
 from lora_lightning.adapters.base import Adapter, AdapterDict, AdapterParts, Site
+from lora_lightning.adapters.token_rows import TiedTokenRows, TokenRows, check_token_ids
 from lora_lightning.adapters.trained_copy import TrainedCopy
 from lora_lightning.bias import biases_to_train, forget_bias, train_bias, trained_biases
 from lora_lightning.config import AdapterConfig
@@ -87,12 +89,16 @@ def extend_adapter(
     selection = select_modules(model, config)
     new_targets = _without_adapter(selection.targets, adapter_name)
     new_saved = _without_adapter(selection.saved, adapter_name)
-    for path, module in new_targets.items():
+    new_tokens = _without_adapter(_modules(model, selection.tokens), adapter_name)
+    for path, module in {**new_targets, **_modules(model, selection.tied)}.items():
         check_can_grow(module, path)
+    for path, module in new_tokens.items():
+        check_can_grow(module, path, "trainable_token_indices")
+        check_token_ids(selection.tokens[path], module.weight.shape[0], path)  # type: ignore[union-attr,arg-type,index]
     for path, module in new_saved.items():
         check_can_grow(module, path, "modules_to_save")
     biases = _new_biases(model, config, adapter_name, set(selection.targets), selection.saved)
-    if not (new_targets or new_saved or biases):
+    if not (new_targets or new_saved or new_tokens or biases):
         return selection
     check_enabled(model)
     _check_unmerged(model)
@@ -105,6 +111,8 @@ def extend_adapter(
         freeze(model)
     for path, adapter in adapters.items():
         grow(new_targets[path], Host, adapter_name, adapter)
+    for path, module in new_tokens.items():
+        _train_tokens(model, path, module, selection, config, adapter_name, device)
     for module in new_saved.values():
         copied = _copy_without_adapters(module)
         trained = TrainedCopy(copied if device is None else copied.to_empty(device=device), config)
@@ -219,21 +227,9 @@ def _make_adapter(
     check_rank: bool,
 ) -> Adapter:
     parts: dict[str, Adapter] = {}
-    for weight_name, shape in host.weight_shapes().items():
+    for weight_name in host.weight_shapes():
         stored = cast(Tensor, getattr(host, weight_name))
-        name = path if weight_name == "weight" else f"{path}.{weight_name}"
-        site = Site(
-            config=config,
-            kind=host.kind,
-            shape=shape,
-            path=path,
-            name=f"{name}.{adapter_name}",
-            seed=seed,
-            device=stored.device if device is None else device,
-            base_dtype=host.weight_dtype(weight_name),
-            conv=host.convolution(),
-            check_rank=check_rank,
-        )
+        site = _site(path, host, weight_name, config, adapter_name, seed, device, check_rank)
         adapter = classes_for(config)[host.kind](site)
         if adapter.needs_weight and device is None:
             if stored.is_meta:
@@ -246,6 +242,56 @@ def _make_adapter(
     if parts.keys() == {"weight"}:
         return parts["weight"]
     return AdapterParts(config, parts)
+
+
+def _site(
+    path: str,
+    host: Host,
+    weight_name: str,
+    config: AdapterConfig,
+    adapter_name: str,
+    seed: int,
+    device: torch.device | None,
+    check_rank: bool,
+) -> Site:
+    name = path if weight_name == "weight" else f"{path}.{weight_name}"
+    return Site(
+        config=config,
+        kind=host.kind,
+        shape=host.weight_shapes()[weight_name],
+        path=path,
+        name=f"{name}.{adapter_name}",
+        seed=seed,
+        device=cast(Tensor, getattr(host, weight_name)).device if device is None else device,
+        base_dtype=host.weight_dtype(weight_name),
+        conv=host.convolution(),
+        check_rank=check_rank,
+    )
+
+
+def _train_tokens(
+    model: nn.Module,
+    path: str,
+    module: nn.Module,
+    selection: Selection,
+    config: AdapterConfig,
+    adapter_name: str,
+    device: torch.device | None,
+) -> None:
+    become_host(module, cast(type[Host], host_type_for(module)))
+    site = _site(path, cast(Host, module), "weight", config, adapter_name, 0, device, True)
+    rows = TokenRows(site, selection.tokens[path])
+    if device is None:
+        rows.start_from_weight(cast(Host, module).base_weight().detach())
+    grow(module, Host, adapter_name, rows)
+    for other, owner in selection.tied.items():
+        if owner == path:
+            head = model.get_submodule(other)
+            grow(head, host_type_for(head) or Host, adapter_name, TiedTokenRows(rows))
+
+
+def _modules(model: nn.Module, paths: Iterable[str]) -> dict[str, nn.Module]:
+    return {path: model.get_submodule(path) for path in paths}
 
 
 def _new_biases(

@@ -34,7 +34,7 @@ def reduce_checkpoint(
     checkpoint: dict[str, Any], module: LightningModule, callbacks: list[LoraCallback]
 ) -> None:
     """Leave only what training changed in `checkpoint["state_dict"]`, and say whose it is."""
-    adapters = {}
+    adapters: dict[str, dict[str, Any]] = {}
     keep: set[str] = set()
     for callback in callbacks:
         tensors = callback.saved_keys(module)
@@ -60,6 +60,8 @@ def reduce_checkpoint(
     }
     if "optimizer_states" in checkpoint:  # absent with save_weights_only: nothing to resume then
         checkpoint[KEY]["random_state"] = random_state()
+        for callback in callbacks:
+            adapters[callback.adapter_name]["rank_allocation"] = callback.ranks.state()
 
 
 def check_checkpoint(

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from lora_lightning.adapters.token_rows import TiedTokenRows
 from lora_lightning.adapters.trained_copy import TrainedCopy
 from lora_lightning.bias import trained_biases
 from lora_lightning.errors import AdapterStateError
@@ -127,8 +128,14 @@ def _check_weights(model: nn.Module, names: Sequence[str], copies_too: bool = Fa
         for parameter in module._parameters.values()
         if parameter is not None
     )
+    for _, host in named_hosts(model):
+        merging = [host.adapters[name] for name in names if name in host.adapters]
+        if merging and all(isinstance(adapter, TiedTokenRows) for adapter in merging):
+            owners[id(host.weight)] -= 1  # it asks for the very rows that its table gets
     for path, host in named_hosts(model):
         merging = [host.adapters[name] for name in names if name in host.adapters]
+        if all(isinstance(adapter, TiedTokenRows) for adapter in merging):
+            continue
         written: list[nn.Parameter] = []
         for weight_name in host.weight_shapes():
             parts = [part_of(adapter, weight_name) for adapter in merging]

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from lora_lightning.adapters import config_type_of
+from lora_lightning.adapters.token_rows import TiedTokenRows, TokenRows
 from lora_lightning.adapters.trained_copy import TrainedCopy
 from lora_lightning.config import AdapterConfig
 from lora_lightning.errors import AdapterMismatchError, ConfigError
@@ -42,7 +43,8 @@ def describe(model: nn.Module, adapter_name: str) -> dict[str, Any]:
     """The content of adapter_config.json for an adapter that is on `model`."""
     adapters = adapters_named(model, adapter_name)
     config = next(iter(adapters.values())).config
-    targets = [path for path, a in adapters.items() if not isinstance(a, TrainedCopy)]
+    beside = (TrainedCopy, TokenRows, TiedTokenRows)  # which have options of their own
+    targets = [path for path, a in adapters.items() if not isinstance(a, beside)]
     saved = [path for path, a in adapters.items() if isinstance(a, TrainedCopy)]
     hosts = dict(named_hosts(model))
     known = config.peft_type not in PEFT_TYPES or all(

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from lora_lightning.adapter_files import load_from_checkpoint
 from lora_lightning.atomic_write import write_atomically
 from lora_lightning.checkpoint import materialize, tensor_differences
+from lora_lightning.config import AdapterConfig
 from lora_lightning.errors import (
     AdapterMismatchError,
     AdapterStateError,
@@ -129,6 +130,21 @@ def load_adapter(
                 raise CheckpointError(f"{str(folder / CONFIG)!r} names a folder {name!r}.")
             _load_folder(model, folder / name, name, _read_config(folder / name))
     return names
+
+
+def read_folder(folder: Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
+    """(options, tensors by their keys) of a PEFT folder, checked, without a model.
+
+    Raises:
+        CheckpointError: If the files are missing or damaged.
+        AdapterMismatchError: If the adapter uses what this library does not have.
+
+    """
+    config = parse(_read_config(folder), str(folder / CONFIG))
+    with _opened(folder / TENSORS) as opened:
+        values = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+    _check_values(values, folder / TENSORS)
+    return config, values
 
 
 def _files(model: nn.Module, folder: Path, adapter_name: str) -> dict[Path, bytes]:

@@ -18,6 +18,7 @@ from lora_lightning.checkpoint import adapter_state_dict
 from lora_lightning.fingerprint import base_tensors
 from lora_lightning.hosts import host_type_for
 from lora_lightning.hosts.base import Host, walk
+from lora_lightning.injection import adapters_named
 from lora_lightning.optim import trainable_parameters
 
 
@@ -46,7 +47,7 @@ def target_rows(model: nn.Module, adapter_name: str) -> list[TargetRow]:
     rows: dict[str, TargetRow] = defaultdict(lambda: TargetRow(""))
     copies: dict[str, TargetRow] = {}
     for path, module in walk(model):
-        name = _shown_name(path)
+        name = shown_name(path)
         carries = isinstance(module, Host) and adapter_name in module.adapters
         adapter: Any = module.adapters[adapter_name] if carries else None  # type: ignore[index]
         size = sum(p.numel() for p in adapter.parameters()) if adapter is not None else 0
@@ -57,7 +58,7 @@ def target_rows(model: nn.Module, adapter_name: str) -> list[TargetRow]:
             row.name, row.possible = name, row.possible + 1
             if adapter is not None:
                 row.matched += 1
-                row.ranks = tuple(sorted({*row.ranks, adapter.r}))
+                row.ranks = tuple(sorted({*row.ranks, *_ranks(adapter)}))
                 row.parameters += size
     return [*(row for row in rows.values() if row.matched), *copies.values()]
 
@@ -65,12 +66,16 @@ def target_rows(model: nn.Module, adapter_name: str) -> list[TargetRow]:
 def start_table(model: nn.Module, adapter_name: str, left_out: list[str]) -> Table:
     """Per target name: modules matched of possible, r, parameters."""
     # Text, not str: rich would take "[...]" in a name for markup.
-    table = Table(title=Text(f"LoRA adapter '{adapter_name}'"), title_justify="left")
+    adapters = list(adapters_named(model, adapter_name).values())
+    kind = adapters[0].config.peft_type.replace("LORA", "LoRA")
+    frozen = not any(p.requires_grad for adapter in adapters for p in adapter.parameters())
+    title = f"{kind} adapter '{adapter_name}'{' (frozen)' if frozen else ''}"
+    table = Table(title=Text(title), title_justify="left")
     table.add_column("target")
     for column in ("modules", "r", "parameters"):
         table.add_column(column, justify="right")
     for row in target_rows(model, adapter_name):
-        ranks = "full" if row.full else ", ".join(map(str, row.ranks))
+        ranks = "full" if row.full else ", ".join(map(str, row.ranks)) or "-"
         table.add_row(
             Text(row.name), f"{row.matched} of {row.possible}", ranks, f"{row.parameters:,}"
         )
@@ -148,13 +153,19 @@ def show(*items: object) -> None:
     print(captured.get(), end="", flush=True)
 
 
+def _ranks(adapter: nn.Module) -> set[int]:
+    """The rank of an adapter, of each of its parts; none where its type has none."""
+    ranks = [getattr(part, "r", None) for part in adapter.modules()]
+    return {r for r in ranks if isinstance(r, int)}
+
+
 def _nearby(path: str) -> str:
     """Relative to the working directory where it lies below it."""
     relative = os.path.relpath(path)
     return path if relative.startswith("..") else relative
 
 
-def _shown_name(path: str) -> str:
+def shown_name(path: str) -> str:
     """The last part of a path; where that is only a number (Sequential), with what it counts in."""
     parts = path.split(".")
     named = [index for index, part in enumerate(parts) if not part.isdigit()]

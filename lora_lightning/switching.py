@@ -171,6 +171,17 @@ def activate_new(model: nn.Module, name: str, active: bool) -> None:
             record.parameter(module).requires_grad_(active)
 
 
+def set_trainable(model: nn.Module, name: str, trainable: bool) -> None:
+    """Whether the tensors of an adapter require gradients; which adapters act stays as it is."""
+    _check_known(name, adapter_names(model))
+    for _, host in named_hosts(model):
+        if name in host.adapters:
+            _require_grad(host.adapters[name], trainable)
+    for _, module, record in trained_biases(model):
+        if record.adapter_name == name:
+            record.parameter(module).requires_grad_(trainable)
+
+
 def _check_known(name: str, known: list[str]) -> None:
     if name not in known:
         near = did_you_mean(name, known)

@@ -21,8 +21,8 @@ from lora_lightning.config import ALL_LINEAR, AdapterConfig
 from lora_lightning.errors import TargetError, did_you_mean, first_few
 from lora_lightning.hosts import SUPPORTED, host_type_for
 from lora_lightning.hosts.base import walk
-from lora_lightning.hosts.growing import check_can_grow
 from lora_lightning.hosts.conv1d import is_conv1d
+from lora_lightning.hosts.growing import check_can_grow
 
 
 @dataclass
@@ -33,12 +33,16 @@ class Selection:
         targets: Modules to adapt, by path.
         saved: Modules to train as a copy (`modules_to_save`), by path.
         left_out: Output heads that "all-linear" leaves alone.
+        tokens: Ids of the tokens whose rows train, by path of the embedding.
+        tied: Path of the embedding by path of every head that shares its weight.
 
     """
 
     targets: dict[str, nn.Module] = field(default_factory=dict)
     saved: dict[str, nn.Module] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
+    tokens: dict[str, list[int]] = field(default_factory=dict)
+    tied: dict[str, str] = field(default_factory=dict)
 
 
 def select_modules(model: nn.Module, config: AdapterConfig) -> Selection:
@@ -51,7 +55,10 @@ def select_modules(model: nn.Module, config: AdapterConfig) -> Selection:
     """
     modules = {path: module for path, module in walk(model) if path}
     selection = Selection(saved=_select_saved(modules, config))
-    if config.target_modules == ALL_LINEAR:
+    _select_tokens(model, modules, config, selection)
+    if not config.target_modules:
+        pass  # only tokens train
+    elif config.target_modules == ALL_LINEAR:
         heads = output_heads(model)
         for path, module in modules.items():
             if not (isinstance(module, nn.Linear) or is_conv1d(module)) or _reads_past(module):
@@ -75,6 +82,12 @@ def select_modules(model: nn.Module, config: AdapterConfig) -> Selection:
     _check_every_exclusion_matched(modules, config)
     _check_every_layer_matched(selection.targets, config)
     _check_every_pattern_matched(selection.targets, config)
+    for path in selection.targets.keys() & {*selection.tokens, *selection.tied}:
+        raise TargetError(
+            f"{path!r} is adapted as a whole (target_modules) and single rows of its weight train "
+            "beside that (trainable_token_indices). Do one of the two: exclude_modules: "
+            f"[{path!r}], or no trainable tokens. (lora.trainable_token_indices)"
+        )
     for path, module in selection.targets.items():
         _check_adaptable(path, module, modules, config)
     return selection
@@ -149,6 +162,17 @@ def output_heads(model: nn.Module) -> list[str]:
     return heads
 
 
+def input_embeddings(model: nn.Module) -> list[str]:
+    """Paths of the input embeddings of the transformers models inside `model`, by duck type."""
+    found = []
+    for path, module in walk(model):
+        if hasattr(module, "base_model_prefix") and hasattr(module, "get_input_embeddings"):
+            table = module.get_input_embeddings()
+            prefix = path + "." if path else ""
+            found += [prefix + sub for sub, m in module.named_modules() if m is table]
+    return list(dict.fromkeys(found))
+
+
 # -- the checks --------------------------------------------------------------------------------
 
 
@@ -177,6 +201,39 @@ def _select_saved(modules: dict[str, nn.Module], config: AdapterConfig) -> dict[
         for path, module in saved.items()
         if not any(path.startswith(outer + ".") for outer in saved)
     }
+
+
+def _select_tokens(
+    model: nn.Module, modules: dict[str, nn.Module], config: AdapterConfig, selection: Selection
+) -> None:
+    wanted = getattr(config, "trainable_token_indices", None)
+    if not wanted:
+        return
+    if not isinstance(wanted, dict):
+        embeddings = input_embeddings(model)
+        if len(embeddings) != 1:
+            found = f"has {first_few(embeddings)}" if embeddings else "names none"
+            raise TargetError(
+                "trainable_token_indices as a list means the rows of the input embeddings, but "
+                f"this model {found}. Say which: trainable_token_indices: {{NAME: ids}}. "
+                "(lora.trainable_token_indices)"
+            )
+        wanted = {embeddings[0]: wanted}
+    for name, ids in wanted.items():
+        found = [path for path in modules if matches_name(name, path)]
+        paths = [path for path in found if isinstance(modules[path], nn.Embedding)]
+        if not paths:
+            kind = f" is a {type(modules[found[0]]).__name__}," if found else " matched nothing,"
+            raise TargetError(
+                f"trainable_token_indices {name!r}{kind} no nn.Embedding.{_near(name, modules)} "
+                "(lora.trainable_token_indices)"
+            )
+        for path in paths:
+            selection.tokens[path] = list(ids)
+            weight = modules[path].weight
+            for other, module in modules.items():
+                if other != path and getattr(module, "weight", None) is weight:
+                    selection.tied[other] = path
 
 
 def _check_every_target_matched(

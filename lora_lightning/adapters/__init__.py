@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from lora_lightning.adapters.adalora import AdaLoraAdapter, AdaLoraConfig, AdaLoraConvAdapter
 from lora_lightning.adapters.base import Adapter, Site
 from lora_lightning.adapters.dora import DoraAdapter, DoraConvAdapter, DoraEmbeddingAdapter
+from lora_lightning.adapters.loha import LohaAdapter, LohaConfig
+from lora_lightning.adapters.lokr import LokrAdapter, LokrConfig
 from lora_lightning.adapters.lora import LoraAdapter, LoraConfig
 from lora_lightning.adapters.lora_conv import LoraConvAdapter
 from lora_lightning.adapters.lora_embedding import LoraEmbeddingAdapter
@@ -89,3 +91,5 @@ def _lora_classes(config: AdapterConfig) -> ByKind:
 
 register_adapter(LoraConfig, _lora_classes)
 register_adapter(AdaLoraConfig, {"linear": AdaLoraAdapter, "conv": AdaLoraConvAdapter})
+register_adapter(LohaConfig, {"linear": LohaAdapter, "conv": LohaAdapter})
+register_adapter(LokrConfig, {"linear": LokrAdapter, "conv": LokrAdapter})

@@ -57,6 +57,8 @@ class LoraConfig(RankedConfig):
         layers_pattern: Name of the module list that layers_to_transform counts in.
         rank_pattern: Other ranks for some modules: {name or regular expression: r}.
         alpha_pattern: Other alphas for some modules: {name or regular expression: lora_alpha}.
+        trainable_token_indices: Token ids whose rows of the input embeddings train in full (and of
+            a head that is tied to them); or {name of the embedding: ids}.
         modules_to_save: Modules trained in full, as a copy saved with the adapter (a new head).
         bias: Which biases train too: "none", "lora_only" (of adapted layers) or "all".
 
@@ -75,8 +77,10 @@ class LoraConfig(RankedConfig):
     use_dora: bool = False
     lora_bias: bool = False
     init_lora_weights: bool | str = True
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
 
     def __post_init__(self) -> None:
+        self._check_tokens()
         check_positive("lora_alpha", self.lora_alpha)
         check_probability("lora_dropout", self.lora_dropout)
         start = self.init_lora_weights
@@ -88,6 +92,22 @@ class LoraConfig(RankedConfig):
             raise ConfigError(f"lora_bias cannot be combined with {other}. (lora.lora_bias)")
         super().__post_init__()
 
+
+    def _check_tokens(self) -> None:
+        tokens = self.trainable_token_indices
+        for ids in tokens.values() if isinstance(tokens, dict) else [tokens or []]:
+            if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+                raise ConfigError(
+                    f"trainable_token_indices is {tokens!r}; token ids are integers. "
+                    "(lora.trainable_token_indices)"
+                )
+            if len(set(ids)) != len(ids):
+                raise ConfigError(
+                    "trainable_token_indices names a token twice. (lora.trainable_token_indices)"
+                )
+
+    def _targets_something(self) -> bool:
+        return bool(self.target_modules or self.trainable_token_indices)
 
     @property
     def starts_from_base(self) -> bool:

@@ -240,11 +240,12 @@ class Host(nn.Module):
     def _fold_weight(self, name: str, parts: list[Adapter], results: dict[str, Tensor]) -> None:
         weight = self.base_weight(name)
         base: Base = self if name == "weight" else HostPart(self, name)
-        total = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        start = total = weight.to(torch.promote_types(weight.dtype, torch.float32))
         with torch.autocast(weight.device.type, enabled=False):  # which would narrow the products
             for part in parts:
                 total = part.transform_weight(total, base)
-            results[name] = total.to(weight.dtype)
+            if total is not start:
+                results[name] = total.to(weight.dtype)
             bias_name = self.bias_name(name)
             if getattr(self, bias_name, None) is None:
                 return
