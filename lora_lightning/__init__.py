@@ -19,6 +19,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from lora_lightning.adapters.lora import LoraConfig as LoraConfig
+    from lora_lightning.adapters.lora_start import EvaConfig as EvaConfig
     from lora_lightning.callback import LoraCallback as LoraCallback
     from lora_lightning.checkpoint import adapter_state_dict as adapter_state_dict
     from lora_lightning.checkpoint import load_adapter_state_dict as load_adapter_state_dict
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
         TextClassificationData as TextClassificationData,
     )
     from lora_lightning.errors import LoraError as LoraError
+    from lora_lightning.eva import eva_start as eva_start
     from lora_lightning.hotswap import hotswap_adapter as hotswap_adapter
     from lora_lightning.injection import delete_adapter as delete_adapter
     from lora_lightning.injection import inject_adapter as inject_adapter
@@ -58,6 +60,8 @@ _HOME = {
     "unmerge_adapter": "merging",
     "merge_and_unload": "merging",
     "unload": "merging",
+    "EvaConfig": "adapters.lora_start",
+    "eva_start": "eva",
     "adapters_per_row": "switching",
     "scale_adapter": "switching",
     "adapter_status": "status",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ def load_from_checkpoint(model: nn.Module, file: Path, adapter_name: str | None)
         AdapterMismatchError: If adapters or base differ.
 
     """
-    checkpoint = _read(file)
+    checkpoint = read_checkpoint(file)
     manifest = checkpoint[KEY]
     entries: dict[str, Any] = manifest["adapters"]
     if adapter_name is None:
@@ -87,7 +88,14 @@ def _load_one(
     load_adapter_state_dict(root, state, name)
 
 
-def _read(file: Path) -> dict[str, Any]:
+def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The content of an adapter-only Lightning checkpoint.
+
+    Raises:
+        CheckpointError: If the file is damaged or of another kind.
+
+    """
+    file = Path(path)
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:

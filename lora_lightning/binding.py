@@ -167,6 +167,10 @@ def on_load_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> Non
             "one with the options that it was trained with, or enable it. (lora.enabled)"
         )
     if callbacks:
+        for callback in callbacks:
+            saved = checkpoint.get(KEY, {}).get("adapters", {}).get(callback.adapter_name)
+            if saved is not None:
+                callback.adopt_ranks(self, saved)
         check_checkpoint(checkpoint, self, callbacks)
         averaged = averaged_models(self.trainer) if "current_model_state" in checkpoint else []
         expect_only_adapters(self, times=1 + len(averaged))  # WeightAveraging loads it once more

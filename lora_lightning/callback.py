@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lora_lightning import report
@@ -23,8 +23,9 @@ from lora_lightning.errors import (
     did_you_mean,
     first_few,
 )
+from lora_lightning.eva_run import eva_config_and_start
 from lora_lightning.hosts.base import named_hosts, walk
-from lora_lightning.injection import adapters_named, extend_adapter, freeze
+from lora_lightning.injection import adapters_named, delete_adapter, extend_adapter, freeze
 from lora_lightning.manifest import remember_base
 from lora_lightning.optim import check_coverage, trainable_parameters
 from lora_lightning.peft_format import load_adapter
@@ -98,6 +99,7 @@ class LoraCallback(Callback):
         self._selection = Selection()
         self.ranks = RankSchedule()  # for AdaLoRA
         self._gradients_checked = False
+        self._ranks_from_data = False
         self._log: Any = None
 
     # -- growing the adapters ------------------------------------------------------------------
@@ -136,10 +138,14 @@ class LoraCallback(Callback):
         root = self.root(pl_module)
         if self.init_from is not None:
             self._load(root, self.init_from)
+        elif getattr(self.config, "init_lora_weights", True) == "eva":
+            for adapter in adapters_named(root, self.adapter_name).values():
+                self.config = adapter.config  # with the ranks that were found before
         self._check_same_options(root)
         self._check_no_strangers(pl_module)
         fresh = not adapter_names(pl_module)
-        self._selection = extend_adapter(root, self.config, self.adapter_name)
+        start = self._start_values(pl_module, root)
+        self._selection = extend_adapter(root, self.config, self.adapter_name, start=start)
         if self.adapter_name not in active_adapters(root):
             set_adapter(root, [*active_adapters(root), self.adapter_name])
         freeze(pl_module)
@@ -153,6 +159,35 @@ class LoraCallback(Callback):
         if self.adapter_name not in adapter_names(root):
             load_adapter(root, path, self.adapter_name)
         self.config = next(iter(adapters_named(root, self.adapter_name).values())).config
+
+    def _start_values(
+        self, pl_module: LightningModule, root: nn.Module
+    ) -> dict[str, Tensor] | None:
+        """What EVA finds in the data of this run, if it is asked for."""
+        config = self.config
+        if not isinstance(config, LoraConfig) or config.init_lora_weights != "eva":
+            return None
+        self.config, start = eva_config_and_start(pl_module.trainer, pl_module, root, config)
+        self._ranks_from_data = True
+        return start
+
+    def adopt_ranks(self, pl_module: LightningModule, saved: dict[str, Any]) -> None:
+        """Take the ranks over that EVA found when the run of a checkpoint began.
+
+        Called before the checkpoint's tensors are loaded, and before there are optimizers.
+        """
+        if not self._ranks_from_data or saved.get("peft_type", "LORA") != self.config.peft_type:
+            return
+        config = LoraConfig.from_dict({**saved["config"], "init_lora_weights": True})
+        if config.rank_pattern == getattr(self.config, "rank_pattern", None):
+            return
+        root = self.root(pl_module)
+        delete_adapter(root, self.adapter_name)
+        self.config = config
+        self._selection = extend_adapter(root, config, self.adapter_name)
+        set_adapter(root, [*active_adapters(root), self.adapter_name])
+        freeze(pl_module)
+        set_trainable(root, self.adapter_name, self.trainable)
 
     def root(self, pl_module: LightningModule) -> nn.Module:
         """The submodule that is adapted.

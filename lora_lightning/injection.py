@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import cast
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lora_lightning.adapters import classes_for
 from lora_lightning.adapters.base import Adapter, AdapterDict, AdapterParts, Site
+from lora_lightning.adapters.lora import LoraAdapter
 from lora_lightning.adapters.token_rows import TiedTokenRows, TokenRows, check_token_ids
 from lora_lightning.adapters.trained_copy import TrainedCopy
 from lora_lightning.bias import biases_to_train, forget_bias, train_bias, trained_biases
@@ -39,6 +40,7 @@ def inject_adapter(
     *,
     seed: int | None = None,
     low_cpu_mem_usage: bool = False,
+    start: Mapping[str, Tensor] | None = None,
 ) -> Selection:
     """Grow one adapter on every module that `config` selects, in place, and freeze the base.
 
@@ -54,6 +56,7 @@ def inject_adapter(
             PyTorch was given (`seed_everything`, `torch.manual_seed`).
         low_cpu_mem_usage: Make the adapter on the meta device, without memory and start values;
             `load_adapter_state_dict` or `load_adapter` then fills it.
+        start: Start values of A by module path, as `eva_start` finds them.
 
     Returns:
         What was selected.
@@ -70,7 +73,7 @@ def inject_adapter(
             f"delete_adapter(model, {adapter_name!r}), or choose another name."
         )
     return extend_adapter(
-        model, config, adapter_name, seed=seed, low_cpu_mem_usage=low_cpu_mem_usage
+        model, config, adapter_name, seed=seed, low_cpu_mem_usage=low_cpu_mem_usage, start=start
     )
 
 
@@ -82,9 +85,17 @@ def extend_adapter(
     seed: int | None = None,
     low_cpu_mem_usage: bool = False,
     check_rank: bool = True,
+    start: Mapping[str, Tensor] | None = None,
 ) -> Selection:
     """`inject_adapter` for a model that grows: modules that carry the adapter already keep it."""
     _check_name(adapter_name)
+    needs_start = getattr(config, "init_lora_weights", True) == "eva" and not low_cpu_mem_usage
+    if needs_start and start is None:
+        raise ConfigError(
+            "init_lora_weights='eva' starts from data: LoraCallback takes the first batches of the "
+            "run; by hand, config, start = eva_start(model, config, batches, forward), then "
+            "inject_adapter(model, config, start=start). (lora.init_lora_weights)"
+        )
     seed = torch.initial_seed() if seed is None else seed
     selection = select_modules(model, config)
     new_targets = _without_adapter(selection.targets, adapter_name)
@@ -94,7 +105,7 @@ def extend_adapter(
         check_can_grow(module, path)
     for path, module in new_tokens.items():
         check_can_grow(module, path, "trainable_token_indices")
-        check_token_ids(selection.tokens[path], module.weight.shape[0], path)  # type: ignore[union-attr,arg-type,index]
+        check_token_ids(selection.tokens[path], module.weight.shape[0], path)  # type: ignore[arg-type,index]
     for path, module in new_saved.items():
         check_can_grow(module, path, "modules_to_save")
     biases = _new_biases(model, config, adapter_name, set(selection.targets), selection.saved)
@@ -109,6 +120,9 @@ def extend_adapter(
     active = not others or adapter_name in active_adapters(model)
     if not others:
         freeze(model)
+    for path, values in (start or {}).items():
+        with torch.no_grad():
+            cast(LoraAdapter, adapters[path]).lora_A.copy_(values)
     for path, adapter in adapters.items():
         grow(new_targets[path], Host, adapter_name, adapter)
     for path, module in new_tokens.items():

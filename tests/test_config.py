@@ -156,6 +156,8 @@ FULL = {
     "use_dora": True,
     "lora_bias": False,
     "init_lora_weights": "gaussian",
+    "eva_config": None,
+    "trainable_token_indices": {"embed": [1, 2]},
     "target_modules": ["q", "v"],
     "exclude_modules": ["k"],
     "layers_to_transform": [0, 1],

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_lightning.adapters.base import Base, DeltaAdapter, Site
-from lora_lightning.adapters.lora_start import START_FROM_WEIGHT, orthogonal_factors
+from lora_lightning.adapters.lora_start import START_FROM_WEIGHT, EvaConfig, orthogonal_factors
 from lora_lightning.config import (
     RankedConfig,
     check_choice,
@@ -48,7 +48,8 @@ class LoraConfig(RankedConfig):
         init_lora_weights: true: A Kaiming-uniform, B zero (the adapter starts as a no-op);
             "gaussian": A normal with std 1/r, B zero; "orthogonal": A and B random with B A = 0;
             "pissa" (or "pissa_niter_N", faster) and "olora": from the base weight's own SVD or
-            QR, less what they start with; false: A and B both random, for tests.
+            QR, less what they start with; "eva": A from what the layers read in the first
+            batches, with ranks to match; false: A and B both random, for tests.
         target_modules: Which modules to adapt: "all-linear" (every Linear and Conv1D but the
             output head), a list of names (whole path or its last part), or one regular
             expression over whole paths.
@@ -57,6 +58,7 @@ class LoraConfig(RankedConfig):
         layers_pattern: Name of the module list that layers_to_transform counts in.
         rank_pattern: Other ranks for some modules: {name or regular expression: r}.
         alpha_pattern: Other alphas for some modules: {name or regular expression: lora_alpha}.
+        eva_config: Options of init_lora_weights="eva".
         trainable_token_indices: Token ids whose rows of the input embeddings train in full (and of
             a head that is tied to them); or {name of the embedding: ids}.
         modules_to_save: Modules trained in full, as a copy saved with the adapter (a new head).
@@ -69,7 +71,11 @@ class LoraConfig(RankedConfig):
     """
 
     peft_type = "LORA"
-    free_to_change = RankedConfig.free_to_change | {"lora_dropout", "init_lora_weights"}
+    free_to_change = RankedConfig.free_to_change | {
+        "lora_dropout",
+        "init_lora_weights",
+        "eva_config",
+    }
 
     lora_alpha: float = 8
     lora_dropout: float = 0.0
@@ -77,6 +83,7 @@ class LoraConfig(RankedConfig):
     use_dora: bool = False
     lora_bias: bool = False
     init_lora_weights: bool | str = True
+    eva_config: EvaConfig | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
 
     def __post_init__(self) -> None:
@@ -85,8 +92,14 @@ class LoraConfig(RankedConfig):
         check_probability("lora_dropout", self.lora_dropout)
         start = self.init_lora_weights
         if not (isinstance(start, str) and re.fullmatch(r"pissa_niter_\d+", start)):
-            known = (True, False, "gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora")
-            check_choice("init_lora_weights", start, known)
+            known = ("gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora", "eva")
+            check_choice("init_lora_weights", start, (True, False, *known))
+        if isinstance(self.eva_config, dict):  # out of a file
+            object.__setattr__(self, "eva_config", EvaConfig(**self.eva_config))
+        if self.eva_config is not None and start not in ("eva", True):
+            raise ConfigError(
+                f"eva_config is given, but init_lora_weights is {start!r}. (lora.eva_config)"
+            )
         if self.lora_bias and (self.use_dora or isinstance(start, str)):
             other = "use_dora" if self.use_dora else f"init_lora_weights={start!r}"
             raise ConfigError(f"lora_bias cannot be combined with {other}. (lora.lora_bias)")
@@ -132,12 +145,14 @@ class LoraConfig(RankedConfig):
                     "not in the folder. Have PEFT convert it when saving "
                     "(path_initial_model_for_weight_conversion)."
                 )
-            options = {**options, "init_lora_weights": True}  # the start is history
+            start = True
+        options = {**options, "init_lora_weights": start, "eva_config": None}
         return super().from_file_options(options)
 
     def file_options(self) -> dict[str, Any]:
         """What PEFT's adapter_config.json says: a rank twice as large where A and B are of 2 r."""
-        options = {**super().file_options(), "init_lora_weights": True}
+        # The start is history: a file says how to compute with what there is.
+        options = {**super().file_options(), "init_lora_weights": True, "eva_config": None}
         if self.starts_from_base:
             factor = math.sqrt(2) if self.use_rslora else 2  # so that the scaling stays the same
             options["r"] = 2 * self.r

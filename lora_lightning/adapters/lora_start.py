@@ -7,13 +7,51 @@ scaling * B A of its start, so that the model begins as the base model.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lora_lightning.errors import RankError
+from lora_lightning.errors import ConfigError, RankError
 
 Factors = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaConfig:
+    """Options of init_lora_weights="eva"; names and defaults are those of PEFT.
+
+    Args:
+        rho: No layer gets a rank above rho * r, rho >= 1; 1 leaves the ranks as they are.
+        tau: Components count as found when they turn by less than this cosine from one batch to
+            the next.
+        use_label_mask: Leave out positions whose label is label_mask_value, where batches are
+            dictionaries with "labels" (and those whose "attention_mask" is 0).
+        label_mask_value: See use_label_mask.
+        whiten: Divide each component by the root of its singular value.
+        adjust_scaling_factors: Change a layer's alpha with its rank, so that its scaling stays.
+        max_batches: Look at no more batches than this.
+
+    """
+
+    rho: float = 2.0
+    tau: float = 0.99
+    use_label_mask: bool = True
+    label_mask_value: int = -100
+    whiten: bool = False
+    adjust_scaling_factors: bool = True
+    max_batches: int = 64
+
+    def __post_init__(self) -> None:
+        if not self.rho >= 1:
+            raise ConfigError(f"rho is {self.rho!r}; it is at least 1. (lora.eva_config.rho)")
+        if not 0 < self.tau < 1:
+            raise ConfigError(f"tau is {self.tau!r}; 0 < tau < 1. (lora.eva_config.tau)")
+        if self.max_batches < 1:
+            raise ConfigError(
+                f"max_batches is {self.max_batches!r}; it is at least 1. "
+                "(lora.eva_config.max_batches)"
+            )
 
 
 def pissa_factors(
