@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lora_lightning.callback import LoraCallback as LoraCallback
     from lora_lightning.checkpoint import adapter_state_dict as adapter_state_dict
     from lora_lightning.checkpoint import load_adapter_state_dict as load_adapter_state_dict
+    from lora_lightning.combine import add_weighted_adapter as add_weighted_adapter
     from lora_lightning.data.docstrings import StdlibDocstrings as StdlibDocstrings
     from lora_lightning.data.text_classification import (
         TextClassificationData as TextClassificationData,
@@ -62,6 +63,7 @@ _HOME = {
     "unload": "merging",
     "EvaConfig": "adapters.lora_start",
     "eva_start": "eva",
+    "add_weighted_adapter": "combine",
     "adapters_per_row": "switching",
     "scale_adapter": "switching",
     "adapter_status": "status",

@@ -21,6 +21,7 @@ from lora_lightning.adapters.trained_copy import TrainedCopy
 from lora_lightning.bias import trained_biases
 from lora_lightning.errors import AdapterMismatchError
 from lora_lightning.hosts.base import Host, walk
+from lora_lightning.hosts.quantized import packed_weight
 
 SAMPLE = 65_536
 
@@ -47,8 +48,13 @@ def base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         prefix = path + "." if path else ""
         if any(prefix.startswith(outer) for outer in replaced):
             continue
+        tensors = dict([*module.named_parameters(recurse=False), *persistent_buffers(module)])
+        packed = packed_weight(module)
+        if packed is not None:  # with its scales: the same indices stand for W and for 2 W
+            del tensors["weight"]
+            tensors |= packed.tensors()
         kept = module.kept_tensors() if isinstance(module, Host) else {}
-        for name, tensor in [*module.named_parameters(recurse=False), *persistent_buffers(module)]:
+        for name, tensor in tensors.items():
             original = original_biases.get(id(tensor), tensor)
             yield prefix + name, cast(Tensor, kept.get(name, original))
 

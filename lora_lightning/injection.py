@@ -3,32 +3,33 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.adapters import classes_for
-from lora_lightning.adapters.base import Adapter, AdapterDict, AdapterParts, Site
+from lora_lightning.adapters.base import Adapter, AdapterDict
 from lora_lightning.adapters.lora import LoraAdapter
-from lora_lightning.adapters.token_rows import TiedTokenRows, TokenRows, check_token_ids
+from lora_lightning.adapters.token_rows import check_token_ids
 from lora_lightning.adapters.trained_copy import TrainedCopy
 from lora_lightning.bias import biases_to_train, forget_bias, train_bias, trained_biases
 from lora_lightning.config import AdapterConfig
+from lora_lightning.construction import make_adapters, train_tokens
 from lora_lightning.errors import AdapterStateError, ConfigError
 from lora_lightning.frozen_norms import hold_still, let_go
 from lora_lightning.hosts import host_type_for
 from lora_lightning.hosts.base import Host, named_hosts, walk
+from lora_lightning.hosts.cpu_packing import close_cpu_packing, reopen_cpu_packing
 from lora_lightning.hosts.fast_path import close_fast_path, reopen_fast_path
 from lora_lightning.hosts.growing import (
-    become_host,
     check_can_grow,
     check_can_shrink,
     grow,
-    leave_host,
     shrink,
 )
+from lora_lightning.loftq import original_weights, start_from_rounding_error
 from lora_lightning.switching import activate_new, active_adapters, adapter_names, check_enabled
 from lora_lightning.targets import Selection, select_modules
 
@@ -96,6 +97,19 @@ def extend_adapter(
             "run; by hand, config, start = eva_start(model, config, batches, forward), then "
             "inject_adapter(model, config, start=start). (lora.init_lora_weights)"
         )
+    with unchanged_on_error(model):
+        return _extend(model, config, adapter_name, seed, low_cpu_mem_usage, check_rank, start)
+
+
+def _extend(
+    model: nn.Module,
+    config: AdapterConfig,
+    adapter_name: str,
+    seed: int | None,
+    low_cpu_mem_usage: bool,
+    check_rank: bool,
+    start: Mapping[str, Tensor] | None,
+) -> Selection:
     seed = torch.initial_seed() if seed is None else seed
     selection = select_modules(model, config)
     new_targets = _without_adapter(selection.targets, adapter_name)
@@ -114,7 +128,7 @@ def extend_adapter(
     check_enabled(model)
     _check_unmerged(model)
     device = torch.device("meta") if low_cpu_mem_usage else None
-    adapters = _make_adapters(new_targets, config, adapter_name, seed, device, check_rank)
+    adapters = make_adapters(new_targets, config, adapter_name, seed, device, check_rank)
 
     others = adapter_names(model)
     active = not others or adapter_name in active_adapters(model)
@@ -126,7 +140,7 @@ def extend_adapter(
     for path, adapter in adapters.items():
         grow(new_targets[path], Host, adapter_name, adapter)
     for path, module in new_tokens.items():
-        _train_tokens(model, path, module, selection, config, adapter_name, device)
+        train_tokens(model, path, module, selection, config, adapter_name, device)
     for module in new_saved.values():
         copied = _copy_without_adapters(module)
         trained = TrainedCopy(copied if device is None else copied.to_empty(device=device), config)
@@ -134,8 +148,12 @@ def extend_adapter(
     for module in biases:
         train_bias(module, adapter_name)
     close_fast_path(model)
+    close_cpu_packing(model)
     activate_new(model, adapter_name, active)
     hold_still(model)
+    loftq = getattr(config, "loftq_config", None)
+    if loftq is not None and not low_cpu_mem_usage:
+        start_from_rounding_error(model, original_weights(loftq.weights), adapter_name)
     return selection
 
 
@@ -164,6 +182,8 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
             forget_bias(module)
     reopen_fast_path(model)
     close_fast_path(model)  # other adapters may still need it closed
+    reopen_cpu_packing(model)
+    close_cpu_packing(model)
     let_go(model)
     if adapter_names(model):
         hold_still(model)
@@ -202,106 +222,6 @@ def _without_adapter(modules: dict[str, nn.Module], name: str) -> dict[str, nn.M
         for path, module in modules.items()
         if not (isinstance(module, Host) and name in module.adapters)
     }
-
-
-def _make_adapters(
-    targets: dict[str, nn.Module],
-    config: AdapterConfig,
-    adapter_name: str,
-    seed: int,
-    device: torch.device | None,
-    check_rank: bool,
-) -> dict[str, Adapter]:
-    # All are made before the first one is put on: a rank that does not fit shows here, and then
-    # the modules become again what they were.
-    fresh = [module for module in targets.values() if not isinstance(module, Host)]
-    try:
-        for module in fresh:
-            become_host(module, cast(type[Host], host_type_for(module)))
-        return {
-            path: _make_adapter(
-                path, cast(Host, module), config, adapter_name, seed, device, check_rank
-            )
-            for path, module in targets.items()
-        }
-    except BaseException:
-        for module in fresh:
-            if isinstance(module, Host):
-                leave_host(module)
-        raise
-
-
-def _make_adapter(
-    path: str,
-    host: Host,
-    config: AdapterConfig,
-    adapter_name: str,
-    seed: int,
-    device: torch.device | None,
-    check_rank: bool,
-) -> Adapter:
-    parts: dict[str, Adapter] = {}
-    for weight_name in host.weight_shapes():
-        stored = cast(Tensor, getattr(host, weight_name))
-        site = _site(path, host, weight_name, config, adapter_name, seed, device, check_rank)
-        adapter = classes_for(config)[host.kind](site)
-        if adapter.needs_weight and device is None:
-            if stored.is_meta:
-                raise ConfigError(
-                    f"The adapter of {path!r} starts from the base weight, which is on the meta "
-                    "device and has no values yet: load the base first. (lora.init_lora_weights)"
-                )
-            adapter.start_from_weight(host.base_weight(weight_name).detach())
-        parts[weight_name] = adapter
-    if parts.keys() == {"weight"}:
-        return parts["weight"]
-    return AdapterParts(config, parts)
-
-
-def _site(
-    path: str,
-    host: Host,
-    weight_name: str,
-    config: AdapterConfig,
-    adapter_name: str,
-    seed: int,
-    device: torch.device | None,
-    check_rank: bool,
-) -> Site:
-    name = path if weight_name == "weight" else f"{path}.{weight_name}"
-    return Site(
-        config=config,
-        kind=host.kind,
-        shape=host.weight_shapes()[weight_name],
-        path=path,
-        name=f"{name}.{adapter_name}",
-        seed=seed,
-        device=cast(Tensor, getattr(host, weight_name)).device if device is None else device,
-        base_dtype=host.weight_dtype(weight_name),
-        conv=host.convolution(),
-        check_rank=check_rank,
-    )
-
-
-def _train_tokens(
-    model: nn.Module,
-    path: str,
-    module: nn.Module,
-    selection: Selection,
-    config: AdapterConfig,
-    adapter_name: str,
-    device: torch.device | None,
-) -> None:
-    become_host(module, cast(type[Host], host_type_for(module)))
-    site = _site(path, cast(Host, module), "weight", config, adapter_name, 0, device, True)
-    rows = TokenRows(site, selection.tokens[path])
-    if device is None:
-        rows.start_from_weight(cast(Host, module).base_weight().detach())
-    grow(module, Host, adapter_name, rows)
-    for other, owner in selection.tied.items():
-        if owner == path:
-            head = model.get_submodule(other)
-            grow(head, host_type_for(head) or Host, adapter_name, TiedTokenRows(rows))
 
 
 def _modules(model: nn.Module, paths: Iterable[str]) -> dict[str, nn.Module]:
@@ -348,3 +268,22 @@ def adapters_named(model: nn.Module, adapter_name: str) -> dict[str, Adapter]:
         for path, host in named_hosts(model)
         if adapter_name in host.adapters
     }
+
+
+@contextmanager
+def unchanged_on_error(model: nn.Module) -> Iterator[None]:
+    """On an error inside, take off the adapters that are new and restore what trains, and how."""
+    names = adapter_names(model)
+    required = [(p, p.requires_grad) for p in model.parameters()]
+    training = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    except BaseException:
+        for name in adapter_names(model):
+            if name not in names:
+                delete_adapter(model, name)
+        for parameter, wanted in required:
+            parameter.requires_grad_(wanted)
+        for module, mode in training:
+            module.training = mode
+        raise

@@ -28,7 +28,7 @@ from lora_lightning.errors import (
     CheckpointError,
     did_you_mean,
 )
-from lora_lightning.injection import delete_adapter, extend_adapter
+from lora_lightning.injection import delete_adapter, extend_adapter, unchanged_on_error
 from lora_lightning.peft_config import OWN, describe, parse
 from lora_lightning.peft_keys import tensors_to_load, tensors_to_save
 from lora_lightning.peft_selection import selection_of_file
@@ -107,13 +107,13 @@ def load_adapter(
     """
     place = Path(path)
     if place.is_file() and place.name != CONFIG and place.suffix != ".safetensors":
-        with _unchanged_on_error(model):
+        with unchanged_on_error(model):
             return load_from_checkpoint(model, place, adapter_name)
     folder = place.parent if place.is_file() else place
     options = _read_config(folder)
     if options.get("peft_type") != MIX:
         name = "default" if adapter_name is None else adapter_name
-        with _unchanged_on_error(model):
+        with unchanged_on_error(model):
             _load_folder(model, folder, name, options)
         return [name]
     names = options.get("adapters")
@@ -124,7 +124,7 @@ def load_adapter(
             f"{str(folder)!r} holds the adapters {names}, which keep their names; load one of "
             f"them from its own folder to give it the name {adapter_name!r}."
         )
-    with _unchanged_on_error(model):
+    with unchanged_on_error(model):
         for name in names:
             if name in (".", "..") or "/" in name or os.sep in name:
                 raise CheckpointError(f"{str(folder / CONFIG)!r} names a folder {name!r}.")
@@ -266,7 +266,7 @@ def _check_values(values: dict[str, Tensor], file: Path) -> None:
 
 def _check_base(model: nn.Module, values: dict[str, Tensor], file: Path) -> None:
     """Base tensors that PEFT saved along (embeddings) must be those of this base."""
-    own = {key: tensor for key, tensor in model.state_dict().items()}
+    own = model.state_dict()
     for key, value in values.items():
         name = key.removeprefix("base_model.model.").replace(".base_layer", "")
         base = own.get(name)
@@ -277,25 +277,7 @@ def _check_base(model: nn.Module, values: dict[str, Tensor], file: Path) -> None
         ):
             found = "has none" if base is None else f"has other values, {list(base.shape)}"
             raise AdapterMismatchError(
-                f"{str(file)!r} comes with {name!r} {list(value.shape)} of its base, but this model "
-                f"{found}. Load the base that the adapter was trained on (resize its embeddings "
+                f"{str(file)!r} comes with {name!r} {list(value.shape)} of its base, but this "
+                f"model {found}. Load the base that the adapter was trained on (resize its embeddings "
                 "if the vocabulary was extended)."
             )
-
-
-@contextmanager
-def _unchanged_on_error(model: nn.Module) -> Iterator[None]:
-    names = adapter_names(model)
-    required = [(p, p.requires_grad) for p in model.parameters()]
-    training = [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    except BaseException:
-        for name in adapter_names(model):
-            if name not in names:
-                delete_adapter(model, name)
-        for parameter, wanted in required:
-            parameter.requires_grad_(wanted)
-        for module, mode in training:
-            module.training = mode
-        raise

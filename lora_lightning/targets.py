@@ -167,7 +167,8 @@ def input_embeddings(model: nn.Module) -> list[str]:
     found = []
     for path, module in walk(model):
         if hasattr(module, "base_model_prefix") and hasattr(module, "get_input_embeddings"):
-            table = module.get_input_embeddings()
+            model_part: Any = module
+            table = model_part.get_input_embeddings()
             prefix = path + "." if path else ""
             found += [prefix + sub for sub, m in module.named_modules() if m is table]
     return list(dict.fromkeys(found))
@@ -212,10 +213,10 @@ def _select_tokens(
     if not isinstance(wanted, dict):
         embeddings = input_embeddings(model)
         if len(embeddings) != 1:
-            found = f"has {first_few(embeddings)}" if embeddings else "names none"
+            has = f"has {first_few(embeddings)}" if embeddings else "names none"
             raise TargetError(
                 "trainable_token_indices as a list means the rows of the input embeddings, but "
-                f"this model {found}. Say which: trainable_token_indices: {{NAME: ids}}. "
+                f"this model {has}. Say which: trainable_token_indices: {{NAME: ids}}. "
                 "(lora.trainable_token_indices)"
             )
         wanted = {embeddings[0]: wanted}

@@ -18,7 +18,7 @@ PACKAGE = Path(lora_lightning.__file__).parent
 FLOORS = {
     "errors": 0, "config": 0,
     "initialization": 1, "adapters": 1, "hosts": 1, "targets": 1, "bias": 1, "frozen_norms": 1,
-    "injection": 2, "switching": 2, "merging": 2, "combine": 2, "task_arithmetic": 2, "eva": 2,
+    "injection": 2, "construction": 2, "switching": 2, "merging": 2, "combine": 2, "task_arithmetic": 2, "eva": 2,
     "rank_allocation": 2, "loftq": 2,
     "checkpoint": 3, "fingerprint": 3, "optim": 3, "report": 3, "rng": 3, "status": 3,
     "peft_format": 3, "peft_config": 3, "peft_keys": 3, "peft_selection": 3, "hotswap": 3,
@@ -65,7 +65,9 @@ def test_no_file_is_two_rooms(path: Path) -> None:
 
 
 ENGINE = "config errors initialization adapters hosts targets bias injection switching merging"
-HEAVY = ["lightning", "pytorch_lightning", "transformers", "torchmetrics", "jsonargparse", "rich"]
+HEAVY = [
+    "bitsandbytes", "torchao", "lightning", "pytorch_lightning", "transformers", "torchmetrics", "jsonargparse", "rich",
+]  # fmt: skip
 
 
 def heavy_after(statements: str) -> list[str]:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_lightning.adapters.base import Base, DeltaAdapter, Site
-from lora_lightning.adapters.lora_start import START_FROM_WEIGHT, EvaConfig, orthogonal_factors
+from lora_lightning.adapters.lora_start import START_FROM_WEIGHT, EvaConfig, LoftqConfig, orthogonal_factors
 from lora_lightning.config import (
     RankedConfig,
     check_choice,
@@ -49,7 +49,8 @@ class LoraConfig(RankedConfig):
             "gaussian": A normal with std 1/r, B zero; "orthogonal": A and B random with B A = 0;
             "pissa" (or "pissa_niter_N", faster) and "olora": from the base weight's own SVD or
             QR, less what they start with; "eva": A from what the layers read in the first
-            batches, with ranks to match; false: A and B both random, for tests.
+            batches, with ranks to match; "loftq": from what rounding took from the weights of a
+            base in 4 or 8 bits; false: A and B both random, for tests.
         target_modules: Which modules to adapt: "all-linear" (every Linear and Conv1D but the
             output head), a list of names (whole path or its last part), or one regular
             expression over whole paths.
@@ -59,6 +60,7 @@ class LoraConfig(RankedConfig):
         rank_pattern: Other ranks for some modules: {name or regular expression: r}.
         alpha_pattern: Other alphas for some modules: {name or regular expression: lora_alpha}.
         eva_config: Options of init_lora_weights="eva".
+        loftq_config: Options of init_lora_weights="loftq", which needs them.
         trainable_token_indices: Token ids whose rows of the input embeddings train in full (and of
             a head that is tied to them); or {name of the embedding: ids}.
         modules_to_save: Modules trained in full, as a copy saved with the adapter (a new head).
@@ -75,6 +77,7 @@ class LoraConfig(RankedConfig):
         "lora_dropout",
         "init_lora_weights",
         "eva_config",
+        "loftq_config",
     }
 
     lora_alpha: float = 8
@@ -84,6 +87,7 @@ class LoraConfig(RankedConfig):
     lora_bias: bool = False
     init_lora_weights: bool | str = True
     eva_config: EvaConfig | None = None
+    loftq_config: LoftqConfig | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
 
     def __post_init__(self) -> None:
@@ -92,10 +96,17 @@ class LoraConfig(RankedConfig):
         check_probability("lora_dropout", self.lora_dropout)
         start = self.init_lora_weights
         if not (isinstance(start, str) and re.fullmatch(r"pissa_niter_\d+", start)):
-            known = ("gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora", "eva")
+            known = ("gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora", "eva", "loftq")
             check_choice("init_lora_weights", start, (True, False, *known))
         if isinstance(self.eva_config, dict):  # out of a file
             object.__setattr__(self, "eva_config", EvaConfig(**self.eva_config))
+        if isinstance(self.loftq_config, dict):
+            object.__setattr__(self, "loftq_config", LoftqConfig(**self.loftq_config))
+        if (start == "loftq") != (self.loftq_config is not None) and start is not True:
+            raise ConfigError(
+                "init_lora_weights='loftq' and loftq_config, which says where the original weights "
+                "are, go together. (lora.loftq_config)"
+            )
         if self.eva_config is not None and start not in ("eva", True):
             raise ConfigError(
                 f"eva_config is given, but init_lora_weights is {start!r}. (lora.eva_config)"
@@ -146,13 +157,15 @@ class LoraConfig(RankedConfig):
                     "(path_initial_model_for_weight_conversion)."
                 )
             start = True
-        options = {**options, "init_lora_weights": start, "eva_config": None}
+        options = {**options, "init_lora_weights": start}
+        options |= {"eva_config": None, "loftq_config": None}
         return super().from_file_options(options)
 
     def file_options(self) -> dict[str, Any]:
         """What PEFT's adapter_config.json says: a rank twice as large where A and B are of 2 r."""
         # The start is history: a file says how to compute with what there is.
-        options = {**super().file_options(), "init_lora_weights": True, "eva_config": None}
+        options = {**super().file_options(), "init_lora_weights": True}
+        options |= {"eva_config": None, "loftq_config": None}
         if self.starts_from_base:
             factor = math.sqrt(2) if self.use_rslora else 2  # so that the scaling stays the same
             options["r"] = 2 * self.r

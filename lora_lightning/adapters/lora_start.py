@@ -18,6 +18,19 @@ Factors = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoftqConfig:
+    """Options of init_lora_weights="loftq".
+
+    Args:
+        weights: The base weights of before they were rounded: a safetensors file, or a folder of
+            them such as a model is saved in.
+
+    """
+
+    weights: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaConfig:
     """Options of init_lora_weights="eva"; names and defaults are those of PEFT.
 

@@ -90,7 +90,8 @@ class TiedTokenRows(Adapter):
     def forward(self, x: Tensor, y: Tensor, base: Base) -> Tensor:
         """The outputs y (..., num_embeddings), those for trained tokens exchanged."""
         rows = self._rows[0]
-        delta, bias = rows.trainable_tokens_delta, getattr(base, "bias", None)
+        delta: Tensor = rows.trainable_tokens_delta
+        bias = getattr(base, "bias", None)
         if not torch.is_autocast_enabled(x.device.type):
             delta = delta.to(x.dtype)
         bias = None if bias is None else bias[rows.ids]

@@ -5,16 +5,23 @@ from __future__ import annotations
 from torch import nn
 
 from lora_lightning.hosts.base import Host
+from lora_lightning.hosts.bitsandbytes import is_linear4bit, is_linear8bit
 from lora_lightning.hosts.conv import CONVOLUTIONS, ConvHost
 from lora_lightning.hosts.conv1d import Conv1DHost, is_conv1d
 from lora_lightning.hosts.embedding import EmbeddingHost
 from lora_lightning.hosts.linear import LinearHost
+from lora_lightning.hosts.quantized import BitsandbytesHost, QuantizedHost
+from lora_lightning.hosts.torchao import is_torchao_linear
 
 SUPPORTED = "Linear, Conv1D (transformers), Embedding, Conv1d, Conv2d, Conv3d"
 
 
 def host_type_for(module: nn.Module) -> type[Host] | None:
     """The host class for `module`'s kind, or None where no adapter fits."""
+    if is_linear4bit(module) or is_linear8bit(module):
+        return BitsandbytesHost
+    if is_torchao_linear(module):
+        return QuantizedHost
     if isinstance(module, nn.Linear):
         return LinearHost
     if isinstance(module, nn.Embedding):

@@ -10,6 +10,7 @@ from torch import nn
 from lora_lightning.adapters.base import Adapter, AdapterDict
 from lora_lightning.errors import AdapterStateError, TargetError
 from lora_lightning.hosts.base import Host, adapted_class
+from lora_lightning.hosts.quantized import why_not_adaptable, why_not_trainable
 
 # What a host has in its dictionary beside what the module had.
 _STATE = ("row_adapters", "_active", "_enabled", "_merged", "_kept", "_instance_forward")
@@ -22,12 +23,16 @@ def check_can_grow(module: nn.Module, path: str, option: str = "target_modules")
         TargetError: Naming `path` and the reason.
 
     """
-    if isinstance(module, Host):
+    saved = option == "modules_to_save"
+    unfit = why_not_trainable(module) if saved else why_not_adaptable(module)
+    if isinstance(module, Host) and unfit is None:
         return
     if isinstance(module, torch.jit.ScriptModule):
         reason = (
             "is a scripted module: its compiled code cannot be extended. Adapt it before torch.jit"
         )
+    elif unfit is not None:
+        reason = unfit
     elif hasattr(module, "adapters"):
         reason = "already has an attribute `adapters` of its own, where adapters would live"
     elif isinstance(getattr(module, "weight", None), nn.parameter.UninitializedParameter):

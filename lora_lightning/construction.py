@@ -1,0 +1,123 @@
+"""Make adapters for the weights that they are to sit on."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from lora_lightning.adapters import classes_for
+from lora_lightning.adapters.base import Adapter, AdapterParts, Site
+from lora_lightning.adapters.token_rows import TiedTokenRows, TokenRows
+from lora_lightning.config import AdapterConfig
+from lora_lightning.errors import ConfigError
+from lora_lightning.hosts import host_type_for
+from lora_lightning.hosts.base import Host
+from lora_lightning.hosts.growing import become_host, grow, leave_host
+from lora_lightning.targets import Selection
+
+
+def make_adapters(
+    targets: dict[str, nn.Module],
+    config: AdapterConfig,
+    adapter_name: str,
+    seed: int,
+    device: torch.device | None,
+    check_rank: bool,
+) -> dict[str, Adapter]:
+    """The adapters for `targets`, by path; the modules become hosts, without the adapters yet.
+
+    All are made before the first one is put on: a rank that does not fit shows here, and then the
+    modules become again what they were.
+    """
+    fresh = [module for module in targets.values() if not isinstance(module, Host)]
+    try:
+        for module in fresh:
+            become_host(module, cast(type[Host], host_type_for(module)))
+        return {
+            path: _make_adapter(
+                path, cast(Host, module), config, adapter_name, seed, device, check_rank
+            )
+            for path, module in targets.items()
+        }
+    except BaseException:
+        for module in fresh:
+            if isinstance(module, Host):
+                leave_host(module)
+        raise
+
+
+def _make_adapter(
+    path: str,
+    host: Host,
+    config: AdapterConfig,
+    adapter_name: str,
+    seed: int,
+    device: torch.device | None,
+    check_rank: bool,
+) -> Adapter:
+    parts: dict[str, Adapter] = {}
+    for weight_name in host.weight_shapes():
+        stored = cast(Tensor, getattr(host, weight_name))
+        site = make_site(path, host, weight_name, config, adapter_name, seed, device, check_rank)
+        adapter = classes_for(config)[host.kind](site)
+        if adapter.needs_weight and device is None:
+            if stored.is_meta:
+                raise ConfigError(
+                    f"The adapter of {path!r} starts from the base weight, which is on the meta "
+                    "device and has no values yet: load the base first. (lora.init_lora_weights)"
+                )
+            adapter.start_from_weight(host.base_weight(weight_name).detach())
+        parts[weight_name] = adapter
+    if parts.keys() == {"weight"}:
+        return parts["weight"]
+    return AdapterParts(config, parts)
+
+
+def make_site(
+    path: str,
+    host: Host,
+    weight_name: str,
+    config: AdapterConfig,
+    adapter_name: str,
+    seed: int,
+    device: torch.device | None,
+    check_rank: bool,
+) -> Site:
+    """All that an adapter on one weight of `host` is made from."""
+    name = path if weight_name == "weight" else f"{path}.{weight_name}"
+    return Site(
+        config=config,
+        kind=host.kind,
+        shape=host.weight_shapes()[weight_name],
+        path=path,
+        name=f"{name}.{adapter_name}",
+        seed=seed,
+        device=cast(Tensor, getattr(host, weight_name)).device if device is None else device,
+        base_dtype=host.weight_dtype(weight_name),
+        conv=host.convolution(),
+        check_rank=check_rank,
+    )
+
+
+def train_tokens(
+    model: nn.Module,
+    path: str,
+    module: nn.Module,
+    selection: Selection,
+    config: AdapterConfig,
+    adapter_name: str,
+    device: torch.device | None,
+) -> None:
+    """Put trained rows on an embedding, and on every head that is tied to it."""
+    become_host(module, cast(type[Host], host_type_for(module)))
+    site = make_site(path, cast(Host, module), "weight", config, adapter_name, 0, device, True)
+    rows = TokenRows(site, selection.tokens[path])
+    if device is None:
+        rows.start_from_weight(cast(Host, module).base_weight().detach())
+    grow(module, Host, adapter_name, rows)
+    for other, owner in selection.tied.items():
+        if owner == path:
+            head = model.get_submodule(other)
+            grow(head, host_type_for(head) or Host, adapter_name, TiedTokenRows(rows))
