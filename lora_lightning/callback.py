@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -88,7 +87,7 @@ class LoraCallback(Callback):
         **config_options: Any,
     ) -> None:
         super().__init__()
-        _check_options(config, config_options, init_from)
+        check_options(config, config_options, init_from)
         self.config: AdapterConfig = LoraConfig(**config_options) if config is None else config
         self.adapter_name = adapter_name
         self.module = module
@@ -242,7 +241,7 @@ class LoraCallback(Callback):
     def _check_same_options(self, root: nn.Module) -> None:
         for path, adapter in adapters_named(root, self.adapter_name).items():
             if adapter.config != self.config:
-                there, here = _options(adapter.config), _options(self.config)
+                there, here = options_of(adapter.config), options_of(self.config)
                 changed = [
                     f"{key}: {there.get(key)!r} there, {here.get(key)!r} here"
                     for key in {**there, **here}
@@ -289,7 +288,9 @@ class LoraCallback(Callback):
                 report.start_table(root, self.adapter_name, self._selection.left_out),
                 *report.start_lines(pl_module, root, self.adapter_name),
                 report.batch_line(
-                    _batch_size(trainer), trainer.accumulate_grad_batches, trainer.world_size
+                    report.batch_size(trainer.train_dataloader),
+                    trainer.accumulate_grad_batches,
+                    trainer.world_size,
                 ),
             )
 
@@ -371,40 +372,3 @@ class LoraCallback(Callback):
         if self.enabled and state is not None and trainer.state.fn == "fit":
             set_random_state(state)
             self.ranks.load(manifest["adapters"][self.adapter_name].get("rank_allocation"))
-
-
-def _options(config: AdapterConfig) -> dict[str, Any]:
-    return {"type": config.peft_type, **config.to_dict()}
-
-
-def _check_options(
-    config: AdapterConfig | None, options: dict[str, Any], init_from: str | None
-) -> None:
-    defaults = {field.name: field for field in dataclasses.fields(LoraConfig)}
-    for key in options:
-        if key not in defaults:
-            own = ["adapter_name", "module", "init_from", "trainable", "lr", "enabled"]
-            near = did_you_mean(key, [*defaults, *own])
-            hint = f"Did you mean {near!r}?" if near else f"Known options: {', '.join(defaults)}."
-            raise ConfigError(f"LoraCallback has no option {key!r}. {hint} (lora.{key})")
-    # jsonargparse passes every option on, mostly with its default: those were not asked for.
-    passed_on = options.keys() == defaults.keys() and LoraConfig(**options) == LoraConfig()
-    if init_from is not None and (config is not None or (options and not passed_on)):
-        given = "config" if config is not None else ", ".join(options)
-        raise ConfigError(
-            f"LoraCallback was given init_from={init_from!r} and also {given}: the adapter comes "
-            "with its options. Leave them out. (lora.init_from)"
-        )
-    if config is not None and options and not passed_on:
-        raise ConfigError(
-            f"LoraCallback was given config and also {', '.join(options)}: two sources that may "
-            "contradict. Put the options into the config, or leave the config out. (lora.config)"
-        )
-
-
-def _batch_size(trainer: Trainer) -> int | None:
-    loader = trainer.train_dataloader
-    size = getattr(loader, "batch_size", None)
-    if size is None:
-        size = getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
-    return size if isinstance(size, int) else None

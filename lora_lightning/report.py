@@ -105,14 +105,20 @@ def start_lines(model: nn.Module, root: nn.Module, adapter_name: str) -> list[st
     ]
 
 
-def batch_line(batch_size: int | None, accumulate: int, devices: int) -> str:
+def batch_line(size: int | None, accumulate: int, devices: int) -> str:
     """Effective batch = micro batch x accumulated batches x devices."""
-    if batch_size is None:
+    if size is None:
         return f"effective batch: batches x {accumulate} accumulated x {devices} devices"
-    product = batch_size * accumulate * devices
-    return (
-        f"effective batch {product} = {batch_size} x {accumulate} accumulated x {devices} devices"
-    )
+    product = size * accumulate * devices
+    return f"effective batch {product} = {size} x {accumulate} accumulated x {devices} devices"
+
+
+def batch_size(loader: Any) -> int | None:
+    """The batch size of a loader that has one."""
+    size = getattr(loader, "batch_size", None)
+    if size is None:
+        size = getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
+    return size if isinstance(size, int) else None
 
 
 def end_lines(model: nn.Module, best: str, last: str, weights_only: bool) -> list[str]:

@@ -7,10 +7,7 @@ what happens to a name that selects nothing: there it is dropped, here it is an 
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import nn
@@ -18,11 +15,13 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lora_lightning.adapters import classes_for
 from lora_lightning.config import ALL_LINEAR, AdapterConfig
-from lora_lightning.errors import TargetError, did_you_mean, first_few
+from lora_lightning.embeddings import input_embeddings, output_heads
+from lora_lightning.errors import TargetError, first_few
 from lora_lightning.hosts import SUPPORTED, host_type_for
 from lora_lightning.hosts.base import walk
 from lora_lightning.hosts.conv1d import is_conv1d
 from lora_lightning.hosts.growing import check_can_grow
+from lora_lightning.target_names import kinds_in, linear_names, near, top_names
 
 
 @dataclass
@@ -69,7 +68,7 @@ def select_modules(model: nn.Module, config: AdapterConfig) -> Selection:
                 selection.targets[path] = module
         if not selection.targets:
             raise TargetError(
-                f"target_modules 'all-linear' matched nothing: {_kinds_in(modules)}. "
+                f"target_modules 'all-linear' matched nothing: {kinds_in(modules)}. "
                 f"Adaptable kinds: {SUPPORTED}; name modules explicitly. (lora.target_modules)"
             )
     else:
@@ -142,36 +141,9 @@ def is_excluded(config: AdapterConfig, path: str) -> bool:
     )
 
 
-def output_heads(model: nn.Module) -> list[str]:
-    """Paths of the output heads of every transformers model inside `model`.
-
-    The output embeddings where the model names them, else its `score` or `classifier`; told by
-    duck type, so that transformers is not imported.
-    """
-    heads = []
-    for path, module in walk(model):
-        if not (hasattr(module, "base_model_prefix") and hasattr(module, "get_output_embeddings")):
-            continue
-        model_part: Any = module
-        head = model_part.get_output_embeddings()
-        if head is None:
-            head = getattr(module, "score", None) or getattr(module, "classifier", None)
-        heads += [
-            f"{path}.{sub}" if path else sub for sub, m in module.named_modules() if m is head
-        ]
-    return heads
-
-
-def input_embeddings(model: nn.Module) -> list[str]:
-    """Paths of the input embeddings of the transformers models inside `model`, by duck type."""
-    found = []
-    for path, module in walk(model):
-        if hasattr(module, "base_model_prefix") and hasattr(module, "get_input_embeddings"):
-            model_part: Any = module
-            table = model_part.get_input_embeddings()
-            prefix = path + "." if path else ""
-            found += [prefix + sub for sub, m in module.named_modules() if m is table]
-    return list(dict.fromkeys(found))
+def _wanted_layers(config: AdapterConfig) -> list[int]:
+    layers = config.layers_to_transform
+    return [layers] if isinstance(layers, int) else list(layers or ())
 
 
 # -- the checks --------------------------------------------------------------------------------
@@ -183,8 +155,8 @@ def _select_saved(modules: dict[str, nn.Module], config: AdapterConfig) -> dict[
         found = {path: module for path, module in modules.items() if matches_name(name, path)}
         if not found:
             raise TargetError(
-                f"modules_to_save {name!r} matched nothing.{_near(name, modules)} Names at the top "
-                f"of this model: {_top_names(modules)}. (lora.modules_to_save)"
+                f"modules_to_save {name!r} matched nothing.{near(name, modules)} Names at the top "
+                f"of this model: {top_names(modules)}. (lora.modules_to_save)"
             )
         for path, module in found.items():
             if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
@@ -226,7 +198,7 @@ def _select_tokens(
         if not paths:
             kind = f" is a {type(modules[found[0]]).__name__}," if found else " matched nothing,"
             raise TargetError(
-                f"trainable_token_indices {name!r}{kind} no nn.Embedding.{_near(name, modules)} "
+                f"trainable_token_indices {name!r}{kind} no nn.Embedding.{near(name, modules)} "
                 "(lora.trainable_token_indices)"
             )
         for path in paths:
@@ -248,11 +220,11 @@ def _check_every_target_matched(
         hint = (
             f" As a name it would match {len(by_name)} modules: write it as a list, [{wanted!r}]."
             if by_name
-            else _near(wanted, modules)
+            else near(wanted, modules)
         )
         raise TargetError(
             f"target_modules {wanted!r}, a regular expression over whole paths, matched nothing."
-            f"{hint}\n  {_linear_names(modules)}\n"
+            f"{hint}\n  {linear_names(modules)}\n"
             f"Use {ALL_LINEAR!r} for every Linear except the output head. (lora.target_modules)"
         )
     unmatched = [name for name in wanted if not any(matches_name(name, path) for path in targets)]
@@ -280,9 +252,9 @@ def _check_every_target_matched(
             lines.append(f"  {name!r} {why}")
         else:
             lines.append(
-                f"  {name!r}{_near(name, modules) or ' is unlike every name in this model.'}"
+                f"  {name!r}{near(name, modules) or ' is unlike every name in this model.'}"
             )
-    lines.append(f"  {_linear_names(modules)}")
+    lines.append(f"  {linear_names(modules)}")
     lines.append(
         f"Use {ALL_LINEAR!r} for every Linear except the output head, or list names. "
         "(lora.target_modules)"
@@ -300,7 +272,7 @@ def _check_every_exclusion_matched(modules: dict[str, nn.Module], config: Adapte
         unmatched = [n for n in excluded if not any(matches_name(n, path) for path in modules)]
     if unmatched:
         raise TargetError(
-            f"exclude_modules {unmatched[0]!r} excludes nothing.{_near(unmatched[0], modules)} "
+            f"exclude_modules {unmatched[0]!r} excludes nothing.{near(unmatched[0], modules)} "
             "Correct it or take it out. (lora.exclude_modules)"
         )
 
@@ -326,7 +298,7 @@ def _check_every_pattern_matched(targets: dict[str, nn.Module], config: AdapterC
             if not any(re.match(rf"(.*\.)?({key})$", path) for path in targets):
                 raise TargetError(
                     f"{option} {key!r} fits none of the {len(targets)} adapted modules."
-                    f"{_near(key, targets)} Correct it or take it out. (lora.{option})"
+                    f"{near(key, targets)} Correct it or take it out. (lora.{option})"
                 )
 
 
@@ -342,7 +314,7 @@ def _check_adaptable(
         raise TargetError(
             f"target_modules selects {path!r}, a {type(module).__name__}, which cannot carry an "
             f"adapter. Adaptable kinds: {SUPPORTED}. To train it in full, list it in "
-            f"modules_to_save instead.\n  {_linear_names(modules)}\n(lora.target_modules)"
+            f"modules_to_save instead.\n  {linear_names(modules)}\n(lora.target_modules)"
         )
     kinds = classes_for(config)
     if host_type.kind not in kinds:
@@ -364,49 +336,3 @@ def _attention_text(option: str, path: str) -> str:
         "calling it: an adapter there would have no effect. Leave it out, or train the whole "
         f"attention with modules_to_save: [{path.rpartition('.')[0]}]. (lora.{option})"
     )
-
-
-# -- words for the messages --------------------------------------------------------------------
-
-
-def _wanted_layers(config: AdapterConfig) -> list[int]:
-    layers = config.layers_to_transform
-    return [layers] if isinstance(layers, int) else list(layers or ())
-
-
-def _near(name: str, modules: Iterable[str]) -> str:
-    paths = list(modules)
-    last_parts = Counter(path.rpartition(".")[2] for path in paths)
-    near = did_you_mean(name.rpartition(".")[2], last_parts) or did_you_mean(name, paths)
-    if near is None:
-        return ""
-    count = last_parts.get(near, 1)
-    return f" -> did you mean {near!r} ({count} {'module' if count == 1 else 'modules'})?"
-
-
-def _linear_names(modules: dict[str, nn.Module]) -> str:
-    names = Counter(
-        path.rpartition(".")[2] for path, module in modules.items() if host_type_for(module)
-    )
-    if not names:
-        return f"This model has no module of an adaptable kind ({SUPPORTED})."
-    return "Adaptable names in this model: " + ", ".join(
-        f"{n} x{count}" for n, count in names.items()
-    )
-
-
-def _kinds_in(modules: dict[str, nn.Module]) -> str:
-    kinds = Counter(
-        type(m).__name__
-        for m in modules.values()
-        if next(m.parameters(recurse=False), None) is not None
-    )
-    if not kinds:
-        return "the model has no parameters yet"
-    return "the model's modules with parameters are " + ", ".join(
-        f"{k} x{n}" for k, n in kinds.items()
-    )
-
-
-def _top_names(modules: dict[str, nn.Module]) -> str:
-    return first_few([path for path in modules if path.count(".") <= 1], 12) or "none"

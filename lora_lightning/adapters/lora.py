@@ -19,7 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_lightning.adapters.base import Base, DeltaAdapter, Site
-from lora_lightning.adapters.lora_start import START_FROM_WEIGHT, EvaConfig, LoftqConfig, orthogonal_factors
+from lora_lightning.adapters.lora_start import (
+    START_FROM_WEIGHT,
+    EvaConfig,
+    LoftqConfig,
+    orthogonal_factors,
+)
 from lora_lightning.config import (
     RankedConfig,
     check_choice,
@@ -115,7 +120,6 @@ class LoraConfig(RankedConfig):
             other = "use_dora" if self.use_dora else f"init_lora_weights={start!r}"
             raise ConfigError(f"lora_bias cannot be combined with {other}. (lora.lora_bias)")
         super().__post_init__()
-
 
     def _check_tokens(self) -> None:
         tokens = self.trainable_token_indices

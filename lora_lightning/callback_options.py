@@ -1,0 +1,46 @@
+"""The options that a `LoraCallback` is given."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from lora_lightning.adapters.lora import LoraConfig
+from lora_lightning.config import AdapterConfig
+from lora_lightning.errors import ConfigError, did_you_mean
+
+
+def options_of(config: AdapterConfig) -> dict[str, Any]:
+    """The options by name, the adapter's type among them."""
+    return {"type": config.peft_type, **config.to_dict()}
+
+
+def check_options(
+    config: AdapterConfig | None, options: dict[str, Any], init_from: str | None
+) -> None:
+    """Refuse unknown options, and options from two sources.
+
+    Raises:
+        ConfigError: Naming the option, and the nearest known one.
+
+    """
+    defaults = {field.name: field for field in dataclasses.fields(LoraConfig)}
+    for key in options:
+        if key not in defaults:
+            own = ["adapter_name", "module", "init_from", "trainable", "lr", "enabled"]
+            near = did_you_mean(key, [*defaults, *own])
+            hint = f"Did you mean {near!r}?" if near else f"Known options: {', '.join(defaults)}."
+            raise ConfigError(f"LoraCallback has no option {key!r}. {hint} (lora.{key})")
+    # jsonargparse passes every option on, mostly with its default: those were not asked for.
+    passed_on = options.keys() == defaults.keys() and LoraConfig(**options) == LoraConfig()
+    if init_from is not None and (config is not None or (options and not passed_on)):
+        given = "config" if config is not None else ", ".join(options)
+        raise ConfigError(
+            f"LoraCallback was given init_from={init_from!r} and also {given}: the adapter comes "
+            "with its options. Leave them out. (lora.init_from)"
+        )
+    if config is not None and options and not passed_on:
+        raise ConfigError(
+            f"LoraCallback was given config and also {', '.join(options)}: two sources that may "
+            "contradict. Put the options into the config, or leave the config out. (lora.config)"
+        )
