@@ -13,6 +13,7 @@ from lora_lightning import report
 from lora_lightning.adalora_schedule import RankSchedule
 from lora_lightning.adapters.lora import LoraConfig
 from lora_lightning.binding import averaged_models, bind, callbacks_of, overrides
+from lora_lightning.callback_options import check_options, options_of
 from lora_lightning.checkpoint import KEY, saved_keys
 from lora_lightning.config import AdapterConfig
 from lora_lightning.errors import (

@@ -275,4 +275,4 @@ class AdapterDict(nn.ModuleDict):
 
     def get(self, name: str) -> Adapter | None:
         """The adapter of that name, or None."""
-        return self[name] if name in self else None
+        return self[name] if name in self else None  # noqa: SIM401

@@ -220,7 +220,7 @@ class Host(nn.Module):
             parts = [part for n in merging if (part := part_of(self.adapters[n], name)) is not None]
             if parts:
                 self._fold_weight(name, parts, results)
-        for name, result in results.items():
+        for result in results.values():
             if not torch.isfinite(result).all():
                 raise AdapterStateError(
                     f"Merging {merging} into a {type(self).__name__} gives values that are not "
