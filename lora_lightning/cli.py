@@ -13,17 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jsonargparse import set_parsing_settings
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 
 from lora_lightning.callback import LoraCallback
+from lora_lightning.config import AdapterConfig
 from lora_lightning.errors import CheckpointError, ConfigError, LoraError, did_you_mean, first_few
 from lora_lightning.report import show
 from lora_lightning.run_checks import READ_ERRORS, check_checkpoint_file, unreadable
 
 PROGRAM = "lora-lightning"
+
+set_parsing_settings(subclasses_enabled=[AdapterConfig])  # lora.config takes any adapter type
 
 
 class LoraParser(LightningArgumentParser):
@@ -99,7 +103,6 @@ class LoraCLI(LightningCLI):
             "lora",
             fail_untyped=False,
             sub_configs=True,
-            skip={"config"},  # its options are here one by one; two sources would contradict
         )
         parser.callback_keys.append("lora")
 

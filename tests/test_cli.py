@@ -143,7 +143,7 @@ def test_options_on_the_command_line_win(cli: Any, folder: Path) -> None:
 def test_optimizer_from_the_command_line(cli: Any, folder: Path) -> None:
     """LightningCLI builds it before there is any adapter."""
     cli(
-        "fit", "--config", "my.yaml", "--optimizer", "SGD", "--optimizer.lr", "0.1",
+        "fit", "--config", "my.yaml", "--optimizer", "torch.optim.SGD", "--optimizer.lr", "0.1",
         "--trainer.max_epochs", "2",
     )  # fmt: skip
     assert all(tensor.abs().sum() > 0 for tensor in final(folder).values())
