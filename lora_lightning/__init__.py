@@ -18,12 +18,18 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from lora_lightning.adapters import register_adapter as register_adapter
+    from lora_lightning.adapters.adalora import AdaLoraConfig as AdaLoraConfig
+    from lora_lightning.adapters.loha import LohaConfig as LohaConfig
+    from lora_lightning.adapters.lokr import LokrConfig as LokrConfig
     from lora_lightning.adapters.lora import LoraConfig as LoraConfig
     from lora_lightning.adapters.lora_start import EvaConfig as EvaConfig
+    from lora_lightning.adapters.lora_start import LoftqConfig as LoftqConfig
     from lora_lightning.callback import LoraCallback as LoraCallback
     from lora_lightning.checkpoint import adapter_state_dict as adapter_state_dict
     from lora_lightning.checkpoint import load_adapter_state_dict as load_adapter_state_dict
     from lora_lightning.combine import add_weighted_adapter as add_weighted_adapter
+    from lora_lightning.config import AdapterConfig as AdapterConfig
     from lora_lightning.data.docstrings import StdlibDocstrings as StdlibDocstrings
     from lora_lightning.data.text_classification import (
         TextClassificationData as TextClassificationData,
@@ -61,6 +67,12 @@ _HOME = {
     "unmerge_adapter": "merging",
     "merge_and_unload": "merging",
     "unload": "merging",
+    "AdaLoraConfig": "adapters.adalora",
+    "LohaConfig": "adapters.loha",
+    "LokrConfig": "adapters.lokr",
+    "LoftqConfig": "adapters.lora_start",
+    "AdapterConfig": "config",
+    "register_adapter": "adapters",
     "EvaConfig": "adapters.lora_start",
     "eva_start": "eva",
     "add_weighted_adapter": "combine",

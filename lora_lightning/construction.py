@@ -14,12 +14,14 @@ from lora_lightning.config import AdapterConfig
 from lora_lightning.errors import ConfigError
 from lora_lightning.hosts import host_type_for
 from lora_lightning.hosts.base import Host
+from lora_lightning.hosts.experts import ExpertsHost
 from lora_lightning.hosts.growing import become_host, grow, leave_host
 from lora_lightning.targets import Selection
 
 
 def make_adapters(
     targets: dict[str, nn.Module],
+    parameters: dict[str, list[str]],
     config: AdapterConfig,
     adapter_name: str,
     seed: int,
@@ -33,11 +35,19 @@ def make_adapters(
     """
     fresh = [module for module in targets.values() if not isinstance(module, Host)]
     try:
-        for module in fresh:
-            become_host(module, cast(type[Host], host_type_for(module)))
+        for path, module in targets.items():
+            host_type = ExpertsHost if path in parameters else host_type_for(module)
+            become_host(module, cast(type[Host], host_type))
         return {
             path: _make_adapter(
-                path, cast(Host, module), config, adapter_name, seed, device, check_rank
+                path,
+                cast(Host, module),
+                parameters.get(path),
+                config,
+                adapter_name,
+                seed,
+                device,
+                check_rank,
             )
             for path, module in targets.items()
         }
@@ -51,6 +61,7 @@ def make_adapters(
 def _make_adapter(
     path: str,
     host: Host,
+    parameters: list[str] | None,
     config: AdapterConfig,
     adapter_name: str,
     seed: int,
@@ -58,7 +69,7 @@ def _make_adapter(
     check_rank: bool,
 ) -> Adapter:
     parts: dict[str, Adapter] = {}
-    for weight_name in host.weight_shapes():
+    for weight_name in host.weight_shapes() if parameters is None else parameters:
         stored = cast(Tensor, getattr(host, weight_name))
         site = make_site(path, host, weight_name, config, adapter_name, seed, device, check_rank)
         adapter = classes_for(config)[host.kind](site)
@@ -70,7 +81,7 @@ def _make_adapter(
                 )
             adapter.start_from_weight(host.base_weight(weight_name).detach())
         parts[weight_name] = adapter
-    if parts.keys() == {"weight"}:
+    if parts.keys() == {"weight"} and not isinstance(host, ExpertsHost):
         return parts["weight"]
     return AdapterParts(config, parts)
 
@@ -91,12 +102,13 @@ def make_site(
         config=config,
         kind=host.kind,
         shape=host.weight_shapes()[weight_name],
-        path=path,
+        path=f"{path}.{weight_name}" if isinstance(host, ExpertsHost) else path,
         name=f"{name}.{adapter_name}",
         seed=seed,
         device=cast(Tensor, getattr(host, weight_name)).device if device is None else device,
         base_dtype=host.weight_dtype(weight_name),
         conv=host.convolution(),
+        transposed=bool(getattr(host, "is_transposed", False)),
         check_rank=check_rank,
     )
 

@@ -128,7 +128,8 @@ def _extend(
     check_enabled(model)
     _check_unmerged(model)
     device = torch.device("meta") if low_cpu_mem_usage else None
-    adapters = make_adapters(new_targets, config, adapter_name, seed, device, check_rank)
+    by_name = selection.parameters
+    adapters = make_adapters(new_targets, by_name, config, adapter_name, seed, device, check_rank)
 
     others = adapter_names(model)
     active = not others or adapter_name in active_adapters(model)

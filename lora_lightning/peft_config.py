@@ -54,7 +54,8 @@ def describe(model: nn.Module, adapter_name: str) -> dict[str, Any]:
     # What was selected, in so many words: PEFT's rules for "all-linear" depend on the model.
     for key in ("exclude_modules", "layers_to_transform", "layers_pattern"):
         options[key] = None
-    options["target_modules"] = _short_names(model, targets)
+    by_module = [path for path in targets if hosts[path].kind != "experts"]
+    options["target_modules"] = _short_names(model, by_module)
     options["modules_to_save"] = sorted(saved) or None
     if options.get("bias") == "none" and "bias" not in _peft_fields(config):
         del options["bias"]

@@ -53,7 +53,7 @@ def target_rows(model: nn.Module, adapter_name: str) -> list[TargetRow]:
         size = sum(p.numel() for p in adapter.parameters()) if adapter is not None else 0
         if isinstance(adapter, TrainedCopy):
             copies[path] = TargetRow(path, 1, 1, (), size, full=True)
-        elif host_type_for(module) is not None:
+        elif adapter is not None or host_type_for(module) is not None:
             row = rows[name]
             row.name, row.possible = name, row.possible + 1
             if adapter is not None:

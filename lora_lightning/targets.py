@@ -22,6 +22,7 @@ from lora_lightning.hosts.base import walk
 from lora_lightning.hosts.conv1d import is_conv1d
 from lora_lightning.hosts.growing import check_can_grow
 from lora_lightning.target_names import kinds_in, linear_names, near, top_names
+from lora_lightning.target_parameters import select_parameters
 
 
 @dataclass
@@ -30,6 +31,8 @@ class Selection:
 
     Attributes:
         targets: Modules to adapt, by path.
+        parameters: Of the targets that are adapted by parameter (`target_parameters`), the names
+            of those parameters, by path.
         saved: Modules to train as a copy (`modules_to_save`), by path.
         left_out: Output heads that "all-linear" leaves alone.
         tokens: Ids of the tokens whose rows train, by path of the embedding.
@@ -38,6 +41,7 @@ class Selection:
     """
 
     targets: dict[str, nn.Module] = field(default_factory=dict)
+    parameters: dict[str, list[str]] = field(default_factory=dict)
     saved: dict[str, nn.Module] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
     tokens: dict[str, list[int]] = field(default_factory=dict)
@@ -56,7 +60,7 @@ def select_modules(model: nn.Module, config: AdapterConfig) -> Selection:
     selection = Selection(saved=_select_saved(modules, config))
     _select_tokens(model, modules, config, selection)
     if not config.target_modules:
-        pass  # only tokens train
+        pass  # only tokens or parameters train
     elif config.target_modules == ALL_LINEAR:
         heads = output_heads(model)
         for path, module in modules.items():
@@ -80,7 +84,10 @@ def select_modules(model: nn.Module, config: AdapterConfig) -> Selection:
         _check_every_target_matched(modules, selection.targets, config)
     _check_every_exclusion_matched(modules, config)
     _check_every_layer_matched(selection.targets, config)
-    _check_every_pattern_matched(selection.targets, config)
+    wanted = getattr(config, "target_parameters", None) or []
+    selection.parameters = select_parameters(modules, wanted, selection.targets, selection.saved)
+    parameters = [f"{path}.{n}" for path, names in selection.parameters.items() for n in names]
+    _check_every_pattern_matched([*selection.targets, *parameters], config)
     for path in selection.targets.keys() & {*selection.tokens, *selection.tied}:
         raise TargetError(
             f"{path!r} is adapted as a whole (target_modules) and single rows of its weight train "
@@ -89,6 +96,7 @@ def select_modules(model: nn.Module, config: AdapterConfig) -> Selection:
         )
     for path, module in selection.targets.items():
         _check_adaptable(path, module, modules, config)
+    selection.targets |= {path: modules[path] for path in selection.parameters}
     return selection
 
 
@@ -292,12 +300,12 @@ def _check_every_layer_matched(targets: dict[str, nn.Module], config: AdapterCon
         )
 
 
-def _check_every_pattern_matched(targets: dict[str, nn.Module], config: AdapterConfig) -> None:
+def _check_every_pattern_matched(targets: list[str], config: AdapterConfig) -> None:
     for option in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, option, ()):
             if not any(re.match(rf"(.*\.)?({key})$", path) for path in targets):
                 raise TargetError(
-                    f"{option} {key!r} fits none of the {len(targets)} adapted modules."
+                    f"{option} {key!r} fits none of the {len(targets)} targets."
                     f"{near(key, targets)} Correct it or take it out. (lora.{option})"
                 )
 

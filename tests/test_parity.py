@@ -39,6 +39,11 @@ rslora          p       p       p      p       p       p       p     p      p   
 dora            p       p       p      p       p       p       p     p      -        d        d
 pissa           f       f       f      -       -       -       -     -      -        -        -
 olora           f       f       d      -       -       -       -     -      -        -        -
+adalora         p       p       p      -       -       -       -     -      -        -        -
+loha            p       p       -      -       p       p       -     p      p        p        p
+loha_cp         p       p       -      -       p       p       -     p      p        p        p
+lokr            p       p       -      -       p       p       -     p      p        p        p
+lokr_cp         p       p       -      -       p       p       -     p      p        p        p
 """
 
 # Type in the table: (config class, options).
@@ -49,6 +54,14 @@ TYPES = {
     "dora": ("LoraConfig", {"r": 4, "lora_alpha": 6, "use_dora": True}),
     "pissa": ("LoraConfig", {"r": 2, "lora_alpha": 6, "init_lora_weights": "pissa"}),
     "olora": ("LoraConfig", {"r": 2, "lora_alpha": 6, "init_lora_weights": "olora"}),
+    "adalora": ("AdaLoraConfig", {"init_r": 4, "target_r": 2, "lora_alpha": 6, "total_step": 10}),
+    "loha": ("LohaConfig", {"r": 4, "alpha": 6}),
+    "loha_cp": ("LohaConfig", {"r": 4, "alpha": 6, "use_effective_conv2d": True}),
+    "lokr": ("LokrConfig", {"r": 4, "alpha": 6}),
+    "lokr_cp": (
+        "LokrConfig",
+        {"r": 1, "alpha": 6, "use_effective_conv2d": True, "decompose_both": True},
+    ),
 }
 PEFT_CLASSES = {"LohaConfig": "LoHaConfig", "LokrConfig": "LoKrConfig"}
 

@@ -341,7 +341,7 @@ ERRORS = {  # options, error type, sentences in order
         {"target_modules": ["q"], "rank_pattern": {"qq": 2}},
         TargetError,
         [
-            "rank_pattern 'qq' fits none of the 2 adapted modules.",
+            "rank_pattern 'qq' fits none of the 2 targets.",
             "did you mean 'q' (2 modules)?",
             "Correct it or take it out.",
             "(lora.rank_pattern)",
@@ -350,7 +350,7 @@ ERRORS = {  # options, error type, sentences in order
     "alpha_pattern of nothing": (
         {"target_modules": ["q"], "alpha_pattern": {"k": 2}},
         TargetError,
-        ["alpha_pattern 'k' fits none of the 2 adapted modules.", "(lora.alpha_pattern)"],
+        ["alpha_pattern 'k' fits none of the 2 targets.", "(lora.alpha_pattern)"],
     ),
     "saved nothing": (
         {"modules_to_save": ["haed"]},

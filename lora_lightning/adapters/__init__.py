@@ -12,6 +12,7 @@ from lora_lightning.adapters.lokr import LokrAdapter, LokrConfig
 from lora_lightning.adapters.lora import LoraAdapter, LoraConfig
 from lora_lightning.adapters.lora_conv import LoraConvAdapter
 from lora_lightning.adapters.lora_embedding import LoraEmbeddingAdapter
+from lora_lightning.adapters.lora_experts import LoraExpertsAdapter
 from lora_lightning.config import AdapterConfig
 from lora_lightning.errors import ConfigError, did_you_mean
 
@@ -53,8 +54,8 @@ def classes_for(config: AdapterConfig) -> ByKind:
     """
     if type(config) not in _TYPES:
         raise ConfigError(
-            f"{type(config).__name__} is no known adapter config; known are "
-            f"{', '.join(known.__name__ for known in _TYPES)}. (lora.config)"
+            f"{type(config).__name__} is no known adapter config; register_adapter makes it one. "
+            f"Known are {', '.join(known.__name__ for known in _TYPES)}. (lora.config)"
         )
     return _TYPES[type(config)](config)
 
@@ -85,8 +86,14 @@ def _lora_classes(config: AdapterConfig) -> ByKind:
             "linear": DoraAdapter,
             "conv": DoraConvAdapter,
             "embedding": DoraEmbeddingAdapter,
+            "experts": LoraExpertsAdapter,  # which refuses the option by its name
         }
-    return {"linear": LoraAdapter, "conv": LoraConvAdapter, "embedding": LoraEmbeddingAdapter}
+    return {
+        "linear": LoraAdapter,
+        "conv": LoraConvAdapter,
+        "embedding": LoraEmbeddingAdapter,
+        "experts": LoraExpertsAdapter,
+    }
 
 
 register_adapter(LoraConfig, _lora_classes)

@@ -59,6 +59,9 @@ class LoraConfig(RankedConfig):
         target_modules: Which modules to adapt: "all-linear" (every Linear and Conv1D but the
             output head), a list of names (whole path or its last part), or one regular
             expression over whole paths.
+        target_parameters: Names of parameters to adapt beside the modules, matrices or stacks of
+            them: "experts.gate_up_proj" for the fused experts of a mixture, say. To adapt only
+            these, set target_modules to [].
         exclude_modules: Which of those to leave out: list of names or one regular expression.
         layers_to_transform: Only adapt the layers with these indices (target_modules as a list).
         layers_pattern: Name of the module list that layers_to_transform counts in.
@@ -94,9 +97,15 @@ class LoraConfig(RankedConfig):
     eva_config: EvaConfig | None = None
     loftq_config: LoftqConfig | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    target_parameters: list[str] | None = None
 
     def __post_init__(self) -> None:
         self._check_tokens()
+        if isinstance(self.target_parameters, str):
+            raise ConfigError(
+                f"target_parameters is the string {self.target_parameters!r}; it is a list of "
+                f"names: [{self.target_parameters!r}]. (lora.target_parameters)"
+            )
         check_positive("lora_alpha", self.lora_alpha)
         check_probability("lora_dropout", self.lora_dropout)
         start = self.init_lora_weights
@@ -135,7 +144,7 @@ class LoraConfig(RankedConfig):
                 )
 
     def _targets_something(self) -> bool:
-        return bool(self.target_modules or self.trainable_token_indices)
+        return bool(self.target_modules or self.trainable_token_indices or self.target_parameters)
 
     @property
     def starts_from_base(self) -> bool:

@@ -60,6 +60,8 @@ def shrink(module: Host, name: str) -> None:
 def become_host(module: nn.Module, host_type: type[Host]) -> None:
     """Swap the module's class for one that can carry adapters; a host stays as it is."""
     if isinstance(module, Host):
+        if module.host_type is Host and host_type is not Host:  # it has trained copies only
+            module.__class__ = adapted_class(host_type, module.base_type)
         return
     instance_forward = module.__dict__.pop("forward", None)
     module.__class__ = adapted_class(host_type, type(module))
