@@ -29,11 +29,11 @@ def zeros_(tensor: Tensor) -> None:
 
 @torch.no_grad()
 def kaiming_uniform_(tensor: Tensor, generator: torch.Generator) -> None:
-    """U(-b, b) with b = 1 / sqrt(fan_in), fan_in = tensor.shape[1].
+    """U(-b, b) with b = 1 / sqrt(fan_in), fan_in = inputs of one output: shape[1] * kernel.
 
     This is what `nn.Linear` does (Kaiming-uniform with a = sqrt(5)) and what PEFT starts A with.
     """
-    bound = 1 / math.sqrt(tensor.shape[1])
+    bound = 1 / math.sqrt(tensor.shape[1:].numel())
     _fill(tensor, lambda draft: draft.uniform_(-bound, bound, generator=generator))
 
 

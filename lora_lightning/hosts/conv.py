@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_lightning.adapters.base import Adapter, Convolution
+from lora_lightning.adapters.lora import LowRankAdapter
 from lora_lightning.hosts.base import Host
 
 CONVOLUTIONS = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
@@ -37,9 +38,10 @@ class ConvHost(Host):
         )
 
     def peft_knows(self, adapter: Adapter) -> bool:
-        """Not where it dilates or pads otherwise than with zeros: PEFT leaves both out."""
+        """Not where the padding is not of zeros, nor LoRA where it dilates: PEFT leaves them out."""
         conv = self.convolution()
-        return set(conv.dilation) == {1} and conv.padding_mode == "zeros"
+        dilates = set(conv.dilation) != {1} and isinstance(adapter, LowRankAdapter)
+        return conv.padding_mode == "zeros" and not dilates
 
     def apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
         """The convolution of x with another kernel, in the module's own geometry.
