@@ -236,6 +236,13 @@ def _config(model: nn.Module, combined: dict[Spot, Update], saved: list[str]) ->
         alpha_pattern={path: float(rank) for path, rank in pattern.items()},
         lora_bias=any(update.bias is not None for update in combined.values()),
         target_modules=list(ranks),
+        exclude_modules=[
+            f"{path}.out_proj"
+            for path in ranks
+            if isinstance(model.get_submodule(path), nn.MultiheadAttention)
+            and f"{path}.out_proj" not in ranks
+        ]
+        or None,
         modules_to_save=saved or None,
     )
     if select_modules(model, config).targets.keys() == ranks.keys():

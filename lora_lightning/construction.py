@@ -21,7 +21,7 @@ from lora_lightning.targets import Selection
 
 def make_adapters(
     targets: dict[str, nn.Module],
-    parameters: dict[str, list[str]],
+    selection: Selection,
     config: AdapterConfig,
     adapter_name: str,
     seed: int,
@@ -36,18 +36,19 @@ def make_adapters(
     fresh = [module for module in targets.values() if not isinstance(module, Host)]
     try:
         for path, module in targets.items():
-            host_type = ExpertsHost if path in parameters else host_type_for(module)
+            host_type = ExpertsHost if path in selection.parameters else host_type_for(module)
             become_host(module, cast(type[Host], host_type))
         return {
             path: _make_adapter(
                 path,
                 cast(Host, module),
-                parameters.get(path),
+                selection.parameters.get(path),
                 config,
                 adapter_name,
                 seed,
                 device,
                 check_rank,
+                selection.along.get(path),
             )
             for path, module in targets.items()
         }
@@ -67,11 +68,14 @@ def _make_adapter(
     seed: int,
     device: torch.device | None,
     check_rank: bool,
+    along: str | None,
 ) -> Adapter:
     parts: dict[str, Adapter] = {}
     for weight_name in host.weight_shapes() if parameters is None else parameters:
         stored = cast(Tensor, getattr(host, weight_name))
-        site = make_site(path, host, weight_name, config, adapter_name, seed, device, check_rank)
+        site = make_site(
+            path, host, weight_name, config, adapter_name, seed, device, check_rank, along
+        )
         adapter = classes_for(config)[host.kind](site)
         if adapter.needs_weight and device is None:
             if stored.is_meta:
@@ -95,6 +99,7 @@ def make_site(
     seed: int,
     device: torch.device | None,
     check_rank: bool,
+    along: str | None = None,
 ) -> Site:
     """All that an adapter on one weight of `host` is made from."""
     name = path if weight_name == "weight" else f"{path}.{weight_name}"
@@ -110,6 +115,7 @@ def make_site(
         conv=host.convolution(),
         transposed=bool(getattr(host, "is_transposed", False)),
         check_rank=check_rank,
+        along=along,
     )
 
 

@@ -20,6 +20,7 @@ from lora_lightning.construction import make_adapters, train_tokens
 from lora_lightning.errors import AdapterStateError, ConfigError
 from lora_lightning.frozen_norms import hold_still, let_go
 from lora_lightning.hosts import host_type_for
+from lora_lightning.hosts.attention import route_out_projections
 from lora_lightning.hosts.base import Host, named_hosts, walk
 from lora_lightning.hosts.cpu_packing import close_cpu_packing, reopen_cpu_packing
 from lora_lightning.hosts.fast_path import close_fast_path, reopen_fast_path
@@ -128,8 +129,7 @@ def _extend(
     check_enabled(model)
     _check_unmerged(model)
     device = torch.device("meta") if low_cpu_mem_usage else None
-    by_name = selection.parameters
-    adapters = make_adapters(new_targets, by_name, config, adapter_name, seed, device, check_rank)
+    adapters = make_adapters(new_targets, selection, config, adapter_name, seed, device, check_rank)
 
     others = adapter_names(model)
     active = not others or adapter_name in active_adapters(model)
@@ -148,6 +148,7 @@ def _extend(
         grow(module, host_type_for(module) or Host, adapter_name, trained)
     for module in biases:
         train_bias(module, adapter_name)
+    route_out_projections(model)
     close_fast_path(model)
     close_cpu_packing(model)
     activate_new(model, adapter_name, active)
@@ -178,6 +179,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
             check_can_shrink(host, path)
     for _, host in hosts:
         shrink(host, adapter_name)
+    route_out_projections(model)
     for _, module, record in list(trained_biases(model)):
         if record.adapter_name == adapter_name:
             forget_bias(module)
@@ -259,6 +261,7 @@ def _copy_without_adapters(module: nn.Module) -> nn.Module:
             shrink(host, name)
     for _, holder, _ in list(trained_biases(duplicate)):
         forget_bias(holder)
+    route_out_projections(duplicate)
     return duplicate
 
 
@@ -284,7 +287,8 @@ def unchanged_on_error(model: nn.Module) -> Iterator[None]:
             if name not in names:
                 delete_adapter(model, name)
         for parameter, wanted in required:
-            parameter.requires_grad_(wanted)
+            if parameter.requires_grad != wanted:  # a lazy parameter cannot even be asked to stay
+                parameter.requires_grad_(wanted)
         for module, mode in training:
             module.training = mode
         raise

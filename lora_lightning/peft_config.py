@@ -54,7 +54,12 @@ def describe(model: nn.Module, adapter_name: str) -> dict[str, Any]:
     # What was selected, in so many words: PEFT's rules for "all-linear" depend on the model.
     for key in ("exclude_modules", "layers_to_transform", "layers_pattern"):
         options[key] = None
-    by_module = [path for path in targets if hosts[path].kind != "experts"]
+    attentions = [path for path in targets if isinstance(hosts[path], nn.MultiheadAttention)]
+    outs = {f"{path}.out_proj" for path in attentions}  # which PEFT adapts along with them
+    by_module = [p for p in targets if hosts[p].kind != "experts" and p not in outs]
+    for path in targets:  # PEFT adapts an out_proj without its attention, but it has no effect
+        outer = path.rpartition(".")[0]
+        known &= not isinstance(hosts.get(outer), nn.MultiheadAttention) or outer in attentions
     options["target_modules"] = _short_names(model, by_module)
     options["modules_to_save"] = sorted(saved) or None
     if options.get("bias") == "none" and "bias" not in _peft_fields(config):

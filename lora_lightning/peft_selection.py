@@ -64,9 +64,11 @@ def selection_of_file(
     parameters = matching_parameters(modules, getattr(config, "target_parameters", None) or ())
     owners = {path for path, _ in parameters.values()}
     targets -= owners
+    # An attention stands for its out_proj too, unless the file has nothing for that.
+    outs = {f"{p}.out_proj" for p in targets if isinstance(modules[p], nn.MultiheadAttention)}
     changes: dict[str, Any] = {
-        "target_modules": sorted(targets),
-        "exclude_modules": None,
+        "target_modules": sorted(targets - outs),
+        "exclude_modules": sorted(outs - targets) or None,
         "layers_to_transform": None,
         "layers_pattern": None,
         "modules_to_save": sorted(saved) or None,

@@ -11,6 +11,7 @@ from lora_lightning.adapters.base import Adapter, AdapterParts, DeltaAdapter
 from lora_lightning.adapters.trained_copy import TrainedCopy
 from lora_lightning.bias import trained_biases
 from lora_lightning.errors import AdapterStateError, did_you_mean
+from lora_lightning.hosts.attention import AttentionHost
 from lora_lightning.hosts.base import named_hosts
 from lora_lightning.hosts.fast_path import close_fast_path, reopen_fast_path
 
@@ -99,7 +100,8 @@ def adapters_per_row(model: nn.Module, names: Sequence[str | None]) -> Iterator[
             _check_known(name, known)
     hosts = [host for _, host in named_hosts(model)]
     for path, host in named_hosts(model):
-        if any(isinstance(adapter, AdapterParts) for adapter in host.adapters.values()):
+        parts = any(isinstance(adapter, AdapterParts) for adapter in host.adapters.values())
+        if parts and not isinstance(host, AttentionHost):
             raise AdapterStateError(
                 f"{path!r} ({host.base_type.__name__}) carries adapters on several weights; such "
                 "modules cannot give every row an adapter of its own. Run one batch per adapter."

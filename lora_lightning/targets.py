@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lora_lightning.adapters import classes_for
 from lora_lightning.config import ALL_LINEAR, AdapterConfig
 from lora_lightning.embeddings import input_embeddings, output_heads
 from lora_lightning.errors import TargetError, first_few
 from lora_lightning.hosts import SUPPORTED, host_type_for
+from lora_lightning.hosts.attention import attention_obstacle
 from lora_lightning.hosts.base import walk
 from lora_lightning.hosts.conv1d import is_conv1d
 from lora_lightning.hosts.growing import check_can_grow
@@ -35,6 +35,7 @@ class Selection:
             of those parameters, by path.
         saved: Modules to train as a copy (`modules_to_save`), by path.
         left_out: Output heads that "all-linear" leaves alone.
+        along: Path of the attention by path of every `out_proj` that is adapted along with it.
         tokens: Ids of the tokens whose rows train, by path of the embedding.
         tied: Path of the embedding by path of every head that shares its weight.
 
@@ -44,6 +45,7 @@ class Selection:
     parameters: dict[str, list[str]] = field(default_factory=dict)
     saved: dict[str, nn.Module] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
+    along: dict[str, str] = field(default_factory=dict)
     tokens: dict[str, list[int]] = field(default_factory=dict)
     tied: dict[str, str] = field(default_factory=dict)
 
@@ -57,14 +59,17 @@ def select_modules(model: nn.Module, config: AdapterConfig) -> Selection:
 
     """
     modules = {path: module for path, module in walk(model) if path}
-    selection = Selection(saved=_select_saved(modules, config))
+    obstacles = _attention_obstacles(model)
+    selection = Selection(saved=_select_saved(modules, config, obstacles))
     _select_tokens(model, modules, config, selection)
     if not config.target_modules:
         pass  # only tokens or parameters train
     elif config.target_modules == ALL_LINEAR:
         heads = output_heads(model)
         for path, module in modules.items():
-            if not (isinstance(module, nn.Linear) or is_conv1d(module)) or _reads_past(module):
+            if not (isinstance(module, nn.Linear) or is_conv1d(module)):
+                continue
+            if path in obstacles:
                 continue
             if any(path == head or path.startswith(head + ".") for head in heads):
                 selection.left_out.append(path)
@@ -82,6 +87,7 @@ def select_modules(model: nn.Module, config: AdapterConfig) -> Selection:
             if not is_excluded(config, path) and matches_target(config, path)
         }
         _check_every_target_matched(modules, selection.targets, config)
+        _add_output_projections(modules, config, selection)
     _check_every_exclusion_matched(modules, config)
     _check_every_layer_matched(selection.targets, config)
     wanted = getattr(config, "target_parameters", None) or []
@@ -95,7 +101,7 @@ def select_modules(model: nn.Module, config: AdapterConfig) -> Selection:
             f"[{path!r}], or no trainable tokens. (lora.trainable_token_indices)"
         )
     for path, module in selection.targets.items():
-        _check_adaptable(path, module, modules, config)
+        _check_adaptable(path, module, modules, config, obstacles)
     selection.targets |= {path: modules[path] for path in selection.parameters}
     return selection
 
@@ -157,7 +163,9 @@ def _wanted_layers(config: AdapterConfig) -> list[int]:
 # -- the checks --------------------------------------------------------------------------------
 
 
-def _select_saved(modules: dict[str, nn.Module], config: AdapterConfig) -> dict[str, nn.Module]:
+def _select_saved(
+    modules: dict[str, nn.Module], config: AdapterConfig, obstacles: dict[str, str]
+) -> dict[str, nn.Module]:
     saved: dict[str, nn.Module] = {}
     for name in config.modules_to_save or ():
         found = {path: module for path, module in modules.items() if matches_name(name, path)}
@@ -173,8 +181,8 @@ def _select_saved(modules: dict[str, nn.Module], config: AdapterConfig) -> dict[
                     "never called itself, so a copy of it would not be used. Name the modules "
                     "inside. (lora.modules_to_save)"
                 )
-            if _reads_past(module):
-                raise TargetError(_attention_text("modules_to_save", path))
+            if not isinstance(module, nn.MultiheadAttention):  # itself called, as its copy is
+                _check_attention("modules_to_save", path, obstacles)
         saved.update(found)
     # A saved module inside another saved module is part of the outer copy already.
     return {
@@ -311,10 +319,13 @@ def _check_every_pattern_matched(targets: list[str], config: AdapterConfig) -> N
 
 
 def _check_adaptable(
-    path: str, module: nn.Module, modules: dict[str, nn.Module], config: AdapterConfig
+    path: str,
+    module: nn.Module,
+    modules: dict[str, nn.Module],
+    config: AdapterConfig,
+    obstacles: dict[str, str],
 ) -> None:
-    if _reads_past(module):
-        raise TargetError(_attention_text("target_modules", path))
+    _check_attention("target_modules", path, obstacles)
     if isinstance(module, torch.jit.ScriptModule):
         check_can_grow(module, path)
     host_type = host_type_for(module)
@@ -333,14 +344,33 @@ def _check_adaptable(
         )
 
 
-def _reads_past(module: nn.Module) -> bool:
-    # MultiheadAttention hands out_proj's weight to a function and never calls out_proj.
-    return isinstance(module, NonDynamicallyQuantizableLinear)
+def _add_output_projections(
+    modules: dict[str, nn.Module], config: AdapterConfig, selection: Selection
+) -> None:
+    # As in PEFT, an attention that is named is adapted as a whole: its own weights and out_proj.
+    for path, module in list(selection.targets.items()):
+        out = f"{path}.out_proj"
+        if not isinstance(module, nn.MultiheadAttention) or out in selection.targets:
+            continue
+        if not is_excluded(config, out):
+            selection.targets[out] = modules[out]
+            selection.along[out] = path
 
 
-def _attention_text(option: str, path: str) -> str:
-    return (
-        f"{option} selects {path!r}, whose weight nn.MultiheadAttention reads directly without "
-        "calling it: an adapter there would have no effect. Leave it out, or train the whole "
-        f"attention with modules_to_save: [{path.rpartition('.')[0]}]. (lora.{option})"
-    )
+def _attention_obstacles(model: nn.Module) -> dict[str, str]:
+    """Why attentions, and the out_proj of each, cannot carry adapters, by path."""
+    obstacles = {}
+    for path, module in walk(model):
+        if isinstance(module, nn.MultiheadAttention):
+            reason = attention_obstacle(module)
+            if reason is not None:
+                obstacles[path] = obstacles[f"{path}.out_proj".lstrip(".")] = reason
+    return obstacles
+
+
+def _check_attention(option: str, path: str, obstacles: dict[str, str]) -> None:
+    if path in obstacles:
+        raise TargetError(
+            f"{option} selects {path!r}, but {obstacles[path]}. Leave it out, or train the whole "
+            f"attention in full with modules_to_save. (lora.{option})"
+        )

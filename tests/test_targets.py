@@ -220,11 +220,11 @@ def test_all_linear_a_second_time_selects_the_same():
     assert first.left_out == second.left_out == ["lm_head"]
 
 
-def test_all_linear_leaves_embeddings_and_attention_internals_alone():
+def test_all_linear_leaves_embeddings_and_input_projections_of_attentions_alone():
     model = nn.ModuleDict(
         {"e": nn.Embedding(3, 4), "a": nn.MultiheadAttention(4, 2), "l": nn.Linear(4, 4)}
     )
-    assert list(select_modules(model, LoraConfig(r=1)).targets) == ["l"]
+    assert list(select_modules(model, LoraConfig(r=1)).targets) == ["a.out_proj", "l"]
 
 
 def test_saved_modules_are_exactly_those_named():
@@ -417,24 +417,6 @@ def test_all_linear_without_a_linear():
     assert "name modules explicitly. (lora.target_modules)" in str(caught.value)
     with pytest.raises(TargetError, match="the model has no parameters yet"):
         inject_adapter(nn.ModuleDict(), LoraConfig())
-
-
-@pytest.mark.parametrize(
-    ("option", "options"),
-    [
-        ("target_modules", {"target_modules": ["out_proj"]}),
-        ("modules_to_save", {"target_modules": ["lin"], "modules_to_save": ["out_proj"]}),
-    ],
-)
-def test_attention_output_projection_is_refused(option, options):
-    model = nn.ModuleDict({"mha": nn.MultiheadAttention(4, 2), "lin": nn.Linear(4, 4)})
-    with pytest.raises(TargetError) as caught:
-        inject_adapter(model, LoraConfig(r=1, **options))
-    text = str(caught.value)
-    assert f"{option} selects 'mha.out_proj', whose weight nn.MultiheadAttention reads" in text
-    assert "an adapter there would have no effect" in text
-    assert "modules_to_save: [mha]" in text
-    assert f"(lora.{option})" in text
 
 
 @pytest.mark.parametrize("name", ["", "a.b", "keys", "items", "training", "forward"])

@@ -64,6 +64,8 @@ class Site:
         conv: The convolution's geometry where kind is "conv".
         check_rank: Whether a rank that exceeds the weight's is an error.
         transposed: Whether the experts' weight is stored as (experts, in, out).
+        along: Path of the attention that an `out_proj` is adapted along with: patterns that name
+            the attention hold for both, unless others name the `out_proj` itself.
 
     """
 
@@ -78,6 +80,7 @@ class Site:
     conv: Convolution | None = None
     check_rank: bool = True
     transposed: bool = False
+    along: str | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -92,7 +95,7 @@ class Site:
 
         """
         config = cast(RankedConfig, self.config)
-        r = int(pattern_value(config.rank_pattern, self.path, config.r))
+        r = int(self._by_pattern(config.rank_pattern, config.r))
         if self.check_rank and largest is not None and r > largest:
             last = self.path.rpartition(".")[2]
             key = "rank_pattern" if r != config.r else "r"
@@ -106,7 +109,12 @@ class Site:
 
     def alpha(self, default: float) -> float:
         """Alpha of this module, `alpha_pattern` applied."""
-        return float(pattern_value(self.config.alpha_pattern, self.path, default))
+        return float(self._by_pattern(self.config.alpha_pattern, default))
+
+    def _by_pattern(self, patterns: Any, default: Any) -> Any:
+        if self.along is not None:
+            default = pattern_value(patterns, self.along, default)
+        return pattern_value(patterns, self.path, default)
 
     def parameter(self, *shape: int) -> nn.Parameter:
         """An uninitialised trainable tensor of this adapter."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from lora_lightning.hosts.attention import AttentionHost, attention_obstacle
 from lora_lightning.hosts.base import Host
 from lora_lightning.hosts.bitsandbytes import is_linear4bit, is_linear8bit
 from lora_lightning.hosts.conv import CONVOLUTIONS, ConvHost
@@ -13,7 +14,7 @@ from lora_lightning.hosts.linear import LinearHost
 from lora_lightning.hosts.quantized import BitsandbytesHost, QuantizedHost
 from lora_lightning.hosts.torchao import is_torchao_linear
 
-SUPPORTED = "Linear, Conv1D (transformers), Embedding, Conv1d, Conv2d, Conv3d"
+SUPPORTED = "Linear, Conv1D (transformers), Embedding, Conv1d, Conv2d, Conv3d, MultiheadAttention"
 
 
 def host_type_for(module: nn.Module) -> type[Host] | None:
@@ -24,6 +25,8 @@ def host_type_for(module: nn.Module) -> type[Host] | None:
         return QuantizedHost
     if isinstance(module, nn.Linear):
         return LinearHost
+    if isinstance(module, nn.MultiheadAttention):
+        return AttentionHost if attention_obstacle(module) is None else None
     if isinstance(module, nn.Embedding):
         return EmbeddingHost
     if isinstance(module, tuple(CONVOLUTIONS)):

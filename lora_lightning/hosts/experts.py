@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from lora_lightning.adapters.base import Adapter, AdapterParts
 from lora_lightning.adapters.lora_experts import LoraExpertsAdapter
 from lora_lightning.errors import AdapterStateError, TargetError
+from lora_lightning.hosts.attention import attention_obstacle
 from lora_lightning.hosts.base import Host, HostPart, split_copy
 from lora_lightning.hosts.low_rank_weight import LowRankWeight
 
@@ -193,6 +194,8 @@ def check_parameter(module: nn.Module, path: str, name: str) -> None:
         reason = f"is of {parameter.dtype}, to which no update can be added"
     elif isinstance(module, (nn.ParameterList, nn.ParameterDict)):
         reason = "lies in a list that is never called itself: an adapter there would have no effect"
+    elif isinstance(module, nn.MultiheadAttention) and attention_obstacle(module) is None:
+        reason = "belongs to an attention, which target_modules adapts: name it there"
     elif isinstance(module, nn.RNNBase):
         reason = "is read past its name by its module: an adapter there would have no effect"
     elif isinstance(module, Host) and module.host_type not in (Host, ExpertsHost):

@@ -23,6 +23,8 @@ def is_torchao_linear(module: nn.Module) -> bool:
 
 def has_torchao_weight(module: nn.Module) -> bool:
     """Whether the weight of `module` is one of torchao's, found without importing torchao."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return False
     return any(
         base.__name__ == "TorchAOBaseTensor" and base.__module__ == "torchao.utils"
         for base in type(module._parameters.get("weight")).__mro__

@@ -1,0 +1,160 @@
+"""AdaLoRA's budget of ranks in the course of a Trainer's run: who calls the allocator, and when.
+
+One optimizer step, under automatic and manual optimization alike:
+
+    on_before_optimizer_step   gradients are whole (accumulated, reduced over processes, unscaled)
+                               and not clipped yet: that of the orthogonality term is added;
+    the optimizer's post hook  weights have moved and nobody can have zeroed the gradients yet:
+                               importance is measured; not called for a step that a gradient scaler
+                               leaves out;
+    on_train_batch_end         the step counts, ranks are allocated; checkpoints are written later.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
+from torch.optim import Optimizer
+
+from lora_lightning.adapters.adalora import AdaLoraConfig
+from lora_lightning.config import AdapterConfig
+from lora_lightning.errors import ConfigError
+from lora_lightning.rank_allocation import RankAllocator, adalora_adapters
+from lora_lightning.report import shown_name
+
+
+class RankSchedule:
+    """The allocator of one LoraCallback in its run; does nothing for other types than AdaLoRA.
+
+    Attributes:
+        allocator: Made when training starts, as only then the length of the run is known.
+
+    """
+
+    def __init__(self) -> None:
+        self.allocator: RankAllocator | None = None
+        self._saved: dict[str, Any] | None = None
+        self._hooks: list[Any] = []
+        self._stepping = False  # whether this batch has made a step
+
+    def load(self, state: dict[str, Any] | None) -> None:
+        """Keep what a checkpoint says (`state()`), or nothing, until training starts."""
+        self._saved = state
+
+    def start(
+        self, trainer: Any, root: nn.Module, config: AdapterConfig, adapter_name: str
+    ) -> None:
+        """Begin at step 0, or go on where the checkpoint or the last fit of this Trainer ended.
+
+        Raises:
+            ConfigError: If the run is too short for the schedule, or its length is not known.
+
+        """
+        self.stop()
+        saved, self._saved = self._saved, None
+        if saved is None and trainer.global_step:
+            saved = self.state()
+        self.allocator = None
+        adapters = adalora_adapters(root, adapter_name)
+        trains = any(adapter.lora_E.requires_grad for adapter in adapters.values())
+        if not isinstance(config, AdaLoraConfig) or not trains:
+            return
+        run = trainer.estimated_stepping_batches
+        length = int(run) if math.isfinite(run) and run > 0 else None
+        # A run that is resumed for longer does not take back ranks that have been allocated.
+        total = config.total_step or (saved["total_step"] if saved else length)
+        if total is None:
+            raise ConfigError(
+                "AdaLoRA needs to know how many optimizer steps the run has, and this Trainer "
+                "cannot tell. Set total_step, or max_steps of the Trainer. (lora.total_step)"
+            )
+        if not trainer.fast_dev_run:
+            config.check_schedule(total)
+        self.allocator = RankAllocator(adapters, config, total)
+        if saved:
+            self.allocator.load_state(saved)
+        if length is not None and length < self.allocator.last_step and not trainer.fast_dev_run:
+            rank_zero_warn(
+                f"The run ends after {length} optimizer steps, before AdaLoRA's ranks are final "
+                f"(step {self.allocator.last_step}). Lower total_step, or leave it out. "
+                "(lora.total_step)"
+            )
+        for optimizer in trainer.optimizers:
+            self._hooks.append(optimizer.register_step_post_hook(self._after_step))
+
+    def before_step(self, trainer: Any, optimizer: Optimizer) -> None:
+        """Add the orthogonality term's gradient to those that `optimizer` is about to use."""
+        if self.allocator is None:
+            return
+        among = _held(optimizer)
+        if any(id(a.lora_E) in among for a in self.allocator.adapters.values()):
+            self._stepping = True
+            # A fused optimizer unscales the gradients itself, in its step.
+            scaler = getattr(trainer.precision_plugin, "scaler", None)
+            fused = getattr(optimizer, "_step_supports_amp_scaling", False)
+            scale = scaler.get_scale() if scaler is not None and fused else 1.0
+            self.allocator.add_orthogonality(among, scale)
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        found_inf = getattr(optimizer, "found_inf", None)  # what makes a fused one skip its step
+        if self.allocator is not None and self._stepping and not found_inf:
+            self.allocator.measure(_held(optimizer))
+
+    def after_batch(self) -> None:
+        """Count the step, if this batch made one, and allocate ranks."""
+        if self.allocator is not None and self._stepping:
+            self.allocator.advance()
+        self._stepping = False
+
+    def stop(self) -> None:
+        """Let go of the optimizers."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        self._stepping = False
+
+    def finish(self) -> list[str]:
+        """End the run; returns the lines that tell its user how ranks were shared out."""
+        self.stop()
+        if self.allocator is None:
+            return []
+        if self.allocator.settled:
+            self.allocator.mask()  # once more: weights may have been averaged over the run
+        return rank_lines(self.allocator)
+
+    def state(self) -> dict[str, Any] | None:
+        """What `load` takes: plain values and tensors; None without AdaLoRA."""
+        self.after_batch()  # where another callback writes a checkpoint before us
+        return None if self.allocator is None else self.allocator.state()
+
+
+def rank_lines(allocator: RankAllocator) -> list[str]:
+    """Total rank, and the ranks of modules that share the last part of their path."""
+    ranks: dict[str, list[int]] = defaultdict(list)
+    for path, adapter in allocator.adapters.items():
+        mask = allocator.masks.get(path)
+        ranks[shown_name(path)].append(adapter.r if mask is None else int(mask.sum()))
+    total = sum(sum(group) for group in ranks.values())
+    listed = ", ".join(
+        f"{name} {_range(group)}" for name, group in sorted(ranks.items(), key=lambda item: item[0])
+    )
+    lines = [f"AdaLoRA kept a total rank of {total} of {allocator.initial_budget}: {listed}"]
+    if not allocator.settled:
+        lines.append(
+            f"AdaLoRA's ranks are not final: {allocator.steps} of {allocator.last_step} steps "
+            f"until then were made; the target is a total of {allocator.target_budget}"
+        )
+    return lines
+
+
+def _range(ranks: list[int]) -> str:
+    low, high = min(ranks), max(ranks)
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def _held(optimizer: Optimizer) -> set[int]:
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}

@@ -1,0 +1,267 @@
+"""AdaLoRA: an update in the form of an SVD, whose rank training shares out between the modules.
+
+W' = W + s * B diag(E) A,  A (r, in), E (r, 1), B (out, r),  s = lora_alpha / (init_r + 1e-5).
+
+Row i of A, entry i of E and column i of B are a triplet, in the part of a singular vector, value
+and vector. All modules start with `init_r` of them; `rank_allocation.py` sets the E of the least
+important ones to zero, until `target_r` are left in the mean, and keeps A and B near orthogonal.
+
+Source: Zhang et al. 2023, "AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning"
+(arXiv:2303.10512), equation 3; names, shapes, scaling and start values are those of PEFT.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lora_lightning.adapters.base import Base, DeltaAdapter, Site
+from lora_lightning.config import (
+    AdapterConfig,
+    check_choice,
+    check_positive,
+    check_probability,
+    check_rank,
+    pattern_value,
+)
+from lora_lightning.errors import ConfigError, RankError
+from lora_lightning.initialization import normal_, zeros_
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaLoraConfig(AdapterConfig):
+    """Options of an AdaLoRA adapter; names and defaults are those of PEFT.
+
+    The total rank falls from init_r to target_r per module along a cubic curve, between step tinit
+    and step total_step - tfinal; then it stays. (Zhang et al. 2023, arXiv:2303.10512, section 3)
+
+    Args:
+        target_r: Mean rank of an adapted module at the end.
+        init_r: Rank of every module at the start, at most min(in_features, out_features).
+        tinit: Optimizer steps before the rank begins to fall.
+        tfinal: Optimizer steps at the end, in which the ranks are final.
+        deltaT: Optimizer steps from one allocation to the next.
+        beta1: Decay, in (0, 1), of the mean sensitivity of a weight.
+        beta2: Decay, in (0, 1), of the mean deviation from it.
+        orth_reg_weight: Factor of mean(|A A^T - I|, |B^T B - I|) in the loss.
+        total_step: Optimizer steps of the whole run; default: as many as the Trainer will do.
+        lora_alpha: Numerator of the scaling; doubling it doubles the update.
+        lora_dropout: Probability in [0, 1) of dropping an element of the adapter's input.
+        init_lora_weights: true: A and B normal with std 0.02, E zero (the adapter starts as a
+            no-op); false: all three standard normal, for tests.
+        rank_pattern: Of an adapter that has been trained, which triplets of each module are left:
+            {path: init_r booleans}. Its tensors have only these.
+        target_modules: Which modules to adapt: "all-linear" (every Linear and Conv1D but the
+            output head), a list of names (whole path or its last part), or one regular
+            expression over whole paths.
+        exclude_modules: Which of those to leave out: list of names or one regular expression.
+        layers_to_transform: Only adapt the layers with these indices (target_modules as a list).
+        layers_pattern: Name of the module list that layers_to_transform counts in.
+        modules_to_save: Modules trained in full, as a copy saved with the adapter (a new head).
+        bias: Which biases train too: "none", "lora_only" (of adapted layers) or "all".
+
+    Raises:
+        ConfigError: If a value is out of range or the schedule leaves no step to allocate ranks.
+        RankError: If a rank is no positive integer, or target_r exceeds init_r.
+
+    """
+
+    peft_type = "ADALORA"
+    free_to_change = AdapterConfig.free_to_change | {
+        "target_r",
+        "tinit",
+        "tfinal",
+        "deltaT",
+        "beta1",
+        "beta2",
+        "orth_reg_weight",
+        "total_step",
+        "lora_dropout",
+        "init_lora_weights",
+    }
+
+    # Options of PEFT's LoRA that it writes into these files too, but does not look at.
+    file_only = frozenset({"r", "alpha_pattern", "use_rslora"})
+
+    target_r: int = 8
+    init_r: int = 12
+    tinit: int = 0
+    tfinal: int = 0
+    deltaT: int = 1
+    beta1: float = 0.85
+    beta2: float = 0.85
+    orth_reg_weight: float = 0.5
+    total_step: int | None = None
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    init_lora_weights: bool = True
+    rank_pattern: dict[str, list[bool]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_rank("target_r", self.target_r)
+        check_rank("init_r", self.init_r)
+        if self.target_r > self.init_r:
+            raise RankError(
+                f"target_r={self.target_r} is more than init_r={self.init_r}: ranks only fall. "
+                "Start with a larger init_r. (lora.init_r)"
+            )
+        _check_steps("tinit", self.tinit, 0)
+        _check_steps("tfinal", self.tfinal, 0)
+        _check_steps("deltaT", self.deltaT, 1)
+        for key in ("beta1", "beta2"):
+            value = getattr(self, key)
+            if not 0 < value < 1:
+                raise ConfigError(f"{key} is {value!r}; it must be between 0 and 1. (lora.{key})")
+        weight = self.orth_reg_weight
+        if not 0 <= weight < math.inf:
+            raise ConfigError(
+                f"orth_reg_weight is {weight!r}; it must be 0 or more. (lora.orth_reg_weight)"
+            )
+        if self.total_step is not None:
+            _check_steps("total_step", self.total_step, 1)
+            self.check_schedule(self.total_step)
+        check_positive("lora_alpha", self.lora_alpha)
+        check_probability("lora_dropout", self.lora_dropout)
+        check_choice("init_lora_weights", self.init_lora_weights, (True, False))
+        object.__setattr__(self, "rank_pattern", self._checked_pattern())
+        super().__post_init__()
+
+    def _checked_pattern(self) -> dict[str, list[bool]]:
+        pattern = {}
+        for key, mask in (self.rank_pattern or {}).items():
+            path = re.sub(r"\.lora_E(\.[^.]+)?$", "", key)  # PEFT names the tensor
+            booleans = isinstance(mask, (list, tuple)) and all(type(kept) is bool for kept in mask)
+            if not booleans or len(mask) != self.init_r:
+                raise RankError(
+                    f"rank_pattern[{key!r}] is no list of init_r={self.init_r} booleans, which say "
+                    "which triplets of the module are left. (lora.rank_pattern)"
+                )
+            pattern[path] = list(mask)
+        return pattern
+
+    def check_schedule(self, total_step: int) -> None:
+        """Refuse a run that ends before a rank could fall.
+
+        Raises:
+            ConfigError: If tinit >= total_step - tfinal.
+
+        """
+        if self.tinit >= total_step - self.tfinal:
+            raise ConfigError(
+                f"tinit={self.tinit} and tfinal={self.tfinal} leave none of {total_step} optimizer "
+                "steps in which ranks could be allocated. Lower them, or train longer. (lora.tinit)"
+            )
+
+    def file_options(self) -> dict[str, Any]:
+        """As PEFT needs them: it refuses a file without a number of steps."""
+        options = super().file_options()
+        options["total_step"] = self.total_step or self.tinit + self.tfinal + 1
+        options["rank_pattern"] = {f"{k}.lora_E": m for k, m in self.rank_pattern.items()} or None
+        return options
+
+    @classmethod
+    def from_file_options(cls, options: dict[str, Any]) -> AdaLoraConfig:
+        """The config that PEFT's adapter_config.json describes."""
+        return cls.from_dict({k: v for k, v in options.items() if k not in cls.file_only})
+
+
+class AdaLoraAdapter(DeltaAdapter):
+    """AdaLoRA on a linear map: y + s * B (E * (A dropout(x))).
+
+    The scaling does not change with the rank, as in PEFT: what is left of an adapter acts just as
+    before.
+
+    Attributes:
+        triplets: Which of the `init_r` triplets its tensors have: all, unless `rank_pattern` says
+            otherwise.
+        r: How many those are.
+
+    Shapes:
+        x (..., in), y (..., out) -> (..., out); lora_A (r, in); lora_E (r, 1); lora_B (out, r).
+
+    """
+
+    def __init__(self, site: Site) -> None:
+        config: AdaLoraConfig = site.config
+        super().__init__(site, config.lora_alpha / (config.init_r + 1e-5))
+        self.site = site
+        self.triplets = _triplets(site)
+        self.r = sum(self.triplets)
+        self.lora_A = site.parameter(self.r, math.prod(site.shape[1:]))
+        self.lora_E = site.parameter(self.r, 1)
+        self.lora_B = site.parameter(site.shape[0], self.r)
+        dropout = config.lora_dropout
+        self.lora_dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """E zero, A and B small, unless `init_lora_weights` is false."""
+        super().reset_parameters()
+        start = self.site.config.init_lora_weights
+        for name in ("lora_A", "lora_B", "lora_E"):
+            normal_(getattr(self, name), 0.02 if start else 1, self.site.generator(name))
+        if start:
+            zeros_(self.lora_E)
+
+    def forward(self, x: Tensor, y: Tensor, base: Base) -> Tensor:
+        """y + s * B (E * (A dropout(x))), in y's dtype."""
+        a: Tensor = self.lora_A
+        b: Tensor = self.lora_B
+        x = self.lora_dropout(x)
+        if not torch.is_autocast_enabled(x.device.type):  # which casts x, A and B itself
+            a, b = a.to(x.dtype), b.to(x.dtype)
+        hidden = F.linear(x, a)
+        values = (self.lora_E.T * self.scale()).to(hidden.dtype)
+        return y + F.linear(hidden * values, b).to(y.dtype)
+
+    def delta_weight(self) -> Tensor:
+        """The product s * B diag(E) A, in the layout of the weight."""
+        product = self.lora_B @ (self.lora_A * self.lora_E)
+        return self.scale() * product.view(self.site.shape)
+
+    def extra_repr(self) -> str:
+        """Rank and alpha, as they appear in `print(model)`."""
+        return f"r={self.r}, lora_alpha={self.site.config.lora_alpha:g}"
+
+
+class AdaLoraConvAdapter(AdaLoraAdapter):
+    """AdaLoRA on a convolution, whose kernel counts as the matrix (out, in / groups * kernel).
+
+    Shapes:
+        x (batch, in, *size), y (batch, out, *size'); lora_A (r, in / groups * kernel);
+        lora_E (r, 1); lora_B (out, r).
+
+    """
+
+    def forward(self, x: Tensor, y: Tensor, base: Base) -> Tensor:
+        """y + (delta_weight() applied to dropout(x))."""
+        return DeltaAdapter.forward(self, self.lora_dropout(x), y, base)
+
+
+def _triplets(site: Site) -> list[bool]:
+    """Which of init_r triplets the tensors of this weight have."""
+    config: AdaLoraConfig = site.config
+    largest = min(site.shape[0], math.prod(site.shape[1:]))
+    if site.check_rank and config.init_r > largest:
+        last = site.path.rpartition(".")[2]
+        raise RankError(
+            f"init_r={config.init_r} is larger than {site.path!r} (weight {tuple(site.shape)}) "
+            f"allows: at most {largest}. Lower init_r, leave this layer out with exclude_modules: "
+            f"[{last}], or train it in full with modules_to_save: [{last}]. (lora.init_r)"
+        )
+    path = site.name.rpartition(".")[0]  # of the weight, where the module has several
+    pattern = config.rank_pattern
+    return pattern.get(path) or pattern_value(pattern, path, [True] * config.init_r)
+
+
+def _check_steps(key: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ConfigError(
+            f"{key} is {value!r}; it is a number of optimizer steps, at least {least}. (lora.{key})"
+        )
