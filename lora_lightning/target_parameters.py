@@ -56,7 +56,7 @@ def matching_parameters(
     return {
         f"{path}.{name}": (path, name)
         for path, module in modules.items()
-        for name in module._parameters
+        for name, _ in module.named_parameters(recurse=False, remove_duplicate=False)
         if any(f".{path}.{name}".endswith(f".{target}") for target in wanted)
     }
 
