@@ -31,21 +31,23 @@ from lora_lightning.peft_keys import tensors_to_load
 # p: the same as peft 0.21.2; f: in float32, as peft knows no other dtype there.
 # g: as p, but for gradients that peft has wrong (it fails gradcheck).
 # d: peft cannot or is wrong; compared with a dense formula.
-# o: peft has nothing there; here forward against merged, in the type's own tests against formulas.
+# o: peft has nothing there (its MultiheadAttention adds out_proj's update twice); here forward against merged, in the type's own tests against formulas.
+# q: as p in float32 on a quantised base; what is merged there stands in test_quantized_hosts.
+# n: as o in float32 on a quantised base.
 # -: not defined there; refused with an error (test_refused).
 TABLE = """
-             linear  nobias  conv1D  embed  conv1d  conv2d  conv3d  1x1  grouped  dilated  circular
-lora            p       p       p      p       p       p       p     p      p        d        d
-lora_bias       p       -       p      -       p       p       p     p      p        d        d
-rslora          p       p       p      p       p       p       p     p      p        d        d
-dora            p       p       p      p       p       p       p     p      -        d        d
-pissa           f       f       f      -       -       -       -     -      -        -        -
-olora           f       f       d      -       -       -       -     -      -        -        -
-adalora         p       p       p      -       o       p       o     p      o        p        o
-loha            p       p       o      -       p       p       o     p      p        p        o
-loha_cp         p       p       o      -       g       g       o     p      g        g        o
-lokr            p       p       o      -       p       p       o     p      p        p        o
-lokr_cp         p       p       o      -       o       p       o     p      p        p        o
+               linear   nobias   conv1D    embed   conv1d   conv2d   conv3d      1x1  grouped  dilated circular      nf4     int8  torchao      mha
+lora                p        p        p        p        p        p        p        p        p        d        d        q        q        q        o
+lora_bias           p        -        p        -        p        p        p        p        p        d        d        q        q        n        o
+rslora              p        p        p        p        p        p        p        p        p        d        d        q        q        q        o
+dora                p        p        p        p        p        p        p        p        -        d        d        q        n        n        o
+pissa               f        f        f        -        -        -        -        -        -        -        -        n        n        n        o
+olora               f        f        d        -        -        -        -        -        -        -        -        n        n        n        o
+adalora             p        p        p        -        o        p        o        p        o        p        o        q        q        n        o
+loha                p        p        o        -        p        p        o        p        p        p        o        n        n        n        o
+loha_cp             p        p        o        -        g        g        o        p        g        g        o        n        n        n        o
+lokr                p        p        o        -        p        p        o        p        p        p        o        n        n        n        o
+lokr_cp             p        p        o        -        o        p        o        p        p        p        o        n        n        n        o
 """
 
 # Type in the table: (config class, options).
@@ -80,7 +82,26 @@ KINDS = {
     "grouped": (lambda: nn.Conv2d(6, 8, 3, groups=2), (4, 6, 5, 5)),
     "dilated": (lambda: nn.Conv2d(6, 8, 3, dilation=2, padding="same"), (4, 6, 7, 7)),
     "circular": (lambda: nn.Conv1d(6, 8, 3, padding=2, padding_mode="circular"), (4, 6, 9)),
+    "nf4": (lambda: bitsandbytes_linear("Linear4bit", quant_type="nf4"), (4, 5, 64)),
+    "int8": (lambda: bitsandbytes_linear("Linear8bitLt", has_fp16_weights=False), (4, 5, 64)),
+    "torchao": (lambda: torchao_linear(), (4, 5, 64)),
+    "mha": (lambda: nn.MultiheadAttention(8, 2, batch_first=True), (4, 5, 8)),
 }
+QUANTISED = ("nf4", "int8", "torchao")
+
+
+def bitsandbytes_linear(name: str, **options) -> nn.Module:
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    layer = getattr(bitsandbytes.nn, name)(64, 32, **options)
+    layer.load_state_dict(nn.Linear(64, 32).state_dict())
+    return layer.to("cpu")
+
+
+def torchao_linear() -> nn.Module:
+    torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    layer = nn.Linear(64, 32)
+    torchao.quantize_(layer, torchao.Int8WeightOnlyConfig(set_inductor_config=False))
+    return layer
 
 
 def cells(letter: str) -> list:
@@ -102,7 +123,20 @@ class Net(nn.Module):
         self.proj = KINDS[kind][0]()
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.tanh(self.proj(x + self.shift if x.is_floating_point() else x))
+        x = x + self.shift if x.is_floating_point() else x
+        if isinstance(self.proj, nn.MultiheadAttention):
+            return torch.tanh(self.proj(x, x, x)[0])
+        return torch.tanh(self.proj(x))
+
+
+def net(kind: str, dtype: torch.dtype) -> Net:
+    return Net(kind) if kind in QUANTISED else Net(kind).to(dtype)
+
+
+def assert_base_untouched(model: nn.Module, base: nn.Module) -> None:
+    found = model.state_dict()
+    for key, tensor in base.state_dict().items():
+        assert bit_equal(found[key], tensor), key
 
 
 def example(kind: str, dtype: torch.dtype) -> Tensor:
@@ -126,7 +160,7 @@ def adapted_by_peft(base: nn.Module, name: str) -> peft.PeftModel:
     config = getattr(peft, PEFT_CLASSES.get(ours, ours))(**options(name))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # fan_in_fan_out for Conv1D, groups that cannot be merged
-        return peft.get_peft_model(copy.deepcopy(base), config)
+        return peft.get_peft_model(told(base), config)
 
 
 def save_with_peft(model: peft.PeftModel, folder: Path) -> None:
@@ -138,7 +172,15 @@ def save_with_peft(model: peft.PeftModel, folder: Path) -> None:
 def load_with_peft(base: nn.Module, folder: Path) -> peft.PeftModel:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return peft.PeftModel.from_pretrained(copy.deepcopy(base), folder, is_trainable=True)
+        return peft.PeftModel.from_pretrained(told(base), folder, is_trainable=True)
+
+
+def told(base: nn.Module) -> nn.Module:
+    """A copy that says what peft knows quantised models by."""
+    result = copy.deepcopy(base)
+    result.is_loaded_in_4bit = type(base.proj).__name__ == "Linear4bit"
+    result.is_loaded_in_8bit = type(base.proj).__name__ == "Linear8bitLt"
+    return result
 
 
 def gradients(model: nn.Module, state: dict[str, Tensor], x: Tensor) -> dict[str, Tensor]:
@@ -171,44 +213,64 @@ def merged_weight(model: nn.Module) -> Tensor:
 
 @pytest.mark.parametrize(("name", "kind"), cells("g"))
 def test_same_as_peft_but_for_its_gradients(name: str, kind: str, tmp_path: Path) -> None:
-    test_same_as_peft(name, kind, torch.float64, tmp_path, wrong_there=("hada_w1_a", "hada_w2_a"))
+    run_beside_peft(name, kind, torch.float64, tmp_path, wrong_there=("hada_w1_a", "hada_w2_a"))
+
+
+@pytest.mark.filterwarnings("ignore:.*get_apply_tensor_subclass")
+@pytest.mark.parametrize(("name", "kind"), cells("q"))
+def test_same_as_peft_on_a_quantised_base(name: str, kind: str, tmp_path: Path) -> None:
+    run_beside_peft(name, kind, torch.float32, tmp_path)
+
+
+@pytest.mark.parametrize(("name", "kind"), cells("n"))
+def test_where_peft_has_nothing_on_a_quantised_base(name: str, kind: str, tmp_path: Path) -> None:
+    run_alone(name, kind, tmp_path, torch.float32)
 
 
 @pytest.mark.parametrize(("name", "kind"), cells("o"))
 def test_where_peft_has_nothing(name: str, kind: str, tmp_path: Path) -> None:
+    run_alone(name, kind, tmp_path, torch.float64)
+
+
+def run_alone(name: str, kind: str, tmp_path: Path, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    base = Net(kind).double()
-    x = example(kind, torch.float64)
+    base = net(kind, dtype)
+    x = example(kind, dtype)
     ours = adapted_by_us(base, name)
     before = base(x)
-    close(ours(x), before, torch.float64)
+    close(ours(x), before, dtype)
     shake([p for p in ours.parameters() if p.requires_grad], 0.3)
     result = ours(x)
     assert (result - before).abs().max() > 1e-3
     save_adapter(ours, tmp_path)
     again = copy.deepcopy(base)
     load_adapter(again, tmp_path)
-    close(again(x), result, torch.float64)
-    merge_adapter(ours)
-    close(ours(x), result, torch.float64)
-    unmerge_adapter(ours)
-    assert bit_equal(ours.proj.weight, base.proj.weight)
+    close(again(x), result, dtype)
+    if kind not in QUANTISED:  # what is merged there is rounded anew
+        merge_adapter(ours)
+        close(ours(x), result, dtype)
+        unmerge_adapter(ours)
+        assert_base_untouched(ours, base)
     with disable_adapter(ours):
         assert bit_equal(ours(x), before)
 
 
 @pytest.mark.parametrize(("name", "kind"), cells("f"))
 def test_same_as_peft_in_float32(name: str, kind: str, tmp_path: Path) -> None:
-    test_same_as_peft(name, kind, torch.float32, tmp_path)
+    run_beside_peft(name, kind, torch.float32, tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize(("name", "kind"), cells("p"))
-def test_same_as_peft(
+def test_same_as_peft(name: str, kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    run_beside_peft(name, kind, dtype, tmp_path)
+
+
+def run_beside_peft(
     name: str, kind: str, dtype: torch.dtype, tmp_path: Path, wrong_there: tuple[str, ...] = ()
 ) -> None:
     torch.manual_seed(0)
-    base = Net(kind).to(dtype)
+    base = net(kind, dtype)
     x = example(kind, dtype)
     theirs = adapted_by_peft(base, name)
     shake_peft(theirs)
@@ -236,8 +298,8 @@ def test_same_as_peft(
 
     with disable_adapter(ours):
         assert bit_equal(ours(x), before)
-    if kind == "grouped" and TYPES[name][0] == "LoraConfig":  # whose update is no grouped kernel
-        return
+    if kind in QUANTISED or (kind == "grouped" and TYPES[name][0] == "LoraConfig"):
+        return  # what is merged there is rounded anew; whose update is no grouped kernel
     result = ours(x)
     merge_adapter(ours)
     close(ours(x), result, dtype)

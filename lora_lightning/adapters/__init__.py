@@ -7,12 +7,16 @@ from collections.abc import Callable, Mapping
 from lora_lightning.adapters.adalora import AdaLoraAdapter, AdaLoraConfig, AdaLoraConvAdapter
 from lora_lightning.adapters.base import Adapter, Site
 from lora_lightning.adapters.dora import DoraAdapter, DoraConvAdapter, DoraEmbeddingAdapter
+from lora_lightning.adapters.ia3 import Ia3Adapter, Ia3Config, Ia3ConvAdapter
 from lora_lightning.adapters.loha import LohaAdapter, LohaConfig
 from lora_lightning.adapters.lokr import LokrAdapter, LokrConfig
 from lora_lightning.adapters.lora import LoraAdapter, LoraConfig
 from lora_lightning.adapters.lora_conv import LoraConvAdapter
 from lora_lightning.adapters.lora_embedding import LoraEmbeddingAdapter
 from lora_lightning.adapters.lora_experts import LoraExpertsAdapter
+from lora_lightning.adapters.oft import OftAdapter, OftConfig, OftConvAdapter, OftEmbeddingAdapter
+from lora_lightning.adapters.shira import ShiraAdapter, ShiraConfig
+from lora_lightning.adapters.vera import VeraAdapter, VeraConfig
 from lora_lightning.config import AdapterConfig
 from lora_lightning.errors import ConfigError, did_you_mean
 
@@ -100,3 +104,10 @@ register_adapter(LoraConfig, _lora_classes)
 register_adapter(AdaLoraConfig, {"linear": AdaLoraAdapter, "conv": AdaLoraConvAdapter})
 register_adapter(LohaConfig, {"linear": LohaAdapter, "conv": LohaAdapter})
 register_adapter(LokrConfig, {"linear": LokrAdapter, "conv": LokrAdapter})
+register_adapter(
+    OftConfig,
+    {"linear": OftAdapter, "conv": OftConvAdapter, "embedding": OftEmbeddingAdapter},
+)
+register_adapter(ShiraConfig, {"linear": ShiraAdapter})
+register_adapter(Ia3Config, {"linear": Ia3Adapter, "conv": Ia3ConvAdapter})
+register_adapter(VeraConfig, {"linear": VeraAdapter})
