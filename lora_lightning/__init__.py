@@ -20,11 +20,15 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from lora_lightning.adapters import register_adapter as register_adapter
     from lora_lightning.adapters.adalora import AdaLoraConfig as AdaLoraConfig
+    from lora_lightning.adapters.ia3 import Ia3Config as Ia3Config
     from lora_lightning.adapters.loha import LohaConfig as LohaConfig
     from lora_lightning.adapters.lokr import LokrConfig as LokrConfig
     from lora_lightning.adapters.lora import LoraConfig as LoraConfig
     from lora_lightning.adapters.lora_start import EvaConfig as EvaConfig
     from lora_lightning.adapters.lora_start import LoftqConfig as LoftqConfig
+    from lora_lightning.adapters.oft import OftConfig as OftConfig
+    from lora_lightning.adapters.shira import ShiraConfig as ShiraConfig
+    from lora_lightning.adapters.vera import VeraConfig as VeraConfig
     from lora_lightning.callback import LoraCallback as LoraCallback
     from lora_lightning.checkpoint import adapter_state_dict as adapter_state_dict
     from lora_lightning.checkpoint import load_adapter_state_dict as load_adapter_state_dict
@@ -68,6 +72,10 @@ _HOME = {
     "merge_and_unload": "merging",
     "unload": "merging",
     "AdaLoraConfig": "adapters.adalora",
+    "OftConfig": "adapters.oft",
+    "ShiraConfig": "adapters.shira",
+    "Ia3Config": "adapters.ia3",
+    "VeraConfig": "adapters.vera",
     "LohaConfig": "adapters.loha",
     "LokrConfig": "adapters.lokr",
     "LoftqConfig": "adapters.lora_start",

@@ -1,9 +1,13 @@
-"""Adapters out of the checkpoints that a run with `LoraCallback` writes, without a Trainer."""
+"""Adapters out of the checkpoints that a run with `LoraCallback` writes, without a Trainer.
+
+A file is untrusted input, as a PEFT folder is: what it says is checked, and its tensors are too.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import os
-import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +15,28 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.adapters import config_type_of
-from lora_lightning.checkpoint import KEY, load_adapter_state_dict
-from lora_lightning.errors import AdapterMismatchError, AdapterStateError, CheckpointError
+from lora_lightning.checkpoint import (
+    KEY,
+    adapter_state_dict,
+    load_adapter_state_dict,
+    saved_keys,
+    tensor_differences,
+)
+from lora_lightning.config import AdapterConfig
+from lora_lightning.errors import (
+    AdapterMismatchError,
+    AdapterStateError,
+    CheckpointError,
+    first_few,
+)
 from lora_lightning.fingerprint import base_fingerprint, fingerprint_difference
 from lora_lightning.hosts.base import walk
 from lora_lightning.injection import inject_adapter
+from lora_lightning.peft_config import made_from
+from lora_lightning.peft_selection import exact_names
+from lora_lightning.target_parameters import matching_parameters
+
+NEWEST_FORMAT = 1  # of what manifest.py writes
 
 
 def load_from_checkpoint(model: nn.Module, file: Path, adapter_name: str | None) -> list[str]:
@@ -32,8 +53,7 @@ def load_from_checkpoint(model: nn.Module, file: Path, adapter_name: str | None)
 
     """
     checkpoint = read_checkpoint(file)
-    manifest = checkpoint[KEY]
-    entries: dict[str, Any] = manifest["adapters"]
+    entries: dict[str, Any] = checkpoint[KEY]["adapters"]
     if adapter_name is None:
         wanted = {name: name for name in entries}
     elif adapter_name in entries:
@@ -44,47 +64,91 @@ def load_from_checkpoint(model: nn.Module, file: Path, adapter_name: str | None)
         raise AdapterStateError(
             f"{str(file)!r} holds the adapters {sorted(entries)}, but no {adapter_name!r}."
         )
+    owners = [path for name in wanted for path in _owners(entries[name], name)]
+    prefix = _prefix(model, owners)
     for saved_name, name in wanted.items():
-        _load_one(model, file, entries[saved_name], saved_name, name, checkpoint["state_dict"])
-    prefix = _prefix(model, list(manifest["base"]))
-    saved = {k.removeprefix(prefix): v for k, v in manifest["base"].items() if k.startswith(prefix)}
+        _load_one(model, file, checkpoint, prefix, saved_name, name)
+    base = checkpoint[KEY]["base"]
+    saved = {k.removeprefix(prefix): v for k, v in base.items() if k.startswith(prefix)}
     found = base_fingerprint(model)
     shared = saved.keys() & found.keys()
     lines = fingerprint_difference({k: saved[k] for k in shared}, {k: found[k] for k in shared})
-    if lines:
+    if lines or not shared:
         raise AdapterMismatchError(
             f"The adapters of {str(file)!r} were trained on another base model; nothing was "
-            f"loaded. {len(lines)} of {len(saved)} base tensors differ:\n  "
+            f"loaded. {len(lines) or 'All'} of {len(saved)} base tensors differ:\n  "
             + "\n  ".join(lines[:4])
         )
     return list(wanted.values())
 
 
+def check_values(values: Mapping[str, Tensor], own: Mapping[str, Tensor], where: str) -> None:
+    """Refuse tensors out of a file that cannot be what was trained.
+
+    Args:
+        values: By name. Floating point of 16, 32 or 64 bits fits any such, integers any integers.
+        own: The tensors that are to take them.
+        where: The file, for messages.
+
+    Raises:
+        AdapterMismatchError: If a value is of another kind than here, or not finite in the dtype
+            that it has here.
+
+    """
+    for name, value in values.items():
+        if _kind(value.dtype) is None or _kind(value.dtype) != _kind(own[name].dtype):
+            raise AdapterMismatchError(
+                f"{where} holds {name!r} as {value.dtype}, which cannot be loaded as "
+                f"{own[name].dtype}."
+            )
+        if value.is_floating_point() and not torch.isfinite(value.to(own[name].dtype)).all():
+            raise AdapterMismatchError(
+                f"{where} holds values that are not finite (NaN or infinity) in {name!r}: the "
+                "adapter has diverged, or the file is damaged."
+            )
+
+
+def _kind(dtype: torch.dtype) -> str | None:
+    if dtype.is_complex or (dtype.is_floating_point and dtype.itemsize < 2):
+        return None
+    return "float" if dtype.is_floating_point else "bool" if dtype == torch.bool else "integer"
+
+
 def _load_one(
     model: nn.Module,
     file: Path,
-    entry: dict[str, Any],
+    checkpoint: dict[str, Any],
+    prefix: str,
     saved_name: str,
     name: str,
-    tensors: dict[str, Tensor],
 ) -> None:
-    keys = list(entry["tensors"])
-    prefix = _prefix(model, keys)
-    root_path = entry["module"]
-    inner = f"{root_path}."[len(prefix) :] if root_path else ""
-    root = model.get_submodule(inner.removesuffix(".")) if inner else model
-    config = config_type_of(entry.get("peft_type", "LORA")).from_dict(entry["config"])
-    inject_adapter(root, config, name, low_cpu_mem_usage=not config.starts_from_base)
-    marker = f"adapters.{saved_name}."
-    state = {}
-    for key in keys:
-        if key not in tensors:
-            raise CheckpointError(f"{str(file)!r} is damaged: it lacks {key!r}.")
-        short = key.removeprefix(prefix).removeprefix(inner).replace(marker, "", 1)
-        copy_of = f"{marker}module."
-        if copy_of in key:
-            short = key.removeprefix(prefix).removeprefix(inner).replace(copy_of, "", 1)
-        state[short] = tensors[key]
+    where = repr(str(file))
+    entry, tensors = checkpoint[KEY]["adapters"][saved_name], checkpoint["state_dict"]
+    config_type = config_type_of(entry.get("peft_type", "LORA"))
+    config = made_from(config_type, config_type.from_dict, entry["config"], where)
+    root, shift = model, prefix
+    of_root = f"{entry['module']}." if entry["module"] else ""  # names in config are below it
+    if of_root.startswith(prefix):
+        root, shift = dict(walk(model))[of_root[len(prefix) : -1]], of_root
+    else:
+        owners = _owners(entry, saved_name).items()
+        inside = {path.removeprefix(prefix): names for path, names in owners}
+        config = _below(config, model, inside, prefix.removeprefix(of_root))
+    # Without start values: the file has all tensors, those that A and B started with as well.
+    inject_adapter(root, config, name, low_cpu_mem_usage=True)
+    marker, saved_marker = f"adapters.{name}.", f"adapters.{saved_name}."
+    own = adapter_state_dict(root, name)
+    keys = [shift + key.replace(marker, saved_marker, 1) for key in saved_keys(root, name)]
+    present = {key: list(tensors[key].shape) for key in entry["tensors"]}
+    shapes = [list(tensor.shape) for tensor in own.values()]
+    differences = tensor_differences(present, dict(zip(keys, shapes, strict=True)))
+    if differences:
+        raise AdapterMismatchError(
+            f"Adapter {saved_name!r} of {where} does not fit its own options or this model:\n  "
+            + "\n  ".join(differences)
+        )
+    state = {short: tensors[key] for short, key in zip(own, keys, strict=True)}
+    check_values(state, own, where)
     load_adapter_state_dict(root, state, name)
 
 
@@ -98,29 +162,109 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     file = Path(path)
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{str(file)!r} cannot be read as a checkpoint: {str(error).splitlines()[0]}"
-        ) from None
+    except Exception as error:  # damaged files raise almost anything
+        reason = (str(error).splitlines() or [type(error).__name__])[0].partition(". ")[0]
+        raise CheckpointError(f"{str(file)!r} cannot be read as a checkpoint: {reason}.") from None
     if not isinstance(checkpoint, dict) or KEY not in checkpoint:
         raise CheckpointError(
             f"{str(file)!r} is no adapter checkpoint: it was not written by a run with "
             "LoraCallback. A PEFT adapter is loaded from its folder."
         )
+    manifest = checkpoint[KEY]
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if isinstance(found, int) and found > NEWEST_FORMAT:
+        raise CheckpointError(
+            f"{str(file)!r} has format {found}, written by a newer lora_lightning; this one reads "
+            f"up to format {NEWEST_FORMAT}. Update lora_lightning."
+        )
+    if not (found and _is_whole(manifest, checkpoint.get("state_dict"))):
+        raise CheckpointError(
+            f"{str(file)!r} is damaged: its entry {KEY!r} does not say what the file holds."
+        )
     return checkpoint
 
 
-def _prefix(model: nn.Module, keys: list[str]) -> str:
-    """What to take off the front of `keys` so that they name tensors below modules of `model`."""
+def _is_whole(manifest: dict[str, Any], state: Any) -> bool:
+    adapters, base = manifest.get("adapters"), manifest.get("base")
+    if not (isinstance(adapters, dict) and adapters and _is_fingerprint(base)):
+        return False
+    if not (isinstance(state, dict) and all(isinstance(key, str) for key in (*state, *adapters))):
+        return False
+    for entry in adapters.values():
+        types = {"config": dict, "module": str, "tensors": dict}
+        if not isinstance(entry, dict) or not isinstance(entry.get("peft_type", ""), str):
+            return False
+        if not all(isinstance(entry.get(key), kind) for key, kind in types.items()):
+            return False
+        if not entry["tensors"] or not all(isinstance(key, str) for key in entry["config"]):
+            return False
+        if not all(isinstance(state.get(key), Tensor) for key in entry["tensors"]):
+            return False
+        inside = f"{entry['module']}." if entry["module"] else ""
+        if not all(key.startswith(inside) for key in entry["tensors"]):
+            return False
+    return True
+
+
+def _is_fingerprint(base: Any) -> bool:
+    return isinstance(base, dict) and bool(base) and all(
+        isinstance(name, str) and isinstance(entry, list) and len(entry) == 3
+        for name, entry in base.items()
+    )
+
+
+def _owners(entry: dict[str, Any], adapter_name: str) -> dict[str, set[str]]:
+    """Names of the tensors of an adapter by the path of their module in the LightningModule."""
+    owners: dict[str, set[str]] = {}
+    for key in entry["tensors"]:
+        path, _, tensor = str(key).rpartition(f".adapters.{adapter_name}.")
+        if not path:  # a bias, under the name that it has in the base
+            path, _, tensor = str(key).rpartition(".")
+        owners.setdefault(path, set()).add(tensor)
+    return owners
+
+
+def _prefix(model: nn.Module, owners: list[str]) -> str:
+    """What to take off the front of all `owners`, paths of modules, so that `model` has them."""
     paths = {path for path, _ in walk(model)}
-    parts = keys[0].split(".")
+    parts = owners[0].split(".")
     for skipped in range(len(parts)):
         prefix = "".join(f"{part}." for part in parts[:skipped])
-        inside = [key.removeprefix(prefix) for key in keys if key.startswith(prefix)]
-        first = {key.split(".")[0] for key in inside}
-        if len(inside) == len(keys) and all(name in paths for name in first):
+        if all(p.startswith(prefix) and p.removeprefix(prefix) in paths for p in owners):
             return prefix
     raise AdapterMismatchError(
-        f"The checkpoint's tensors ({keys[0]}, ...) belong to no module of this "
-        f"{type(model).__name__}: give the model that was trained."
+        f"The checkpoint's adapters ({first_few(owners, 2)}) sit on modules that this "
+        f"{type(model).__name__} does not have: give the model that was trained."
+    )
+
+
+def _below(
+    config: AdapterConfig, model: nn.Module, owners: dict[str, set[str]], prefix: str
+) -> AdapterConfig:
+    """`config` for `model`, the part at `prefix` of the module whose names it uses.
+
+    What it selects is what there are tensors for; `owners` as `model` names them.
+    """
+    modules = {path: module for path, module in walk(model) if path}
+    beside = ("bias", "trainable_tokens_delta", "module.")
+    targets = {p for p, names in owners.items() if any(not n.startswith(beside) for n in names)}
+    saved = {p for p, names in owners.items() if any(n.startswith("module.") for n in names)}
+    changes: dict[str, Any] = {}
+    for option in ("rank_pattern", "alpha_pattern", "trainable_token_indices"):
+        value = getattr(config, option, None)
+        if isinstance(value, dict):
+            changes[option] = {name.removeprefix(prefix): v for name, v in value.items()}
+    parameters = getattr(config, "target_parameters", None)
+    if parameters:
+        changes["target_parameters"] = [name.removeprefix(prefix) for name in parameters]
+        matching = matching_parameters(modules, changes["target_parameters"])
+        targets -= {path for path, _ in matching.values()}
+    return dataclasses.replace(
+        config,
+        target_modules=exact_names(modules, targets),
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
+        modules_to_save=sorted(saved) or None,
+        **changes,
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -113,6 +114,21 @@ class AdapterConfig:
     def starts_from_base(self) -> bool:
         """Whether what the adapter computes depends on start values taken from the base weight."""
         return False
+
+    def prepare(
+        self, shapes: Mapping[str, Sequence[tuple[int, ...]]], known: Mapping[str, Any]
+    ) -> Any:
+        """Check the options against all that they select; what the adapters share, if anything.
+
+        Args:
+            shapes: Of the weights of every module that is about to get an adapter, by its path.
+            known: The adapters of the same name that are on the model already, by path.
+
+        Returns:
+            `Site.shared` of the new adapters.
+
+        """
+        return None
 
     def to_dict(self) -> dict[str, Any]:
         """The options as plain Python values, as they are stored in checkpoints."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import cast
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,17 +28,23 @@ def make_adapters(
     seed: int,
     device: torch.device | None,
     check_rank: bool,
+    known: dict[str, Adapter],
 ) -> dict[str, Adapter]:
     """The adapters for `targets`, by path; the modules become hosts, without the adapters yet.
 
     All are made before the first one is put on: a rank that does not fit shows here, and then the
-    modules become again what they were.
+    modules become again what they were. `known` are those of the same name on other modules.
     """
     fresh = [module for module in targets.values() if not isinstance(module, Host)]
     try:
         for path, module in targets.items():
             host_type = ExpertsHost if path in selection.parameters else host_type_for(module)
             become_host(module, cast(type[Host], host_type))
+        shapes = {
+            path: list(cast(Host, module).weight_shapes().values())
+            for path, module in targets.items()
+        }
+        shared = config.prepare(shapes, known) if shapes else None
         return {
             path: _make_adapter(
                 path,
@@ -49,6 +56,7 @@ def make_adapters(
                 device,
                 check_rank,
                 selection.along.get(path),
+                shared,
             )
             for path, module in targets.items()
         }
@@ -69,6 +77,7 @@ def _make_adapter(
     device: torch.device | None,
     check_rank: bool,
     along: str | None,
+    shared: Any,
 ) -> Adapter:
     parts: dict[str, Adapter] = {}
     for weight_name in host.weight_shapes() if parameters is None else parameters:
@@ -76,6 +85,7 @@ def _make_adapter(
         site = make_site(
             path, host, weight_name, config, adapter_name, seed, device, check_rank, along
         )
+        site = replace(site, shared=shared)
         adapter = classes_for(config)[host.kind](site)
         if adapter.needs_weight and device is None:
             if stored.is_meta:

@@ -129,7 +129,10 @@ def _extend(
     check_enabled(model)
     _check_unmerged(model)
     device = torch.device("meta") if low_cpu_mem_usage else None
-    adapters = make_adapters(new_targets, selection, config, adapter_name, seed, device, check_rank)
+    known = adapters_named(model, adapter_name)
+    adapters = make_adapters(
+        new_targets, selection, config, adapter_name, seed, device, check_rank, known
+    )
 
     others = adapter_names(model)
     active = not others or adapter_name in active_adapters(model)

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
-from lora_lightning.adapter_files import load_from_checkpoint
+from lora_lightning.adapter_files import check_values, load_from_checkpoint
 from lora_lightning.atomic_write import write_atomically
 from lora_lightning.checkpoint import materialize, tensor_differences
 from lora_lightning.config import AdapterConfig
@@ -26,12 +26,14 @@ from lora_lightning.errors import (
     AdapterMismatchError,
     AdapterStateError,
     CheckpointError,
+    LoraError,
     did_you_mean,
+    first_few,
 )
 from lora_lightning.injection import delete_adapter, extend_adapter, unchanged_on_error
-from lora_lightning.peft_config import OWN, describe, parse
+from lora_lightning.peft_config import OWN, TOKENS, describe, parse
 from lora_lightning.peft_keys import tensors_to_load, tensors_to_save
-from lora_lightning.peft_selection import selection_of_file
+from lora_lightning.peft_selection import FileContent, content_of_file
 from lora_lightning.switching import adapter_names
 
 CONFIG = "adapter_config.json"
@@ -65,11 +67,16 @@ def save_adapter(
     if isinstance(adapter_name, str):
         files = _files(model, folder, adapter_name)
     else:
-        order = {"peft_type": MIX, "adapters": list(adapter_name)}
+        names = list(dict.fromkeys(adapter_name))
+        if not names or not all(map(_is_folder_name, names)):
+            raise AdapterStateError(
+                f"The adapters {names} cannot be saved in a folder of folders: it takes at least "
+                "one, and names that can be those of folders. Save each in a folder of your own."
+            )
         files = {}
-        for name in adapter_name:
+        for name in names:
             files.update(_files(model, folder / name, name))
-        files[folder / CONFIG] = _json(order)
+        files[folder / CONFIG] = _json({"peft_type": MIX, "adapters": names})
     try:
         for path in files:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -106,7 +113,12 @@ def load_adapter(
 
     """
     place = Path(path)
-    if place.is_file() and place.name != CONFIG and place.suffix != ".safetensors":
+    if place.is_file() and place.name not in (CONFIG, TENSORS):
+        if place.suffix == ".safetensors":
+            raise CheckpointError(
+                f"{str(place)!r} holds tensors, but does not say how they act: a PEFT adapter is "
+                f"loaded from a folder that holds them as {TENSORS} beside {CONFIG}."
+            )
         with unchanged_on_error(model):
             return load_from_checkpoint(model, place, adapter_name)
     folder = place.parent if place.is_file() else place
@@ -124,27 +136,56 @@ def load_adapter(
             f"{str(folder)!r} holds the adapters {names}, which keep their names; load one of "
             f"them from its own folder to give it the name {adapter_name!r}."
         )
+    if not names or not all(map(_is_folder_name, names)):
+        raise CheckpointError(
+            f"{str(folder / CONFIG)!r} names {names} as its adapters, not folders beside it."
+        )
     with unchanged_on_error(model):
         for name in names:
-            if name in (".", "..") or "/" in name or os.sep in name:
-                raise CheckpointError(f"{str(folder / CONFIG)!r} names a folder {name!r}.")
             _load_folder(model, folder / name, name, _read_config(folder / name))
     return names
 
 
-def read_folder(folder: Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
-    """(options, tensors by their keys) of a PEFT folder, checked, without a model.
+@contextmanager
+def opened_folder(
+    model: nn.Module, folder: Path, options: dict[str, Any] | None = None
+) -> Iterator[tuple[FileContent, dict[str, list[int]], Any]]:
+    """(what it holds for `model`, shapes by key in the file, the open file) of a PEFT folder.
 
     Raises:
         CheckpointError: If the files are missing or damaged.
-        AdapterMismatchError: If the adapter uses what this library does not have.
+        AdapterMismatchError: If the adapter uses what this library or the model does not have.
 
     """
-    config = parse(_read_config(folder), str(folder / CONFIG))
-    with _opened(folder / TENSORS) as opened:
-        values = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-    _check_values(values, folder / TENSORS)
-    return config, values
+    config = parse(_read_config(folder) if options is None else options, str(folder / CONFIG))
+    file = folder / TENSORS
+    with _opened(file) as opened:
+        shapes = {key: opened.get_slice(key).get_shape() for key in opened.keys()}  # noqa: SIM118
+        yield content_of_file(model, config, shapes, repr(str(file))), shapes, opened
+
+
+def read_values(
+    model: nn.Module, content: FileContent, opened: Any, own: dict[str, Tensor], file: Path
+) -> dict[str, Tensor]:
+    """The tensors for the adapter's `own`, by their keys, checked.
+
+    Raises:
+        AdapterMismatchError: If a value cannot be what was trained, or comes with another base.
+
+    """
+    values: dict[str, Tensor] = {}
+    for key, name in content.own.items():
+        value = opened.get_tensor(key)
+        if name in values and not torch.equal(values[name], value):
+            raise AdapterMismatchError(
+                f"{str(file)!r} holds {key!r} twice, under the names of one and the same module, "
+                "with different values."
+            )
+        values[name] = value
+    check_values(values, own, repr(str(file)))
+    of_base = {name: opened.get_tensor(key) for key, name in content.of_base.items()}
+    _check_base(model, of_base, file)
+    return values
 
 
 def _files(model: nn.Module, folder: Path, adapter_name: str) -> dict[Path, bytes]:
@@ -163,8 +204,16 @@ def _files(model: nn.Module, folder: Path, adapter_name: str) -> dict[Path, byte
                 "it first."
             )
         tensors[key] = tensor.detach().to("cpu", copy=True).contiguous()
+    config = describe(model, adapter_name)
+    if config["peft_type"] == TOKENS:
+        tensors = {key.replace(".token_adapter.", "."): value for key, value in tensors.items()}
     content = to_safetensors(tensors, metadata={"format": "pt"})
-    return {folder / TENSORS: content, folder / CONFIG: _json(describe(model, adapter_name))}
+    return {folder / TENSORS: content, folder / CONFIG: _json(config)}
+
+
+def _is_folder_name(name: str) -> bool:
+    """Whether `name` is the name of a folder inside another one, and no path that leads out."""
+    return name not in ("", ".", "..") and not set(name) & set("/\\:\0")
 
 
 def _json(content: dict[str, Any]) -> bytes:
@@ -178,56 +227,48 @@ def _load_folder(model: nn.Module, folder: Path, name: str, options: dict[str, A
             f"delete_adapter(model, {name!r}), exchange its weights with hotswap_adapter, or load "
             "this one under another name."
         )
-    where = str(folder / CONFIG)
-    config = parse(options, where)
     file = folder / TENSORS
-    with _opened(file) as opened:
-        shapes = {key: opened.get_slice(key).get_shape() for key in opened.keys()}  # noqa: SIM118
-        config, of_base = selection_of_file(model, config, shapes, str(file))
-        try:
-            # On the meta device first: a config can ask for any size.
-            extend_adapter(model, config, name, low_cpu_mem_usage=True, check_rank=False)
-        except RuntimeError as error:
-            if isinstance(error, AdapterStateError):
-                raise
-            raise AdapterMismatchError(f"{where} asks for impossible sizes: {error}") from None
+    with opened_folder(model, folder, options) as (content, shapes, opened):
+        config = content.config
+        # On the meta device first: a config can ask for any size.
+        _extend(model, config, name, folder, on_meta=True)
         own = tensors_to_load(model, name)
-        own_shapes = {key: list(tensor.shape) for key, tensor in own.items()}
-        loaded = {key: shape for key, shape in shapes.items() if key not in of_base}
-        differences = tensor_differences(loaded, own_shapes)
+        loaded = {own_key: shapes[key] for key, own_key in content.own.items()}
+        differences = tensor_differences(loaded, {k: list(t.shape) for k, t in own.items()})
         if differences:
             raise AdapterMismatchError(
                 f"{str(file)!r} does not fit its config or this model:\n  "
                 + "\n  ".join(differences)
             )
-        if config.starts_from_base:
-            delete_adapter(model, name)
-            extend_adapter(model, config, name, check_rank=False)
-        values = {key: opened.get_tensor(key) for key in shapes}
-    _check_values(values, file)
-    _check_base(model, {key: values.pop(key) for key in of_base}, file)
+        values = read_values(model, content, opened, own, file)
+    if config.starts_from_base:
+        delete_adapter(model, name)
+        _extend(model, config, name, folder, on_meta=False)
     materialize(model, name)
     with torch.no_grad():
         for key, tensor in tensors_to_load(model, name).items():
             tensor.copy_(values[key])
 
 
+def _extend(
+    model: nn.Module, config: AdapterConfig, name: str, folder: Path, on_meta: bool
+) -> None:
+    try:
+        extend_adapter(model, config, name, low_cpu_mem_usage=on_meta, check_rank=False)
+    except LoraError:
+        raise
+    except (RuntimeError, TypeError, ValueError, ArithmeticError) as error:
+        raise AdapterMismatchError(
+            f"{str(folder / CONFIG)!r} asks for what cannot be made: {error}"
+        ) from error
+
+
 def _read_config(folder: Path) -> dict[str, Any]:
     file = folder / CONFIG
-    if not folder.exists():
-        raise CheckpointError(
-            f"There is no folder or file {str(folder)!r} to load an adapter from."
-        )
-    if not file.is_file():
-        found = sorted(entry.name for entry in folder.iterdir())
-        raise CheckpointError(
-            f"{str(folder)!r} is no adapter folder: it has no {CONFIG}. It holds "
-            f"{', '.join(found[:8]) or 'nothing'}."
-        )
-    if file.stat().st_size > LARGEST_CONFIG:
-        raise CheckpointError(f"{str(file)!r} is too large for an adapter's config.")
     try:
-        options = json.loads(file.read_bytes())
+        options = json.loads(_config_bytes(folder))
+    except OSError as error:
+        raise CheckpointError(f"{str(file)!r} cannot be read: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{str(file)!r} is no valid JSON: {error}") from None
     if not isinstance(options, dict):
@@ -235,6 +276,26 @@ def _read_config(folder: Path) -> dict[str, Any]:
             f"{str(file)!r} holds a {type(options).__name__}, not an adapter's options."
         )
     return options
+
+
+def _config_bytes(folder: Path) -> bytes:
+    file = folder / CONFIG
+    if not folder.exists():
+        raise CheckpointError(
+            f"There is no folder or file {str(folder)!r} to load an adapter from. (Nothing is "
+            "fetched from a hub.)"
+        )
+    if not file.is_file():
+        found = sorted(entry.name for entry in folder.iterdir())
+        inner = [name for name in found if (folder / name / CONFIG).is_file()]
+        hint = f" Give one of the adapter folders in it: {first_few(inner)}." if inner else ""
+        raise CheckpointError(
+            f"{str(folder)!r} is no adapter folder: it has no file {CONFIG}. It holds "
+            f"{first_few(found, 8) or 'nothing'}.{hint}"
+        )
+    if file.stat().st_size > LARGEST_CONFIG:
+        raise CheckpointError(f"{str(file)!r} is too large for an adapter's config.")
+    return file.read_bytes()
 
 
 @contextmanager
@@ -251,33 +312,24 @@ def _opened(file: Path) -> Iterator[Any]:
     try:
         with safe_open(file, framework="pt") as opened:
             yield opened
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{str(file)!r} is damaged or no safetensors file: {error}") from None
-
-
-def _check_values(values: dict[str, Tensor], file: Path) -> None:
-    for key, tensor in values.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise AdapterMismatchError(
-                f"{str(file)!r} holds values that are not finite (NaN or infinity) in {key!r}: the "
-                "adapter has diverged, or the file is damaged."
-            )
 
 
 def _check_base(model: nn.Module, values: dict[str, Tensor], file: Path) -> None:
     """Base tensors that PEFT saved along (embeddings) must be those of this base."""
-    own = model.state_dict()
-    for key, value in values.items():
-        name = key.removeprefix("base_model.model.").replace(".base_layer", "")
+    own = model.state_dict() if values else {}
+    for name, value in values.items():
         base = own.get(name)
-        if (
-            base is None
-            or base.shape != value.shape
-            or not torch.equal(base.cpu().to(value), value)
-        ):
+        same = (
+            base is not None
+            and base.shape == value.shape
+            and torch.equal(base.cpu().to(value), value)
+        )
+        if not same:
             found = "has none" if base is None else f"has other values, {list(base.shape)}"
             raise AdapterMismatchError(
                 f"{str(file)!r} comes with {name!r} {list(value.shape)} of its base, but this "
-                f"model {found}. Load the base that the adapter was trained on (resize its embeddings "
-                "if the vocabulary was extended)."
+                f"model {found}. Load the base that the adapter was trained on (resize its "
+                "embeddings if the vocabulary was extended)."
             )

@@ -18,27 +18,30 @@ from lora_lightning.bias import trained_biases
 from lora_lightning.hosts.base import Host, named_hosts
 
 PREFIX = "base_model.model."
+TOKEN_ROWS = (
+    "token_adapter.trainable_tokens_delta"  # PEFT's TRAINABLE_TOKENS: without the first part
+)
 
 
 def tensors_to_save(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     """The adapter as PEFT's files hold it."""
     found: dict[str, Tensor] = {}
-    for prefix, part in _parts(model, adapter_name):
-        found.update({prefix + name: tensor for name, tensor in part.file_state().items()})
+    for prefix, part in parts_in_file(model, adapter_name):
+        found.update({_key(prefix, k): tensor for k, tensor in part.file_state().items()})
     return {**found, **_shared_with_base(model, adapter_name)}
 
 
 def tensors_to_load(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     """The adapter's own tensors under the keys of the values in PEFT's files that they take."""
     found: dict[str, Tensor] = {}
-    for prefix, part in _parts(model, adapter_name):
+    for prefix, part in parts_in_file(model, adapter_name):
         for name, tensor in part.state_dict().items():
             if name not in part.not_in_files:
-                found[prefix + part.file_names.get(name, name)] = tensor
+                found[_key(prefix, part.file_names.get(name, name))] = tensor
     return {**found, **_shared_with_base(model, adapter_name)}
 
 
-def _parts(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Adapter]]:
+def parts_in_file(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Adapter]]:
     """(what stands before the tensors' names in the file, adapter) for every weight adapted."""
     hosts = dict(named_hosts(model))
     for path, host in hosts.items():
@@ -54,6 +57,11 @@ def _parts(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Adapter]]
                     yield prefix + place, part
         else:
             yield prefix, adapter
+
+
+def _key(prefix: str, name: str) -> str:
+    # What all modules share stands at the top, under a name of its own (VeRA's matrices).
+    return name if name.startswith("base_model.") else prefix + name
 
 
 def _place(path: str, hosts: dict[str, Host], adapter_name: str) -> str:

@@ -64,6 +64,30 @@ def _adalora(w: Tensor, base: Tensor, s: State, f: float) -> Tensor:
     return w + f * 3 / (2 + 1e-5) * s["lora_B"] @ (s["lora_A"] * s["lora_E"])
 
 
+def _oft(w: Tensor, base: Tensor, s: State, f: float) -> Tensor:
+    q = torch.zeros(w.shape[1], w.shape[1], dtype=w.dtype)  # blocks of 2
+    for i, (value,) in enumerate(s["oft_R"].tolist()):
+        q[2 * i, 2 * i + 1], q[2 * i + 1, 2 * i] = value, -value
+    one = torch.eye(len(q), dtype=w.dtype)
+    return w @ ((one - q) @ torch.linalg.inv(one + q)).t()
+
+
+def _shira(w: Tensor, base: Tensor, s: State, f: float) -> Tensor:
+    result = w.clone()
+    for value, row, column in zip(s["shira_weight"], *s["shira_indices"].long(), strict=True):
+        result[row, column] += f * value
+    return result
+
+
+def _ia3(w: Tensor, base: Tensor, s: State, f: float) -> Tensor:
+    return w * s["ia3_l"]
+
+
+def _vera(w: Tensor, base: Tensor, s: State, f: float) -> Tensor:
+    a, b = s["vera_A"][:, : w.shape[1]], s["vera_B"][: w.shape[0]]
+    return w + f * s["vera_lambda_b"][:, None] * (b @ (s["vera_lambda_d"][:, None] * a))
+
+
 # Type: (config class, options, the weight after it from: weight, base weight, tensors, factor).
 MIXED: dict[str, tuple[str, dict, Callable[..., Tensor]]] = {
     "lora": ("LoraConfig", {"r": 2, "lora_alpha": 3}, _lora),
@@ -75,6 +99,10 @@ MIXED: dict[str, tuple[str, dict, Callable[..., Tensor]]] = {
         {"init_r": 2, "target_r": 1, "lora_alpha": 3, "total_step": 9},
         _adalora,
     ),
+    "oft": ("OftConfig", {"oft_block_size": 2, "use_cayley_neumann": False}, _oft),
+    "shira": ("ShiraConfig", {"r": 1}, _shira),
+    "ia3": ("Ia3Config", {"feedforward_modules": []}, _ia3),
+    "vera": ("VeraConfig", {"r": 2}, _vera),
 }
 
 
@@ -101,6 +129,8 @@ def dense(base: nn.Module, layers: list[tuple[str, str, State, float]]) -> nn.Mo
         weight, bias = own.weight.detach(), own.bias.detach()
         for _, kind, state, factor in layers:
             here = {k.removeprefix(path + "."): t for k, t in state.items() if k.startswith(path)}
+            for name in ("vera_A", "vera_B"):  # which the layers share
+                here |= {name: t for k, t in state.items() if k.endswith(name) and here}
             if here:
                 weight = MIXED[kind][2](weight, own.weight.detach(), here, factor)
                 bias = BIAS.get(kind, lambda b, _: b)(bias, here)
@@ -109,7 +139,9 @@ def dense(base: nn.Module, layers: list[tuple[str, str, State, float]]) -> nn.Mo
     return result
 
 
-BIAS: dict[str, Callable[[Tensor, State], Tensor]] = {}
+BIAS: dict[str, Callable[[Tensor, State], Tensor]] = {
+    "ia3": lambda bias, s: bias * s["ia3_l"].flatten()
+}
 
 
 def adapted(kinds: tuple[str, ...], **options) -> tuple[nn.Module, nn.Module]:
@@ -307,6 +339,10 @@ ON_KINDS = {
     "loha": ["linear", "gpt2", "conv", "attention"],
     "lokr": ["linear", "gpt2", "conv", "attention"],
     "adalora": ["linear", "gpt2", "attention"],
+    "oft": ["linear", "gpt2", "conv", "attention"],
+    "shira": ["linear", "gpt2", "attention"],
+    "ia3": ["linear", "gpt2", "conv", "attention"],
+    "vera": ["linear", "gpt2", "attention"],
 }
 
 
@@ -339,7 +375,8 @@ class BaseInHalf(RuleBasedStateMachine):
     @rule()
     def train(self) -> None:
         parameters = [p for p in self.model.parameters() if p.requires_grad]
-        if parameters and adapter_names(self.model):
+        merged = any(host.merged_adapters for _, host in named_hosts(self.model))
+        if parameters and adapter_names(self.model) and not merged:
             self.model.zero_grad()
             self.model(self.ids).float().square().mean().backward()
             torch.optim.SGD(parameters, lr=0.05).step()

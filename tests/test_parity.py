@@ -48,6 +48,11 @@ loha                p        p        o        -        p        p        o     
 loha_cp             p        p        o        -        g        g        o        p        g        g        o        n        n        n        o
 lokr                p        p        o        -        p        p        o        p        p        p        o        n        n        n        o
 lokr_cp             p        p        o        -        o        p        o        p        p        p        o        n        n        n        o
+oft                 p        p        o        p        o        o        o        p        -        o        o        q        q        n        o
+shira               p        p        o        -        -        -        -        -        -        -        -        n        n        n        o
+ia3                 p        p        p        -        o        p        p        p        p        p        o        q        q        n        o
+ia3_inputs          p        p        p        -        o        p        p        p        p        p        o        q        q        n        o
+vera                p        p        p        -        -        -        -        -        -        -        -        q        q        n        o
 """
 
 # Type in the table: (config class, options).
@@ -66,8 +71,18 @@ TYPES = {
         "LokrConfig",
         {"r": 1, "alpha": 8, "use_effective_conv2d": True, "decompose_both": True},
     ),
+    "oft": ("OftConfig", {"oft_block_size": 2}),
+    "shira": ("ShiraConfig", {"r": 2}),
+    "ia3": ("Ia3Config", {"feedforward_modules": []}),
+    "ia3_inputs": ("Ia3Config", {"feedforward_modules": ["proj"]}),
+    "vera": ("VeraConfig", {"r": 4}),
 }
-PEFT_CLASSES = {"LohaConfig": "LoHaConfig", "LokrConfig": "LoKrConfig"}
+PEFT_CLASSES = {
+    "LohaConfig": "LoHaConfig",
+    "LokrConfig": "LoKrConfig",
+    "OftConfig": "OFTConfig",
+    "Ia3Config": "IA3Config",
+}
 
 # Kind in the table: (how the module is made, an input for it).
 KINDS = {
@@ -217,6 +232,7 @@ def test_same_as_peft_but_for_its_gradients(name: str, kind: str, tmp_path: Path
 
 
 @pytest.mark.filterwarnings("ignore:.*get_apply_tensor_subclass")
+@pytest.mark.filterwarnings("ignore:MatMul8bitLt")
 @pytest.mark.parametrize(("name", "kind"), cells("q"))
 def test_same_as_peft_on_a_quantised_base(name: str, kind: str, tmp_path: Path) -> None:
     run_beside_peft(name, kind, torch.float32, tmp_path)

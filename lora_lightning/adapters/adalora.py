@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_lightning.adapters.base import Base, DeltaAdapter, Site
+from lora_lightning.adapters.base import Base, Convolution, DeltaAdapter, Site
 from lora_lightning.config import (
     AdapterConfig,
     check_choice,
@@ -238,6 +238,10 @@ class AdaLoraConvAdapter(AdaLoraAdapter):
         lora_E (r, 1); lora_B (out, r).
 
     """
+
+    def peft_has_on(self, conv: Convolution, kernel: tuple[int, ...]) -> bool:
+        """In 2 dimensions and ungrouped."""
+        return conv.dims == 2 and conv.groups == 1 and super().peft_has_on(conv, kernel)
 
     def forward(self, x: Tensor, y: Tensor, base: Base) -> Tensor:
         """y + (delta_weight() applied to dropout(x))."""

@@ -48,6 +48,9 @@ class Base(Protocol):
     def base_weight(self) -> Tensor:
         """The weight as it was before any merge, dense, in the canonical layout."""
 
+    def bias_below(self, adapter: Adapter) -> Tensor | None:
+        """The bias of the map that an adapter acts on."""
+
 
 @dataclass(frozen=True)
 class Site:
@@ -66,6 +69,7 @@ class Site:
         transposed: Whether the experts' weight is stored as (experts, in, out).
         along: Path of the attention that an `out_proj` is adapted along with: patterns that name
             the attention hold for both, unless others name the `out_proj` itself.
+        shared: What all adapters of one injection share; `config.prepare` made it.
 
     """
 
@@ -81,6 +85,7 @@ class Site:
     check_rank: bool = True
     transposed: bool = False
     along: str | None = None
+    shared: Any = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -161,6 +166,10 @@ class Adapter(nn.Module):
 
     def start_from_weight(self, weight: Tensor) -> None:
         """Set the start values that are computed from the dense base weight."""
+
+    def peft_has_on(self, conv: Convolution, kernel: tuple[int, ...]) -> bool:
+        """Whether PEFT computes the same from this type on such a convolution."""
+        return conv.padding_mode == "zeros"  # others it leaves out
 
     def file_state(self) -> dict[str, Tensor]:
         """The tensors under the names, and in the form, that PEFT's files give them."""

@@ -50,7 +50,7 @@ class _Dora(LowRankAdapter):
             x = self.lora_dropout(x)
             mapped = base.apply_weight(x, weight.to(x.dtype))
         else:
-            bias = getattr(base, "bias", None)  # an embedding has none
+            bias = base.bias_below(self)
             mapped = y if bias is None else y - bias.view(self.magnitude_shape).to(y.dtype)
         change = (gain - 1).to(y.dtype) * mapped + gain.to(y.dtype) * self.update(x, base)
         return y + change.to(y.dtype)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_lightning.adapters.base import Base, DeltaAdapter, Site
+from lora_lightning.adapters.base import Base, Convolution, DeltaAdapter, Site
 from lora_lightning.adapters.lora_start import (
     START_FROM_WEIGHT,
     EvaConfig,
@@ -218,6 +218,10 @@ class LowRankAdapter(DeltaAdapter):
     def as_matrix(self, weight: Tensor) -> Tensor:
         """A weight in the canonical layout as the matrix (out, in) that B A is added to."""
         return weight
+
+    def peft_has_on(self, conv: Convolution, kernel: tuple[int, ...]) -> bool:
+        """Not where it dilates either: PEFT's A does not."""
+        return super().peft_has_on(conv, kernel) and set(conv.dilation) == {1}
 
     def extra_repr(self) -> str:
         """Rank and alpha, as they appear in `print(model)`."""

@@ -90,6 +90,21 @@ class Host(nn.Module):
         """A weight as it was before any merge, dense, in the canonical layout."""
         return self._kept[name] if name in self._kept else self.dense_weight(name)
 
+    def bias_below(self, adapter: Adapter, name: str = "weight") -> Tensor | None:
+        """The bias of the map that an adapter on a weight acts on: those before it may change it."""
+        bias = getattr(self, self.bias_name(name), None)
+        if bias is None or self.row_adapters is not None:  # a row has one adapter only
+            return bias
+        base: Base = self if name == "weight" else HostPart(self, name)
+        for other in self.chain(name):
+            if other is adapter:
+                break
+            if not isinstance(other, TrainedCopy):
+                after = other.transform_bias(bias, base)
+                compiling = torch.compiler.is_compiling() and after is not bias
+                bias = torch.where(other.live, after, bias) if compiling else after
+        return bias
+
     # -- forward ---------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -314,6 +329,10 @@ class HostPart:
     def base_weight(self) -> Tensor:
         """The weight before any merge, dense, in the canonical layout."""
         return self.host.base_weight(self.name)
+
+    def bias_below(self, adapter: Adapter) -> Tensor | None:
+        """The bias of the map that an adapter on the weight acts on."""
+        return self.host.bias_below(adapter, self.name)
 
 
 def fold(chain: list[Adapter], x: Tensor, base_map: Callable[[Tensor], Any], base: Base) -> Any:

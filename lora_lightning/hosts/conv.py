@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_lightning.adapters.base import Adapter, Convolution
-from lora_lightning.adapters.lora import LowRankAdapter
 from lora_lightning.hosts.base import Host
 
 CONVOLUTIONS = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
@@ -38,10 +37,8 @@ class ConvHost(Host):
         )
 
     def peft_knows(self, adapter: Adapter) -> bool:
-        """Not where the padding is not of zeros, nor LoRA where it dilates: PEFT leaves them out."""
-        conv = self.convolution()
-        dilates = set(conv.dilation) != {1} and isinstance(adapter, LowRankAdapter)
-        return conv.padding_mode == "zeros" and not dilates
+        """Where PEFT has this type of adapter on such a convolution, and computes the same."""
+        return adapter.peft_has_on(self.convolution(), tuple(self.weight.shape[2:]))
 
     def apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
         """The convolution of x with another kernel, in the module's own geometry.

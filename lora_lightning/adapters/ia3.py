@@ -1,0 +1,182 @@
+"""(IA)^3: one learned factor for each output, or for each input, of a frozen map.
+
+    y' = l * f(x),    or, on a feedforward module,    y' = f(l * x),
+
+f being the map below the adapter, bias included.
+
+Source: Liu et al. 2022, "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than
+In-Context Learning" (arXiv:2205.05638), section 3.3. Names, shapes and start are PEFT's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from lora_lightning.adapters.base import Adapter, Base, Convolution, Site
+from lora_lightning.config import AdapterConfig, check_choice, check_expression
+from lora_lightning.errors import TargetError, did_you_mean, first_few
+from lora_lightning.initialization import normal_
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ia3Config(AdapterConfig):
+    """Options of an (IA)^3 adapter; names and defaults are those of PEFT.
+
+    Args:
+        feedforward_modules: Which of the targets get a factor for each input instead of one for
+            each output (in the paper: what leads out of the feedforward block): a list of names
+            (whole path or its last part), or one regular expression over whole paths.
+        init_ia3_weights: true: all factors are 1 (the adapter starts as a no-op); false: random
+            ones, for tests.
+
+    Raises:
+        ConfigError: If a value is out of range or two options contradict each other.
+        TargetError: At injection, if feedforward_modules fits no adapted module.
+
+    """
+
+    peft_type = "IA3"
+    free_to_change = AdapterConfig.free_to_change | {"init_ia3_weights"}
+
+    feedforward_modules: list[str] | str | None = None
+    init_ia3_weights: bool = True
+
+    def __post_init__(self) -> None:
+        check_choice("init_ia3_weights", self.init_ia3_weights, (True, False))
+        if isinstance(self.feedforward_modules, str):
+            check_expression("feedforward_modules", self.feedforward_modules)
+        super().__post_init__()
+
+    def prepare(
+        self, shapes: Mapping[str, Sequence[tuple[int, ...]]], known: Mapping[str, Any]
+    ) -> None:
+        """Check that all of `feedforward_modules` is adapted."""
+        paths = [*shapes, *known]
+        for name, expression in self._feedforward().items():
+            if any(re.fullmatch(expression, path) for path in paths):
+                continue
+            near = did_you_mean(name, [*paths, *(path.rpartition(".")[2] for path in paths)])
+            raise TargetError(
+                f"feedforward_modules {name!r} fits none of the {len(paths)} adapted modules "
+                f"({first_few(paths, 3)}). {f'Did you mean {near!r}? ' if near else ''}Its modules "
+                "must be among target_modules. (lora.feedforward_modules)"
+            )
+
+    def is_feedforward(self, path: str) -> bool:
+        """Whether the inputs of the module at `path` are scaled, not its outputs."""
+        return any(re.fullmatch(e, path) for e in self._feedforward().values())
+
+    def _feedforward(self) -> dict[str, str]:
+        names = self.feedforward_modules
+        if isinstance(names, str):
+            return {names: names}
+        return {name: rf"(.*\.)?{re.escape(name)}" for name in names or ()}
+
+    def file_options(self) -> dict[str, Any]:
+        """What PEFT's adapter_config.json says; names as the expression that means just them.
+
+        PEFT takes a name for the end of a path, within a word too, and needs some value.
+        """
+        expression = "|".join(self._feedforward().values())
+        return {**super().file_options(), "feedforward_modules": expression or []}
+
+
+class Ia3Adapter(Adapter):
+    """(IA)^3 on a linear map.
+
+    A factor is near 1, where numbers of 16 bits lie far apart: there, l * y is y + (l - 1) y.
+
+    Shapes:
+        x (..., in), y (..., out); ia3_l (out, 1), on a feedforward module (1, in).
+
+    """
+
+    def __init__(self, site: Site) -> None:
+        super().__init__(site.config, site.device)
+        self.site = site
+        self.is_feedforward = cast(Ia3Config, site.config).is_feedforward(site.path)
+        self.ia3_l = site.parameter(*self.factor_shape())
+        self.reset_parameters()
+
+    def factor_shape(self) -> tuple[int, ...]:
+        """The shape of ia3_l."""
+        out_features, in_features = self.site.shape
+        return (1, in_features) if self.is_feedforward else (out_features, 1)
+
+    def reset_parameters(self) -> None:
+        """All factors 1, or random with `init_ia3_weights: false`."""
+        super().reset_parameters()
+        if cast(Ia3Config, self.config).init_ia3_weights:
+            with torch.no_grad():
+                self.ia3_l.fill_(1)
+        else:
+            normal_(self.ia3_l, 1, self.site.generator("ia3_l"))
+
+    def along_activation(self) -> Tensor:
+        """The factors, to be multiplied with inputs or outputs."""
+        return self.ia3_l.flatten()
+
+    def along_weight(self) -> Tensor:
+        """The factors, to be multiplied with the weight."""
+        return self.ia3_l
+
+    def _scale(self, activation: Tensor) -> Tensor:
+        factors = self.along_activation()
+        if activation.dtype.itemsize >= 4:
+            return activation * factors.to(activation.dtype)
+        return torch.addcmul(activation, activation, (factors - 1).to(activation.dtype))
+
+    def transform_input(self, x: Tensor, base: Base) -> Tensor:
+        """l * x on a feedforward module."""
+        return self._scale(x) if self.is_feedforward else x
+
+    def forward(self, x: Tensor, y: Tensor, base: Base) -> Tensor:
+        """l * y, unless x was scaled."""
+        return y if self.is_feedforward else self._scale(y)
+
+    def transform_weight(self, weight: Tensor, base: Base) -> Tensor:
+        """Rows scaled by l; columns on a feedforward module."""
+        return weight * self.along_weight().to(weight)
+
+    def transform_bias(self, bias: Tensor, base: Base) -> Tensor:
+        """l * bias, unless the inputs are scaled."""
+        return bias if self.is_feedforward else bias * self.ia3_l.flatten().to(bias)
+
+
+class Ia3ConvAdapter(Ia3Adapter):
+    """(IA)^3 on a convolution: a factor for each channel.
+
+    Shapes:
+        x (batch, in, *size), y (batch, out, *size'); ia3_l (1, out or in, 1, ...).
+
+    """
+
+    def peft_has_on(self, conv: Convolution, kernel: tuple[int, ...]) -> bool:
+        """In 2 and 3 dimensions: only the output or the input is scaled, whatever the padding."""
+        return conv.dims > 1
+
+    def factor_shape(self) -> tuple[int, ...]:
+        """The shape of ia3_l."""
+        out_channels, in_channels, *kernel = self.site.shape
+        channels = in_channels * self._groups() if self.is_feedforward else out_channels
+        return (1, channels, *(1 for _ in kernel))
+
+    def along_activation(self) -> Tensor:
+        """The factors as (channels, 1, ...)."""
+        return self.ia3_l[0]
+
+    def along_weight(self) -> Tensor:
+        """The factors as (out, 1, 1, ...), or as (out, in / groups, 1, ...) for inputs."""
+        if not self.is_feedforward:
+            return self.ia3_l.transpose(0, 1)
+        by_group = self.ia3_l.view(self._groups(), -1, *self.ia3_l.shape[2:])
+        return by_group.repeat_interleave(self.site.shape[0] // self._groups(), dim=0)
+
+    def _groups(self) -> int:
+        return cast(Convolution, self.site.conv).groups
