@@ -12,7 +12,8 @@ from lora_lightning.adapters.token_rows import TiedTokenRows
 from lora_lightning.adapters.trained_copy import TrainedCopy
 from lora_lightning.bias import trained_biases
 from lora_lightning.errors import AdapterStateError
-from lora_lightning.hosts.base import Host, named_hosts, part_of
+from lora_lightning.hosts.base import Host, named_hosts
+from lora_lightning.hosts.folding import part_of
 from lora_lightning.hosts.growing import check_can_shrink
 from lora_lightning.injection import delete_adapter
 from lora_lightning.switching import active_adapters, adapter_names, check_enabled, set_adapter

@@ -18,8 +18,8 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from lora_lightning import LoraConfig, inject_adapter
-from lora_lightning.errors import ConfigError, LoraError, RankError, TargetError
 from lora_lightning.config import pattern_value
+from lora_lightning.errors import ConfigError, LoraError, RankError, TargetError
 from lora_lightning.targets import is_excluded, matches_target, select_modules
 
 # -- names against peft ------------------------------------------------------------------------

@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from lora_lightning.adapters.base import Adapter, Base
 from lora_lightning.adapters.trained_copy import TrainedCopy
 from lora_lightning.errors import AdapterStateError
-from lora_lightning.hosts.base import Host, HostPart, adapted_class, fold, part_of, split_copy, walk
+from lora_lightning.hosts.base import Host, adapted_class, walk
+from lora_lightning.hosts.folding import HostPart, fold, part_of, split_copy
 from lora_lightning.hosts.growing import become_host, leave_host
 from lora_lightning.hosts.shared_cast import autocast_input
 

@@ -24,7 +24,8 @@ from lora_lightning.adapters.base import Adapter, AdapterParts
 from lora_lightning.adapters.lora_experts import LoraExpertsAdapter
 from lora_lightning.errors import AdapterStateError, TargetError
 from lora_lightning.hosts.attention import attention_obstacle
-from lora_lightning.hosts.base import Host, HostPart, split_copy
+from lora_lightning.hosts.base import Host
+from lora_lightning.hosts.folding import HostPart, split_copy
 from lora_lightning.hosts.low_rank_weight import LowRankWeight
 
 # Packages in which a forward reads its weights by torch operations alone, and those of

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_lightning.adapters.base import Adapter
-from lora_lightning.hosts.base import Host, fold, split_copy
+from lora_lightning.hosts.base import Host
+from lora_lightning.hosts.folding import fold, split_copy
 from lora_lightning.hosts.shared_cast import autocast_input
 
 
