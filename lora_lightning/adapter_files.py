@@ -207,9 +207,13 @@ def _is_whole(manifest: dict[str, Any], state: Any) -> bool:
 
 
 def _is_fingerprint(base: Any) -> bool:
-    return isinstance(base, dict) and bool(base) and all(
-        isinstance(name, str) and isinstance(entry, list) and len(entry) == 3
-        for name, entry in base.items()
+    return (
+        isinstance(base, dict)
+        and bool(base)
+        and all(
+            isinstance(name, str) and isinstance(entry, list) and len(entry) == 3
+            for name, entry in base.items()
+        )
     )
 
 

@@ -144,7 +144,12 @@ def test_an_unknown_option_names_the_nearest():
     )
     with pytest.raises(ConfigError) as caught:
         LoraConfig.from_dict({"zzz": 4})
-    for name in ["Unknown LoraConfig option 'zzz'", "Known options: target_modules,", "bias", "(lora.zzz)"]:
+    for name in [
+        "Unknown LoraConfig option 'zzz'",
+        "Known options: target_modules,",
+        "bias",
+        "(lora.zzz)",
+    ]:
         assert name in str(caught.value)
 
 

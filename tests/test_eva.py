@@ -78,9 +78,7 @@ def test_ranks_follow_the_variance_and_the_scaling_stays() -> None:
 
 def test_same_directions_as_peft() -> None:
     base = Tower()
-    config, start = eva_start(
-        base, LoraConfig(r=2, init_lora_weights="eva"), batches(), base.forward
-    )
+    _, start = eva_start(base, LoraConfig(r=2, init_lora_weights="eva"), batches(), base.forward)
     options = {"r": 2, "init_lora_weights": "eva", "target_modules": ["q", "k", "low"]}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -129,9 +129,9 @@ def dense(base: nn.Module, layers: list[tuple[str, str, State, float]]) -> nn.Mo
         weight, bias = own.weight.detach(), own.bias.detach()
         for _, kind, state, factor in layers:
             here = {k.removeprefix(path + "."): t for k, t in state.items() if k.startswith(path)}
-            for name in ("vera_A", "vera_B"):  # which the layers share
-                here |= {name: t for k, t in state.items() if k.endswith(name) and here}
+            shared = {k.rpartition(".")[2]: t for k, t in state.items() if "projections" in k}
             if here:
+                here |= shared  # vera_A and vera_B, which the layers have in common
                 weight = MIXED[kind][2](weight, own.weight.detach(), here, factor)
                 bias = BIAS.get(kind, lambda b, _: b)(bias, here)
         result.get_submodule(path).weight.data = weight

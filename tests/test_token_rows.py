@@ -136,7 +136,10 @@ def test_deepcopy_keeps_head_and_table_together() -> None:
         ({"trainable_token_indices": ["1"]}, "token ids are integers"),
         ({"trainable_token_indices": {"embed_token": [1]}}, "did you mean 'embed_tokens'"),
         ({"trainable_token_indices": {"q_proj": [1]}}, "no nn.Embedding"),
-        ({"trainable_token_indices": [1], "target_modules": ["embed_tokens"]}, "adapted as a whole"),
+        (
+            {"trainable_token_indices": [1], "target_modules": ["embed_tokens"]},
+            "adapted as a whole",
+        ),
         ({"trainable_token_indices": [1], "target_modules": ["lm_head"]}, "adapted as a whole"),
     ],
 )

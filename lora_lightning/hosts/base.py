@@ -92,7 +92,7 @@ class Host(nn.Module):
         return self._kept[name] if name in self._kept else self.dense_weight(name)
 
     def bias_below(self, adapter: Adapter, name: str = "weight") -> Tensor | None:
-        """The bias of the map that an adapter on a weight acts on: those before it may change it."""
+        """The bias of the map that an adapter acts on: those before it may change it."""
         bias = getattr(self, self.bias_name(name), None)
         if bias is None or self.row_adapters is not None:  # a row has one adapter only
             return bias
