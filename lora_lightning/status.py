@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass, field
 
 from rich.console import Console
@@ -9,6 +10,8 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
+from lora_lightning.bias import trained_biases
+from lora_lightning.errors import first_few
 from lora_lightning.hosts.base import named_hosts
 from lora_lightning.switching import active_adapters, adapter_names
 
@@ -22,7 +25,8 @@ class LayerStatus:
         enabled: False inside `disable_adapter`.
         adapters: Name and type of every adapter on it, {"default": "LoraAdapter"}.
         active, merged: Names of those that act in forward, and of those in the weight.
-        trainable: By name: True, False, or None where only some of its tensors require gradients.
+        trainable: By name: True, False, or None where some of its tensors require gradients and
+            some do not, or where it has none (in a head that shares its table's token rows).
         parameters: By name, how many numbers it has.
         devices, dtypes: By name, of its tensors.
 
@@ -47,6 +51,7 @@ class AdapterStatus:
     Attributes:
         layers: The modules that carry adapters.
         adapters, active: Names of all adapters, and of those that act somewhere.
+        biases: By name of the adapter, the biases of the base that train with it.
         trainable_parameters, total_parameters: Counted over the whole model.
         irregular: What differs from layer to layer though it is set for the whole model at once.
 
@@ -55,6 +60,7 @@ class AdapterStatus:
     layers: list[LayerStatus]
     adapters: list[str]
     active: list[str]
+    biases: dict[str, list[str]]
     trainable_parameters: int
     total_parameters: int
     irregular: list[str]
@@ -66,23 +72,30 @@ class AdapterStatus:
         for layer in self.layers:
             for name, adapter_type in layer.adapters.items():
                 trains = {True: "yes", False: "no", None: "in part"}[layer.trainable[name]]
+                trains = trains if layer.parameters[name] else ""
                 cells = (layer.path, layer.module_type, name, adapter_type, _state(layer, name))
                 table.add_row(*map(Text, cells), trains, f"{layer.parameters[name]:,}")
-        console = Console()
+        # As wide as it takes: names that are cut off tell nothing.
+        console = Console(file=io.StringIO(), width=10_000, color_system=None)
         with console.capture() as captured:
             console.print(table)
-            console.print(
-                f"trainable {self.trainable_parameters:,} of {self.total_parameters:,} parameters",
-                highlight=False,
-            )
-            for line in self.irregular:
-                console.print(Text(line))
-        return captured.get().rstrip()
+        lines = [captured.get().rstrip()]
+        lines += [
+            f"adapter {name!r} trains {len(biases)} biases of the base: {first_few(biases, 3)}"
+            for name, biases in self.biases.items()
+        ]
+        lines.append(
+            f"trainable {self.trainable_parameters:,} of {self.total_parameters:,} parameters"
+        )
+        return "\n".join([*lines, *self.irregular])
 
 
 def adapter_status(model: nn.Module) -> AdapterStatus:
     """Which adapters sit where, which of them act, are merged, or train."""
     layers = []
+    biases: dict[str, list[str]] = {}
+    for path, _, record in trained_biases(model):
+        biases.setdefault(record.adapter_name, []).append(path)
     for path, host in named_hosts(model):
         layer = LayerStatus(
             path,
@@ -94,7 +107,7 @@ def adapter_status(model: nn.Module) -> AdapterStatus:
         for name in host.adapters:
             adapter = host.adapters[name]
             parameters = list(adapter.parameters())
-            required = {p.requires_grad for p in parameters}
+            required = {p.requires_grad for p in parameters if p.is_floating_point()}
             layer.adapters[name] = type(adapter).__name__
             layer.trainable[name] = required.pop() if len(required) == 1 else None
             layer.parameters[name] = sum(p.numel() for p in parameters)
@@ -105,6 +118,7 @@ def adapter_status(model: nn.Module) -> AdapterStatus:
         layers=layers,
         adapters=adapter_names(model),
         active=active_adapters(model),
+        biases=biases,
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         total_parameters=sum(p.numel() for p in model.parameters()),
         irregular=_irregular(layers),
@@ -112,6 +126,8 @@ def adapter_status(model: nn.Module) -> AdapterStatus:
 
 
 def _state(layer: LayerStatus, name: str) -> str:
+    if "meta" in layer.devices[name]:
+        return "without values"
     if name in layer.merged:
         return "merged"
     if name not in layer.active:
@@ -125,7 +141,7 @@ def _irregular(layers: list[LayerStatus]) -> list[str]:
         carrying = [layer for layer in layers if name in layer.adapters]
         for what, values in (
             ("state", {_state(layer, name) for layer in carrying}),
-            ("requires_grad", {layer.trainable[name] for layer in carrying}),
+            ("requires_grad", {la.trainable[name] for la in carrying if la.parameters[name]}),
         ):
             if len(values) > 1:
                 shown = ", ".join(sorted(map(str, values)))

@@ -332,9 +332,17 @@ class LoraAdapter(LowRankAdapter):
 
     def forward(self, x: Tensor, y: Tensor, base: Base) -> Tensor:
         """y + scaling * (B A dropout(x) + b), in y's dtype."""
-        y = y + self.update(self.lora_dropout(x), base).to(y.dtype)
+        x, scale = self.lora_dropout(x), self.scale()
+        a, b = self.cast_factors(x)
+        hidden = F.linear(x, a)
+        if isinstance(scale, float) and hidden.dtype == y.dtype:
+            # One call: no output-sized temporaries for B h, for its scaling and for the sum.
+            flat_y, flat_hidden = y.reshape(-1, y.shape[-1]), hidden.reshape(-1, a.shape[0])
+            y = torch.addmm(flat_y, flat_hidden, b.t(), alpha=scale).view(y.shape)
+        else:  # compiled: inductor fuses this; or a base that answers in a dtype of its own
+            y = y + F.linear(hidden * scale, b).to(y.dtype)
         if self.lora_B_bias is not None:
-            y = y + (self.scale() * self.lora_B_bias).to(y.dtype)
+            y = y + (scale * self.lora_B_bias).to(y.dtype)
         return y
 
     def delta_weight(self) -> Tensor:

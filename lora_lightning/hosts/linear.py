@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lora_lightning.adapters.base import Adapter
 from lora_lightning.hosts.base import Host
 from lora_lightning.hosts.folding import fold, split_copy
+from lora_lightning.hosts.fused_lora import can_fuse, fused_lora, lora_terms
 from lora_lightning.hosts.shared_cast import autocast_input
 
 
@@ -30,6 +31,10 @@ class LinearHost(Host):
         """The output for `x`, which under autocast is cast once for all that read it."""
         copy, others = split_copy(chain)
         shared = autocast_input(x)
+        if copy is None and self.is_plain() and can_fuse(shared, self.weight, self.bias):
+            terms = lora_terms(others)
+            if terms is not None:
+                return fused_lora(shared, self.weight, self.bias, terms)
         # Only the plain Linear is known to begin with autocast's cast; a subclass with a forward
         # of its own (a router in fp32, say) gets what it was given.
         own = shared if self.is_plain() else x
