@@ -8,8 +8,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import lightning
 import pytest
 import yaml
+from modules import Data, Net
+
+from lora_lightning import (
+    LoraCallback,
+    LoraConfig,
+    active_adapters,
+    adapter_names,
+    inject_adapter,
+    save_adapter,
+)
 
 REPOSITORY = Path(__file__).parent.parent
 README = (REPOSITORY / "README.md").read_text()
@@ -21,7 +32,7 @@ def blocks(language: str) -> list[str]:
 
 def test_python_runs(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
-    own_code, engine = (block for block in blocks("python") if "import" in block)
+    own_code, engine, many = (block for block in blocks("python") if "import" in block)
     names: dict[str, Any] = {}
     exec(own_code, names)
     assert len(names["predictions"]) == 8
@@ -30,6 +41,28 @@ def test_python_runs(tmp_path: Path, monkeypatch: Any) -> None:
     names = {}
     exec(engine, names)
     assert type(names["model"][0]).__name__ == "Linear"
+    names = {}
+    exec(many, names)
+    assert adapter_names(names["fresh"]) == ["style"]
+    assert sorted(p.name for p in Path("adapters/all").iterdir() if p.is_dir()) == [
+        "style",
+        "topic",
+        "turn",
+    ]
+
+
+def test_two_callbacks_of_the_text(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    base = Net()
+    inject_adapter(base, LoraConfig(r=2), "style")
+    save_adapter(base, "adapters/style", "style")
+    (code,) = (block for block in blocks("python") if "init_from" in block)
+    options = "enable_checkpointing=False, logger=False, max_epochs=1, accelerator='cpu', "
+    code = "trainer = " + code.replace("L.Trainer(", f"L.Trainer({options}").replace("r=8", "r=2")
+    names = {"L": lightning, "LoraCallback": LoraCallback}
+    exec(code, names)
+    names["trainer"].fit(module := Net(), Data())
+    assert active_adapters(module) == ["style", "topic"]
 
 
 def test_commands_parse() -> None:
