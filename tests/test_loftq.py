@@ -9,16 +9,18 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lora_lightning import (
+    LoftqConfig,
     LoraConfig,
     disable_adapter,
     inject_adapter,
     merge_adapter,
     unmerge_adapter,
 )
-from lora_lightning.errors import AdapterMismatchError, AdapterStateError
+from lora_lightning.errors import AdapterMismatchError, AdapterStateError, LoraError
 from lora_lightning.loftq import loftq_factors, rounded_to_nf4, start_from_rounding_error
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
@@ -163,3 +165,58 @@ def test_a_model_of_transformers_and_its_file(tmp_path: Path) -> None:
             errors = start_from_rounding_error(model, file.get_tensor)
         assert len(errors) == 7
         assert (model(ids).logits - wanted).norm() < 0.5 * (alone - wanted).norm()
+
+
+# -- as an option ------------------------------------------------------------------------------
+
+
+def quantised_pair() -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(0)
+    plain = nn.ModuleDict({"model": nn.ModuleDict({"lin": nn.Linear(128, 64)})})
+    layer = bnb.nn.Linear4bit(128, 64, quant_type="nf4")
+    layer.load_state_dict(plain["model"]["lin"].state_dict())
+    return plain, nn.ModuleDict({"model": nn.ModuleDict({"lin": layer.to("cpu")})})
+
+
+def test_the_option_takes_the_weights_from_files(tmp_path) -> None:
+    plain, model = quantised_pair()
+    weight = plain["model"]["lin"].weight.detach()
+    save_file({"lin.weight": weight}, tmp_path / "model.safetensors")  # names without "model."
+    packed = model["model"]["lin"].weight.data.clone()
+    config = LoraConfig(
+        r=8, init_lora_weights="loftq", loftq_config=LoftqConfig(weights=str(tmp_path))
+    )
+    inject_adapter(model, config)
+    layer = model["model"]["lin"]
+    adapter = layer.adapters["default"]
+    before = (weight - layer.base_weight()).norm()
+    after = (weight - layer.base_weight() - adapter.delta_weight()).norm()
+    assert after < 0.9 * before
+    assert torch.equal(layer.weight.data, packed)
+
+
+@pytest.mark.parametrize(
+    ("weights", "words"),
+    [("nowhere", "no safetensors file"), (".", "no safetensors file")],
+)
+def test_the_option_without_files(weights: str, words: str, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    _, model = quantised_pair()
+    config = LoraConfig(r=8, init_lora_weights="loftq", loftq_config=LoftqConfig(weights=weights))
+    keys, required = model.state_dict().keys(), [p.requires_grad for p in model.parameters()]
+    with pytest.raises(LoraError, match=words):
+        inject_adapter(model, config)
+    assert model.state_dict().keys() == keys
+    assert [p.requires_grad for p in model.parameters()] == required
+
+
+def test_the_option_on_a_base_that_is_not_rounded(tmp_path) -> None:
+    plain, _ = quantised_pair()
+    save_file({"lin.weight": plain["model"]["lin"].weight.detach()}, tmp_path / "m.safetensors")
+    config = LoraConfig(
+        r=8, init_lora_weights="loftq", loftq_config=LoftqConfig(weights=str(tmp_path))
+    )
+    with pytest.raises(LoraError, match="Load the base in 4 or 8 bits"):
+        inject_adapter(plain, config)
+    with pytest.raises(LoraError, match="loftq_config"):
+        LoraConfig(init_lora_weights="loftq")

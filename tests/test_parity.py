@@ -22,8 +22,10 @@ from lora_lightning import (
     disable_adapter,
     inject_adapter,
     load_adapter,
+    load_adapter_state_dict,
     merge_adapter,
     save_adapter,
+    set_adapter,
     unmerge_adapter,
 )
 from lora_lightning.peft_keys import tensors_to_load
@@ -402,3 +404,24 @@ def test_the_table_covers_everything() -> None:
     header, *rows = [line.split() for line in TABLE.strip().splitlines()]
     assert header == list(KINDS)
     assert [row[0] for row in rows] == list(TYPES)
+
+
+@pytest.mark.parametrize("second", [False, True], ids=["first", "second"])
+@pytest.mark.parametrize("name", TYPES)
+def test_low_cpu_mem_usage(name: str, second: bool) -> None:
+    """Made without memory, then filled: the same as an adapter that was made in the ordinary way."""
+    torch.manual_seed(0)
+    base = Net("linear").double()
+    source = adapted_by_us(base, name)
+    shake([p for p in source.parameters() if p.requires_grad], 0.3)
+    model = adapted_by_us(base, "lora") if second else copy.deepcopy(base)
+    label = "late" if second else "default"
+    config = getattr(lora_lightning, TYPES[name][0])(**options(name))
+    inject_adapter(model, config, label, low_cpu_mem_usage=True)
+    tensors = adapter_state_dict(model, label).values()
+    assert all(tensor.is_meta for tensor in tensors)
+    load_adapter_state_dict(model, adapter_state_dict(source), label)
+    set_adapter(model, label)
+    x = example("linear", torch.float64)
+    assert bit_equal(model(x), source(x))
+    assert all(p.requires_grad for k, p in model.named_parameters() if f".{label}.lora_A" in k)
