@@ -17,10 +17,12 @@ from nets import bit_equal, shake
 from torch import Tensor, nn
 
 from lora_lightning import (
+    LoftqConfig,
     LoraConfig,
     LoraError,
     active_adapters,
     adapter_state_dict,
+    add_weighted_adapter,
     disable_adapter,
     inject_adapter,
     load_adapter,
@@ -145,6 +147,21 @@ def test_6_convolutions_keep_dilation_and_padding_mode(options: dict) -> None:
     torch.testing.assert_close(model(x), result, rtol=1e-10, atol=1e-10)
 
 
+def test_7_weighted_combinations_are_right_with_rslora() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 9)).double()
+    deltas = {}
+    for name, r in (("a", 2), ("b", 3)):
+        adapted(model, name, r=r, lora_alpha=5, use_rslora=True)
+        state = adapter_state_dict(model, name)
+        deltas[name] = 5 / r**0.5 * state["0.lora_B"] @ state["0.lora_A"]
+    add_weighted_adapter(model, ["a", "b"], [0.7, -0.2], "both", "cat")
+    x = torch.randn(4, 12, dtype=torch.float64)
+    weight = model[0].weight + 0.7 * deltas["a"] - 0.2 * deltas["b"]
+    set_adapter(model, "both")
+    torch.testing.assert_close(model(x), x @ weight.t() + model[0].bias, rtol=1e-10, atol=1e-10)
+
+
 def test_8_modules_to_save_takes_names_not_endings() -> None:
     def net() -> nn.Module:
         names = ("body", "head", "overhead", "subhead")
@@ -166,6 +183,30 @@ def test_9_max_norm_of_an_embedding_leaves_the_adapter_alone() -> None:
     assert all(bit_equal(t, before[k]) for k, t in adapter_state_dict(model).items())
     with pytest.raises(LoraError, match="max_norm"):
         merge_adapter(model)
+
+
+def test_10_quantised_bases_merge_the_adapters_bias_with_its_scaling() -> None:
+    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    torch.manual_seed(0)
+    layer = bnb.nn.Linear4bit(64, 64, quant_type="nf4")
+    layer.load_state_dict(nn.Linear(64, 64).state_dict())
+    model = nn.Sequential(layer.to("cpu"), nn.Linear(64, 4))
+    bias = model[0].bias.detach().clone()
+    adapted(model, lora_alpha=6, lora_bias=True, target_modules=["0"])
+    inject_adapter(model, LoraConfig(r=2, target_modules=["1"]), "elsewhere")  # not on this layer
+    set_adapter(model, ["default", "elsewhere"])
+    merge_adapter(model)
+    expected = bias + 3 * adapter_state_dict(model)["0.lora_B_bias"]
+    torch.testing.assert_close(model[0].bias, expected)
+    unmerge_adapter(model)
+    assert bit_equal(model[0].bias, bias)
+
+
+@pytest.mark.parametrize("layer", [nn.Embedding(9, 8), nn.Conv1d(8, 8, 3)], ids=["embed", "conv"])
+def test_10_loftq_says_where_it_is_not_defined(layer: nn.Module) -> None:
+    options = {"init_lora_weights": "loftq", "loftq_config": LoftqConfig(weights="nowhere")}
+    with pytest.raises(LoraError, match="is defined for Linear modules"):
+        adapted(nn.Sequential(layer), target_modules=["0"], **options)
 
 
 def test_11_ten_merges_in_bf16_leave_no_trace() -> None:
