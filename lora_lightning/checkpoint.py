@@ -77,6 +77,10 @@ def materialize(model: nn.Module, adapter_name: str) -> None:
             )
         adapter.to_empty(device=device)
         adapter.reset_parameters()
+        if isinstance(adapter, TrainedCopy):  # buffers that no file holds are those of the module
+            base = dict(host.named_buffers())
+            for name, buffer in adapter.module.named_buffers():
+                buffer.copy_(base[name])
 
 
 def saved_keys(model: nn.Module, adapter_name: str) -> dict[str, list[int]]:
@@ -134,6 +138,5 @@ def _tensors(model: nn.Module, adapter_name: str) -> list[tuple[str, str, Tensor
             found.append((prefix + short, f"{prefix}adapters.{adapter_name}.{name}", tensor))
     for name, module, record in trained_biases(model):
         if record.adapter_name == adapter_name:
-            bias = record.parameter(module) if record.shown else record.hidden
-            found.append((name, name, bias.detach()))
+            found.append((name, name, record.trained(module).detach()))
     return found

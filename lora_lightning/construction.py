@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, cast
 
@@ -12,7 +13,7 @@ from lora_lightning.adapters import classes_for
 from lora_lightning.adapters.base import Adapter, AdapterParts, Site
 from lora_lightning.adapters.token_rows import TiedTokenRows, TokenRows
 from lora_lightning.config import AdapterConfig
-from lora_lightning.errors import ConfigError
+from lora_lightning.errors import AdapterMismatchError, ConfigError
 from lora_lightning.hosts import host_type_for
 from lora_lightning.hosts.base import Host
 from lora_lightning.hosts.experts import ExpertsHost
@@ -29,11 +30,13 @@ def make_adapters(
     device: torch.device | None,
     check_rank: bool,
     known: dict[str, Adapter],
+    start: Mapping[str, Tensor],
 ) -> dict[str, Adapter]:
     """The adapters for `targets`, by path; the modules become hosts, without the adapters yet.
 
     All are made before the first one is put on: a rank that does not fit shows here, and then the
-    modules become again what they were. `known` are those of the same name on other modules.
+    modules become again what they were. `known` are those of the same name on other modules,
+    `start` has start values of A by path.
     """
     fresh = [module for module in targets.values() if not isinstance(module, Host)]
     try:
@@ -45,7 +48,7 @@ def make_adapters(
             for path, module in targets.items()
         }
         shared = config.prepare(shapes, known) if shapes else None
-        return {
+        adapters = {
             path: _make_adapter(
                 path,
                 cast(Host, module),
@@ -60,6 +63,9 @@ def make_adapters(
             )
             for path, module in targets.items()
         }
+        for path, values in start.items():
+            _start_with(adapters.get(path), path, values)
+        return adapters
     except BaseException:
         for module in fresh:
             if isinstance(module, Host):
@@ -98,6 +104,18 @@ def _make_adapter(
     if parts.keys() == {"weight"} and not isinstance(host, ExpertsHost):
         return parts["weight"]
     return AdapterParts(config, parts)
+
+
+@torch.no_grad()
+def _start_with(adapter: Adapter | None, path: str, values: Tensor) -> None:
+    a = getattr(adapter, "lora_A", None)
+    if a is None or a.shape != values.shape:
+        found = "no adapter with an A" if a is None else f"an A of shape {tuple(a.shape)}"
+        raise AdapterMismatchError(
+            f"start has values of shape {tuple(values.shape)} for {path!r}, where this config puts "
+            f"{found}. Give the config that eva_start returned with them."
+        )
+    a.copy_(values)
 
 
 def make_site(

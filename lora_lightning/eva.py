@@ -126,7 +126,8 @@ def eva_start(
             alpha_pattern[key] = alpha
     changed = dataclasses.replace(
         config,
-        target_modules=sorted(start),
+        # No list: a whole path as a name also selects every longer one that ends with it.
+        target_modules="|".join(re.escape(path) for path in sorted(start)),
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,
@@ -152,9 +153,9 @@ def _components(
     batch_now: Any = None
     shared: dict[tuple[int, int], PrincipalComponents] = {}  # layers that read the same tensor
 
-    def watch(path: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def look(_: nn.Module, args: tuple[Any, ...]) -> None:
-            x = args[0]
+    def watch(path: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = next(iter((*args, *kwargs.values())))  # a linear map has one input
             key = (id(x), largest[path])
             alive.append(x)  # so that no other tensor gets its id before the batch is through
             if key in shared:
@@ -168,7 +169,10 @@ def _components(
         return look
 
     alive: list[Tensor] = []
-    handles = [module.register_forward_pre_hook(watch(path)) for path, module in targets.items()]
+    handles = [
+        module.register_forward_pre_hook(watch(path), with_kwargs=True)
+        for path, module in targets.items()
+    ]
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

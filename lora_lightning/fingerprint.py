@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lora_lightning.adapters.trained_copy import TrainedCopy
 from lora_lightning.bias import trained_biases
 from lora_lightning.errors import AdapterMismatchError
-from lora_lightning.hosts.base import Host, walk
+from lora_lightning.hosts.base import Host, named_hosts, walk
 from lora_lightning.hosts.quantized import packed_weight
 
 SAMPLE = 65_536
@@ -35,10 +35,13 @@ def base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     Merged weights and trained biases give their original values. What a trained copy replaces
     (a new head) is left out: it does not take part in the model any more.
     """
-    original_biases = {  # by identity: a bias can have several names
-        id(module.bias): record.hidden if record.shown else module.bias
-        for _, module, record in trained_biases(model)
-    }
+    # By identity: a weight can be shared, and a bias have several names.
+    originals: dict[int, Tensor] = {}
+    for _, host in named_hosts(model):
+        for name, original in host.kept_tensors().items():
+            originals[id(host._parameters.get(name))] = original
+    for _, module, record in trained_biases(model):
+        originals[id(module.bias)] = record.original(module)
     replaced: list[str] = []
     for path, module in walk(model):
         if isinstance(module, Host) and any(
@@ -55,8 +58,7 @@ def base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             tensors |= packed.tensors()
         kept = module.kept_tensors() if isinstance(module, Host) else {}
         for name, tensor in tensors.items():
-            original = original_biases.get(id(tensor), tensor)
-            yield prefix + name, cast(Tensor, kept.get(name, original))
+            yield prefix + name, originals.get(id(tensor), kept.get(name, tensor))
 
 
 def base_fingerprint(model: nn.Module) -> Fingerprint:

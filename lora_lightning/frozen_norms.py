@@ -7,7 +7,7 @@ leave callbacks out, respect it too.
 
 from __future__ import annotations
 
-from types import MethodType
+from functools import partial
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -17,6 +17,8 @@ from lora_lightning.hosts.base import walk
 
 def train(self: nn.Module, mode: bool = True) -> nn.Module:
     """`Module.train` of a norm layer that is held: eval mode whatever `mode` says."""
+    for child in self.children():  # a trained copy of the layer is not held
+        child.train(mode)
     self.training = False
     return self
 
@@ -26,13 +28,14 @@ def hold_still(model: nn.Module) -> None:
     for _, module in walk(model):
         if isinstance(module, _NormBase) and module.track_running_stats and not _trains(module):
             module.training = False
-            module.train = MethodType(train, module)  # type: ignore[method-assign]
+            # No bound method: pickle looks that up by name, and finds the class's own.
+            module.train = partial(train, module)  # type: ignore[method-assign, assignment]
 
 
 def let_go(model: nn.Module) -> None:
     """Undo `hold_still`; the layers take on the mode of `model`."""
     for _, module in walk(model):
-        if getattr(module.__dict__.get("train"), "__func__", None) is train:
+        if getattr(module.__dict__.get("train"), "func", None) is train:
             del module.__dict__["train"]
             module.training = model.training
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from lora_lightning.adapters.base import Adapter, AdapterDict
-from lora_lightning.adapters.lora import LoraAdapter
 from lora_lightning.adapters.token_rows import check_token_ids
 from lora_lightning.adapters.trained_copy import TrainedCopy
 from lora_lightning.bias import biases_to_train, forget_bias, train_bias, trained_biases
@@ -131,16 +129,13 @@ def _extend(
     device = torch.device("meta") if low_cpu_mem_usage else None
     known = adapters_named(model, adapter_name)
     adapters = make_adapters(
-        new_targets, selection, config, adapter_name, seed, device, check_rank, known
+        new_targets, selection, config, adapter_name, seed, device, check_rank, known, start or {}
     )
 
     others = adapter_names(model)
     active = not others or adapter_name in active_adapters(model)
     if not others:
         freeze(model)
-    for path, values in (start or {}).items():
-        with torch.no_grad():
-            cast(LoraAdapter, adapters[path]).lora_A.copy_(values)
     for path, adapter in adapters.items():
         grow(new_targets[path], Host, adapter_name, adapter)
     for path, module in new_tokens.items():
@@ -149,6 +144,7 @@ def _extend(
         copied = _copy_without_adapters(module)
         trained = TrainedCopy(copied if device is None else copied.to_empty(device=device), config)
         grow(module, host_type_for(module) or Host, adapter_name, trained)
+        trained.train(model.training)  # also where the module itself is a norm layer held still
     for module in biases:
         train_bias(module, adapter_name)
     route_out_projections(model)
@@ -190,9 +186,8 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     close_fast_path(model)  # other adapters may still need it closed
     reopen_cpu_packing(model)
     close_cpu_packing(model)
-    let_go(model)
-    if adapter_names(model):
-        hold_still(model)
+    if not adapter_names(model):
+        let_go(model)
 
 
 def freeze(model: nn.Module) -> None:
@@ -264,6 +259,7 @@ def _copy_without_adapters(module: nn.Module) -> nn.Module:
             shrink(host, name)
     for _, holder, _ in list(trained_biases(duplicate)):
         forget_bias(holder)
+    let_go(duplicate)
     route_out_projections(duplicate)
     return duplicate
 

@@ -32,8 +32,8 @@ def merge_adapter(model: nn.Module, names: str | Sequence[str] | None = None) ->
 
     Raises:
         AdapterStateError: If a name is not active, if a weight to be written is shared with
-            another module (tied), is on the meta device or is computed from other tensors, or if
-            a result is not finite. Nothing is merged then.
+            another module (tied), is on the meta device, is computed from other tensors or has a
+            trained copy in its place, or if a result is not finite. Nothing is merged then.
 
     """
     check_enabled(model)
@@ -51,7 +51,7 @@ def merge_adapter(model: nn.Module, names: str | Sequence[str] | None = None) ->
     try:
         for host, _ in before:
             host.merge(names)
-    except AdapterStateError:
+    except BaseException:
         for host, merged in before:
             if host.merged_adapters != merged:
                 host.unmerge()
@@ -154,6 +154,13 @@ def _check_weights(model: nn.Module, names: Sequence[str], copies_too: bool = Fa
                     f"{path!r} limits its rows to max_norm; a merged row would be limited together "
                     "with its update, which gives other values. Take it out of the targets, or "
                     "keep the adapter unmerged."
+                )
+            copies = [n for n in host.live_names() if not host.can_merge(n)]
+            if copies:
+                raise AdapterStateError(
+                    f"Adapter {copies[0]!r} has a trained copy in the place of {path!r} "
+                    "(modules_to_save): what is merged into its weight would not act. Merge with "
+                    f"{copies[0]!r} switched off, or leave the others unmerged."
                 )
             written.append(weight)
         if copies_too and any(isinstance(adapter, TrainedCopy) for adapter in merging):

@@ -20,6 +20,7 @@ from lora_lightning.errors import AdapterMismatchError, LoraError
 from lora_lightning.hosts.base import named_hosts, walk
 from lora_lightning.hosts.conv1d import is_conv1d
 from lora_lightning.injection import adapters_named
+from lora_lightning.peft_keys import also_saved_by_peft
 from lora_lightning.peft_selection import exact_names
 
 # What PEFT calls these types; PEFT refuses other names, as it must.
@@ -67,6 +68,8 @@ def describe(model: nn.Module, adapter_name: str) -> dict[str, Any]:
     # PEFT adapts a module in the first of the places that it has.
     places = Counter(id(child) for module in model.modules() for child in module._modules.values())
     known = all(places[id(hosts[path])] <= 1 for path in adapters)
+    for path in also_saved_by_peft(model, saved):  # which must have no adapter inside
+        known &= not any(target == path or target.startswith(f"{path}.") for target in targets)
     if config.peft_type in PEFT_TYPES:
         known = known and all(hosts[path].peft_knows(adapters[path]) for path in targets)
         if not targets:  # PEFT has a type of its own for that

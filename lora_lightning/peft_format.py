@@ -32,7 +32,13 @@ from lora_lightning.errors import (
 )
 from lora_lightning.injection import delete_adapter, extend_adapter, unchanged_on_error
 from lora_lightning.peft_config import OWN, TOKENS, describe, parse
-from lora_lightning.peft_keys import tensors_to_load, tensors_to_save
+from lora_lightning.peft_keys import (
+    also_saved_by_peft,
+    rows_alone,
+    tensors_of_base,
+    tensors_to_load,
+    tensors_to_save,
+)
 from lora_lightning.peft_selection import FileContent, content_of_file
 from lora_lightning.switching import adapter_names
 
@@ -161,7 +167,12 @@ def opened_folder(
     file = folder / TENSORS
     with _opened(file) as opened:
         shapes = {key: opened.get_slice(key).get_shape() for key in opened.keys()}  # noqa: SIM118
-        yield content_of_file(model, config, shapes, repr(str(file))), shapes, opened
+        base = model.state_dict()
+
+        def unchanged(key: str, name: str) -> bool:
+            return _same(base.get(name), opened.get_tensor(key))
+
+        yield content_of_file(model, config, shapes, unchanged, repr(str(file))), shapes, opened
 
 
 def read_values(
@@ -196,17 +207,22 @@ def _files(model: nn.Module, folder: Path, adapter_name: str) -> dict[Path, byte
         raise AdapterStateError(
             f"No adapter {adapter_name!r} to save; the model has {known or 'none'}.{hint}"
         )
+    config = describe(model, adapter_name)
+    own = tensors_to_save(model, adapter_name)
+    if config["peft_type"] == TOKENS:
+        own = rows_alone(model, adapter_name)
+    if not config["peft_type"].startswith(OWN):
+        own |= tensors_of_base(
+            model, also_saved_by_peft(model, config.get("modules_to_save") or [])
+        )
     tensors = {}
-    for key, tensor in sorted(tensors_to_save(model, adapter_name).items()):
+    for key, tensor in sorted(own.items()):
         if tensor.is_meta:
             raise AdapterStateError(
                 f"Adapter {adapter_name!r} is on the meta device and has no values to save: load "
                 "it first."
             )
         tensors[key] = tensor.detach().to("cpu", copy=True).contiguous()
-    config = describe(model, adapter_name)
-    if config["peft_type"] == TOKENS:
-        tensors = {key.replace(".token_adapter.", "."): value for key, value in tensors.items()}
     content = to_safetensors(tensors, metadata={"format": "pt"})
     return {folder / TENSORS: content, folder / CONFIG: _json(config)}
 
@@ -321,15 +337,16 @@ def _check_base(model: nn.Module, values: dict[str, Tensor], file: Path) -> None
     own = model.state_dict() if values else {}
     for name, value in values.items():
         base = own.get(name)
-        same = (
-            base is not None
-            and base.shape == value.shape
-            and torch.equal(base.cpu().to(value), value)
-        )
-        if not same:
+        if not _same(base, value):
             found = "has none" if base is None else f"has other values, {list(base.shape)}"
             raise AdapterMismatchError(
                 f"{str(file)!r} comes with {name!r} {list(value.shape)} of its base, but this "
                 f"model {found}. Load the base that the adapter was trained on (resize its "
                 "embeddings if the vocabulary was extended)."
             )
+
+
+def _same(base: Tensor | None, value: Tensor) -> bool:
+    if base is None or base.shape != value.shape:
+        return False
+    return torch.equal(base.detach().cpu().to(value), value)

@@ -8,14 +8,16 @@ not); every adapter class says it in `file_names`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
 
 from lora_lightning.adapters.base import Adapter, AdapterParts
+from lora_lightning.adapters.token_rows import TiedTokenRows, TokenRows
 from lora_lightning.adapters.trained_copy import TrainedCopy
 from lora_lightning.bias import trained_biases
-from lora_lightning.hosts.base import Host, named_hosts
+from lora_lightning.fingerprint import base_tensors
+from lora_lightning.hosts.base import Host, named_hosts, walk
 
 PREFIX = "base_model.model."
 TOKEN_ROWS = (
@@ -39,6 +41,39 @@ def tensors_to_load(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
             if name not in part.not_in_files:
                 found[_key(prefix, part.file_names.get(name, name))] = tensor
     return {**found, **_shared_with_base(model, adapter_name)}
+
+
+def rows_alone(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """Trained rows as PEFT's TRAINABLE_TOKENS has them: also those of tied heads, once more."""
+    found = {}
+    for path, host in named_hosts(model):
+        adapter = host.adapters.get(adapter_name)
+        rows = adapter._rows[0] if isinstance(adapter, TiedTokenRows) else adapter
+        if isinstance(rows, TokenRows):
+            name = TOKEN_ROWS.partition(".")[2]
+            found[f"{PREFIX}{path}.{name}"] = rows.trainable_tokens_delta.detach()
+    return found
+
+
+def also_saved_by_peft(model: nn.Module, saved: Sequence[str]) -> list[str]:
+    """Modules that PEFT takes for trained copies as well: all that merely end with a saved path.
+
+    DistilBERT's `pre_classifier` is one, beside its `classifier`. PEFT cannot load a file without
+    tensors for them.
+    """
+    return [
+        path
+        for path, _ in walk(model)
+        if path.endswith(tuple(saved))
+        and not any(path == outer or path.startswith(outer + ".") for outer in saved)
+    ]
+
+
+def tensors_of_base(model: nn.Module, paths: Sequence[str]) -> dict[str, Tensor]:
+    """The base's own tensors of these modules, as PEFT's files hold those of trained copies."""
+    inside = tuple(f"{path}." for path in paths)
+    found = base_tensors(model) if inside else ()
+    return {PREFIX + name: tensor for name, tensor in found if name.startswith(inside)}
 
 
 def parts_in_file(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Adapter]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from lora_lightning.hosts import host_type_for
 from lora_lightning.hosts.base import walk
 from lora_lightning.peft_keys import PREFIX, TOKEN_ROWS
 from lora_lightning.target_parameters import matching_parameters
+from lora_lightning.targets import matches_name
 
 
 @dataclass
@@ -48,9 +49,20 @@ class _Place(NamedTuple):
 
 
 def content_of_file(
-    model: nn.Module, config: AdapterConfig, keys: Collection[str], where: str
+    model: nn.Module,
+    config: AdapterConfig,
+    keys: Collection[str],
+    unchanged: Callable[[str, str], bool],
+    where: str,
 ) -> FileContent:
     """What belongs where, of a file with these keys.
+
+    Args:
+        model: The model that the file is for.
+        config: The options beside it.
+        keys: The names of its tensors.
+        unchanged: Whether what the file has under a key is the base's tensor of a name.
+        where: The file, for messages.
 
     Raises:
         AdapterMismatchError: If a tensor belongs to no module of `model`, or none to an adapter.
@@ -61,22 +73,26 @@ def content_of_file(
     places = _places(model, modules, [key for key in keys if key not in shared], where)
     saved: set[str] = set()
     tables: set[str] = set()
-    for place in places.values():
+    for key, place in places.items():
         if place.tensor in _own_tensors(modules[place.path]):
-            saved |= _saved_modules(place.path, config)
+            outer, named = _saved_module(place.path, config)
+            # PEFT copies more than what has the name, and may not have trained it.
+            if outer and (named or not unchanged(key, f"{place.path}.{place.tensor}")):
+                saved.add(outer)
         elif _is_rows(place.tensor) and isinstance(modules[place.path], nn.Embedding):
             tables.add(place.path)
     targets: set[str] = set()
     content = FileContent(config, {key: key for key in shared})
     for key, (name, path, tensor) in places.items():
+        copied = _saved_module(path, config)[0] in saved
         if _is_rows(tensor):
             table = path if path in tables else _tied(modules, path, tables)
             content.own[key] = f"{PREFIX}{table or path}.{TOKEN_ROWS}"
         elif tensor not in _own_tensors(modules[path]):
             content.own[key] = name
-            if host_type_for(modules[path]) is not None:
+            if host_type_for(modules[path]) is not None and not copied:
                 targets.add(path)
-        elif _saved_modules(path, config) or (config.bias != "none" and tensor == "bias"):
+        elif copied or (config.bias != "none" and tensor == "bias"):
             content.own[key] = name
         elif ".base_layer." not in key and _tied(modules, path, saved):
             content.own[key] = name  # PEFT's ensure_weight_tying saves the copies of both
@@ -189,14 +205,18 @@ def _is_rows(tensor: str) -> bool:
     return tensor == TOKEN_ROWS or tensor == TOKEN_ROWS.partition(".")[2]
 
 
-def _saved_modules(path: str, config: AdapterConfig) -> set[str]:
-    """The module that was saved in full: PEFT takes every path that ends with a listed name."""
+def _saved_module(path: str, config: AdapterConfig) -> tuple[str, bool]:
+    """(the module around `path` that was saved in full, whether it was listed by its name).
+
+    PEFT also takes every path that merely ends with a listed name.
+    """
     parts = path.split(".")
     for length in range(1, len(parts) + 1):
         outer = ".".join(parts[:length])
-        if any(outer.endswith(name) for name in config.modules_to_save or ()):
-            return {outer}
-    return set()
+        fitting = [name for name in config.modules_to_save or () if outer.endswith(name)]
+        if fitting:
+            return outer, any(matches_name(name, outer) for name in fitting)
+    return "", False
 
 
 def _tied(modules: dict[str, nn.Module], path: str, others: Iterable[str]) -> str | None:

@@ -19,6 +19,8 @@ from lora_lightning import (
     LoraConfig,
     active_adapters,
     adapter_names,
+    adapter_state_dict,
+    delete_adapter,
     inject_adapter,
     merge_and_unload,
     set_adapter,
@@ -261,10 +263,34 @@ def test_frozen_norm_is_held_while_adapters_are_on(tmp_path: Path) -> None:
     run(tmp_path, LoraCallback(**OPTIONS)).fit(module, Data())
     module.train()
     assert not module.norm.training
-    assert not pickle.loads(pickle.dumps(module.norm)).training
+    assert not pickle.loads(pickle.dumps(module.norm)).train().training
     unload(module)
     assert module.norm.training
     assert module.norm.eval().train().training
+
+
+@pytest.mark.parametrize("saved", ["norm", "1"])
+def test_a_norm_that_trains_as_a_copy_is_not_held(tmp_path: Path, saved: str) -> None:
+    module = Net()
+    module.norm = torch.nn.Sequential(torch.nn.Identity(), module.norm)
+    before = module.norm[1].running_mean.clone()
+    run(tmp_path, LoraCallback(r=2, target_modules=["embed"], modules_to_save=[saved])).fit(
+        module, Data()
+    )
+    assert torch.equal(module.norm[1].running_mean, before)
+    copy_of = {k.rpartition("norm.")[2]: v for k, v in adapter_state_dict(module).items()}
+    assert not torch.equal(copy_of["1.running_mean"], before)
+    copies = [m for m in module.modules() if isinstance(m, torch.nn.BatchNorm1d)]
+    assert [m.train().training for m in copies] == [False, True]
+    assert [m.training for m in module.eval().modules() if m in copies] == [False, False]
+
+
+def test_deleting_another_adapter_does_not_let_go_of_a_norm_whose_bias_trains() -> None:
+    module = Net()
+    inject_adapter(module, LoraConfig(r=2, target_modules=["embed"], bias="all"), "one")
+    inject_adapter(module, LoraConfig(r=2, target_modules=["embed"]), "two")
+    delete_adapter(module, "two")
+    assert not module.train().norm.training
 
 
 @pytest.mark.parametrize("method", ["lr_find", "scale_batch_size"])

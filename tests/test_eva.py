@@ -100,6 +100,23 @@ def test_same_directions_as_peft() -> None:
         assert ((a * start[path]).sum(1).abs() > 0.98).all()
 
 
+def test_a_layer_that_gets_no_rank_gets_no_adapter() -> None:
+    """Also where its path ends with that of one that does; and inputs may be given by name."""
+    inner, outer = nn.Linear(6, 6), nn.Linear(6, 6)
+    model = nn.ModuleDict({"proj": outer, "deep": nn.ModuleDict({"proj": inner})})
+
+    def forward(x: Tensor) -> None:
+        outer(input=x @ torch.eye(2, 6))
+        inner(torch.randn(200, 6))
+
+    config = LoraConfig(
+        r=1, target_modules=["proj"], init_lora_weights="eva", eva_config=EvaConfig(rho=2)
+    )
+    changed, start = eva_start(model, config, [torch.randn(200, 2)], forward)
+    assert list(start) == ["proj"]
+    assert list(inject_adapter(model, changed, start=start).targets) == ["proj"]
+
+
 def test_masked_positions_do_not_count() -> None:
     model = nn.ModuleDict({"lin": nn.Linear(6, 4)})
     x = rows(120).float().view(4, 30, 6)
@@ -173,6 +190,17 @@ def test_random_state_is_left_alone(tmp_path: Path) -> None:
         run(tmp_path, LoraCallback(r=2, init_lora_weights=start)).fit(model, Data())
         orders.append(torch.cat(seen))
     assert bit_equal(*orders)
+
+
+@pytest.mark.parametrize("start", [{"0": torch.zeros(3, 4)}, {"1": torch.zeros(2, 4)}])
+def test_a_start_that_does_not_fit_changes_nothing(start: dict[str, Tensor]) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    config = LoraConfig(r=2, target_modules=["0"], init_lora_weights="eva")
+    with pytest.raises(LoraError, match="start has values of shape"):
+        inject_adapter(model, config, start=start)
+    assert [type(module) for module in model] == [nn.Linear, nn.BatchNorm1d]
+    assert model.train()[1].training
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,18 @@ def test_adapters_training_and_merging_do_not_matter(options):
         assert base_fingerprint(model) == before, step
 
 
+def test_merged_rows_of_a_tied_table_do_not_matter():
+    base = Transformer()
+    base.head = nn.Linear(*base.embed.weight.T.shape)
+    base.head.weight = base.embed.weight
+    model = copy.deepcopy(base)
+    tokens = {"embed": [1, 2]}
+    inject_adapter(model, LoraConfig(target_modules=[], trainable_token_indices=tokens))
+    shake(trainable(model).values())
+    merge_adapter(model)
+    assert difference(model, base) == []
+
+
 def test_folding_an_adapter_in_makes_another_base():
     model = Transformer()
     before = base_fingerprint(model)

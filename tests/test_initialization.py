@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import random
 
 import numpy as np
 import pytest
 import torch
-from nets import Transformer, bit_equal, trainable
+from nets import ScaledEmbedding, Transformer, bit_equal, trainable
 from torch import nn
 
-from lora_lightning import LoraConfig, adapter_state_dict, inject_adapter
+from lora_lightning import (
+    LoraConfig,
+    adapter_state_dict,
+    inject_adapter,
+    load_adapter_state_dict,
+)
 from lora_lightning.initialization import generator_for, kaiming_uniform_, normal_
 
 WIDE = LoraConfig(r=2, target_modules=["q", "v", "embed"], init_lora_weights=False)
@@ -111,6 +117,27 @@ def test_a_model_on_the_meta_device():
         if type(module).__name__.startswith("Lora"):
             module.reset_parameters()
     assert_same(adapter_state_dict(model), start())
+
+
+def test_what_no_file_holds_is_there_after_an_injection_without_memory():
+    """The scaling that compiled code reads, and buffers of a copy that no state dict has."""
+    model = nn.ModuleDict(
+        {"mha": nn.MultiheadAttention(4, 2), "table": ScaledEmbedding(5, 4, padding_idx=0)}
+    )
+    config = LoraConfig(r=2, lora_alpha=6, target_modules=["mha"], modules_to_save=["table"])
+    filled = copy.deepcopy(model)
+    inject_adapter(model, config)
+    state = adapter_state_dict(model)
+    inject_adapter(filled, config, low_cpu_mem_usage=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)  # empty memory is NaN
+    try:
+        load_adapter_state_dict(filled, state)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    expected = dict(model.named_buffers())
+    assert any(name.endswith("in_proj_weight.gain") for name in expected)
+    assert_same(dict(filled.named_buffers()), expected)
 
 
 def test_zero_is_where_it_should_be():

@@ -14,6 +14,7 @@ from nets import WIDTH, HostNet, Transformer, bit_equal, example_input, shake, t
 from torch import Tensor, nn
 
 from lora_lightning import (
+    Ia3Config,
     LoraConfig,
     active_adapters,
     adapter_names,
@@ -399,6 +400,29 @@ def test_state_that_does_not_fit_names_every_difference():
 # -- faults of peft that must not come back ----------------------------------------------------
 
 
+@pytest.mark.parametrize("action", [merge_adapter, merge_and_unload])
+def test_nothing_is_merged_below_a_trained_copy(action):
+    model = adapted(Transformer(), "one", target_modules=["q"], modules_to_save=["head"])
+    adapted(model, "two", target_modules=["head"])
+    set_adapter(model, ["one", "two"])
+    before, output = values(model), model(token_ids())
+    with pytest.raises(AdapterStateError, match="'one' has a trained copy in the place of 'head'"):
+        action(model)
+    assert_bit_equal(values(model), before)
+    assert bit_equal(model(token_ids()), output)
+
+
+def test_whatever_goes_wrong_in_merging_leaves_nothing_merged():
+    model = adapted(Transformer(), "one", target_modules=["q"])
+    inject_adapter(model, LoraConfig(r=2, target_modules=["k"]), "empty", low_cpu_mem_usage=True)
+    set_adapter(model, ["one", "empty"])
+    before = model.layers[0].attn.q.weight.clone()
+    with pytest.raises(NotImplementedError, match="meta"):
+        merge_adapter(model)
+    assert bit_equal(model.layers[0].attn.q.weight, before)
+    assert not any(host.merged_adapters for _, host in named_hosts(model))
+
+
 @pytest.mark.parametrize("is_trainable", [True, False])
 def test_disabling_leaves_requires_grad_as_it_was(is_trainable):
     """peft: a frozen adapter comes out of `disable_adapter` trainable."""
@@ -522,6 +546,55 @@ def test_one_bias_cannot_train_with_two_adapters():
     assert "Use bias='none' for one of them. (lora.bias)" in text
     assert adapter_names(model) == ["one"]  # everything is checked before anything is touched
     assert before == [(n, type(m)) for n, m in model.named_modules()]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(r=2, target_modules=["q"], bias="all", lora_bias=True),
+        Ia3Config(target_modules=["q"], feedforward_modules=[], bias="all"),
+    ],
+    ids=lambda config: config.peft_type,
+)
+def test_a_trained_bias_that_is_merged_into_goes_and_comes_back(config):
+    base = Transformer()
+    model = copy.deepcopy(base)
+    inject_adapter(model, config)
+    shake(trainable(model).values())
+    ids = token_ids()
+    output, state = model(ids), {k: v.clone() for k, v in adapter_state_dict(model).items()}
+    merge_adapter(model)
+    assert_bit_equal(adapter_state_dict(model), state)
+    assert_bit_equal(dict(base_tensors(model)), dict(base_tensors(base)))
+    with disable_adapter(model):
+        assert bit_equal(model(ids), base(ids))
+        assert_bit_equal(adapter_state_dict(model), state)
+    torch.testing.assert_close(model(ids), output)
+    unmerge_adapter(model)
+    assert bit_equal(model(ids), output)
+    unload(model)
+    assert_bit_equal(values(model), values(base))
+
+
+def test_switching_the_bias_of_another_adapter_beside_a_merged_one():
+    base = Transformer()
+    model = adapted(copy.deepcopy(base), "one", target_modules=["q"], lora_bias=True)
+    adapted(model, "two", target_modules=["k"], bias="all")
+    set_adapter(model, "two")
+    shake(p for name, p in trainable(model).items() if name.endswith("bias"))
+    both = ["one", "two"]
+    set_adapter(model, both)
+    output = model(token_ids())
+    set_adapter(model, "one")
+    merge_adapter(model)
+    set_adapter(model, both)
+    torch.testing.assert_close(model(token_ids()), output)
+    unmerge_adapter(model)
+    assert bit_equal(model(token_ids()), output)
+    merge_adapter(model, "one")
+    delete_adapter(model, "two")
+    unload(model)
+    assert_bit_equal(values(model), values(base))
 
 
 class TiedBias(nn.Module):

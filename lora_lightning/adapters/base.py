@@ -274,6 +274,12 @@ class AdapterParts(Adapter):
         for part in self.children():
             cast(Adapter, part).set_live(acts)
 
+    def reset_parameters(self) -> None:
+        """Set the tensors of the parts to their start values."""
+        super().reset_parameters()
+        for part in self.children():
+            cast(Adapter, part).reset_parameters()
+
     @property
     def additive(self) -> bool:  # type: ignore[override]
         """Whether all parts are."""
