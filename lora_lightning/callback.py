@@ -14,7 +14,7 @@ from lora_lightning.adalora_schedule import RankSchedule
 from lora_lightning.adapters.lora import LoraConfig
 from lora_lightning.binding import averaged_models, bind, callbacks_of, overrides
 from lora_lightning.callback_options import check_options, options_of
-from lora_lightning.checkpoint import KEY, saved_keys
+from lora_lightning.checkpoint import KEY, adapter_state_dict, saved_keys
 from lora_lightning.config import AdapterConfig
 from lora_lightning.errors import (
     AdapterMismatchError,
@@ -23,7 +23,7 @@ from lora_lightning.errors import (
     did_you_mean,
     first_few,
 )
-from lora_lightning.eva_run import eva_config_and_start
+from lora_lightning.eva_run import eva_config_and_start, with_ranks_of
 from lora_lightning.hosts.base import named_hosts, walk
 from lora_lightning.injection import adapters_named, delete_adapter, extend_adapter, freeze
 from lora_lightning.manifest import remember_base
@@ -90,6 +90,7 @@ class LoraCallback(Callback):
         super().__init__()
         check_options(config, config_options, init_from)
         self.config: AdapterConfig = LoraConfig(**config_options) if config is None else config
+        self._given = self.config  # EVA finds other ranks for every module
         self.adapter_name = adapter_name
         self.module = module
         self.init_from = init_from
@@ -99,7 +100,6 @@ class LoraCallback(Callback):
         self._selection = Selection()
         self.ranks = RankSchedule()  # for AdaLoRA
         self._gradients_checked = False
-        self._ranks_from_data = False
         self._log: Any = None
 
     # -- growing the adapters ------------------------------------------------------------------
@@ -138,9 +138,8 @@ class LoraCallback(Callback):
         root = self.root(pl_module)
         if self.init_from is not None:
             self._load(root, self.init_from)
-        elif getattr(self.config, "init_lora_weights", True) == "eva":
-            for adapter in adapters_named(root, self.adapter_name).values():
-                self.config = adapter.config  # with the ranks that were found before
+        elif self._starts_from_data:
+            self._take_over_ranks(pl_module, root)
         self._check_same_options(root)
         self._check_no_strangers(pl_module)
         fresh = not adapter_names(pl_module)
@@ -160,15 +159,35 @@ class LoraCallback(Callback):
             load_adapter(root, path, self.adapter_name)
         self.config = next(iter(adapters_named(root, self.adapter_name).values())).config
 
+    @property
+    def _starts_from_data(self) -> bool:
+        return getattr(self._given, "init_lora_weights", True) == "eva"
+
+    def _take_over_ranks(self, pl_module: LightningModule, root: nn.Module) -> None:
+        """The ranks that were found for this module before; none if it was only evaluated."""
+        self.config = self._given
+        adapters = [*adapters_named(root, self.adapter_name).values()]
+        if not adapters:
+            return
+        found = adapters[0].config
+        state = adapter_state_dict(root, self.adapter_name)
+        learnt = any(t.any() for name, t in state.items() if name.endswith("lora_B"))
+        plain = getattr(found, "init_lora_weights", "eva") != "eva"
+        if plain and not learnt and pl_module.trainer.state.fn == "fit":
+            delete_adapter(root, self.adapter_name)  # it has not seen the data yet
+        elif isinstance(found, LoraConfig):
+            self.config = with_ranks_of(found, self._given)
+
     def _start_values(
         self, pl_module: LightningModule, root: nn.Module
     ) -> dict[str, Tensor] | None:
-        """What EVA finds in the data of this run, if it is asked for."""
+        """What EVA finds in the data of this run, if it is asked for and was not found before."""
         config = self.config
-        if not isinstance(config, LoraConfig) or config.init_lora_weights != "eva":
+        if not isinstance(config, LoraConfig) or not self._starts_from_data:
             return None
+        if self.adapter_name in adapter_names(root):
+            return {}
         self.config, start = eva_config_and_start(pl_module.trainer, pl_module, root, config)
-        self._ranks_from_data = True
         return start
 
     def adopt_ranks(self, pl_module: LightningModule, saved: dict[str, Any]) -> None:
@@ -176,9 +195,10 @@ class LoraCallback(Callback):
 
         Called before the checkpoint's tensors are loaded, and before there are optimizers.
         """
-        if not self._ranks_from_data or saved.get("peft_type", "LORA") != self.config.peft_type:
+        if not self._starts_from_data or saved.get("peft_type", "LORA") != self.config.peft_type:
             return
-        config = LoraConfig.from_dict({**saved["config"], "init_lora_weights": True})
+        plain = {"init_lora_weights": True, "eva_config": None}
+        config = LoraConfig.from_dict({**saved["config"], **plain})
         if config.rank_pattern == getattr(self.config, "rank_pattern", None):
             return
         root = self.root(pl_module)

@@ -32,15 +32,18 @@ def check_options(
             hint = f"Did you mean {near!r}?" if near else f"Known options: {', '.join(defaults)}."
             raise ConfigError(f"LoraCallback has no option {key!r}. {hint} (lora.{key})")
     # jsonargparse passes every option on, mostly with its default: those were not asked for.
-    passed_on = options.keys() == defaults.keys() and LoraConfig(**options) == LoraConfig()
-    if init_from is not None and (config is not None or (options and not passed_on)):
-        given = "config" if config is not None else ", ".join(options)
+    asked = list(options)
+    if options.keys() == defaults.keys():
+        plain = LoraConfig()
+        asked = [key for key in options if options[key] != getattr(plain, key)]
+    if init_from is not None and (config is not None or asked):
+        given = "config" if config is not None else ", ".join(asked)
         raise ConfigError(
             f"LoraCallback was given init_from={init_from!r} and also {given}: the adapter comes "
             "with its options. Leave them out. (lora.init_from)"
         )
-    if config is not None and options and not passed_on:
+    if config is not None and asked:
         raise ConfigError(
-            f"LoraCallback was given config and also {', '.join(options)}: two sources that may "
+            f"LoraCallback was given config and also {', '.join(asked)}: two sources that may "
             "contradict. Put the options into the config, or leave the config out. (lora.config)"
         )

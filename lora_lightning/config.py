@@ -64,6 +64,9 @@ class AdapterConfig:
 
     def __post_init__(self) -> None:
         check_choice("bias", self.bias, ("none", "lora_only", "all"))
+        for spec in dataclasses.fields(self):  # "no" and "false" would count as true
+            if spec.type == "bool":
+                check_choice(spec.name, getattr(self, spec.name), (True, False))
         self._check_names()
         self._check_layers()
         # The caller's lists stay the caller's: ours are copies that nobody else can change.

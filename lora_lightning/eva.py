@@ -75,6 +75,17 @@ class PrincipalComponents:
         return (self.singular_values.double().square() / max(self.total, 1e-30)).cpu()
 
 
+# The options in which the config that `eva_start` gives differs from the one that it was given.
+FOUND = (
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "rank_pattern",
+    "alpha_pattern",
+)
+
+
 def eva_start(
     model: nn.Module,
     config: LoraConfig,

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.adapters.lora import LoraConfig
+from lora_lightning.config import AdapterConfig
 from lora_lightning.errors import ConfigError
-from lora_lightning.eva import eva_start
+from lora_lightning.eva import FOUND, eva_start
 from lora_lightning.rng import random_state, set_random_state
 
 if TYPE_CHECKING:
@@ -60,6 +61,12 @@ def eva_config_and_start(
     finally:
         set_random_state(state)
     return trainer.strategy.broadcast(found, src=0)
+
+
+def with_ranks_of(found: LoraConfig, given: AdapterConfig) -> AdapterConfig:
+    """The options that were given, with the targets and ranks that EVA found for them before."""
+    ranks = {name: getattr(found, name) for name in (*FOUND, "init_lora_weights", "eva_config")}
+    return dataclasses.replace(given, **ranks)
 
 
 @contextmanager

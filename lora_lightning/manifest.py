@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import lora_lightning
+from lora_lightning.bias import trained_biases
 from lora_lightning.binding import Binding, binding_of
 from lora_lightning.checkpoint import KEY, config_differences, tensor_differences
 from lora_lightning.errors import AdapterMismatchError, CheckpointError, first_few
@@ -47,10 +48,14 @@ def reduce_checkpoint(
         }
     binding = binding_of(module)
     keep.update(_changed_buffers(module, binding))
+    # Biases of adapters that do not act: the module shows the base's own.
+    hidden = {n: r.hidden for n, _, r in trained_biases(module) if n in keep and not r.shown}
     for part in ("state_dict", "current_model_state"):  # the latter is WeightAveraging's
         if part in checkpoint:
             checkpoint[part] = {
-                k: v for k, v in checkpoint[part].items() if k in keep or k.endswith(_EXTRA_STATE)
+                k: hidden.get(k, v)
+                for k, v in checkpoint[part].items()
+                if k in keep or k.endswith(_EXTRA_STATE)
             }
     checkpoint[KEY] = {
         "format": FORMAT,

@@ -181,7 +181,8 @@ def set_trainable(model: nn.Module, name: str, trainable: bool) -> None:
             _require_grad(host.adapters[name], trainable)
     for _, module, record in trained_biases(model):
         if record.adapter_name == name:
-            record.parameter(module).requires_grad_(trainable)
+            # Hidden values do not train: in their place the base's own would.
+            record.parameter(module).requires_grad_(trainable and record.shown)
 
 
 def _check_known(name: str, known: list[str]) -> None:

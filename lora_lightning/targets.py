@@ -103,7 +103,13 @@ def select_modules(model: nn.Module, config: AdapterConfig) -> Selection:
     for path, module in selection.targets.items():
         _check_adaptable(path, module, modules, config, obstacles)
     selection.targets |= {path: modules[path] for path in selection.parameters}
+    trained = {*selection.saved, *selection.targets, *selection.tied}
+    selection.left_out = [p for p in selection.left_out if not _is_within(p, trained)]
     return selection
+
+
+def _is_within(path: str, others: set[str]) -> bool:
+    return any(path == other or path.startswith(other + ".") for other in others)
 
 
 # -- the rules ---------------------------------------------------------------------------------

@@ -128,6 +128,18 @@ def test_submodule_only(tmp_path: Path) -> None:
     assert not module.head.weight.requires_grad
 
 
+def test_a_trained_bias_is_saved_also_while_its_adapter_is_switched_off(tmp_path: Path) -> None:
+    module, options = Net(), {"r": 2, "target_modules": ["embed"], "bias": "lora_only"}
+    trainer = run(tmp_path, LoraCallback(**options))
+    trainer.fit(module, Data())
+    trained = module.embed.bias.detach().clone()
+    set_adapter(module, [])
+    assert not torch.equal(module.embed.bias, trained)
+    trainer.save_checkpoint(tmp_path / "off.ckpt", weights_only=True)
+    saved = torch.load(tmp_path / "off.ckpt", weights_only=True)["state_dict"]
+    assert torch.equal(saved["embed.bias"], trained)
+
+
 def test_adapted_module_can_be_copied_and_pickled(tmp_path: Path) -> None:
     module = Net()
     run(tmp_path, LoraCallback(**OPTIONS)).fit(module, Data())
@@ -641,6 +653,11 @@ def test_options_are_checked_when_they_are_given() -> None:
     text = text_of(ConfigError, lambda: LoraCallback(LoraConfig(r=2), r=4))
     assert text.startswith("LoraCallback was given config and also r: two sources")
     assert LoraCallback(LoraConfig(r=2)).config.r == 2
+    passed_on = {**vars(LoraConfig()), "r": 4}  # as the command line does it: all of them
+    text = text_of(ConfigError, lambda: LoraCallback(LoraConfig(r=2), **passed_on))
+    assert text.startswith("LoraCallback was given config and also r: two sources")
+    text = text_of(ConfigError, lambda: LoraCallback(init_from="there", **passed_on))
+    assert text.startswith("LoraCallback was given init_from='there' and also r: the adapter")
 
 
 def test_wrong_submodule(tmp_path: Path) -> None:

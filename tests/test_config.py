@@ -53,6 +53,11 @@ BAD = {  # options, error type, the whole message or its parts
         ],
     ),
     "unknown init": ({"init_lora_weights": "corda"}, ConfigError, ["known values: True"]),
+    "dora='no'": (
+        {"use_dora": "no"},
+        ConfigError,
+        ["use_dora is 'no'; known values: True, False. (lora.use_dora)"],
+    ),
     "bias and dora": ({"lora_bias": True, "use_dora": True}, ConfigError, ["(lora.lora_bias)"]),
     "init=1": ({"init_lora_weights": 1}, ConfigError, ["init_lora_weights is 1;"]),
     "bias typo": (

@@ -176,6 +176,40 @@ def test_a_run_starts_from_its_data_and_resumes_exactly(tmp_path: Path) -> None:
     }
 
 
+def test_one_trainer_trains_and_evaluates(tmp_path: Path) -> None:
+    """In any order: what was found stays, and evaluation beforehand does not replace it."""
+
+    def callback(r: int = 2) -> LoraCallback:
+        return LoraCallback(r=r, init_lora_weights="eva", eva_config=EvaConfig(rho=2))
+
+    def module() -> Net:
+        torch.manual_seed(0)
+        return Net()
+
+    def shapes(model: Net) -> dict[str, torch.Size]:
+        return {name: tensor.shape for name, tensor in adapter_state_dict(model).items()}
+
+    expected = module()
+    run(tmp_path, callback()).fit(expected, Data())
+
+    model, lora = module(), callback()
+    trainer = run(tmp_path, lora)
+    trainer.validate(model, Data(), verbose=False)  # as it is before fine-tuning
+    torch.manual_seed(0)
+    trainer.fit(model, Data())
+    assert shapes(model) == shapes(expected)
+    trained = {name: tensor.clone() for name, tensor in adapter_state_dict(model).items()}
+    trainer.validate(model, Data(), verbose=False)
+    trainer.predict(model, Data())
+    assert all(bit_equal(t, trained[name]) for name, t in adapter_state_dict(model).items())
+    run(tmp_path, callback(), max_epochs=2).fit(model, Data())  # goes on with the same ranks
+    assert shapes(model) == shapes(expected)
+    run(tmp_path, lora).fit(other := module(), Data())  # looks at the data for another module
+    assert shapes(other) == shapes(expected)
+    with pytest.raises(LoraError, match="r: 2 there, 1 here"):
+        run(tmp_path, callback(r=1)).validate(model, Data(), verbose=False)
+
+
 def test_random_state_is_left_alone(tmp_path: Path) -> None:
     orders = []
     for start in (True, "eva"):
@@ -208,6 +242,7 @@ def test_a_start_that_does_not_fit_changes_nothing(start: dict[str, Tensor]) -> 
     [
         (lambda: inject_adapter(Tower(), LoraConfig(r=2, init_lora_weights="eva")), "by hand"),
         (lambda: LoraConfig(eva_config=EvaConfig(), init_lora_weights="pissa"), "eva_config"),
+        (lambda: LoraConfig(eva_config=EvaConfig()), "init_lora_weights is True"),
         (lambda: EvaConfig(rho=0.5), "rho"),
         (
             lambda: eva_start(
@@ -216,7 +251,7 @@ def test_a_start_that_does_not_fit_changes_nothing(start: dict[str, Tensor]) -> 
             "larger batches",
         ),
     ],
-    ids=["by hand", "other init", "rho", "small batches"],
+    ids=["by hand", "other init", "no init", "rho", "small batches"],
 )
 def test_refused(action, words: str) -> None:
     with pytest.raises(LoraError, match=words):

@@ -319,6 +319,44 @@ def test_without_closing_the_fast_path_adapters_would_be_bypassed():
     assert not torch.allclose(right, wrong, atol=1e-3)
 
 
+def test_dora_on_top_of_a_trained_copy_leaves_the_bias_of_the_copy_alone():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    inject_adapter(model, LoraConfig(r=2, target_modules=["0"], modules_to_save=["1"]), "one")
+    inject_adapter(model, LoraConfig(r=2, target_modules=["1"], use_dora=True), "two")
+    set_adapter(model, ["one", "two"])
+    shake(p for name, p in model[1].named_parameters() if ".one." in name)
+    copied, dora = model[1].adapters["one"].module, model[1].adapters["two"]
+    with torch.no_grad():
+        dora.lora_magnitude_vector *= 2
+    x = torch.randn(3, 4)
+    expected = 2 * model[0](x) @ copied.weight.T + copied.bias
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_dora_on_rows_of_zeros_starts_as_a_no_op_and_learns():
+    linear = nn.Linear(4, 3)
+    nn.init.zeros_(linear.weight)
+    model = nn.Sequential(linear)
+    inject_adapter(model, LoraConfig(r=2, target_modules=["0"], use_dora=True))
+    x = torch.randn(5, 4)
+    assert bit_equal(model(x), linear.bias.expand(5, 3))
+    optimizer = torch.optim.SGD(trainable(model).values(), lr=0.1)
+    for _ in range(2):
+        model(x).square().sum().backward()
+        optimizer.step()
+    assert model(x).isfinite().all()
+    assert not torch.allclose(model(x), linear.bias.expand(5, 3))
+
+
+def test_dropout_drops_no_token_ids():
+    model = nn.Sequential(nn.Embedding(5, 4))
+    config = LoraConfig(r=2, target_modules=["0"], use_dora=True, lora_dropout=0.5)
+    inject_adapter(model.train(), config)
+    ids = torch.arange(5)
+    shake(trainable(model).values())
+    assert bit_equal(model(ids), model.eval()(ids))
+
+
 def test_attention_inside_a_trained_copy_runs():
     model = nn.ModuleDict(
         {"mha": nn.MultiheadAttention(8, 2, batch_first=True), "l": nn.Linear(8, 8)}

@@ -32,6 +32,7 @@ from lora_lightning import (
 from lora_lightning.errors import AdapterMismatchError, AdapterStateError, LoraError
 from lora_lightning.fingerprint import base_tensors
 from lora_lightning.hosts.base import named_hosts
+from lora_lightning.switching import set_trainable
 
 
 def adapted(model: nn.Module, name: str = "default", **options) -> nn.Module:
@@ -678,6 +679,15 @@ def test_the_bias_of_a_deleted_adapter_is_frozen_again():
     delete_adapter(model, "one")
     set_adapter(model, "two")
     assert all(".adapters.two." in name for name in trainable(model))
+
+
+def test_the_bias_of_an_inactive_adapter_does_not_train():
+    model = adapted(Transformer(), "one", target_modules=["q"])
+    adapted(model, "two", target_modules=["q"], bias="all")
+    set_trainable(model, "two", True)
+    assert not any(name.endswith("bias") for name in trainable(model))
+    set_adapter(model, "two")
+    assert any(name.endswith("bias") for name in trainable(model))
 
 
 def test_bias_all_trains_the_biases_that_peft_trains():

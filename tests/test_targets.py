@@ -227,6 +227,31 @@ def test_all_linear_leaves_embeddings_and_input_projections_of_attentions_alone(
     assert list(select_modules(model, LoraConfig(r=1)).targets) == ["a.out_proj", "l"]
 
 
+class Pretrained(Transformer):
+    """Looks like a transformers model whose head is an MLP."""
+
+    base_model_prefix = "model"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.classifier = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))
+
+    def get_output_embeddings(self) -> None:
+        return None
+
+
+@pytest.mark.parametrize(
+    ("options", "left_out"),
+    [
+        ({}, ["classifier.0", "classifier.1"]),
+        ({"modules_to_save": ["classifier"]}, []),
+        ({"target_parameters": ["classifier.0.weight"]}, ["classifier.1"]),
+    ],
+)
+def test_a_head_that_trains_is_not_said_to_be_frozen(options, left_out):
+    assert select_modules(Pretrained(), LoraConfig(r=1, **options)).left_out == left_out
+
+
 def test_saved_modules_are_exactly_those_named():
     model = nn.ModuleDict({name: nn.Linear(2, 2) for name in ("head", "overhead", "subhead", "q")})
     selection = select_modules(

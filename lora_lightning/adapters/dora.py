@@ -46,7 +46,8 @@ class _Dora(LowRankAdapter):
         """y + (m / n - 1) (y - b) + (m / n) scaling B A x, in y's dtype."""
         weight = base.base_weight()
         gain = self._gain(weight).view(self.magnitude_shape)
-        if self.training and not isinstance(self.lora_dropout, nn.Identity):
+        dropout = self.training and not isinstance(self.lora_dropout, nn.Identity)
+        if dropout and x.is_floating_point():  # ids of tokens are not dropped
             x = self.lora_dropout(x)
             mapped = base.apply_weight(x, weight.to(x.dtype))
         else:
@@ -75,7 +76,8 @@ class _Dora(LowRankAdapter):
             scale = self.scale()
             square = square + 2 * scale * (mixed * b).sum(1)
             square = square + scale**2 * ((b @ (a @ a.t())) * b).sum(1)
-        return square.clamp_min(0).sqrt()
+        # Not below what divides: a row of zeros keeps m / n = 1 and can learn.
+        return square.clamp_min(torch.finfo(square.dtype).tiny).sqrt()
 
 
 class DoraAdapter(_Dora, LoraAdapter):

@@ -116,12 +116,12 @@ class LoraConfig(RankedConfig):
             object.__setattr__(self, "eva_config", EvaConfig(**self.eva_config))
         if isinstance(self.loftq_config, dict):
             object.__setattr__(self, "loftq_config", LoftqConfig(**self.loftq_config))
-        if (start == "loftq") != (self.loftq_config is not None) and start is not True:
+        if (start == "loftq") != (self.loftq_config is not None):
             raise ConfigError(
                 "init_lora_weights='loftq' and loftq_config, which says where the original weights "
                 "are, go together. (lora.loftq_config)"
             )
-        if self.eva_config is not None and start not in ("eva", True):
+        if self.eva_config is not None and start != "eva":
             raise ConfigError(
                 f"eva_config is given, but init_lora_weights is {start!r}. (lora.eva_config)"
             )

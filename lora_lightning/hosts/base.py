@@ -93,17 +93,18 @@ class Host(nn.Module):
 
     def bias_below(self, adapter: Adapter, name: str = "weight") -> Tensor | None:
         """The bias of the map that an adapter acts on: those before it may change it."""
-        bias = getattr(self, self.bias_name(name), None)
-        if bias is None or self.row_adapters is not None:  # a row has one adapter only
-            return bias
+        chain = self.chain(name) if self.row_adapters is None else []  # a row has one adapter only
+        copy, others = split_copy(chain)
+        bias = getattr(self if copy is None else copy.module, self.bias_name(name), None)
+        if bias is None:
+            return None
         base: Base = self if name == "weight" else HostPart(self, name)
-        for other in self.chain(name):
+        for other in others:
             if other is adapter:
                 break
-            if not isinstance(other, TrainedCopy):
-                after = other.transform_bias(bias, base)
-                compiling = torch.compiler.is_compiling() and after is not bias
-                bias = torch.where(other.live, after, bias) if compiling else after
+            after = other.transform_bias(bias, base)
+            compiling = torch.compiler.is_compiling() and after is not bias
+            bias = torch.where(other.live, after, bias) if compiling else after
         return bias
 
     # -- forward ---------------------------------------------------------------------------------
