@@ -75,12 +75,11 @@ def materialize(model: nn.Module, adapter_name: str) -> None:
                 f"The base weight of {path!r} is on the meta device: load the base model before "
                 "its adapters."
             )
-        adapter.to_empty(device=device)
+        # Not `to_empty`: what is not in files (buffers of trained copies) has its values already.
+        adapter._apply(
+            lambda t, to=device: torch.empty_like(t, device=to) if t.is_meta else t  # type: ignore[misc]
+        )
         adapter.reset_parameters()
-        if isinstance(adapter, TrainedCopy):  # buffers that no file holds are those of the module
-            base = dict(host.named_buffers())
-            for name, buffer in adapter.module.named_buffers():
-                buffer.copy_(base[name])
 
 
 def saved_keys(model: nn.Module, adapter_name: str) -> dict[str, list[int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ from lora_lightning.hosts.growing import (
     grow,
     shrink,
 )
+from lora_lightning.hosts.sequential import SequentialHost
 from lora_lightning.loftq import original_weights, start_from_rounding_error
 from lora_lightning.switching import activate_new, active_adapters, adapter_names, check_enabled
 from lora_lightning.targets import Selection, select_modules
@@ -141,9 +143,9 @@ def _extend(
     for path, module in new_tokens.items():
         train_tokens(model, path, module, selection, config, adapter_name, device)
     for module in new_saved.values():
-        copied = _copy_without_adapters(module)
-        trained = TrainedCopy(copied if device is None else copied.to_empty(device=device), config)
-        grow(module, host_type_for(module) or Host, adapter_name, trained)
+        trained = TrainedCopy(_copy_without_adapters(module, device), config)
+        plain = SequentialHost if isinstance(module, nn.Sequential) else Host
+        grow(module, host_type_for(module) or plain, adapter_name, trained)
         trained.train(model.training)  # also where the module itself is a norm layer held still
     for module in biases:
         train_bias(module, adapter_name)
@@ -252,8 +254,16 @@ def _new_biases(
     return found
 
 
-def _copy_without_adapters(module: nn.Module) -> nn.Module:
-    duplicate = copy.deepcopy(module)
+def _copy_without_adapters(module: nn.Module, device: torch.device | None) -> nn.Module:
+    """A copy; where a device is given, the tensors that state dicts hold are empty ones there."""
+    known: dict[int, Any] = {}
+    for tensor in module.state_dict(keep_vars=True).values() if device is not None else ():
+        if isinstance(tensor, Tensor):
+            empty: Tensor = torch.empty_like(tensor, device=device)
+            if isinstance(tensor, nn.Parameter):
+                empty = nn.Parameter(empty, tensor.requires_grad)
+            known[id(tensor)] = empty
+    duplicate = copy.deepcopy(module, known)
     for _, host in list(named_hosts(duplicate)):
         for name in list(host.adapters):
             shrink(host, name)

@@ -45,6 +45,10 @@ def merge_adapter(model: nn.Module, names: str | Sequence[str] | None = None) ->
                 f"Adapter {name!r} is not active (active: {active or 'none'}); activate it with "
                 f"set_adapter(model, {name!r}) before merging."
             )
+    for _, host in named_hosts(model):
+        for name in names:
+            if name in host.adapters and any(p.is_meta for p in host.adapters[name].parameters()):
+                host.check_filled(name)
     _check_weights(model, names)
     _check_order(model, names)
     before = [(host, list(host.merged_adapters)) for _, host in named_hosts(model)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from math import isfinite
 
 from torch import nn
 
@@ -93,7 +94,7 @@ def adapters_per_row(model: nn.Module, names: Sequence[str | None]) -> Iterator[
             of rows.
 
     """
-    check_enabled(model)
+    _check_not_disabled(model)
     known = adapter_names(model)
     for name in dict.fromkeys(names):
         if name is not None:
@@ -131,7 +132,9 @@ def scale_adapter(model: nn.Module, adapter_name: str, factor: float) -> None:
     """Let an adapter act with `factor` times the scaling of its own config; 1 restores it.
 
     W + factor * delta: between 0 (the base) and 1 (as trained) this interpolates (WiSE-FT), beyond
-    it exaggerates. Compiled code is not compiled again. Not saved: a property of the run.
+    it exaggerates. Not so with DoRA, where B A is scaled inside the norm and the magnitude is not,
+    and for trained copies, which stay as they are. Compiled code is not compiled again. Not saved:
+    a property of the run.
 
     Raises:
         AdapterStateError: If there is no such adapter, it is merged, or its type has no scaling.
@@ -155,6 +158,8 @@ def scale_adapter(model: nn.Module, adapter_name: str, factor: float) -> None:
                     f"The adapter {adapter_name!r} on {path!r} is a {type(part).__name__}, which "
                     "has no scaling."
                 )
+    if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not isfinite(factor):
+        raise AdapterStateError(f"factor is {factor!r}; it must be a finite number.")
     for part in scaled:
         part.set_scaling(part.own_scaling * factor)
 
@@ -199,12 +204,21 @@ def _require_grad(adapter: nn.Module, wanted: bool) -> None:
 
 
 def check_enabled(model: nn.Module) -> None:
-    """Refuse to change adapters inside `disable_adapter`, which puts back what it found.
+    """Refuse to change adapters inside `disable_adapter` and `adapters_per_row`.
 
     Raises:
-        AdapterStateError: If the adapters are disabled at present.
+        AdapterStateError: If the adapters are disabled at present, or act by row.
 
     """
+    _check_not_disabled(model)
+    if any(host.row_adapters is not None for _, host in named_hosts(model)):
+        raise AdapterStateError(
+            "Every row has an adapter of its own at present: leave "
+            "`with adapters_per_row(model, names):` first."
+        )
+
+
+def _check_not_disabled(model: nn.Module) -> None:
     if not all(host.adapters_enabled for _, host in named_hosts(model)):
         raise AdapterStateError(
             "The adapters are disabled at present: leave `with disable_adapter(model):` first."

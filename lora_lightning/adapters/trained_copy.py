@@ -21,7 +21,8 @@ class TrainedCopy(Adapter):
     """
 
     def __init__(self, copy: nn.Module, config: AdapterConfig) -> None:
-        super().__init__(config)
+        tensors = (*copy.parameters(), *copy.buffers())
+        super().__init__(config, tensors[0].device if tensors else None)
         self.module = copy
         for parameter in copy.parameters():
             if parameter.is_floating_point():

@@ -20,6 +20,7 @@ from lora_lightning.adapters.base import Adapter, AdapterDict, AdapterParts, Bas
 from lora_lightning.adapters.trained_copy import TrainedCopy
 from lora_lightning.errors import AdapterStateError
 from lora_lightning.hosts.folding import HostPart, fold, part_of, split_copy
+from lora_lightning.hosts.rows import forward_by_row
 
 
 class Host(nn.Module):
@@ -112,7 +113,8 @@ class Host(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base's output with the live adapters."""
         if self.row_adapters is not None:
-            return self._forward_by_row(*args, **kwargs)
+            x, args, kwargs = first_argument(self, args, kwargs)
+            return forward_by_row(self, self.row_adapters, x, *args, **kwargs)
         chain = self.chain()
         if not chain:
             return self.base_forward(None, *args, **kwargs)
@@ -143,6 +145,10 @@ class Host(nn.Module):
         found = []
         for adapter_name in self.adapters if compiling else self.live_names():
             part = part_of(self.adapters[adapter_name], name)
+            if part is not None and part.live.is_meta:
+                if adapter_name not in self.live_names():
+                    continue
+                self.check_filled(adapter_name)
             # A copy may answer in any structure: which one acts is compiled in.
             if isinstance(part, TrainedCopy) and adapter_name not in self.live_names():
                 continue
@@ -150,34 +156,28 @@ class Host(nn.Module):
                 found.append(part)
         return found
 
+    def check_filled(self, name: str) -> None:
+        """Refuse an adapter on the meta device, unless the module is there too, to find shapes.
+
+        Torch itself may compute something from memory that nobody has written.
+
+        Raises:
+            AdapterStateError: Naming the adapter and what fills it.
+
+        """
+        own = {id(p) for p in self.adapters.parameters()}
+        if any(not p.is_meta for p in self.parameters() if id(p) not in own):
+            raise AdapterStateError(
+                f"Adapter {name!r} is on the meta device and has no values yet "
+                "(low_cpu_mem_usage): fill it with load_adapter_state_dict, or take it off and "
+                "use load_adapter."
+            )
+
     def live_names(self) -> list[str]:
         """Names of the adapters that act in forward, in the order they were added."""
         if not self._enabled:
             return []
         return [n for n in self.adapters if n in self._active and n not in self._merged]
-
-    def _forward_by_row(self, *args: Any, **kwargs: Any) -> Any:
-        x, args, kwargs = first_argument(self, args, kwargs)
-        names = cast("list[str | None]", self.row_adapters)
-        if not isinstance(x, Tensor) or x.shape[0] != len(names):
-            found = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-            raise AdapterStateError(
-                f"adapters_per_row names an adapter for each of {len(names)} rows, but a "
-                f"{self.base_type.__name__} was called with {found}, whose first dimension is "
-                "not the batch. Adapters per row need the batch first everywhere."
-            )
-        y: Tensor | None = None
-        for name in dict.fromkeys(names):
-            chain = []
-            if name is not None and name in self.adapters and self._enabled:
-                part = part_of(self.adapters[name], "weight")
-                chain = [] if part is None else [part]
-            index = torch.tensor([i for i, n in enumerate(names) if n == name], device=x.device)
-            rows = self.run(chain, x.index_select(0, index), *args, **kwargs)
-            if y is None:
-                y = rows.new_zeros((len(names), *rows.shape[1:]))
-            y = y.index_copy(0, index, rows)
-        return y
 
     # -- which adapters act ----------------------------------------------------------------------
 
