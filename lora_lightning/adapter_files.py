@@ -177,7 +177,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"{str(file)!r} has format {found}, written by a newer lora_lightning; this one reads "
             f"up to format {NEWEST_FORMAT}. Update lora_lightning."
         )
-    if not (found and _is_whole(manifest, checkpoint.get("state_dict"))):
+    if not (isinstance(found, int) and _is_whole(manifest, checkpoint.get("state_dict"))):
         raise CheckpointError(
             f"{str(file)!r} is damaged: its entry {KEY!r} does not say what the file holds."
         )

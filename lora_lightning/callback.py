@@ -13,11 +13,10 @@ from lora_lightning import report
 from lora_lightning.adalora_schedule import RankSchedule
 from lora_lightning.adapters.lora import LoraConfig
 from lora_lightning.binding import averaged_models, bind, callbacks_of, overrides
-from lora_lightning.callback_options import check_options, options_of
+from lora_lightning.callback_options import check_options, check_same_adapter
 from lora_lightning.checkpoint import KEY, adapter_state_dict, saved_keys
 from lora_lightning.config import AdapterConfig
 from lora_lightning.errors import (
-    AdapterMismatchError,
     AdapterStateError,
     ConfigError,
     did_you_mean,
@@ -25,7 +24,13 @@ from lora_lightning.errors import (
 )
 from lora_lightning.eva_run import eva_config_and_start, with_ranks_of
 from lora_lightning.hosts.base import named_hosts, walk
-from lora_lightning.injection import adapters_named, delete_adapter, extend_adapter, freeze
+from lora_lightning.injection import (
+    adapters_named,
+    delete_adapter,
+    extend_adapter,
+    freeze,
+    unchanged_on_error,
+)
 from lora_lightning.manifest import remember_base
 from lora_lightning.optim import check_coverage, trainable_parameters
 from lora_lightning.peft_format import load_adapter
@@ -129,6 +134,10 @@ class LoraCallback(Callback):
         check_strategy(trainer)
         check_precision(trainer)
         explain_unreadable_checkpoints(trainer.strategy)
+        if stage == "fit" and not any(callback.trainable for callback in callbacks_of(pl_module)):
+            raise ConfigError(
+                "Nothing would train: every LoraCallback has trainable=False. (lora.trainable)"
+            )
         bind(pl_module)
         if not (overrides(pl_module, "configure_model") or overrides(pl_module, "setup")):
             self.grow(pl_module)
@@ -140,13 +149,14 @@ class LoraCallback(Callback):
             self._load(root, self.init_from)
         elif self._starts_from_data:
             self._take_over_ranks(pl_module, root)
-        self._check_same_options(root)
+        check_same_adapter(pl_module, root, self.config, self.adapter_name)
         self._check_no_strangers(pl_module)
         fresh = not adapter_names(pl_module)
         start = self._start_values(pl_module, root)
-        self._selection = extend_adapter(root, self.config, self.adapter_name, start=start)
-        if self.adapter_name not in active_adapters(root):
-            set_adapter(root, [*active_adapters(root), self.adapter_name])
+        with unchanged_on_error(root):
+            self._selection = extend_adapter(root, self.config, self.adapter_name, start=start)
+            if self.adapter_name not in active_adapters(root):
+                set_adapter(root, [*active_adapters(root), self.adapter_name])
         freeze(pl_module)
         for callback in callbacks_of(pl_module):
             if callback.adapter_name in adapter_names(root):
@@ -259,22 +269,6 @@ class LoraCallback(Callback):
                 "LoraCallback of its own. (lora.adapter_name)"
             )
 
-    def _check_same_options(self, root: nn.Module) -> None:
-        for path, adapter in adapters_named(root, self.adapter_name).items():
-            if adapter.config != self.config:
-                there, here = options_of(adapter.config), options_of(self.config)
-                changed = [
-                    f"{key}: {there.get(key)!r} there, {here.get(key)!r} here"
-                    for key in {**there, **here}
-                    if there.get(key) != here.get(key)
-                ]
-                raise AdapterMismatchError(
-                    f"The model carries an adapter {self.adapter_name!r} already ({path!r}, for "
-                    "one), with other options:\n  " + "\n  ".join(changed) + "\nUse the same "
-                    "options, another adapter_name, or take the old one off with "
-                    f"delete_adapter(module, {self.adapter_name!r}). (lora.adapter_name)"
-                )
-
     # -- training ------------------------------------------------------------------------------
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -308,12 +302,15 @@ class LoraCallback(Callback):
             report.show(
                 report.start_table(root, self.adapter_name, self._selection.left_out),
                 *report.start_lines(pl_module, root, self.adapter_name),
-                report.batch_line(
-                    report.batch_size(trainer.train_dataloader),
-                    trainer.accumulate_grad_batches,
-                    trainer.world_size,
-                ),
             )
+            if self._is_last(pl_module):
+                report.show(
+                    report.batch_line(
+                        report.batch_size(trainer.train_dataloader),
+                        trainer.accumulate_grad_batches,
+                        trainer.world_size,
+                    ),
+                )
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -380,7 +377,13 @@ class LoraCallback(Callback):
             best = getattr(callback, "best_model_path", "")
             last = getattr(callback, "last_model_path", "")
             weights_only = getattr(callback, "save_weights_only", False)
-            report.show(*ranks, *report.end_lines(pl_module, best, last, weights_only))
+            report.show(*ranks)
+            if self._is_last(pl_module):
+                report.show(*report.end_lines(pl_module, best, last, weights_only))
+
+    def _is_last(self, pl_module: LightningModule) -> bool:
+        """Of several callbacks, the one that says what is true of the run as a whole."""
+        return callbacks_of(pl_module)[-1:] == [self]
 
     # -- resuming ------------------------------------------------------------------------------
 

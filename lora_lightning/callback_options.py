@@ -1,13 +1,16 @@
-"""The options that a `LoraCallback` is given."""
+"""The options that a `LoraCallback` is given, beside each other and beside those of the model."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Any
 
+from torch import nn
+
 from lora_lightning.adapters.lora import LoraConfig
 from lora_lightning.config import AdapterConfig
-from lora_lightning.errors import ConfigError, did_you_mean
+from lora_lightning.errors import AdapterMismatchError, ConfigError, did_you_mean
+from lora_lightning.injection import adapters_named
 
 
 def options_of(config: AdapterConfig) -> dict[str, Any]:
@@ -47,3 +50,40 @@ def check_options(
             f"LoraCallback was given config and also {', '.join(asked)}: two sources that may "
             "contradict. Put the options into the config, or leave the config out. (lora.config)"
         )
+
+
+def check_same_adapter(
+    module: nn.Module, root: nn.Module, config: AdapterConfig, adapter_name: str
+) -> None:
+    """An adapter that `module` carries already is the one that is asked for on `root` in it.
+
+    Raises:
+        AdapterMismatchError: If its options differ, or it sits on more than `root`.
+
+    """
+    inside = adapters_named(root, adapter_name)
+    what_to_do = (
+        "another adapter_name, or take the old one off with "
+        f"delete_adapter(module, {adapter_name!r})."
+    )
+    for path, adapter in inside.items():
+        if adapter.config != config:
+            there, here = options_of(adapter.config), options_of(config)
+            changed = [
+                f"{key}: {there.get(key)!r} there, {here.get(key)!r} here"
+                for key in {**there, **here}
+                if there.get(key) != here.get(key)
+            ]
+            raise AdapterMismatchError(
+                f"The model carries an adapter {adapter_name!r} already ({path!r}, for one), with "
+                "other options:\n  " + "\n  ".join(changed) + f"\nUse the same options, "
+                f"{what_to_do} (lora.adapter_name)"
+            )
+    known = {id(adapter) for adapter in inside.values()}
+    for path, adapter in adapters_named(module, adapter_name).items():
+        if id(adapter) not in known:
+            raise AdapterMismatchError(
+                f"The model carries an adapter {adapter_name!r} already, and on {path!r}, for one, "
+                "which is outside the submodule that is to be adapted now. Use the same module, "
+                f"{what_to_do} (lora.module)"
+            )

@@ -117,6 +117,13 @@ def config_differences(saved: Mapping[str, Any], config: AdapterConfig) -> list[
             differences.append(
                 f"{spec.name}: {there!r} in the checkpoint, {value!r} here (lora.{spec.name})"
             )
+    known = {spec.name for spec in dataclasses.fields(config)}
+    other = type(config).from_dict({k: v for k, v in saved.items() if k in known})
+    if other.starts_from_base != config.starts_from_base:
+        one, two = (getattr(c, "init_lora_weights", None) for c in (other, config))
+        differences.append(
+            f"init_lora_weights: {one!r} in the checkpoint, {two!r} here (lora.init_lora_weights)"
+        )
     return differences
 
 

@@ -122,8 +122,7 @@ def _shared_with_base(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
             targets.add(prefix)
     for name, module, record in trained_biases(model):
         if record.adapter_name == adapter_name:
-            bias = record.parameter(module) if record.shown else record.hidden
             prefix = name.removesuffix("bias")
             inner = "base_layer." if prefix in targets else ""
-            found[f"{PREFIX}{prefix}{inner}bias"] = bias.detach()
+            found[f"{PREFIX}{prefix}{inner}bias"] = record.trained(module).detach()
     return found

@@ -158,7 +158,8 @@ def _places(
     for key in keys:
         name = _with_first_names(key.removeprefix(PREFIX), aliases)
         path, tensor = _owner(name, modules)
-        if path and tensor and key.startswith(PREFIX):
+        # A tensor has a name of one or two parts; more are modules that are not there.
+        if path and tensor and tensor.count(".") < 2 and key.startswith(PREFIX):
             places[key] = _Place(PREFIX + name, path, tensor)
         else:
             lost.append(key)

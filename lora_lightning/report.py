@@ -67,7 +67,7 @@ def start_table(model: nn.Module, adapter_name: str, left_out: list[str]) -> Tab
     """Per target name: modules matched of possible, r, parameters."""
     # Text, not str: rich would take "[...]" in a name for markup.
     adapters = list(adapters_named(model, adapter_name).values())
-    kind = adapters[0].config.peft_type.replace("LORA", "LoRA")
+    kind = type(adapters[0].config).__name__.removesuffix("Config").replace("Lora", "LoRA")
     frozen = not any(p.requires_grad for adapter in adapters for p in adapter.parameters())
     title = f"{kind} adapter '{adapter_name}'{' (frozen)' if frozen else ''}"
     table = Table(title=Text(title), title_justify="left")

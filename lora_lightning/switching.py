@@ -61,8 +61,8 @@ def set_adapter(model: nn.Module, names: str | Sequence[str], *, trainable: bool
         ]
         if len(copies) > 1:
             raise AdapterStateError(
-                f"Adapters {copies} each replace {path!r} by a copy of their own "
-                "(modules_to_save); only one of them can be active at a time."
+                f"Adapters {copies} each replace {path!r} by a copy of their own; only one of "
+                "them can be active at a time. Name it in one config only. (lora.modules_to_save)"
             )
     for _, host in hosts:
         host.active_adapters = [name for name in names if name in host.adapters]

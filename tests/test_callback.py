@@ -15,6 +15,7 @@ from modules import BuiltInConfigureModel, BuiltInSetup, Data, Net, NetWithoutOp
 from torch import nn
 
 from lora_lightning import (
+    AdaLoraConfig,
     LoraCallback,
     LoraConfig,
     active_adapters,
@@ -243,6 +244,18 @@ def test_start_table_and_end_lines(tmp_path: Path, capsys: Any) -> None:
     assert "effective batch 32 = 16 x 2 accumulated x 1 devices" in out
     assert f"best checkpoint: {tmp_path}/best.ckpt (" in out
     assert f"last checkpoint: {tmp_path}/last.ckpt (" in out
+
+
+def test_several_callbacks_say_once_what_is_true_of_the_run(tmp_path: Path, capsys: Any) -> None:
+    callbacks = [
+        LoraCallback(r=2),
+        LoraCallback(AdaLoraConfig(init_r=2, target_r=1, tfinal=1), adapter_name="two"),
+    ]
+    run(tmp_path, *callbacks, ModelCheckpoint(tmp_path)).fit(Net(), Data())
+    out = capsys.readouterr().out
+    assert "LoRA adapter 'default'" in out
+    assert "AdaLoRA adapter 'two'" in out
+    assert out.count("effective batch") == out.count("best checkpoint") == 1
 
 
 # -- the rest of the run -----------------------------------------------------------------------------
@@ -739,3 +752,21 @@ def test_unsupported_strategies_are_refused(tmp_path: Path) -> None:
 
     with pytest.raises(ConfigError, match="does not support ModelParallelStrategy in this version"):
         check_strategy(run(tmp_path, strategy=ModelParallelStrategy(), devices=2))
+
+
+def test_another_submodule_than_before(tmp_path: Path) -> None:
+    module = Net()
+    run(tmp_path, LoraCallback(r=2)).fit(module, Data())
+    act = lambda: run(tmp_path, LoraCallback(r=2, module="body")).validate(module, Data())  # noqa: E731
+    text = text_of(AdapterMismatchError, act)
+    assert "on 'embed', for one, which is outside the submodule" in text
+    assert text.endswith("(lora.module)")
+
+
+def test_two_copies_of_one_module_are_refused_before_the_second_is_made(tmp_path: Path) -> None:
+    module = Net()
+    save = {"r": 2, "target_modules": ["embed"], "modules_to_save": ["head"]}
+    one, two = LoraCallback(**save), LoraCallback(adapter_name="two", **save)
+    text = text_of(AdapterStateError, lambda: run(tmp_path, one, two).fit(module, Data()))
+    assert text.endswith("(lora.modules_to_save)")
+    assert adapter_names(module) == ["default"]

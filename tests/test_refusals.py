@@ -11,7 +11,7 @@ import torch
 from modules import Data, Net, run
 
 from lora_lightning import LoraCallback
-from lora_lightning.errors import AdapterMismatchError, CheckpointError
+from lora_lightning.errors import AdapterMismatchError, CheckpointError, ConfigError
 
 OPTIONS: dict[str, Any] = {
     "r": 2,
@@ -170,3 +170,16 @@ def test_no_such_file(checkpoint: Path) -> None:
     text = refused(checkpoint.with_name("goood.ckpt"), CheckpointError)
     assert "does not exist. Did you mean" in text
     assert "good.ckpt'" in text
+
+
+def test_nothing_that_trains(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"lora\.trainable"):
+        run(tmp_path, LoraCallback(r=2, trainable=False)).fit(Net(), Data())
+
+
+def test_another_kind_of_start_is_named(tmp_path: Path) -> None:
+    trainer = run(tmp_path, LoraCallback(r=2, init_lora_weights="pissa"))
+    trainer.fit(Net(), Data())
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    with pytest.raises(AdapterMismatchError, match="init_lora_weights: 'pissa' in the checkpoint"):
+        run(tmp_path, LoraCallback(r=2)).validate(Net(), Data(), ckpt_path=tmp_path / "x.ckpt")
