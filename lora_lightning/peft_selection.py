@@ -158,8 +158,8 @@ def _places(
     for key in keys:
         name = _with_first_names(key.removeprefix(PREFIX), aliases)
         path, tensor = _owner(name, modules)
-        # A tensor has a name of one or two parts; more are modules that are not there.
-        if path and tensor and tensor.count(".") < 2 and key.startswith(PREFIX):
+        here = path in modules and _may_hold(modules[path], tensor)
+        if here and key.startswith(PREFIX):
             places[key] = _Place(PREFIX + name, path, tensor)
         else:
             lost.append(key)
@@ -196,6 +196,16 @@ def _owner(name: str, modules: dict[str, nn.Module]) -> tuple[str, str]:
         elif part != "base_layer":
             return path, ".".join(parts[i:])
     return path, ""
+
+
+def _may_hold(module: nn.Module, tensor: str) -> bool:
+    """Whether `tensor` can be a name below `module` itself, and not below a child that is missing.
+
+    Adapters' tensors have names of one or two parts, behind that of one of several weights.
+    """
+    first, _, rest = tensor.partition(".")
+    name = rest if rest and first in _own_tensors(module) else tensor
+    return bool(name) and name.count(".") < 2
 
 
 def _own_tensors(module: nn.Module) -> set[str]:

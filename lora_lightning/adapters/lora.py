@@ -169,6 +169,11 @@ class LoraConfig(RankedConfig):
                     "not in the folder. Have PEFT convert it when saving "
                     "(path_initial_model_for_weight_conversion)."
                 )
+            if start not in ("gaussian", "orthogonal", "eva", "loftq"):
+                raise ConfigError(
+                    f"init_lora_weights={start!r} is unknown; it may have changed the base weight. "
+                    "(lora.init_lora_weights)"
+                )
             start = True
         options = {**options, "init_lora_weights": start}
         options |= {"eva_config": None, "loftq_config": None}
