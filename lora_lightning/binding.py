@@ -15,13 +15,17 @@ from dataclasses import dataclass, field
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from lora_lightning.errors import CheckpointError
+from lora_lightning.injection import freeze
 from lora_lightning.optim import (
     cover_trainable,
     default_optimizer,
     find_optimizers,
     frozen_left_out,
 )
+from lora_lightning.switching import adapter_names, set_trainable
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
@@ -100,6 +104,14 @@ def callbacks_of(module: LightningModule) -> list[LoraCallback]:
     trainer = getattr(module, "_trainer", None)
     callbacks = getattr(trainer, "callbacks", [])
     return [c for c in callbacks if isinstance(c, LoraCallback) and c.enabled]
+
+
+def let_train(module: LightningModule, root: nn.Module) -> None:
+    """Freeze all but the adapters on `root` whose callbacks say that they train."""
+    freeze(module)
+    for callback in callbacks_of(module):
+        if callback.adapter_name in adapter_names(root):
+            set_trainable(root, callback.adapter_name, callback.trainable)
 
 
 def averaged_models(trainer: Any) -> list[Any]:

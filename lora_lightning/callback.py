@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from lora_lightning import report
 from lora_lightning.adalora_schedule import RankSchedule
 from lora_lightning.adapters.lora import LoraConfig
-from lora_lightning.binding import averaged_models, bind, callbacks_of, overrides
+from lora_lightning.binding import averaged_models, bind, callbacks_of, let_train, overrides
 from lora_lightning.callback_options import check_options, check_same_adapter
 from lora_lightning.checkpoint import KEY, adapter_state_dict, saved_keys
 from lora_lightning.config import AdapterConfig
@@ -28,7 +28,6 @@ from lora_lightning.injection import (
     adapters_named,
     delete_adapter,
     extend_adapter,
-    freeze,
     unchanged_on_error,
 )
 from lora_lightning.manifest import remember_base
@@ -45,7 +44,6 @@ from lora_lightning.switching import (
     active_adapters,
     adapter_names,
     set_adapter,
-    set_trainable,
 )
 from lora_lightning.targets import Selection
 
@@ -157,10 +155,7 @@ class LoraCallback(Callback):
             self._selection = extend_adapter(root, self.config, self.adapter_name, start=start)
             if self.adapter_name not in active_adapters(root):
                 set_adapter(root, [*active_adapters(root), self.adapter_name])
-        freeze(pl_module)
-        for callback in callbacks_of(pl_module):
-            if callback.adapter_name in adapter_names(root):
-                set_trainable(root, callback.adapter_name, callback.trainable)
+        let_train(pl_module, root)
         remember_base(pl_module, fresh)
 
     def _load(self, root: nn.Module, path: str) -> None:
@@ -212,12 +207,15 @@ class LoraCallback(Callback):
         if config.rank_pattern == getattr(self.config, "rank_pattern", None):
             return
         root = self.root(pl_module)
+        order = adapter_names(root)
         delete_adapter(root, self.adapter_name)
         self.config = config
         self._selection = extend_adapter(root, config, self.adapter_name)
+        for _, host in named_hosts(root):  # in the order that the optimizer's state goes by
+            for name in filter(host.adapters.__contains__, order):
+                host.adapters[name] = host.adapters.pop(name)
         set_adapter(root, [*active_adapters(root), self.adapter_name])
-        freeze(pl_module)
-        set_trainable(root, self.adapter_name, self.trainable)
+        let_train(pl_module, root)
 
     def root(self, pl_module: LightningModule) -> nn.Module:
         """The submodule that is adapted.

@@ -42,9 +42,15 @@ def load_adapter_state_dict(
     Raises:
         AdapterMismatchError: If a tensor is missing, left over or of another shape. Nothing is
             loaded then.
+        AdapterStateError: If there is no such adapter, or it is merged.
 
     """
     own = {short: tensor for short, _, tensor in _tensors(model, adapter_name)}
+    if any(adapter_name in host.merged_adapters for _, host in named_hosts(model)):
+        raise AdapterStateError(
+            f"Adapter {adapter_name!r} is merged into the base, where other values would not act; "
+            "call unmerge_adapter(model) first."
+        )
     differences = tensor_differences(
         {name: list(tensor.shape) for name, tensor in state.items()},
         {name: list(tensor.shape) for name, tensor in own.items()},

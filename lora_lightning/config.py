@@ -5,6 +5,7 @@ The options that one type alone knows stand in that type's own file under `adapt
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import re
@@ -75,7 +76,7 @@ class AdapterConfig:
             if isinstance(value, (set, tuple)):  # a set has no order of its own: give it one
                 value = sorted(value) if isinstance(value, set) else list(value)
             if isinstance(value, (list, dict)):
-                object.__setattr__(self, spec.name, value.copy())
+                object.__setattr__(self, spec.name, copy.deepcopy(value))
 
     def _targets_something(self) -> bool:
         return bool(self.target_modules)
@@ -97,6 +98,14 @@ class AdapterConfig:
                 f"[{self.modules_to_save!r}]. (lora.modules_to_save)"
             )
 
+        for key in ("target_modules", "exclude_modules", "modules_to_save"):
+            names = getattr(self, key)
+            wrong = [n for n in names if not isinstance(n, str)] if names else []
+            if wrong:
+                raise ConfigError(
+                    f"{key} lists {wrong[0]!r}; names are strings: {str(wrong[0])!r}. (lora.{key})"
+                )
+
     def _check_layers(self) -> None:
         if isinstance(self.target_modules, str):
             for key in ("layers_to_transform", "layers_pattern"):
@@ -106,6 +115,9 @@ class AdapterConfig:
                         "only narrows a list of names. List the names, or put the layer index "
                         f"into the regular expression. (lora.{key})"
                     )
+        patterns = self.layers_pattern or []
+        for pattern in [patterns] if isinstance(patterns, str) else patterns:
+            check_expression("layers_pattern", pattern)
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError(
                 f"layers_pattern={self.layers_pattern!r} says where to count layers, but "
@@ -181,7 +193,9 @@ class RankedConfig(AdapterConfig):
     def __post_init__(self) -> None:
         check_rank("r", self.r)
         for option in ("rank_pattern", "alpha_pattern"):
-            for name, value in (getattr(self, option) or {}).items():
+            if getattr(self, option) is None:  # an empty entry in a YAML file
+                object.__setattr__(self, option, {})
+            for name, value in getattr(self, option).items():
                 check_expression(option, name)
                 check = check_rank if option == "rank_pattern" else check_positive
                 check(f"{option}[{name!r}]", value)
@@ -210,7 +224,7 @@ def check_expression(key: str, expression: str) -> None:
     """A string that compiles as a regular expression."""
     try:
         re.compile(expression)
-    except re.error as error:
+    except (re.error, TypeError) as error:
         raise ConfigError(
             f"{key} {expression!r} is no regular expression: {error}. (lora.{key})"
         ) from None

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
+from lora_lightning.adapters.base import Adapter
 from lora_lightning.adapters.token_rows import TiedTokenRows
 from lora_lightning.adapters.trained_copy import TrainedCopy
 from lora_lightning.bias import trained_biases
@@ -141,18 +143,25 @@ def _check_weights(model: nn.Module, names: Sequence[str], copies_too: bool = Fa
         merging = [host.adapters[name] for name in names if name in host.adapters]
         if all(isinstance(adapter, TiedTokenRows) for adapter in merging):
             continue
-        written: list[nn.Parameter] = []
+        written: list[tuple[str, nn.Parameter]] = []
         for weight_name in host.weight_shapes():
             parts = [part_of(adapter, weight_name) for adapter in merging]
             if not any(part is not None and not isinstance(part, TrainedCopy) for part in parts):
                 continue
-            weight = host._parameters.get(weight_name)
-            if weight is None:
-                raise AdapterStateError(
-                    f"The {weight_name} of {path!r} is computed from other tensors (a "
-                    "parametrization); nothing can be merged into it. Remove the parametrization "
-                    "first."
-                )
+            bias_name = host.bias_name(weight_name)
+            names_written = [weight_name]
+            whole = bias_name in host._parameters or is_parametrized(host, bias_name)
+            if whole and any(part and _changes_bias(part, host, bias_name) for part in parts):
+                names_written.append(bias_name)
+            for name in names_written:
+                parameter = host._parameters.get(name)
+                if parameter is None:
+                    raise AdapterStateError(
+                        f"The {name} of {path!r} is computed from other tensors (a "
+                        "parametrization); nothing can be merged into it. Remove the "
+                        "parametrization first."
+                    )
+                written.append((name, parameter))
             if getattr(host, "max_norm", None) is not None:
                 raise AdapterStateError(
                     f"{path!r} limits its rows to max_norm; a merged row would be limited together "
@@ -166,15 +175,15 @@ def _check_weights(model: nn.Module, names: Sequence[str], copies_too: bool = Fa
                     "(modules_to_save): what is merged into its weight would not act. Merge with "
                     f"{copies[0]!r} switched off, or leave the others unmerged."
                 )
-            written.append(weight)
         if copies_too and any(isinstance(adapter, TrainedCopy) for adapter in merging):
-            written += [p for p in host.parameters() if id(p) not in _adapter_parameters(host)]
-        for parameter in written:
+            own = _adapter_parameters(host)
+            written += [(n, p) for n, p in host.named_parameters() if id(p) not in own]
+        for name, parameter in written:
             if parameter.is_meta:
                 raise AdapterStateError(f"{path!r} is on the meta device; load the base first.")
             if owners[id(parameter)] > 1:
                 raise AdapterStateError(
-                    f"The weight of {path!r} is shared with another module (tied embeddings, "
+                    f"The {name} of {path!r} is shared with another module (tied embeddings, "
                     "say); merging would change that one too. Untie them first: give each module "
                     "a parameter of its own."
                 )
@@ -191,6 +200,11 @@ def _check_order(model: nn.Module, names: Sequence[str]) -> None:
                 f"{merging} cannot be merged before those in front. Merge all of them, or the "
                 "first ones."
             )
+
+
+def _changes_bias(part: Adapter, host: Host, bias_name: str) -> bool:
+    bias = getattr(host, bias_name, None)
+    return bias is not None and part.transform_bias(bias, host) is not bias
 
 
 def _adapter_parameters(host: Host) -> set[int]:

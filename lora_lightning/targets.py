@@ -206,6 +206,8 @@ def _select_tokens(
         return
     if not isinstance(wanted, dict):
         embeddings = input_embeddings(model)
+        if len({id(modules[path].weight) for path in embeddings}) == 1:
+            embeddings = embeddings[:1]  # several tables of one weight
         if len(embeddings) != 1:
             has = f"has {first_few(embeddings)}" if embeddings else "names none"
             raise TargetError(
@@ -224,7 +226,14 @@ def _select_tokens(
                 "(lora.trainable_token_indices)"
             )
         for path in paths:
-            selection.tokens[path] = list(ids)
+            owner = selection.tied.get(path, path)  # named before, if only by what is tied to it
+            if selection.tokens.setdefault(owner, list(ids)) != list(ids):
+                raise TargetError(
+                    f"trainable_token_indices names other tokens for {path!r} than for {owner!r}, "
+                    "which share one weight. Name it once. (lora.trainable_token_indices)"
+                )
+            if owner != path:
+                continue
             weight = modules[path].weight
             for other, module in modules.items():
                 if other != path and getattr(module, "weight", None) is weight:

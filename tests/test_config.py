@@ -22,6 +22,31 @@ BAD = {  # options, error type, the whole message or its parts
         RankError,
         ["rank_pattern['q'] is 0; a rank is an integer of at least 1. (lora.rank_pattern"],
     ),
+    "names": (
+        {"target_modules": ["q", 1]},
+        ConfigError,
+        ["target_modules lists 1; names are strings: '1'. (lora.target_modules)"],
+    ),
+    "names that train in full": (
+        {"modules_to_save": [0]},
+        ConfigError,
+        ["modules_to_save lists 0; names are strings: '0'. (lora.modules_to_save)"],
+    ),
+    "pattern of a number": (
+        {"rank_pattern": {0: 4}},
+        ConfigError,
+        ["rank_pattern 0 is no regular expression", "(lora.rank_pattern)"],
+    ),
+    "layers_pattern": (
+        {"target_modules": ["q"], "layers_to_transform": 0, "layers_pattern": "(["},
+        ConfigError,
+        ["layers_pattern '([' is no regular expression", "(lora.layers_pattern)"],
+    ),
+    "one token": (
+        {"trainable_token_indices": 5},
+        ConfigError,
+        ["trainable_token_indices is 5; token ids are integers."],
+    ),
     "alpha=0": (
         {"lora_alpha": 0},
         ConfigError,
@@ -213,6 +238,17 @@ def test_the_callers_lists_stay_the_callers(key):
     config = LoraConfig(**{**FULL, key: mine})
     mine.clear()
     assert getattr(config, key) == FULL[key]
+
+
+def test_lists_inside_of_options_are_copies_too():
+    tokens = {"embed": [1]}
+    config = LoraConfig(trainable_token_indices=tokens)
+    tokens["embed"].append(2)
+    assert config.trainable_token_indices == {"embed": [1]}
+
+
+def test_no_pattern_is_an_empty_one():
+    assert LoraConfig(rank_pattern=None).rank_pattern == {}
 
 
 def test_sets_and_tuples_become_lists_in_a_fixed_order():

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lora_lightning import LoraCallback, LoraConfig, LoraError, adapter_state_dict, inject_adapter
 from lora_lightning.eva import EvaConfig, PrincipalComponents, eva_start
+from lora_lightning.hosts.base import named_hosts
 from lora_lightning.injection import adapters_named
 
 
@@ -208,6 +209,28 @@ def test_one_trainer_trains_and_evaluates(tmp_path: Path) -> None:
     assert shapes(other) == shapes(expected)
     with pytest.raises(LoraError, match="r: 2 there, 1 here"):
         run(tmp_path, callback(r=1)).validate(model, Data(), verbose=False)
+
+
+def test_ranks_of_a_checkpoint_leave_the_other_adapters_as_they_were(tmp_path: Path) -> None:
+    def callbacks(**ranks: dict) -> list[LoraCallback]:
+        found = LoraCallback(r=2, init_lora_weights="eva", **ranks)
+        frozen = LoraCallback(r=1, adapter_name="frozen", trainable=False)
+        return [found, frozen]
+
+    trainer = run(tmp_path, *callbacks(rank_pattern={"embed": 3}))
+    trainer.fit(Net(), Data())
+    trainer.save_checkpoint(tmp_path / "both.ckpt")
+    saved = torch.load(tmp_path / "both.ckpt", weights_only=True)["lora_lightning"]["adapters"]
+    assert saved["default"]["config"]["rank_pattern"]
+    module = Net()
+    run(tmp_path, *callbacks()).validate(
+        module, Data(), ckpt_path=tmp_path / "both.ckpt", verbose=False
+    )
+    for _, host in named_hosts(module):
+        assert [*host.adapters] == [n for n in ("default", "frozen") if n in host.adapters]
+    trains = {name for name, p in module.named_parameters() if p.requires_grad}
+    assert trains
+    assert all(".adapters.default." in name for name in trains)
 
 
 def test_random_state_is_left_alone(tmp_path: Path) -> None:

@@ -199,6 +199,25 @@ def test_modules_may_be_called_by_keyword_as_before():
     assert torch.equal(model[1](input=ids), model[1](ids))
 
 
+class Positions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(4))
+
+    def forward(self, ids: Tensor | None = None, scale: float = 1.0) -> Tensor:
+        return self.table * scale if ids is None else self.table[ids]
+
+
+def test_a_trained_copy_is_called_like_the_module():
+    model = nn.ModuleDict({"lin": nn.Linear(4, 4), "positions": Positions()})
+    inject_adapter(model, LoraConfig(r=2, target_modules=["lin"], modules_to_save=["positions"]))
+    shake(trainable(model).values())
+    table = model["positions"].adapters["default"].module.table
+    assert bit_equal(model["positions"](), table)
+    assert bit_equal(model["positions"](scale=3.0), 3 * table)
+    assert bit_equal(model["positions"](torch.tensor([1])), table[[1]])
+
+
 def test_forward_hooks_still_fire_with_the_adapted_output():
     model = HostNet("linear")
     seen = {"before": [], "after": []}
@@ -228,6 +247,22 @@ def test_one_module_under_two_names_gets_one_adapter():
 # -- what cannot be adapted --------------------------------------------------------------------
 
 
+class OwnRun(nn.Linear):
+    """Its method would be hidden by the host's of the same name."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(x)
+
+    def run(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+def own_state() -> nn.Module:
+    linear = nn.Linear(4, 4)
+    linear._enabled = "mine"
+    return linear
+
+
 class OwnAdapters(nn.Linear):
     adapters = ("taken",)
 
@@ -236,6 +271,8 @@ class OwnAdapters(nn.Linear):
     ("build", "words"),
     [
         (lambda: OwnAdapters(3, 3), ["'0' (OwnAdapters)", "attribute `adapters` of its own"]),
+        (lambda: OwnRun(3, 3), ["'0' (OwnRun)", "attribute `run` of its own"]),
+        (own_state, ["'0' (Linear)", "attribute `_enabled` of its own"]),
         (
             lambda: nn.LazyLinear(3),
             ["'0' (LazyLinear)", "is lazy", "Run one batch through the model"],
@@ -243,7 +280,7 @@ class OwnAdapters(nn.Linear):
         (lambda: torch.jit.script(nn.Linear(3, 3)), ["'0'", "scripted", "before torch.jit"]),
         (lambda: torch.jit.trace(nn.Linear(3, 3), torch.zeros(1, 3)), ["'0'", "scripted"]),
     ],
-    ids=["own-adapters", "lazy", "scripted", "traced"],
+    ids=["own-adapters", "own-method", "own-state", "lazy", "scripted", "traced"],
 )
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("option", ["target_modules", "modules_to_save"])

@@ -140,6 +140,16 @@ def test_what_no_file_holds_is_there_after_an_injection_without_memory():
     assert_same(dict(filled.named_buffers()), expected)
 
 
+def test_the_fast_svd_disturbs_no_random_state_of_any_device(monkeypatch):
+    """torch.manual_seed would seed all GPUs too, also those that nothing is on."""
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    model, state = Transformer(), torch.get_rng_state()
+    start(LoraConfig(r=2, target_modules=["q"], init_lora_weights="pissa_niter_4"), model=model)
+    assert not seeded
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_zero_is_where_it_should_be():
     state = start(LoraConfig(r=2, target_modules=["q", "embed"]))
     zeros = {key for key, value in state.items() if not value.any()}

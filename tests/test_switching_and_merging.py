@@ -446,6 +446,17 @@ def test_disabling_ends_with_an_exception_too():
     assert bit_equal(model(token_ids()), expected)
 
 
+def test_no_state_is_loaded_into_a_merged_adapter():
+    model = adapted(Transformer(), target_modules=["q"])
+    state = {name: tensor + 1 for name, tensor in adapter_state_dict(model).items()}
+    merge_adapter(model)
+    with pytest.raises(AdapterStateError, match="'default' is merged into the base"):
+        load_adapter_state_dict(model, state)
+    unmerge_adapter(model)
+    load_adapter_state_dict(model, state)
+    assert_bit_equal(adapter_state_dict(model), state)
+
+
 def test_a_saved_head_does_not_take_overhead_along():
     model = nn.ModuleDict({n: nn.Linear(3, 3) for n in ("head", "overhead", "subhead", "q")})
     adapted(model, target_modules=["q"], modules_to_save=["head"])
@@ -621,6 +632,20 @@ def test_a_tied_bias_is_trained_and_kept_once():
     assert bit_equal(model(x), found)
     unload(model)
     assert_bit_equal(values(model), values(base))
+
+
+@pytest.mark.parametrize("lora_bias", [False, True])
+def test_nothing_is_merged_into_a_tied_bias(lora_bias):
+    model = adapted(TiedBias(), target_modules=["q"], lora_bias=lora_bias)
+    model.q.bias = model.bias
+    before, output = values(model), model(torch.ones(1, 4))
+    if lora_bias:
+        with pytest.raises(AdapterStateError, match="bias of 'q' is shared"):
+            merge_adapter(model)
+        assert_bit_equal(values(model), before)
+    else:  # the bias is not written
+        merge_adapter(model)
+        torch.testing.assert_close(model(torch.ones(1, 4)), output)
 
 
 def test_policy_and_reference_in_one_graph():

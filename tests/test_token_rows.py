@@ -11,7 +11,7 @@ import pytest
 import torch
 from nets import bit_equal, shake
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from lora_lightning import (
     LoraConfig,
@@ -115,6 +115,49 @@ def test_the_table_is_not_copied_in_forward() -> None:
     with Watch():
         model(torch.tensor([[1, 5, 2]]))
     assert max(sizes) < 100
+
+
+class Tables(nn.Module):
+    """Two tables of one weight, as T5's encoder and decoder have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Embedding(6, 4), nn.Embedding(6, 4)
+        self.two.weight = self.one.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.one(ids) + 2 * self.two(ids)
+
+
+@pytest.mark.parametrize("wanted", [{"one": [3, 1]}, {"two": [3, 1], "one": [3, 1]}], ids=str)
+def test_tables_that_share_a_weight_share_the_rows(wanted: dict) -> None:
+    base = Tables()
+    model = copy.deepcopy(base)
+    inject_adapter(model, LoraConfig(target_modules=[], trainable_token_indices=wanted))
+    every = torch.arange(6)
+    assert bit_equal(model(every), base(every))
+    (rows,) = (p for p in model.parameters() if p.requires_grad)
+    shake([rows])
+    table = base.one.weight.detach().clone()
+    table[[3, 1]] = rows.detach()
+    torch.testing.assert_close(model(every), 3 * table)
+    torch.testing.assert_close(merge_and_unload(model)(every), 3 * table)
+
+
+def test_t5_has_one_table_under_three_names() -> None:
+    sizes = {"vocab_size": 16, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+    model = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)).eval()
+    call = {"input_ids": ids(), "labels": ids()}
+    expected = model(**call).loss
+    inject_adapter(model, LoraConfig(target_modules=[], trainable_token_indices=TOKENS))
+    torch.testing.assert_close(model(**call).loss, expected)
+    assert [p.shape for p in model.parameters() if p.requires_grad] == [(3, 8)]
+
+
+def test_other_tokens_for_the_same_weight_are_refused() -> None:
+    tokens = {"one": [1], "two": [2]}
+    with pytest.raises(LoraError, match="other tokens for 'two' than for 'one'"):
+        inject_adapter(Tables(), LoraConfig(target_modules=[], trainable_token_indices=tokens))
 
 
 def test_deepcopy_keeps_head_and_table_together() -> None:

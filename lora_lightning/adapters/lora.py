@@ -133,7 +133,7 @@ class LoraConfig(RankedConfig):
     def _check_tokens(self) -> None:
         tokens = self.trainable_token_indices
         for ids in tokens.values() if isinstance(tokens, dict) else [tokens or []]:
-            if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+            if isinstance(ids, (int, str)) or not all(type(i) is int for i in ids):
                 raise ConfigError(
                     f"trainable_token_indices is {tokens!r}; token ids are integers. "
                     "(lora.trainable_token_indices)"

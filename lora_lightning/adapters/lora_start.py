@@ -133,9 +133,12 @@ def orthogonal_factors(
 def _svd_lowrank(
     weight: Tensor, r: int, iterations: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    # torch draws the subspace from the global generators: lend them, and give them back unchanged.
-    devices = [weight.device] if weight.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(generator.initial_seed())
-        u, s, v = torch.svd_lowrank(weight, q=r, niter=iterations)
-    return u, s, v.t()
+    # Halko et al. 2011 (arXiv:0909.4061), algorithms 4.4 and 5.1; not torch.svd_lowrank, which
+    # draws the subspace from the global generators.
+    draws = torch.randn(weight.shape[1], r, generator=generator, dtype=weight.dtype)
+    q, _ = torch.linalg.qr(weight @ draws.to(weight.device))
+    for _ in range(iterations):
+        q, _ = torch.linalg.qr(weight.t() @ q)
+        q, _ = torch.linalg.qr(weight @ q)
+    u, s, vh = torch.linalg.svd(q.t() @ weight, full_matrices=False)
+    return q @ u, s, vh

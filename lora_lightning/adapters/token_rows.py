@@ -10,7 +10,7 @@ The same as PEFT's `trainable_token_indices`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -81,7 +81,7 @@ class TokenRows(Adapter):
 
 
 class TiedTokenRows(Adapter):
-    """The same rows in a head that shares the table's weight; it owns no tensor."""
+    """The same rows in a head, or another table, that shares the weight; it owns no tensor."""
 
     def __init__(self, rows: TokenRows) -> None:
         super().__init__(rows.config, rows.trainable_tokens_delta.device)
@@ -90,6 +90,8 @@ class TiedTokenRows(Adapter):
     def forward(self, x: Tensor, y: Tensor, base: Base) -> Tensor:
         """The outputs y (..., num_embeddings), those for trained tokens exchanged."""
         rows = self._rows[0]
+        if not x.is_floating_point():  # token ids: a table (T5's encoder and decoder have one each)
+            return cast(Tensor, rows(x, y, base))
         delta: Tensor = rows.trainable_tokens_delta
         bias = getattr(base, "bias", None)
         if not torch.is_autocast_enabled(x.device.type):

@@ -116,8 +116,9 @@ class Host(nn.Module):
             x, args, kwargs = first_argument(self, args, kwargs)
             return forward_by_row(self, self.row_adapters, x, *args, **kwargs)
         chain = self.chain()
-        if not chain:
-            return self.base_forward(None, *args, **kwargs)
+        copy, others = split_copy(chain)
+        if not others:  # whatever the module is called with
+            return self.base_forward(copy, *args, **kwargs)
         x, args, kwargs = first_argument(self, args, kwargs)
         return self.run(chain, x, *args, **kwargs)
 

@@ -14,6 +14,9 @@ from lora_lightning.hosts.quantized import why_not_adaptable, why_not_trainable
 
 # What a host has in its dictionary beside what the module had.
 _STATE = ("row_adapters", "_active", "_enabled", "_merged", "_kept", "_instance_forward")
+# All that a host would hide, or overwrite, of a module.
+_NEEDED = {"adapters", *_STATE, *(name for name in vars(Host) if name[:2] != "__")}
+_NEEDED -= {"forward", "active_adapters"}  # the latter transformers' models have, for peft
 
 
 def check_can_grow(module: nn.Module, path: str, option: str = "target_modules") -> None:
@@ -33,8 +36,8 @@ def check_can_grow(module: nn.Module, path: str, option: str = "target_modules")
         )
     elif unfit is not None:
         reason = unfit
-    elif hasattr(module, "adapters"):
-        reason = "already has an attribute `adapters` of its own, where adapters would live"
+    elif taken := _NEEDED & {*dir(type(module)), *module.__dict__, *module._modules}:
+        reason = f"already has an attribute `{min(taken)}` of its own, where adapters would live"
     elif isinstance(getattr(module, "weight", None), nn.parameter.UninitializedParameter):
         reason = "is lazy and has no size yet. Run one batch through the model first"
     else:
