@@ -190,7 +190,8 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if of_b:
             if again:
                 hidden = (dropped @ a.to(ctx.dtype).t() / (1 - p)).to(g.dtype)
-            d_b = (g.t() @ hidden).to(b.dtype) * scaling
+            # Transposed, this product takes two thirds of the time (a row-major result is wide).
+            d_b = (hidden.t() @ g).t().to(b.dtype) * scaling
         if of_x:
             a = a.to(ctx.dtype)
             if dx is None or mask is not None:
