@@ -5,47 +5,53 @@ from __future__ import annotations
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from lora_lightning import report
-from lora_lightning.adalora_schedule import RankSchedule
 from lora_lightning.adapters.lora import LoraConfig
-from lora_lightning.binding import averaged_models, bind, callbacks_of, let_train, overrides
-from lora_lightning.callback_options import check_options, check_same_adapter
-from lora_lightning.checkpoint import KEY, adapter_state_dict, saved_keys
+from lora_lightning.checkpoint import KEY, saved_keys
 from lora_lightning.config import AdapterConfig
 from lora_lightning.errors import (
     AdapterStateError,
     ConfigError,
     did_you_mean,
-    first_few,
 )
-from lora_lightning.eva_run import eva_config_and_start, with_ranks_of
-from lora_lightning.hosts.base import named_hosts, walk
+from lora_lightning.hosts.base import walk
 from lora_lightning.injection import (
     adapters_named,
-    delete_adapter,
     extend_adapter,
     unchanged_on_error,
 )
-from lora_lightning.manifest import remember_base
-from lora_lightning.optim import check_coverage, trainable_parameters
 from lora_lightning.peft_format import load_adapter
 from lora_lightning.rng import set_random_state
-from lora_lightning.run_checks import (
-    check_callbacks,
-    check_precision,
-    check_strategy,
-    explain_unreadable_checkpoints,
-)
 from lora_lightning.switching import (
     active_adapters,
     adapter_names,
     set_adapter,
 )
 from lora_lightning.targets import Selection
+from lora_lightning.training.adalora_schedule import RankSchedule
+from lora_lightning.training.binding import (
+    bind,
+    callbacks_of,
+    let_train,
+    overrides,
+)
+from lora_lightning.training.callback_options import check_options, check_same_adapter
+from lora_lightning.training.eva_run import start_values, starts_from_data, take_over_ranks
+from lora_lightning.training.manifest import remember_base
+from lora_lightning.training.run_checks import (
+    check_callbacks,
+    check_precision,
+    check_strategy,
+    explain_unreadable_checkpoints,
+)
+from lora_lightning.training.training_checks import (
+    check_before_fit,
+    check_first_gradients,
+    check_what_trains,
+)
 
 
 class LoraCallback(Callback):
@@ -93,14 +99,14 @@ class LoraCallback(Callback):
         super().__init__()
         check_options(config, config_options, init_from)
         self.config: AdapterConfig = LoraConfig(**config_options) if config is None else config
-        self._given = self.config  # EVA finds other ranks for every module
+        self.given = self.config  # EVA finds other ranks for every module
         self.adapter_name = adapter_name
         self.module = module
         self.init_from = init_from
         self.trainable = trainable
         self.lr = lr
         self.enabled = enabled
-        self._selection = Selection()
+        self.selection = Selection()
         self.ranks = RankSchedule()  # for AdaLoRA
         self._gradients_checked = False
         self._log: Any = None
@@ -145,14 +151,14 @@ class LoraCallback(Callback):
         root = self.root(pl_module)
         if self.init_from is not None:
             self._load(root, self.init_from)
-        elif self._starts_from_data:
-            self._take_over_ranks(pl_module, root)
+        elif starts_from_data(self):
+            take_over_ranks(self, pl_module, root)
         check_same_adapter(pl_module, root, self.config, self.adapter_name)
         self._check_no_strangers(pl_module)
         fresh = not adapter_names(pl_module)
-        start = self._start_values(pl_module, root)
+        start = start_values(self, pl_module, root)
         with unchanged_on_error(root):
-            self._selection = extend_adapter(root, self.config, self.adapter_name, start=start)
+            self.selection = extend_adapter(root, self.config, self.adapter_name, start=start)
             if self.adapter_name not in active_adapters(root):
                 set_adapter(root, [*active_adapters(root), self.adapter_name])
         let_train(pl_module, root)
@@ -163,59 +169,6 @@ class LoraCallback(Callback):
         if self.adapter_name not in adapter_names(root):
             load_adapter(root, path, self.adapter_name)
         self.config = next(iter(adapters_named(root, self.adapter_name).values())).config
-
-    @property
-    def _starts_from_data(self) -> bool:
-        return getattr(self._given, "init_lora_weights", True) == "eva"
-
-    def _take_over_ranks(self, pl_module: LightningModule, root: nn.Module) -> None:
-        """The ranks that were found for this module before; none if it was only evaluated."""
-        self.config = self._given
-        adapters = [*adapters_named(root, self.adapter_name).values()]
-        if not adapters:
-            return
-        found = adapters[0].config
-        state = adapter_state_dict(root, self.adapter_name)
-        learnt = any(t.any() for name, t in state.items() if name.endswith("lora_B"))
-        plain = getattr(found, "init_lora_weights", "eva") != "eva"
-        if plain and not learnt and pl_module.trainer.state.fn == "fit":
-            delete_adapter(root, self.adapter_name)  # it has not seen the data yet
-        elif isinstance(found, LoraConfig):
-            self.config = with_ranks_of(found, self._given)
-
-    def _start_values(
-        self, pl_module: LightningModule, root: nn.Module
-    ) -> dict[str, Tensor] | None:
-        """What EVA finds in the data of this run, if it is asked for and was not found before."""
-        config = self.config
-        if not isinstance(config, LoraConfig) or not self._starts_from_data:
-            return None
-        if self.adapter_name in adapter_names(root):
-            return {}
-        self.config, start = eva_config_and_start(pl_module.trainer, pl_module, root, config)
-        return start
-
-    def adopt_ranks(self, pl_module: LightningModule, saved: dict[str, Any]) -> None:
-        """Take the ranks over that EVA found when the run of a checkpoint began.
-
-        Called before the checkpoint's tensors are loaded, and before there are optimizers.
-        """
-        if not self._starts_from_data or saved.get("peft_type", "LORA") != self.config.peft_type:
-            return
-        plain = {"init_lora_weights": True, "eva_config": None}
-        config = LoraConfig.from_dict({**saved["config"], **plain})
-        if config.rank_pattern == getattr(self.config, "rank_pattern", None):
-            return
-        root = self.root(pl_module)
-        order = adapter_names(root)
-        delete_adapter(root, self.adapter_name)
-        self.config = config
-        self._selection = extend_adapter(root, config, self.adapter_name)
-        for _, host in named_hosts(root):  # in the order that the optimizer's state goes by
-            for name in filter(host.adapters.__contains__, order):
-                host.adapters[name] = host.adapters.pop(name)
-        set_adapter(root, [*active_adapters(root), self.adapter_name])
-        let_train(pl_module, root)
 
     def root(self, pl_module: LightningModule) -> nn.Module:
         """The submodule that is adapted.
@@ -273,19 +226,7 @@ class LoraCallback(Callback):
         """Check that exactly the adapters train, and let them."""
         if not self.enabled:
             return
-        for path, host in named_hosts(pl_module):
-            if host.merged_adapters:
-                raise AdapterStateError(
-                    f"Adapters {host.merged_adapters} are merged into the base ({path!r}, for one) "
-                    "and would not train. Call unmerge_adapter(module) before fit."
-                )
-        for averaged in averaged_models(trainer):
-            if self.adapter_name not in adapter_names(averaged):
-                raise ConfigError(
-                    "WeightAveraging copied the module before the adapters were on it, so they "
-                    "would not be averaged. List LoraCallback before it. (trainer.callbacks)"
-                )
-        check_coverage(trainer.optimizers, pl_module)
+        check_before_fit(trainer, pl_module, self.adapter_name)
         for adapter in adapters_named(self.root(pl_module), self.adapter_name).values():
             adapter.train()  # also where the base came in eval mode (from_pretrained)
         self._gradients_checked = False
@@ -298,7 +239,7 @@ class LoraCallback(Callback):
         self.ranks.start(trainer, root, self.config, self.adapter_name)
         if trainer.is_global_zero:
             report.show(
-                report.start_table(root, self.adapter_name, self._selection.left_out),
+                report.start_table(root, self.adapter_name, self.selection.left_out),
                 *report.start_lines(pl_module, root, self.adapter_name),
             )
             if self._is_last(pl_module):
@@ -316,16 +257,7 @@ class LoraCallback(Callback):
         """Check at the head of every epoch that nothing else has begun to train."""
         if not self.enabled or batch_idx:
             return
-        check_coverage(trainer.optimizers, pl_module)
-        owned = {
-            key for callback in callbacks_of(pl_module) for key in callback.saved_keys(pl_module)
-        }
-        others = [name for name in trainable_parameters(pl_module) if name not in owned]
-        if others:
-            raise AdapterStateError(
-                f"{first_few(others)} began to train, but belong to no adapter: they would not be "
-                "saved. Train them as a copy instead: lora.modules_to_save. (lora.modules_to_save)"
-            )
+        check_what_trains(trainer, pl_module)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """After the first backward, every adapter has a gradient, or something bypasses it."""
@@ -333,20 +265,7 @@ class LoraCallback(Callback):
         if not self.enabled or self._gradients_checked or not pl_module.automatic_optimization:
             return
         self._gradients_checked = True
-        trainable = trainable_parameters(pl_module)
-        without = [name for name, p in trainable.items() if p.grad is None]
-        if len(without) == len(trainable):
-            raise AdapterStateError(
-                "After the first backward pass no adapter has a gradient: the loss does not depend "
-                "on any of them. Is the adapted submodule used in training_step, are its outputs "
-                "detached, or its weights read without calling the module? (lora.target_modules)"
-            )
-        if without:
-            rank_zero_warn(
-                f"{len(without)} of {len(trainable)} trainable tensors had no gradient in the "
-                f"first step ({', '.join(without[:3])}, ...): these modules were not called, "
-                "or their weights are read without calling them."
-            )
+        check_first_gradients(pl_module)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer

@@ -23,7 +23,7 @@ from lora_lightning.callback import LoraCallback
 from lora_lightning.config import AdapterConfig
 from lora_lightning.errors import CheckpointError, ConfigError, LoraError, did_you_mean, first_few
 from lora_lightning.report import show
-from lora_lightning.run_checks import READ_ERRORS, check_checkpoint_file, unreadable
+from lora_lightning.training.run_checks import READ_ERRORS, check_checkpoint_file, unreadable
 
 PROGRAM = "lora-lightning"
 

@@ -13,8 +13,7 @@ import lora_lightning
 
 PACKAGE = Path(lora_lightning.__file__).parent
 
-# Which floor a room is on; imports go to the same floor or below. (callback.py's helpers that know
-# the Trainer are on its floor.)
+# Which floor a room is on; imports go to the same floor or below.
 FLOORS = {
     "errors": 0, "config": 0,
     "initialization": 1, "adapters": 1, "hosts": 1, "targets": 1, "target_names": 1, "target_parameters": 1, "embeddings": 1, "bias": 1, "frozen_norms": 1,
@@ -23,8 +22,7 @@ FLOORS = {
     "checkpoint": 3, "fingerprint": 3, "optim": 3, "report": 3, "rng": 3, "status": 3,
     "peft_format": 3, "peft_config": 3, "peft_keys": 3, "peft_selection": 3, "hotswap": 3,
     "adapter_files": 3, "atomic_write": 3,
-    "callback": 4, "binding": 4, "manifest": 4, "run_checks": 4, "eva_run": 4, "callback_options": 4,
-    "adalora_schedule": 4,
+    "training": 4, "callback": 4,
     "tasks": 5, "data": 5,
     "cli": 6, "__main__": 6,
 }  # fmt: skip

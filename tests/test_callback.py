@@ -739,7 +739,7 @@ def test_merged_adapters_do_not_train(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork"])
 def test_strategies_that_lose_adapters_are_refused(tmp_path: Path, strategy: str) -> None:
-    from lora_lightning.run_checks import check_strategy
+    from lora_lightning.training.run_checks import check_strategy
 
     with pytest.raises(ConfigError, match="the trained adapters would be lost"):
         check_strategy(run(tmp_path, strategy=strategy, devices=2))
@@ -748,7 +748,7 @@ def test_strategies_that_lose_adapters_are_refused(tmp_path: Path, strategy: str
 def test_unsupported_strategies_are_refused(tmp_path: Path) -> None:
     from lightning.pytorch.strategies import ModelParallelStrategy
 
-    from lora_lightning.run_checks import check_strategy
+    from lora_lightning.training.run_checks import check_strategy
 
     with pytest.raises(ConfigError, match="does not support ModelParallelStrategy in this version"):
         check_strategy(run(tmp_path, strategy=ModelParallelStrategy(), devices=2))

@@ -13,8 +13,8 @@ from modules import Data, Net, run
 from torch import nn
 
 import lora_lightning.adapters.lora
-import lora_lightning.binding
 import lora_lightning.injection
+import lora_lightning.training.binding
 from lora_lightning import (
     LoraCallback,
     LoraConfig,
@@ -224,9 +224,9 @@ def test_5_optimizer_holds_exactly_the_adapters(tmp_path: Path) -> None:
 
 
 def test_5_twin_without_the_override_is_refused(tmp_path: Path, monkeypatch: Any) -> None:
-    overrides = dict(lora_lightning.binding._OVERRIDES)
+    overrides = dict(lora_lightning.training.binding._OVERRIDES)
     del overrides["configure_optimizers"]
-    monkeypatch.setattr(lora_lightning.binding, "_OVERRIDES", overrides)
+    monkeypatch.setattr(lora_lightning.training.binding, "_OVERRIDES", overrides)
     with pytest.raises(OptimizerError, match="in an optimizer but not trainable"):
         run(tmp_path, LoraCallback(CONFIG)).fit(Net(), Data())
 
@@ -281,13 +281,13 @@ def test_6_checkpoints_hold_adapters_only(tmp_path: Path) -> None:
 
 def test_6_twin_a_callback_hook_alone_writes_the_base(tmp_path: Path, monkeypatch: Any) -> None:
     """Callback.on_save_checkpoint is not called for weights-only files: the naive way leaks."""
-    overrides = dict(lora_lightning.binding._OVERRIDES)
+    overrides = dict(lora_lightning.training.binding._OVERRIDES)
     reduce = overrides.pop("on_save_checkpoint")
 
     def on_save_checkpoint(self: Any, trainer: Any, pl_module: Any, checkpoint: Any) -> None:
         reduce(pl_module, checkpoint)
 
-    monkeypatch.setattr(lora_lightning.binding, "_OVERRIDES", overrides)
+    monkeypatch.setattr(lora_lightning.training.binding, "_OVERRIDES", overrides)
     monkeypatch.setattr(LoraCallback, "on_save_checkpoint", on_save_checkpoint)
     checkpoints = written(tmp_path)
     assert "embed.weight" in checkpoints["weights"]["state_dict"]

@@ -42,7 +42,7 @@ from lora_lightning import (
 from lora_lightning.adapter_files import NEWEST_FORMAT
 from lora_lightning.adapters import config_types
 from lora_lightning.errors import AdapterMismatchError, AdapterStateError, CheckpointError
-from lora_lightning.manifest import FORMAT
+from lora_lightning.training.manifest import FORMAT
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 A = "base_model.model.layers.0.proj.lora_A.weight"

@@ -158,7 +158,7 @@ def configure_optimizers(self: LightningModule) -> Any:
 
 def on_save_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> None:
     """The last hook before a checkpoint is written, of whatever kind: drop the base."""
-    from lora_lightning.manifest import reduce_checkpoint
+    from lora_lightning.training.manifest import reduce_checkpoint
 
     _original(self, "on_save_checkpoint")(checkpoint)
     callbacks = callbacks_of(self)
@@ -169,7 +169,8 @@ def on_save_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> Non
 
 def on_load_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> None:
     """The last hook before weights are loaded: refuse what does not fit."""
-    from lora_lightning.manifest import KEY, check_checkpoint, expect_only_adapters
+    from lora_lightning.training.eva_run import adopt_ranks
+    from lora_lightning.training.manifest import KEY, check_checkpoint, expect_only_adapters
 
     _original(self, "on_load_checkpoint")(checkpoint)
     callbacks = callbacks_of(self)
@@ -182,7 +183,7 @@ def on_load_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> Non
         for callback in callbacks:
             saved = checkpoint.get(KEY, {}).get("adapters", {}).get(callback.adapter_name)
             if saved is not None:
-                callback.adopt_ranks(self, saved)
+                adopt_ranks(callback, self, saved)
         check_checkpoint(checkpoint, self, callbacks)
         averaged = averaged_models(self.trainer) if "current_model_state" in checkpoint else []
         expect_only_adapters(self, times=1 + len(averaged))  # WeightAveraging loads it once more

@@ -1,4 +1,4 @@
-"""EVA's batches out of a Trainer, before the run has begun."""
+"""EVA inside a run: its batches out of the Trainer, and the ranks that it found before."""
 
 from __future__ import annotations
 
@@ -12,16 +12,80 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.adapters.lora import LoraConfig
+from lora_lightning.checkpoint import adapter_state_dict
 from lora_lightning.config import AdapterConfig
 from lora_lightning.errors import ConfigError
 from lora_lightning.eva import FOUND, eva_start
+from lora_lightning.hosts.base import named_hosts
+from lora_lightning.injection import adapters_named, delete_adapter, extend_adapter
 from lora_lightning.rng import random_state, set_random_state
+from lora_lightning.switching import active_adapters, adapter_names, set_adapter
+from lora_lightning.training.binding import let_train
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
+    from lora_lightning.callback import LoraCallback
 
-def eva_config_and_start(
+
+def starts_from_data(callback: LoraCallback) -> bool:
+    """Whether the callback was asked for EVA."""
+    return getattr(callback.given, "init_lora_weights", True) == "eva"
+
+
+def take_over_ranks(callback: LoraCallback, pl_module: LightningModule, root: nn.Module) -> None:
+    """The ranks that were found for this module before; none if it was only evaluated."""
+    callback.config = callback.given
+    adapters = [*adapters_named(root, callback.adapter_name).values()]
+    if not adapters:
+        return
+    found = adapters[0].config
+    state = adapter_state_dict(root, callback.adapter_name)
+    learnt = any(t.any() for name, t in state.items() if name.endswith("lora_B"))
+    plain = getattr(found, "init_lora_weights", "eva") != "eva"
+    if plain and not learnt and pl_module.trainer.state.fn == "fit":
+        delete_adapter(root, callback.adapter_name)  # it has not seen the data yet
+    elif isinstance(found, LoraConfig):
+        callback.config = _with_ranks_of(found, callback.given)
+
+
+def start_values(
+    callback: LoraCallback, pl_module: LightningModule, root: nn.Module
+) -> dict[str, Tensor] | None:
+    """What EVA finds in the data of this run, if it is asked for and was not found before."""
+    config = callback.config
+    if not isinstance(config, LoraConfig) or not starts_from_data(callback):
+        return None
+    if callback.adapter_name in adapter_names(root):
+        return {}
+    callback.config, start = _config_and_start(pl_module.trainer, pl_module, root, config)
+    return start
+
+
+def adopt_ranks(callback: LoraCallback, pl_module: LightningModule, saved: dict[str, Any]) -> None:
+    """Take the ranks over that EVA found when the run of a checkpoint began.
+
+    Called before the checkpoint's tensors are loaded, and before there are optimizers.
+    """
+    if not starts_from_data(callback) or saved.get("peft_type", "LORA") != "LORA":
+        return
+    plain = {"init_lora_weights": True, "eva_config": None}
+    config = LoraConfig.from_dict({**saved["config"], **plain})
+    if config.rank_pattern == getattr(callback.config, "rank_pattern", None):
+        return
+    root = callback.root(pl_module)
+    order = adapter_names(root)
+    delete_adapter(root, callback.adapter_name)
+    callback.config = config
+    callback.selection = extend_adapter(root, config, callback.adapter_name)
+    for _, host in named_hosts(root):  # in the order that the optimizer's state goes by
+        for name in filter(host.adapters.__contains__, order):
+            host.adapters[name] = host.adapters.pop(name)
+    set_adapter(root, [*active_adapters(root), callback.adapter_name])
+    let_train(pl_module, root)
+
+
+def _config_and_start(
     trainer: Trainer,
     pl_module: LightningModule,
     root: nn.Module,
@@ -63,7 +127,7 @@ def eva_config_and_start(
     return trainer.strategy.broadcast(found, src=0)
 
 
-def with_ranks_of(found: LoraConfig, given: AdapterConfig) -> AdapterConfig:
+def _with_ranks_of(found: LoraConfig, given: AdapterConfig) -> AdapterConfig:
     """The options that were given, with the targets and ranks that EVA found for them before."""
     ranks = {name: getattr(found, name) for name in (*FOUND, "init_lora_weights", "eva_config")}
     return dataclasses.replace(given, **ranks)

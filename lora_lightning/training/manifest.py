@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 import lora_lightning
 from lora_lightning.bias import trained_biases
-from lora_lightning.binding import Binding, binding_of
 from lora_lightning.checkpoint import KEY, config_differences, tensor_differences
 from lora_lightning.errors import AdapterMismatchError, CheckpointError, first_few
 from lora_lightning.fingerprint import (
@@ -21,6 +20,7 @@ from lora_lightning.fingerprint import (
 )
 from lora_lightning.hosts.base import walk
 from lora_lightning.rng import random_state
+from lora_lightning.training.binding import Binding, binding_of
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule

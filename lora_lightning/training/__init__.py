@@ -1,0 +1,1 @@
+"""The adapters' life inside Lightning: everything that knows the Trainer, one idea a file."""

@@ -1,0 +1,78 @@
+"""What is checked while a run starts and goes on: that exactly the adapters train."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lora_lightning.errors import AdapterStateError, ConfigError, first_few
+from lora_lightning.hosts.base import named_hosts
+from lora_lightning.optim import check_coverage, trainable_parameters
+from lora_lightning.switching import adapter_names
+from lora_lightning.training.binding import averaged_models, callbacks_of
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+
+def check_before_fit(trainer: Trainer, module: LightningModule, adapter_name: str) -> None:
+    """No adapter is in the weights, every average covers the adapters, as do the optimizers.
+
+    Raises:
+        AdapterStateError, ConfigError, OptimizerError: Saying which, and what to do.
+
+    """
+    for path, host in named_hosts(module):
+        if host.merged_adapters:
+            raise AdapterStateError(
+                f"Adapters {host.merged_adapters} are merged into the base ({path!r}, for one) "
+                "and would not train. Call unmerge_adapter(module) before fit."
+            )
+    for averaged in averaged_models(trainer):
+        if adapter_name not in adapter_names(averaged):
+            raise ConfigError(
+                "WeightAveraging copied the module before the adapters were on it, so they "
+                "would not be averaged. List LoraCallback before it. (trainer.callbacks)"
+            )
+    check_coverage(trainer.optimizers, module)
+
+
+def check_what_trains(trainer: Trainer, module: LightningModule) -> None:
+    """Nothing but what the callbacks save has begun to train.
+
+    Raises:
+        AdapterStateError, OptimizerError: Naming the tensors.
+
+    """
+    check_coverage(trainer.optimizers, module)
+    owned = {key for callback in callbacks_of(module) for key in callback.saved_keys(module)}
+    others = [name for name in trainable_parameters(module) if name not in owned]
+    if others:
+        raise AdapterStateError(
+            f"{first_few(others)} began to train, but belong to no adapter: they would not be "
+            "saved. Train them as a copy instead: lora.modules_to_save. (lora.modules_to_save)"
+        )
+
+
+def check_first_gradients(module: LightningModule) -> None:
+    """After the first backward every adapter has a gradient, or something bypasses it.
+
+    Raises:
+        AdapterStateError: If none has one; where only some have, a warning names them.
+
+    """
+    trainable = trainable_parameters(module)
+    without = [name for name, p in trainable.items() if p.grad is None]
+    if len(without) == len(trainable):
+        raise AdapterStateError(
+            "After the first backward pass no adapter has a gradient: the loss does not depend "
+            "on any of them. Is the adapted submodule used in training_step, are its outputs "
+            "detached, or its weights read without calling the module? (lora.target_modules)"
+        )
+    if without:
+        rank_zero_warn(
+            f"{len(without)} of {len(trainable)} trainable tensors had no gradient in the "
+            f"first step ({', '.join(without[:3])}, ...): these modules were not called, "
+            "or their weights are read without calling them."
+        )
