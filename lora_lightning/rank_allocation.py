@@ -33,6 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.adapters.adalora import AdaLoraAdapter, AdaLoraConfig
+from lora_lightning.autocast import without_autocast
 from lora_lightning.errors import AdapterMismatchError, ConfigError
 from lora_lightning.injection import adapters_named
 
@@ -207,7 +208,7 @@ class RankAllocator:
             if key.endswith("lora_E") or not p.requires_grad or not factor:
                 continue
             # Lightning's manual optimization steps inside of autocast, which would narrow this.
-            with torch.autocast(p.device.type, enabled=False):
+            with without_autocast(p):
                 rows = p if key.endswith("lora_A") else p.T
                 excess = rows @ rows.T - torch.eye(len(rows), dtype=p.dtype, device=p.device)
                 grad = excess @ rows

@@ -35,6 +35,7 @@ from typing import Literal, cast, get_args
 import torch
 from torch import Tensor
 
+from lora_lightning.autocast import without_autocast
 from lora_lightning.config import check_choice, check_rank
 from lora_lightning.errors import ConfigError, RankError
 from lora_lightning.initialization import generator_for
@@ -234,7 +235,7 @@ class Combination:
 
     def combine(self, path: str, updates: Sequence[Update], weights: Sequence[float]) -> Update:
         """One update of scaling 1 from those of several adapters on one weight."""
-        with torch.autocast(updates[0].a.device.type, enabled=False):  # which would narrow B A
+        with without_autocast(updates[0].a):  # which would narrow B A
             b, a = self._factors(path, updates, weights)
         owners = [(u, w) for u, w in zip(updates, weights, strict=True) if u.bias is not None]
         if not owners:

@@ -17,11 +17,11 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_lightning.adapters.base import Base, Convolution, DeltaAdapter, Site
+from lora_lightning.autocast import is_autocast
 from lora_lightning.config import (
     AdapterConfig,
     check_choice,
@@ -214,7 +214,7 @@ class AdaLoraAdapter(DeltaAdapter):
         a: Tensor = self.lora_A
         b: Tensor = self.lora_B
         x = self.lora_dropout(x)
-        if not torch.is_autocast_enabled(x.device.type):  # which casts x, A and B itself
+        if not is_autocast(x):  # which casts x, A and B itself
             a, b = a.to(x.dtype), b.to(x.dtype)
         hidden = F.linear(x, a)
         values = (self.lora_E.T * self.scale()).to(hidden.dtype)

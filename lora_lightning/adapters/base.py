@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from lora_lightning.autocast import is_autocast
 from lora_lightning.config import AdapterConfig, RankedConfig, pattern_value
 from lora_lightning.errors import RankError
 from lora_lightning.initialization import generator_for
@@ -251,7 +252,7 @@ class DeltaAdapter(Adapter):
     def forward(self, x: Tensor, y: Tensor, base: Base) -> Tensor:
         """y + (delta_weight() applied to x)."""
         weight = self.delta_weight()
-        if not torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
+        if not is_autocast(x) and x.is_floating_point():
             weight = weight.to(x.dtype)
         return y + base.apply_weight(x, weight).to(y.dtype)
 

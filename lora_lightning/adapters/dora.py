@@ -20,6 +20,7 @@ from lora_lightning.adapters.base import Base, Site
 from lora_lightning.adapters.lora import LoraAdapter, LowRankAdapter
 from lora_lightning.adapters.lora_conv import LoraConvAdapter
 from lora_lightning.adapters.lora_embedding import LoraEmbeddingAdapter
+from lora_lightning.autocast import without_autocast
 from lora_lightning.errors import ConfigError
 
 
@@ -70,7 +71,7 @@ class _Dora(LowRankAdapter):
         # Norms and small products in the adapter's dtype, W A^T in the weight's own: no copy of W.
         matrix = self.as_matrix(weight)
         a, b = self.factors()
-        with torch.autocast(weight.device.type, enabled=False):
+        with without_autocast(weight):
             square = torch.linalg.vector_norm(matrix, dim=1, dtype=a.dtype).square()
             mixed = (matrix @ a.t().to(matrix.dtype)).to(b.dtype)
             scale = self.scale()

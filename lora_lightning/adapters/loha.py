@@ -36,6 +36,7 @@ from lora_lightning.adapters.lycoris import (
     product_dtype,
     recompute,
 )
+from lora_lightning.autocast import without_autocast
 
 # As two products the update was faster than as a dense weight up to this part of its products (one
 # CPU thread; 64 to 3072 features or channels).
@@ -177,7 +178,7 @@ class _HadamardLinear(torch.autograd.Function):
         x, a1, b1, a2, b2 = ctx.saved_tensors
         dx: Tensor | None = None
         d_factors: list[Tensor | None] = [None] * 4
-        with torch.autocast(grad.device.type, enabled=False):
+        with without_autocast(grad):
             p1, p2 = a1 @ b1, a2 @ b2
             if of_x:
                 dx = grad @ (p1 * p2)

@@ -25,6 +25,7 @@ from lora_lightning.adapters.lora_start import (
     LoftqConfig,
     orthogonal_factors,
 )
+from lora_lightning.autocast import is_autocast
 from lora_lightning.config import (
     RankedConfig,
     check_choice,
@@ -326,7 +327,7 @@ class LoraAdapter(LowRankAdapter):
     def cast_factors(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """A and B in the dtype in which `x` is multiplied."""
         a, b = self.factors()
-        if torch.is_autocast_enabled(x.device.type):  # which casts x, A and B itself
+        if is_autocast(x):  # which casts x, A and B itself
             return a, b
         return a.to(x.dtype), b.to(x.dtype)
 

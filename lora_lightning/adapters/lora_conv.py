@@ -20,6 +20,7 @@ from torch import Tensor
 from lora_lightning.adapters.base import Base, Convolution, Site
 from lora_lightning.adapters.lora import LoraConfig, LowRankAdapter
 from lora_lightning.adapters.lora_embedding import check_plain_start
+from lora_lightning.autocast import is_autocast
 from lora_lightning.errors import AdapterStateError, RankError
 from lora_lightning.initialization import kaiming_uniform_, normal_, zeros_
 
@@ -78,7 +79,7 @@ class LoraConvAdapter(LowRankAdapter):
         """The convolutions scaling * B * A * x."""
         a: Tensor = self.lora_A
         b: Tensor = self.lora_B
-        if not torch.is_autocast_enabled(x.device.type):
+        if not is_autocast(x):
             a, b = a.to(x.dtype), b.to(x.dtype)
         hidden = base.apply_weight(x, a)
         convolution = (torch.conv1d, torch.conv2d, torch.conv3d)[b.dim() - 3]

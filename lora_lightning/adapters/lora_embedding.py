@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from typing import cast
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lora_lightning.adapters.base import Base, Site
 from lora_lightning.adapters.lora import LoraConfig, LowRankAdapter
+from lora_lightning.autocast import without_autocast
 from lora_lightning.errors import ConfigError
 from lora_lightning.initialization import normal_, zeros_
 
@@ -59,7 +59,7 @@ class LoraEmbeddingAdapter(LowRankAdapter):
         """The rows scaling * (B A)^T[ids], looked up as the base looks up its own."""
         rows = base.apply_weight(x, self.lora_embedding_A.t())
         # Autocast does not narrow an embedding lookup, so it must not narrow its update either.
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             return F.linear(rows, self.lora_embedding_B) * self.scale()
 
     def forward(self, x: Tensor, y: Tensor, base: Base) -> Tensor:

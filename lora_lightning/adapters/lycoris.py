@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from lora_lightning.adapters.base import Base, DeltaAdapter, Site
+from lora_lightning.autocast import is_autocast, without_autocast
 from lora_lightning.config import RankedConfig, check_choice, check_positive, check_probability
 from lora_lightning.initialization import kaiming_uniform_, zeros_
 
@@ -128,9 +129,8 @@ class LycorisAdapter(DeltaAdapter):
 
 def product_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which `x` is multiplied: its own, or autocast's."""
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(kind)
+    if is_autocast(x) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 
 
@@ -175,7 +175,7 @@ class _Recomputed(torch.autograd.Function):
         tensors = ctx.saved_tensors
         if not twice:
             tensors = [t.detach().requires_grad_(w) for t, w in zip(tensors, wanted, strict=True)]
-        with torch.enable_grad(), torch.autocast(grad.device.type, enabled=False):
+        with torch.enable_grad(), without_autocast(grad):
             output = ctx.function(*tensors)
             inputs = [t for t, w in zip(tensors, wanted, strict=True) if w]
             gradients = iter(torch.autograd.grad(output, inputs, grad, create_graph=twice))

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from lora_lightning.adapters.base import Adapter, Base, Convolution, Site
 from lora_lightning.adapters.trained_copy import TrainedCopy
+from lora_lightning.autocast import is_autocast, without_autocast
 from lora_lightning.config import AdapterConfig, check_choice, check_positive, check_probability
 from lora_lightning.errors import ConfigError, RankError
 from lora_lightning.initialization import normal_, zeros_
@@ -163,7 +164,7 @@ class OftAdapter(Adapter):
     def turn(self) -> Tensor:
         """R - I by blocks, (in / b, b, b); (1, b, b) where they all rotate alike."""
         config = cast(OftConfig, self.config)
-        with torch.autocast(self.oft_R.device.type, enabled=False):
+        with without_autocast(self.oft_R):
             q = self._skew(self._constrained() if config.coft else self.oft_R)
             if config.use_cayley_neumann:
                 turn = _neumann_turn(q, config.num_cayley_neumann_terms)
@@ -309,7 +310,7 @@ class OftConvAdapter(OftAdapter):
 
 def blockwise(x: Tensor, blocks: Tensor) -> Tensor:
     """The product x diag(B_1, ...); x (..., n b), blocks (n, b, b), or (1, b, b) for equal ones."""
-    if not torch.is_autocast_enabled(x.device.type):
+    if not is_autocast(x):
         blocks = blocks.to(x.dtype)
     parts = x.unflatten(-1, (-1, blocks.shape[-1]))
     if len(blocks) == 1:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_lightning.adapters.base import Adapter, Base, Site
+from lora_lightning.autocast import is_autocast
 from lora_lightning.errors import ConfigError
 
 
@@ -94,7 +95,7 @@ class TiedTokenRows(Adapter):
             return cast(Tensor, rows(x, y, base))
         delta: Tensor = rows.trainable_tokens_delta
         bias = getattr(base, "bias", None)
-        if not torch.is_autocast_enabled(x.device.type):
+        if not is_autocast(x):
             delta = delta.to(x.dtype)
         bias = None if bias is None else bias[rows.ids]
         outputs = F.linear(x, delta, bias)

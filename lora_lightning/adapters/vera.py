@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_lightning.adapters.base import Base, DeltaAdapter, Site
+from lora_lightning.autocast import is_autocast
 from lora_lightning.config import (
     AdapterConfig,
     check_choice,
@@ -199,7 +200,7 @@ class VeraAdapter(DeltaAdapter):
     def forward(self, x: Tensor, y: Tensor, base: Base) -> Tensor:
         """y + lambda_b * (B (lambda_d * (A dropout(x)))), in y's dtype."""
         a, b = self.matrices(x.device)
-        if not torch.is_autocast_enabled(x.device.type):
+        if not is_autocast(x):
             a, b = a.to(x.dtype), b.to(x.dtype)
         hidden = F.linear(self.vera_dropout(x), a)
         change = F.linear(hidden * (self.scale() * self.vera_lambda_d).to(hidden.dtype), b)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lora_lightning.adapters.base import Adapter, AdapterDict, AdapterParts, Base, Convolution
 from lora_lightning.adapters.trained_copy import TrainedCopy
+from lora_lightning.autocast import without_autocast
 from lora_lightning.errors import AdapterStateError
 from lora_lightning.hosts.folding import HostPart, fold, part_of, split_copy
 from lora_lightning.hosts.rows import forward_by_row
@@ -259,7 +260,7 @@ class Host(nn.Module):
         weight = self.base_weight(name)
         base: Base = self if name == "weight" else HostPart(self, name)
         start = total = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        with torch.autocast(weight.device.type, enabled=False):  # which would narrow the products
+        with without_autocast(weight):  # which would narrow the products
             for part in parts:
                 total = part.transform_weight(total, base)
             if total is not start:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from lora_lightning.adapters.base import Adapter, AdapterParts
 from lora_lightning.adapters.lora_experts import LoraExpertsAdapter
+from lora_lightning.autocast import without_autocast
 from lora_lightning.errors import AdapterStateError, TargetError
 from lora_lightning.hosts.attention import attention_obstacle
 from lora_lightning.hosts.base import Host
@@ -147,7 +148,7 @@ class ExpertsHost(Host):
 
     def _folded(self, name: str, weight: Tensor, parts: list[Adapter]) -> Tensor:
         compiling = torch.compiler.is_compiling()
-        with torch.autocast(weight.device.type, enabled=False):
+        with without_autocast(weight):
             for part in parts:
                 after = part.transform_weight(weight, HostPart(self, name))
                 weight = torch.where(part.live, after, weight) if compiling else after

@@ -31,6 +31,7 @@ from torch.autograd import forward_ad
 
 from lora_lightning.adapters.base import Adapter
 from lora_lightning.adapters.lora import LoraAdapter
+from lora_lightning.autocast import is_autocast, without_autocast
 from lora_lightning.hosts.shared_cast import autocast_input
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -159,8 +160,8 @@ class _Lora(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None) -> Any:
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
-        if torch.is_autocast_enabled(grad.device.type):  # all is cast here as forward had it
-            with torch.autocast(grad.device.type, enabled=False):
+        if is_autocast(grad):  # all is cast here as forward had it
+            with without_autocast(grad):
                 return _gradients(ctx, grad)
         return _gradients(ctx, grad)
 
@@ -206,7 +207,6 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 def _as_autocast(tensor: Tensor) -> Tensor:
     """`tensor` as autocast would hand it to a matrix product."""
-    kind = tensor.device.type
-    if torch.is_autocast_enabled(kind) and tensor.dtype != torch.float64:
-        return tensor.to(torch.get_autocast_dtype(kind))
+    if is_autocast(tensor) and tensor.dtype != torch.float64:
+        return tensor.to(torch.get_autocast_dtype(tensor.device.type))
     return tensor

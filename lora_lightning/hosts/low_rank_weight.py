@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lora_lightning.autocast import without_autocast
+
 _DESCRIPTION = (
     "shape", "dtype", "device", "layout", "ndim", "dim", "size", "numel", "element_size",
     "itemsize", "is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized", "is_nested",
@@ -41,7 +43,7 @@ class LowRankWeight:
     def dense(self) -> Tensor:
         """W + L R in W's dtype."""
         if self._sum is None:
-            with torch.autocast(self.weight.device.type, enabled=False):
+            with without_autocast(self.weight):
                 self._sum = self.weight + torch.matmul(self.left, self.right)
         return self._sum
 

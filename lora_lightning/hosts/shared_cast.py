@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
+from lora_lightning.autocast import is_autocast
+
 
 class _LastCast(threading.local):
     source: TensorWeakRef | None = None
@@ -25,10 +27,9 @@ _last = _LastCast()
 
 def autocast_input(x: Tensor) -> Tensor:
     """`x` as autocast would hand it to a matrix product; `x` itself where autocast is off."""
-    kind = x.device.type
-    if not torch.is_autocast_enabled(kind) or not x.is_floating_point():
+    if not is_autocast(x) or not x.is_floating_point():
         return x
-    dtype = torch.get_autocast_dtype(kind)
+    dtype = torch.get_autocast_dtype(x.device.type)
     if x.dtype in (dtype, torch.float64):  # autocast leaves float64 alone
         return x
     if torch.compiler.is_compiling() or x.is_inference():  # inductor shares the cast on its own

@@ -1,0 +1,21 @@
+"""What autocast does to a tensor; on the meta device, where torch cannot be asked, nothing."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def is_autocast(tensor: Tensor) -> bool:
+    """Whether autocast is on where `tensor` lives."""
+    kind = tensor.device.type
+    return kind != "meta" and torch.is_autocast_enabled(kind)
+
+
+def without_autocast(tensor: Tensor) -> Any:
+    """Autocast off where `tensor` lives: a context manager."""
+    kind = tensor.device.type
+    return nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False)
