@@ -5,6 +5,8 @@ import os
 # Before torch is imported anywhere: two processes with two OpenMP threads each on two cores spin
 # in each other's way and slow down twenty-fold.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 

@@ -32,7 +32,7 @@ from lora_lightning.errors import ConfigError
 TEXT = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # a type can be registered once in a process
 def example() -> dict[str, Any]:
     code = re.search(r"```python\n(.*?)```", TEXT, re.DOTALL)[1]
     assert len(code.splitlines()) < 60
