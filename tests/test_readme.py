@@ -102,7 +102,7 @@ def test_setup_commands_are_one_line_each() -> None:
     assert len(setup) == 2
     assert all("\n" not in command for command in setup)
     assert setup[0].endswith("lora-lightning fit --config configs/quickstart.yaml")
-    assert setup[1].endswith("pytest")
+    assert setup[1].endswith("pytest -n 2")
 
 
 def test_figures_and_names_are_current() -> None:
