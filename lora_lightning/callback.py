@@ -40,6 +40,7 @@ from lora_lightning.training.binding import (
 )
 from lora_lightning.training.callback_options import check_options, check_same_adapter
 from lora_lightning.training.eva_run import start_values, starts_from_data, take_over_ranks
+from lora_lightning.training.launchers import check_launcher, take_returned
 from lora_lightning.training.manifest import remember_base
 from lora_lightning.training.run_checks import (
     check_callbacks,
@@ -136,6 +137,7 @@ class LoraCallback(Callback):
         self._check_alone(trainer)
         check_callbacks(trainer)
         check_strategy(trainer)
+        check_launcher(trainer, pl_module, self.adapter_name)
         check_precision(trainer)
         explain_unreadable_checkpoints(trainer.strategy)
         if stage == "fit" and not any(callback.trainable for callback in callbacks_of(pl_module)):
@@ -149,6 +151,7 @@ class LoraCallback(Callback):
     def grow(self, pl_module: LightningModule) -> None:
         """Put this adapter on the module; what carries it already keeps it."""
         root = self.root(pl_module)
+        take_returned(self, pl_module)
         if self.init_from is not None:
             self._load(root, self.init_from)
         elif starts_from_data(self):

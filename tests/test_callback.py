@@ -737,14 +737,6 @@ def test_merged_adapters_do_not_train(tmp_path: Path) -> None:
         run(tmp_path, LoraCallback(r=2)).fit(module, Data())
 
 
-@pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork"])
-def test_strategies_that_lose_adapters_are_refused(tmp_path: Path, strategy: str) -> None:
-    from lora_lightning.training.run_checks import check_strategy
-
-    with pytest.raises(ConfigError, match="the trained adapters would be lost"):
-        check_strategy(run(tmp_path, strategy=strategy, devices=2))
-
-
 def test_unsupported_strategies_are_refused(tmp_path: Path) -> None:
     from lightning.pytorch.strategies import ModelParallelStrategy
 

@@ -45,12 +45,14 @@ class Binding:
         originals: What was in the instance's own dictionary before each override, or None.
         fingerprint: The base model's, taken when the adapters were grown.
         buffers: Digests of the base's persistent buffers at that time.
+        returned: What child processes trained, until the module has the layers for it.
 
     """
 
     originals: dict[str, Any] = field(default_factory=dict)
     fingerprint: Fingerprint | None = None
     buffers: dict[str, list[str]] = field(default_factory=dict)
+    returned: dict[str, Any] = field(default_factory=dict)
 
 
 def binding_of(module: LightningModule) -> Binding:

@@ -30,13 +30,6 @@ def check_strategy(trainer: Any) -> None:
             f"LoraCallback does not support {name} in this version: adapters would not be sharded, "
             "saved or restored correctly. Use a single device or strategy='ddp'. (trainer.strategy)"
         )
-    launcher = type(getattr(strategy, "launcher", None)).__name__
-    if launcher == "_MultiProcessingLauncher":
-        raise ConfigError(
-            f"{name} from this launcher (spawn or fork) trains in child processes and hands only "
-            "tensors that the main process already has back: the trained adapters would be lost. "
-            "Use strategy='ddp' from a script, or one device in a notebook. (trainer.strategy)"
-        )
 
 
 def check_precision(trainer: Any) -> None:

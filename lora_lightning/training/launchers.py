@@ -1,0 +1,122 @@
+"""Trained adapters come back from processes that are started for one call: spawn, fork, notebook.
+
+Such a launcher runs all of `fit` in child processes and then loads their state dict into the module
+of the main process, where adapters are extra keys that it drops. The Trainer calls nothing of a
+callback in the main process. So the two methods with which Lightning's launcher hands more back
+(`get_extra_results` in the child, `update_main_process_results` in the main process) are extended
+on its class, once, when this file is imported; without a LoraCallback they do what they did.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lora_lightning.adapters import config_type_of
+from lora_lightning.checkpoint import KEY, materialize
+from lora_lightning.errors import ConfigError
+from lora_lightning.hosts.base import walk
+from lora_lightning.injection import inject_adapter
+from lora_lightning.switching import adapter_names
+from lora_lightning.training.binding import binding_of, callbacks_of
+from lora_lightning.training.manifest import reduce_checkpoint
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule
+
+    from lora_lightning.callback import LoraCallback
+
+_original_extra = _MultiProcessingLauncher.get_extra_results
+_original_update = _MultiProcessingLauncher.update_main_process_results
+
+
+def check_launcher(trainer: Any, pl_module: LightningModule, adapter_name: str) -> None:
+    """Adapters must not be lost in the processes that a launcher trains in.
+
+    Raises:
+        ConfigError: If the launcher hands back only what the main process has already, and the
+            main process does not have the adapter.
+
+    """
+    launcher: Any = trainer.strategy.launcher
+    ancestors = {cls.__name__ for cls in type(launcher).__mro__}
+    if "_MultiProcessingLauncher" not in ancestors or trainer.state.fn != "fit":
+        return
+    hands_back = getattr(launcher.get_extra_results, "__func__", None) is _get_extra_results
+    if not hands_back and adapter_name not in adapter_names(pl_module):
+        raise ConfigError(
+            f"{type(trainer.strategy).__name__} trains in child processes here, and this launcher "
+            f"({type(launcher).__module__}) hands back only what the main process has already: the "
+            "trained adapters would be lost. Put them on before fit, inject_adapter(module, "
+            f"config, {adapter_name!r}) with the callback's options; or use strategy='ddp' from a "
+            "script. (trainer.strategy)"
+        )
+
+
+def take_returned(callback: LoraCallback, pl_module: LightningModule) -> None:
+    """Put on the adapter that came back before the module had built the layers it belongs on."""
+    returned = binding_of(pl_module).returned
+    entry = returned.get("adapters", {}).pop(callback.adapter_name, None)
+    if entry is None:
+        return
+    root = callback.root(pl_module)
+    if callback.adapter_name not in adapter_names(root):
+        config = config_type_of(entry["peft_type"]).from_dict(entry["config"])
+        inject_adapter(root, config, callback.adapter_name, low_cpu_mem_usage=True)
+        materialize(root, callback.adapter_name)
+    own = {key: returned["state_dict"].pop(key) for key in entry["tensors"]}
+    pl_module.load_state_dict({**own, **returned["moved"]}, strict=False)
+
+
+def _get_extra_results(self: Any, trainer: Any) -> dict[str, Any]:
+    """In a child process, on its way out: what training changed, beside what Lightning returns."""
+    extra = _original_extra(self, trainer)
+    module = trainer.lightning_module
+    callbacks = callbacks_of(module)
+    if callbacks and trainer.state.fn == "fit":
+        checkpoint = {"state_dict": module.state_dict()}
+        reduce_checkpoint(checkpoint, module, callbacks)
+        buffer = io.BytesIO()  # as Lightning does: tensors themselves would be shared memory
+        torch.save(checkpoint, buffer)
+        extra[KEY] = buffer.getvalue()
+    return extra
+
+
+def _update_main_process_results(self: Any, trainer: Any, extra: dict[str, Any]) -> None:
+    """In the main process: grow what came back, now or when the module builds its layers."""
+    _original_update(self, trainer, extra)
+    if KEY not in extra:
+        return
+    checkpoint = torch.load(io.BytesIO(extra[KEY]), map_location="cpu", weights_only=True)
+    module, state = trainer.lightning_module, checkpoint["state_dict"]
+    adapters = checkpoint[KEY]["adapters"]
+    owned = {key for entry in adapters.values() for key in entry["tensors"]}
+    moved = {key: state.pop(key) for key in list(state) if key not in owned}
+    binding_of(module).returned = {"adapters": adapters, "state_dict": state, "moved": moved}
+    module.trainer = trainer  # as after a fit in this process
+    if not _has_modules_of(module, owned):
+        rank_zero_warn(
+            f"{type(module).__name__} builds its layers in configure_model or setup, which ran in "
+            "the child processes only: the trained adapters are kept and will be on it as soon as "
+            "it builds them again, in the next fit, validate, test or predict."
+        )
+        return
+    for callback in callbacks_of(module):
+        callback.grow(module)
+
+
+def _has_modules_of(module: LightningModule, keys: Iterable[str]) -> bool:
+    paths = {path for path, _ in walk(module)}
+    return all(
+        (key.partition(".adapters.")[0] if ".adapters." in key else key.rpartition(".")[0]) in paths
+        for key in keys
+    )
+
+
+_MultiProcessingLauncher.get_extra_results = _get_extra_results  # type: ignore[method-assign]
+_MultiProcessingLauncher.update_main_process_results = _update_main_process_results  # type: ignore[method-assign]
