@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lora_lightning import report
@@ -42,6 +42,7 @@ from lora_lightning.training.callback_options import check_options, check_same_a
 from lora_lightning.training.eva_run import start_values, starts_from_data, take_over_ranks
 from lora_lightning.training.launchers import check_launcher, take_returned
 from lora_lightning.training.manifest import remember_base
+from lora_lightning.training.nonfinite import NonfiniteGuard, check_same_policy
 from lora_lightning.training.run_checks import (
     check_callbacks,
     check_precision,
@@ -72,6 +73,8 @@ class LoraCallback(Callback):
             and all; give no options of your own then.
         trainable: False keeps the adapter as it is: it acts, is saved, but does not train.
         lr: Learning rate of the AdamW that is supplied where the module brings no optimizer.
+        nonfinite: What to do about a loss or gradient that is NaN or infinite, before the optimizer
+            takes it up: "stop" with an error, "skip" the step, or "ignore" it.
         enabled: False trains the module as if the callback were not there.
         **config_options: The options of `LoraConfig`, one by one.
 
@@ -94,6 +97,7 @@ class LoraCallback(Callback):
         init_from: str | None = None,
         trainable: bool = True,
         lr: float = 1e-3,
+        nonfinite: Literal["stop", "skip", "ignore"] = "stop",
         enabled: bool = True,
         **config_options: Any,
     ) -> None:
@@ -109,6 +113,7 @@ class LoraCallback(Callback):
         self.enabled = enabled
         self.selection = Selection()
         self.ranks = RankSchedule()  # for AdaLoRA
+        self.guard = NonfiniteGuard(nonfinite)
         self._gradients_checked = False
         self._log: Any = None
 
@@ -144,6 +149,7 @@ class LoraCallback(Callback):
             raise ConfigError(
                 "Nothing would train: every LoraCallback has trainable=False. (lora.trainable)"
             )
+        check_same_policy({c.adapter_name: c.guard.policy for c in callbacks_of(pl_module)})
         bind(pl_module)
         if not (overrides(pl_module, "configure_model") or overrides(pl_module, "setup")):
             self.grow(pl_module)
@@ -230,6 +236,7 @@ class LoraCallback(Callback):
         if not self.enabled:
             return
         check_before_fit(trainer, pl_module, self.adapter_name)
+        self.guard.start(trainer, pl_module)
         for adapter in adapters_named(self.root(pl_module), self.adapter_name).values():
             adapter.train()  # also where the base came in eval mode (from_pretrained)
         self._gradients_checked = False
@@ -258,9 +265,18 @@ class LoraCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Check at the head of every epoch that nothing else has begun to train."""
+        if self._is_first(pl_module):
+            self.guard.before_batch()
         if not self.enabled or batch_idx:
             return
         check_what_trains(trainer, pl_module)
+
+    def on_before_backward(
+        self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
+    ) -> None:
+        """Let the guard against NaN and inf see the loss."""
+        if self._is_first(pl_module):
+            self.guard.before_backward(trainer, loss)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """After the first backward, every adapter has a gradient, or something bypasses it."""
@@ -273,7 +289,9 @@ class LoraCallback(Callback):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
-        """Add the gradient of AdaLoRA's orthogonality term."""
+        """Stop at NaN and inf; add the gradient of AdaLoRA's orthogonality term."""
+        if self._is_first(pl_module):
+            self.guard.before_step(trainer, pl_module, optimizer)
         self.ranks.before_step(trainer, optimizer)
 
     def on_train_batch_end(
@@ -291,15 +309,19 @@ class LoraCallback(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say where the adapters lie."""
-        ranks = self.ranks.finish()
+        lines = [*self.guard.finish(), *self.ranks.finish()]
         if self.enabled and trainer.is_global_zero:
             callback: Any = trainer.checkpoint_callback
             best = getattr(callback, "best_model_path", "")
             last = getattr(callback, "last_model_path", "")
             weights_only = getattr(callback, "save_weights_only", False)
-            report.show(*ranks)
+            report.show(*lines)
             if self._is_last(pl_module):
                 report.show(*report.end_lines(pl_module, best, last, weights_only))
+
+    def _is_first(self, pl_module: LightningModule) -> bool:
+        """Of several callbacks, the one that acts for the run as a whole."""
+        return callbacks_of(pl_module)[:1] == [self]
 
     def _is_last(self, pl_module: LightningModule) -> bool:
         """Of several callbacks, the one that says what is true of the run as a whole."""

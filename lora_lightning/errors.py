@@ -38,6 +38,10 @@ class OptimizerError(LoraError, RuntimeError):
     """The optimizers do not hold exactly the trainable tensors."""
 
 
+class NonfiniteError(LoraError, ArithmeticError):
+    """A loss or gradient is NaN or infinite, and the run may not go on with it."""
+
+
 class CheckpointError(LoraError, RuntimeError):
     """A checkpoint file is missing, damaged, or not one of ours."""
 

@@ -158,6 +158,12 @@ def configure_optimizers(self: LightningModule) -> Any:
     return configured
 
 
+def configure_gradient_clipping(self: LightningModule, *args: Any, **kwargs: Any) -> None:
+    """The module's own clipping, except in a step that is left out: no gradients are there."""
+    if not any(callback.guard.skipping for callback in callbacks_of(self)):
+        _original(self, "configure_gradient_clipping")(*args, **kwargs)
+
+
 def on_save_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> None:
     """The last hook before a checkpoint is written, of whatever kind: drop the base."""
     from lora_lightning.training.manifest import reduce_checkpoint
@@ -197,6 +203,7 @@ _OVERRIDES: dict[str, Callable[..., Any]] = {
     "setup": setup,
     "configure_model": configure_model,
     "configure_optimizers": configure_optimizers,
+    "configure_gradient_clipping": configure_gradient_clipping,
     "on_save_checkpoint": on_save_checkpoint,
     "on_load_checkpoint": on_load_checkpoint,
 }

@@ -30,7 +30,7 @@ def check_options(
     defaults = {field.name: field for field in dataclasses.fields(LoraConfig)}
     for key in options:
         if key not in defaults:
-            own = ["adapter_name", "module", "init_from", "trainable", "lr", "enabled"]
+            own = ["adapter_name", "module", "init_from", "trainable", "lr", "nonfinite", "enabled"]
             near = did_you_mean(key, [*defaults, *own])
             hint = f"Did you mean {near!r}?" if near else f"Known options: {', '.join(defaults)}."
             raise ConfigError(f"LoraCallback has no option {key!r}. {hint} (lora.{key})")
