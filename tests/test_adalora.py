@@ -640,7 +640,7 @@ def test_gradient_scaler(tmp_path: Path, fused: bool) -> None:
         seed_everything(4, verbose=False)
         module = Scaled()
         module.with_inf = scaler is not None
-        lora = LoraCallback(AdaLoraConfig(**CONFIG, init_lora_weights=False))
+        lora = LoraCallback(AdaLoraConfig(**CONFIG, init_lora_weights=False), nonfinite="ignore")
         run(tmp_path, lora, Watch(lora), max_epochs=2, plugins=[plugin]).fit(module, Data())
         allocator = lora.ranks.allocator
         assert allocator.steps == 8
