@@ -39,13 +39,16 @@ from lora_lightning.target_parameters import matching_parameters
 NEWEST_FORMAT = 1  # of what manifest.py writes
 
 
-def load_from_checkpoint(model: nn.Module, file: Path, adapter_name: str | None) -> list[str]:
+def load_from_checkpoint(
+    model: nn.Module, file: Path, adapter_name: str | None, autocast_adapter_dtype: bool = True
+) -> list[str]:
     """Put the adapters of a Lightning checkpoint on `model`, the LightningModule or its inside.
 
     Args:
         model: The module that was trained, or a part of it that holds all that was adapted.
         file: A checkpoint that a run with `LoraCallback` wrote.
         adapter_name: Another name for the checkpoint's only adapter, or the name of one of several.
+        autocast_adapter_dtype: As of `inject_adapter`.
 
     Raises:
         CheckpointError: If the file is damaged or of another kind.
@@ -67,7 +70,7 @@ def load_from_checkpoint(model: nn.Module, file: Path, adapter_name: str | None)
     owners = [path for name in wanted for path in _owners(entries[name], name)]
     prefix = _prefix(model, owners)
     for saved_name, name in wanted.items():
-        _load_one(model, file, checkpoint, prefix, saved_name, name)
+        _load_one(model, file, checkpoint, prefix, saved_name, name, autocast_adapter_dtype)
     base = checkpoint[KEY]["base"]
     saved = {k.removeprefix(prefix): v for k, v in base.items() if k.startswith(prefix)}
     found = base_fingerprint(model)
@@ -121,6 +124,7 @@ def _load_one(
     prefix: str,
     saved_name: str,
     name: str,
+    autocast: bool,
 ) -> None:
     where = repr(str(file))
     entry, tensors = checkpoint[KEY]["adapters"][saved_name], checkpoint["state_dict"]
@@ -135,7 +139,7 @@ def _load_one(
         inside = {path.removeprefix(prefix): names for path, names in owners}
         config = _below(config, model, inside, prefix.removeprefix(of_root))
     # Without start values: the file has all tensors, those that A and B started with as well.
-    inject_adapter(root, config, name, low_cpu_mem_usage=True)
+    inject_adapter(root, config, name, low_cpu_mem_usage=True, autocast_adapter_dtype=autocast)
     marker, saved_marker = f"adapters.{name}.", f"adapters.{saved_name}."
     own = adapter_state_dict(root, name)
     keys = [shift + key.replace(marker, saved_marker, 1) for key in saved_keys(root, name)]

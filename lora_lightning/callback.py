@@ -43,9 +43,9 @@ from lora_lightning.training.eva_run import start_values, starts_from_data, take
 from lora_lightning.training.launchers import check_launcher, take_returned
 from lora_lightning.training.manifest import remember_base
 from lora_lightning.training.nonfinite import NonfiniteGuard, check_same_policy
+from lora_lightning.training.precision import check_precision, convert_before_growth
 from lora_lightning.training.run_checks import (
     check_callbacks,
-    check_precision,
     check_strategy,
     explain_unreadable_checkpoints,
 )
@@ -76,6 +76,8 @@ class LoraCallback(Callback):
         nonfinite: What to do about a loss or gradient that is NaN or infinite, before the optimizer
             takes it up: "stop" with an error, "skip" the step, or "ignore" it.
         enabled: False trains the module as if the callback were not there.
+        autocast_adapter_dtype: Adapters are fp32 on a base in 16 bits, too. False: they have the
+            base's dtype.
         **config_options: The options of `LoraConfig`, one by one.
 
     Raises:
@@ -99,6 +101,7 @@ class LoraCallback(Callback):
         lr: float = 1e-3,
         nonfinite: Literal["stop", "skip", "ignore"] = "stop",
         enabled: bool = True,
+        autocast_adapter_dtype: bool = True,
         **config_options: Any,
     ) -> None:
         super().__init__()
@@ -111,6 +114,7 @@ class LoraCallback(Callback):
         self.trainable = trainable
         self.lr = lr
         self.enabled = enabled
+        self.autocast_adapter_dtype = autocast_adapter_dtype
         self.selection = Selection()
         self.ranks = RankSchedule()  # for AdaLoRA
         self.guard = NonfiniteGuard(nonfinite)
@@ -156,18 +160,27 @@ class LoraCallback(Callback):
 
     def grow(self, pl_module: LightningModule) -> None:
         """Put this adapter on the module; what carries it already keeps it."""
+        convert_before_growth(pl_module)
         root = self.root(pl_module)
         take_returned(self, pl_module)
         if self.init_from is not None:
             self._load(root, self.init_from)
         elif starts_from_data(self):
             take_over_ranks(self, pl_module, root)
-        check_same_adapter(pl_module, root, self.config, self.adapter_name)
+        check_same_adapter(
+            pl_module, root, self.config, self.adapter_name, self.autocast_adapter_dtype
+        )
         self._check_no_strangers(pl_module)
         fresh = not adapter_names(pl_module)
         start = start_values(self, pl_module, root)
         with unchanged_on_error(root):
-            self.selection = extend_adapter(root, self.config, self.adapter_name, start=start)
+            self.selection = extend_adapter(
+                root,
+                self.config,
+                self.adapter_name,
+                start=start,
+                autocast_adapter_dtype=self.autocast_adapter_dtype,
+            )
             if self.adapter_name not in active_adapters(root):
                 set_adapter(root, [*active_adapters(root), self.adapter_name])
         let_train(pl_module, root)
@@ -176,7 +189,12 @@ class LoraCallback(Callback):
     def _load(self, root: nn.Module, path: str) -> None:
         """Put the adapter on from a file, unless it is there already, and take its options over."""
         if self.adapter_name not in adapter_names(root):
-            load_adapter(root, path, self.adapter_name)
+            load_adapter(
+                root,
+                path,
+                self.adapter_name,
+                autocast_adapter_dtype=self.autocast_adapter_dtype,
+            )
         self.config = next(iter(adapters_named(root, self.adapter_name).values())).config
 
     def root(self, pl_module: LightningModule) -> nn.Module:

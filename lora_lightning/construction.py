@@ -31,6 +31,7 @@ def make_adapters(
     check_rank: bool,
     known: dict[str, Adapter],
     start: Mapping[str, Tensor],
+    autocast_adapter_dtype: bool,
 ) -> dict[str, Adapter]:
     """The adapters for `targets`, by path; the modules become hosts, without the adapters yet.
 
@@ -60,6 +61,7 @@ def make_adapters(
                 check_rank,
                 selection.along.get(path),
                 shared,
+                autocast_adapter_dtype,
             )
             for path, module in targets.items()
         }
@@ -84,6 +86,7 @@ def _make_adapter(
     check_rank: bool,
     along: str | None,
     shared: Any,
+    autocast_adapter_dtype: bool,
 ) -> Adapter:
     parts: dict[str, Adapter] = {}
     for weight_name in host.weight_shapes() if parameters is None else parameters:
@@ -91,7 +94,7 @@ def _make_adapter(
         site = make_site(
             path, host, weight_name, config, adapter_name, seed, device, check_rank, along
         )
-        site = replace(site, shared=shared)
+        site = replace(site, shared=shared, autocast_adapter_dtype=autocast_adapter_dtype)
         adapter = classes_for(config)[host.kind](site)
         if adapter.needs_weight and device is None:
             if stored.is_meta:
@@ -155,10 +158,12 @@ def train_tokens(
     config: AdapterConfig,
     adapter_name: str,
     device: torch.device | None,
+    autocast_adapter_dtype: bool,
 ) -> None:
     """Put trained rows on an embedding, and on every head that is tied to it."""
     become_host(module, cast(type[Host], host_type_for(module)))
     site = make_site(path, cast(Host, module), "weight", config, adapter_name, 0, device, True)
+    site = replace(site, autocast_adapter_dtype=autocast_adapter_dtype)
     rows = TokenRows(site, selection.tokens[path])
     if device is None:
         rows.start_from_weight(cast(Host, module).base_weight().detach())

@@ -43,6 +43,7 @@ def inject_adapter(
     seed: int | None = None,
     low_cpu_mem_usage: bool = False,
     start: Mapping[str, Tensor] | None = None,
+    autocast_adapter_dtype: bool = True,
 ) -> Selection:
     """Grow one adapter on every module that `config` selects, in place, and freeze the base.
 
@@ -59,6 +60,10 @@ def inject_adapter(
         low_cpu_mem_usage: Make the adapter on the meta device, without memory and start values;
             `load_adapter_state_dict` or `load_adapter` then fills it.
         start: Start values of A by module path, as `eva_start` finds them.
+        autocast_adapter_dtype: Adapters on a base in bf16 or fp16 are fp32 and stay so when the
+            model is cast. False: they have the base's dtype and are cast along with it; on a
+            quantised base they start in fp32. Single trained rows count as adapters; trained copies
+            (modules_to_save) and biases always have the dtype of what they replace.
 
     Returns:
         What was selected.
@@ -75,7 +80,13 @@ def inject_adapter(
             f"delete_adapter(model, {adapter_name!r}), or choose another name."
         )
     return extend_adapter(
-        model, config, adapter_name, seed=seed, low_cpu_mem_usage=low_cpu_mem_usage, start=start
+        model,
+        config,
+        adapter_name,
+        seed=seed,
+        low_cpu_mem_usage=low_cpu_mem_usage,
+        start=start,
+        autocast_adapter_dtype=autocast_adapter_dtype,
     )
 
 
@@ -88,6 +99,7 @@ def extend_adapter(
     low_cpu_mem_usage: bool = False,
     check_rank: bool = True,
     start: Mapping[str, Tensor] | None = None,
+    autocast_adapter_dtype: bool = True,
 ) -> Selection:
     """`inject_adapter` for a model that grows: modules that carry the adapter already keep it."""
     _check_name(adapter_name)
@@ -99,7 +111,16 @@ def extend_adapter(
             "inject_adapter(model, config, start=start). (lora.init_lora_weights)"
         )
     with unchanged_on_error(model):
-        return _extend(model, config, adapter_name, seed, low_cpu_mem_usage, check_rank, start)
+        return _extend(
+            model,
+            config,
+            adapter_name,
+            seed,
+            low_cpu_mem_usage,
+            check_rank,
+            start,
+            autocast_adapter_dtype,
+        )
 
 
 def _extend(
@@ -110,6 +131,7 @@ def _extend(
     low_cpu_mem_usage: bool,
     check_rank: bool,
     start: Mapping[str, Tensor] | None,
+    autocast: bool,
 ) -> Selection:
     seed = torch.initial_seed() if seed is None else seed
     selection = select_modules(model, config)
@@ -131,7 +153,16 @@ def _extend(
     device = torch.device("meta") if low_cpu_mem_usage else None
     known = adapters_named(model, adapter_name)
     adapters = make_adapters(
-        new_targets, selection, config, adapter_name, seed, device, check_rank, known, start or {}
+        new_targets,
+        selection,
+        config,
+        adapter_name,
+        seed,
+        device,
+        check_rank,
+        known,
+        start or {},
+        autocast,
     )
 
     others = adapter_names(model)
@@ -141,7 +172,7 @@ def _extend(
     for path, adapter in adapters.items():
         grow(new_targets[path], Host, adapter_name, adapter)
     for path, module in new_tokens.items():
-        train_tokens(model, path, module, selection, config, adapter_name, device)
+        train_tokens(model, path, module, selection, config, adapter_name, device, autocast)
     for module in new_saved.values():
         trained = TrainedCopy(_copy_without_adapters(module, device), config)
         plain = SequentialHost if isinstance(module, nn.Sequential) else Host
@@ -149,6 +180,8 @@ def _extend(
         trained.train(model.training)  # also where the module itself is a norm layer held still
     for module in biases:
         train_bias(module, adapter_name)
+    for adapter in adapters_named(model, adapter_name).values():
+        adapter.set_autocast_dtype(autocast)
     route_out_projections(model)
     close_fast_path(model)
     close_cpu_packing(model)

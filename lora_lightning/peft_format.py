@@ -94,7 +94,11 @@ def save_adapter(
 
 
 def load_adapter(
-    model: nn.Module, path: str | os.PathLike[str], adapter_name: str | None = None
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    adapter_name: str | None = None,
+    *,
+    autocast_adapter_dtype: bool = True,
 ) -> list[str]:
     """Put an adapter on `model` from a PEFT folder or an adapter-only Lightning checkpoint.
 
@@ -107,6 +111,8 @@ def load_adapter(
         path: The folder, or a checkpoint that a run with `LoraCallback` wrote.
         adapter_name: The name to give it. Default: "default" for a PEFT folder; the names they
             have for the adapters of a checkpoint or a folder of several.
+        autocast_adapter_dtype: As of `inject_adapter`; False rounds the file's values to the
+            dtype of a 16-bit base.
 
     Returns:
         The names of the adapters that were loaded.
@@ -126,13 +132,13 @@ def load_adapter(
                 f"loaded from a folder that holds them as {TENSORS} beside {CONFIG}."
             )
         with unchanged_on_error(model):
-            return load_from_checkpoint(model, place, adapter_name)
+            return load_from_checkpoint(model, place, adapter_name, autocast_adapter_dtype)
     folder = place.parent if place.is_file() else place
     options = _read_config(folder)
     if options.get("peft_type") != MIX:
         name = "default" if adapter_name is None else adapter_name
         with unchanged_on_error(model):
-            _load_folder(model, folder, name, options)
+            _load_folder(model, folder, name, options, autocast_adapter_dtype)
         return [name]
     names = options.get("adapters")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -148,7 +154,8 @@ def load_adapter(
         )
     with unchanged_on_error(model):
         for name in names:
-            _load_folder(model, folder / name, name, _read_config(folder / name))
+            options = _read_config(folder / name)
+            _load_folder(model, folder / name, name, options, autocast_adapter_dtype)
     return names
 
 
@@ -236,7 +243,9 @@ def _json(content: dict[str, Any]) -> bytes:
     return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
 
 
-def _load_folder(model: nn.Module, folder: Path, name: str, options: dict[str, Any]) -> None:
+def _load_folder(
+    model: nn.Module, folder: Path, name: str, options: dict[str, Any], autocast: bool
+) -> None:
     if name in adapter_names(model):
         raise AdapterStateError(
             f"The model already has an adapter {name!r}. Take it off first with "
@@ -247,7 +256,7 @@ def _load_folder(model: nn.Module, folder: Path, name: str, options: dict[str, A
     with opened_folder(model, folder, options) as (content, shapes, opened):
         config = content.config
         # On the meta device first: a config can ask for any size.
-        _extend(model, config, name, folder, on_meta=True)
+        _extend(model, config, name, folder, autocast, on_meta=True)
         own = tensors_to_load(model, name)
         loaded = {own_key: shapes[key] for key, own_key in content.own.items()}
         differences = tensor_differences(loaded, {k: list(t.shape) for k, t in own.items()})
@@ -259,7 +268,7 @@ def _load_folder(model: nn.Module, folder: Path, name: str, options: dict[str, A
         values = read_values(model, content, opened, own, file)
     if config.starts_from_base:
         delete_adapter(model, name)
-        _extend(model, config, name, folder, on_meta=False)
+        _extend(model, config, name, folder, autocast, on_meta=False)
     materialize(model, name)
     with torch.no_grad():
         for key, tensor in tensors_to_load(model, name).items():
@@ -267,10 +276,17 @@ def _load_folder(model: nn.Module, folder: Path, name: str, options: dict[str, A
 
 
 def _extend(
-    model: nn.Module, config: AdapterConfig, name: str, folder: Path, on_meta: bool
+    model: nn.Module, config: AdapterConfig, name: str, folder: Path, autocast: bool, on_meta: bool
 ) -> None:
     try:
-        extend_adapter(model, config, name, low_cpu_mem_usage=on_meta, check_rank=False)
+        extend_adapter(
+            model,
+            config,
+            name,
+            low_cpu_mem_usage=on_meta,
+            check_rank=False,
+            autocast_adapter_dtype=autocast,
+        )
     except LoraError:
         raise
     except (RuntimeError, TypeError, ValueError, ArithmeticError) as error:

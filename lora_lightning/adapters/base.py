@@ -71,6 +71,7 @@ class Site:
         along: Path of the attention that an `out_proj` is adapted along with: patterns that name
             the attention hold for both, unless others name the `out_proj` itself.
         shared: What all adapters of one injection share; `config.prepare` made it.
+        autocast_adapter_dtype: Whether 16-bit bases get fp32 adapters (PEFT's name for it).
 
     """
 
@@ -87,11 +88,14 @@ class Site:
     transposed: bool = False
     along: str | None = None
     shared: Any = None
+    autocast_adapter_dtype: bool = True
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the adapter's tensors: float64 on a float64 base, else float32."""
-        return torch.float64 if self.base_dtype == torch.float64 else torch.float32
+        """Of the adapter's tensors: float32, or the base's where that is wider or asked for."""
+        narrow = self.base_dtype in (torch.bfloat16, torch.float16)
+        follow = narrow and not self.autocast_adapter_dtype
+        return self.base_dtype if follow or self.base_dtype == torch.float64 else torch.float32
 
     def rank(self, largest: int | None = None) -> int:
         """r of this module, `rank_pattern` applied.
@@ -136,12 +140,14 @@ class Adapter(nn.Module):
 
     Attributes:
         config: The options it was made from; shared by all adapters of one injection.
+        autocast_adapter_dtype: Whether its tensors stay fp32 when a model is cast to 16 bits.
         live: Whether it acts at present, as a tensor: what compiled code looks at instead of the
             host's lists, so that switching does not recompile.
 
     """
 
     config: AdapterConfig
+    autocast_adapter_dtype = True
     live: Tensor
     needs_weight = False  # whether `start_from_weight` has something to do
     additive = False  # whether it adds to output and weight the same whatever else acts
@@ -160,6 +166,10 @@ class Adapter(nn.Module):
         """Tell whether the adapter acts."""
         self.acts = acts
         self.live.fill_(acts)
+
+    def set_autocast_dtype(self, wanted: bool) -> None:
+        """Tell whether the own tensors stay fp32 when a model is cast to 16 bits."""
+        self.autocast_adapter_dtype = wanted
 
     def reset_parameters(self) -> None:
         """Set the own tensors to their start values; called again after meta materialisation."""
@@ -204,7 +214,9 @@ class Adapter(nn.Module):
         # master copy of the adapter: small updates would be rounded away.
         def keep_master_copy(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
-            if moved.is_floating_point() and moved.dtype.itemsize < 4:
+            # Single numbers are settings (`gain`), which are no less exact in a narrow adapter.
+            kept = self.autocast_adapter_dtype or not tensor.dim()
+            if kept and moved.is_floating_point() and moved.dtype.itemsize < 4:
                 return tensor.to(device=moved.device, dtype=torch.float32)
             return moved
 
@@ -226,7 +238,8 @@ class DeltaAdapter(Adapter):
 
     def __init__(self, site: Site, scaling: float) -> None:
         super().__init__(site.config, site.device)
-        self.register_buffer("gain", torch.empty((), device=site.device, dtype=site.dtype), False)
+        wide = torch.promote_types(site.dtype, torch.float32)
+        self.register_buffer("gain", torch.empty((), device=site.device, dtype=wide), False)
         self.own_scaling = scaling  # of the config; `scaling` is what acts
         self.set_scaling(scaling)
 
@@ -274,6 +287,12 @@ class AdapterParts(Adapter):
         super().set_live(acts)
         for part in self.children():
             cast(Adapter, part).set_live(acts)
+
+    def set_autocast_dtype(self, wanted: bool) -> None:
+        """Tell the parts too."""
+        super().set_autocast_dtype(wanted)
+        for part in self.children():
+            cast(Adapter, part).set_autocast_dtype(wanted)
 
     def reset_parameters(self) -> None:
         """Set the tensors of the parts to their start values."""

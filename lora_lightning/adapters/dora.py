@@ -68,9 +68,10 @@ class _Dora(LowRankAdapter):
 
     @torch.no_grad()
     def _norm(self, weight: Tensor) -> Tensor:
-        # Norms and small products in the adapter's dtype, W A^T in the weight's own: no copy of W.
+        # Norms and small products in at least fp32, W A^T in the weight's own dtype: no copy of W.
         matrix = self.as_matrix(weight)
-        a, b = self.factors()
+        wide = torch.promote_types(self.lora_magnitude_vector.dtype, torch.float32)
+        a, b = (factor.to(wide) for factor in self.factors())
         with without_autocast(weight):
             square = torch.linalg.vector_norm(matrix, dim=1, dtype=a.dtype).square()
             mixed = (matrix @ a.t().to(matrix.dtype)).to(b.dtype)

@@ -76,8 +76,8 @@ def why_not_trainable(module: nn.Module) -> str | None:
     if any(packed_weight(part) is not None for part in module.modules()):
         return (
             "has a quantised weight, which cannot train in full. Give it an adapter, or leave it "
-            "unquantised (BitsAndBytesConfig: llm_int8_skip_modules; TorchAoConfig: "
-            "modules_to_not_convert)"
+            "unquantised (BitsAndBytesConfig: llm_int8_skip_modules; BitsandbytesPrecision: "
+            "ignore_modules; TorchAoConfig: modules_to_not_convert)"
         )
     return None
 

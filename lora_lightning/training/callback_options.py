@@ -30,7 +30,16 @@ def check_options(
     defaults = {field.name: field for field in dataclasses.fields(LoraConfig)}
     for key in options:
         if key not in defaults:
-            own = ["adapter_name", "module", "init_from", "trainable", "lr", "nonfinite", "enabled"]
+            own = [
+                "adapter_name",
+                "module",
+                "init_from",
+                "trainable",
+                "lr",
+                "nonfinite",
+                "enabled",
+                "autocast_adapter_dtype",
+            ]
             near = did_you_mean(key, [*defaults, *own])
             hint = f"Did you mean {near!r}?" if near else f"Known options: {', '.join(defaults)}."
             raise ConfigError(f"LoraCallback has no option {key!r}. {hint} (lora.{key})")
@@ -53,7 +62,11 @@ def check_options(
 
 
 def check_same_adapter(
-    module: nn.Module, root: nn.Module, config: AdapterConfig, adapter_name: str
+    module: nn.Module,
+    root: nn.Module,
+    config: AdapterConfig,
+    adapter_name: str,
+    autocast_adapter_dtype: bool,
 ) -> None:
     """An adapter that `module` carries already is the one that is asked for on `root` in it.
 
@@ -66,9 +79,12 @@ def check_same_adapter(
         "another adapter_name, or take the old one off with "
         f"delete_adapter(module, {adapter_name!r})."
     )
+    asked = options_of(config) | {"autocast_adapter_dtype": autocast_adapter_dtype}
     for path, adapter in inside.items():
-        if adapter.config != config:
-            there, here = options_of(adapter.config), options_of(config)
+        found = options_of(adapter.config)
+        found["autocast_adapter_dtype"] = adapter.autocast_adapter_dtype
+        if found != asked:
+            there, here = found, asked
             changed = [
                 f"{key}: {there.get(key)!r} there, {here.get(key)!r} here"
                 for key in {**there, **here}

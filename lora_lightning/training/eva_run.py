@@ -77,7 +77,12 @@ def adopt_ranks(callback: LoraCallback, pl_module: LightningModule, saved: dict[
     order = adapter_names(root)
     delete_adapter(root, callback.adapter_name)
     callback.config = config
-    callback.selection = extend_adapter(root, config, callback.adapter_name)
+    callback.selection = extend_adapter(
+        root,
+        config,
+        callback.adapter_name,
+        autocast_adapter_dtype=callback.autocast_adapter_dtype,
+    )
     for _, host in named_hosts(root):  # in the order that the optimizer's state goes by
         for name in filter(host.adapters.__contains__, order):
             host.adapters[name] = host.adapters.pop(name)

@@ -43,6 +43,7 @@ def reduce_checkpoint(
         adapters[callback.adapter_name] = {
             "peft_type": callback.config.peft_type,
             "config": callback.config.to_dict(),
+            "autocast_adapter_dtype": callback.autocast_adapter_dtype,
             "module": callback.module or "",
             "tensors": tensors,
         }
@@ -210,6 +211,12 @@ def _adapter_differences(
             lines.append(f"adapter {name!r}: {there} in the checkpoint, {here} here (lora.config)")
             continue
         found = [*config_differences(saved[name]["config"], callback.config)]
+        was = saved[name].get("autocast_adapter_dtype", True)
+        if was != callback.autocast_adapter_dtype:
+            found.append(
+                f"autocast_adapter_dtype: {was} in the checkpoint, {not was} here "
+                "(lora.autocast_adapter_dtype)"
+            )
         found += tensor_differences(stated, expected)
         if not found:  # the file's own tensors against its own statement: damage, not options
             present = {key: list(state[key].shape) for key in stated if key in state}

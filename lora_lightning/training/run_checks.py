@@ -12,7 +12,6 @@ from lora_lightning.errors import CheckpointError, ConfigError, did_you_mean, fi
 
 _STRATEGIES = {"SingleDeviceStrategy", "DDPStrategy"}
 _BASE_CHANGERS = {"BaseFinetuning", "ModelPruning"}
-_CONVERTING_PLUGINS = {"BitsandbytesPrecision", "TransformerEnginePrecision"}
 
 
 def check_strategy(trainer: Any) -> None:
@@ -29,21 +28,6 @@ def check_strategy(trainer: Any) -> None:
         raise ConfigError(
             f"LoraCallback does not support {name} in this version: adapters would not be sharded, "
             "saved or restored correctly. Use a single device or strategy='ddp'. (trainer.strategy)"
-        )
-
-
-def check_precision(trainer: Any) -> None:
-    """No plugin that replaces modules after adapters were grown on them.
-
-    Raises:
-        ConfigError: For those that do.
-
-    """
-    name = type(trainer.precision_plugin).__name__
-    if name in _CONVERTING_PLUGINS:
-        raise ConfigError(
-            f"LoraCallback does not support {name} in this version: it replaces the modules that "
-            "carry adapters. Use 32-true, bf16-mixed, 16-mixed or bf16-true. (trainer.precision)"
         )
 
 

@@ -1,0 +1,246 @@
+"""Lightning's precisions: adapters in fp32 (or the base's dtype), base as the plugin says, resume."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins import HalfPrecision, MixedPrecision
+from modules import Data, Net, run
+from torch import Tensor, nn
+
+from lora_lightning import LoraCallback, inject_adapter, load_adapter, save_adapter
+from lora_lightning.adapters.base import Adapter
+from lora_lightning.errors import AdapterMismatchError, ConfigError
+
+# Precision: dtype of the base, of adapters, and of adapters that follow the base.
+FP32, BF16, FP16, FP64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
+PRECISIONS = {
+    "32-true": (FP32, FP32, FP32),
+    "bf16-mixed": (FP32, FP32, FP32),
+    "16-mixed": (FP32, FP32, FP32),
+    "bf16-true": (BF16, FP32, BF16),
+    "16-true": (FP16, FP32, FP16),
+    "64-true": (FP64, FP64, FP64),
+}
+
+
+class Watch(Callback):
+    """Remembers which tensors got a gradient, which were all finite, and their dtypes."""
+
+    def __init__(self) -> None:
+        self.reached: set[str] = set()
+        self.dtypes: set[torch.dtype] = set()
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        for name, p in pl_module.named_parameters():
+            if p.grad is not None:
+                assert p.grad.isfinite().all(), name
+                self.dtypes.add(p.grad.dtype)
+                if p.grad.any():
+                    self.reached.add(name)
+
+
+class CoarseNet(Net):
+    """In float16 AdamW's usual eps, 1e-8, is zero, and divides zero by zero."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=1e-2, eps=1e-3)
+
+
+class HalfNet(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.to(BF16)
+
+
+def fit(
+    folder: Path,
+    precision: str,
+    epochs: int = 2,
+    ckpt_path: Any = None,
+    kind: type = Net,
+    options: dict[str, Any] | None = None,
+    **trainer_options: Any,
+) -> tuple[Any, Any, Watch]:
+    seed_everything(7 if ckpt_path is None else 123, verbose=False)
+    lora = LoraCallback(r=2, lora_dropout=0.3, **(options or {}))
+    saver = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, save_last=True)
+    watch, module = Watch(), kind()
+    with warnings.catch_warnings():
+        if trainer_options.get("accelerator", "cpu") == "cpu":  # there it is bf16-mixed
+            warnings.filterwarnings("ignore", message=".*AMP with fp16 is not supported on CPU")
+        trainer = run(
+            folder, lora, saver, watch, max_epochs=epochs, precision=precision, **trainer_options
+        )
+    trainer.fit(module, Data(), ckpt_path=ckpt_path)
+    return module, trainer, watch
+
+
+def adapters(module: nn.Module) -> dict[str, Tensor]:
+    return {k: v for k, v in module.state_dict().items() if ".adapters." in k}
+
+
+def moments(trainer: Any) -> list[Tensor]:
+    state = trainer.optimizers[0].state_dict()["state"].values()
+    return [s[key] for s in state for key in ("exp_avg", "exp_avg_sq")]
+
+
+def dtypes(tensors: Any) -> set[torch.dtype]:
+    return {t.dtype for t in tensors}
+
+
+def check_run(
+    folder: Path, precision: str, base: torch.dtype, own: torch.dtype, **how: Any
+) -> None:
+    """One uninterrupted run and one in two parts: all that the table in the docs claims."""
+    module, trainer, watch = fit(folder / "straight", precision, **how)
+    found = adapters(module)
+    assert len(found) == 6
+    assert watch.reached == set(found)
+    assert dtypes(found.values()) == watch.dtypes == dtypes(moments(trainer)) == {own}
+    assert all(t.any() for t in found.values())  # B has left zero
+
+    state, original = module.state_dict(), Net().state_dict()
+    assert state.keys() - original.keys() == set(found)
+    for name, tensor in original.items():
+        wanted = tensor.to(base) if tensor.is_floating_point() else tensor
+        assert state[name].dtype == wanted.dtype, name
+        assert torch.equal(state[name].cpu(), wanted), name
+
+    saved = torch.load(folder / "straight/last.ckpt", weights_only=True)
+    assert saved["state_dict"].keys() == set(found)
+    assert dtypes(saved["state_dict"].values()) == {own}
+
+    fit(folder / "broken", precision, epochs=1, **how)
+    again, trainer_again, _ = fit(folder / "broken", precision, ckpt_path="last", **how)
+    resumed = adapters(again)
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in found.items())
+    both = zip(moments(trainer_again), moments(trainer), strict=True)
+    assert all(torch.equal(one, other) for one, other in both)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_adapters_are_fp32_master_copies(precision: str, tmp_path: Path) -> None:
+    base, own, _ = PRECISIONS[precision]
+    check_run(tmp_path, precision, base, own)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true", "16-true"])
+def test_adapters_in_the_dtype_of_the_base_when_asked(precision: str, tmp_path: Path) -> None:
+    base, _, own = PRECISIONS[precision]
+    kind = CoarseNet if own == FP16 else Net
+    check_run(tmp_path, precision, base, own, options={"autocast_adapter_dtype": False}, kind=kind)
+
+
+def test_twin_without_master_copies_fails(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(Adapter, "_apply", nn.Module._apply)
+    with pytest.raises(AssertionError, match=r"torch.bfloat16.*torch.float32"):
+        check_run(tmp_path, "bf16-true", BF16, FP32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_on_a_gpu(precision: str, tmp_path: Path) -> None:
+    """With the gradient scaler of 16-mixed, which the CPU does not have."""
+    base, own, _ = PRECISIONS[precision]
+    if precision == "16-mixed":
+        scaler = fit(tmp_path, precision, accelerator="gpu", devices=1)[1].precision_plugin.scaler
+        assert scaler.is_enabled()
+        assert scaler.get_scale() > 1
+    check_run(tmp_path, precision, base, own, accelerator="gpu", devices=1)
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_checkpoint_of_the_other_dtype_is_refused(wanted: bool, tmp_path: Path) -> None:
+    fit(tmp_path, "bf16-true", epochs=1, options={"autocast_adapter_dtype": wanted})
+    text = (
+        f"autocast_adapter_dtype: {wanted} in the checkpoint, {not wanted} here "
+        r"\(lora.autocast_adapter_dtype\)"
+    )
+    with pytest.raises(AdapterMismatchError, match=text):
+        fit(
+            tmp_path,
+            "bf16-true",
+            ckpt_path="last",
+            options={"autocast_adapter_dtype": not wanted},
+        )
+
+
+def test_an_adapter_that_is_there_in_the_other_dtype_is_refused(tmp_path: Path) -> None:
+    lora = LoraCallback(r=2, modules_to_save=["head"], autocast_adapter_dtype=False)
+    module = Net()
+    trainer = run(tmp_path, lora)
+    trainer.fit(module, Data())
+    trainer.validate(module, Data())  # the same again is fine
+    lora.autocast_adapter_dtype = True
+    with pytest.raises(AdapterMismatchError, match="autocast_adapter_dtype: False there, True"):
+        trainer.validate(module, Data())
+
+
+def test_a_folder_or_checkpoint_starts_in_either_dtype(tmp_path: Path) -> None:
+    module = fit(tmp_path, "bf16-true", kind=HalfNet)[0]
+    save_adapter(module, tmp_path / "folder")
+    trained = adapters(module)
+    for place in ("folder", "last.ckpt"):
+        for autocast, dtype in ((True, FP32), (False, BF16)):
+            other = HalfNet()
+            load_adapter(other, tmp_path / place, autocast_adapter_dtype=autocast)
+            assert dtypes(adapters(other).values()) == {dtype}
+            for name, tensor in adapters(other).items():
+                assert torch.equal(tensor, trained[name].to(dtype))
+    lora = LoraCallback(init_from=str(tmp_path / "folder"), autocast_adapter_dtype=False)
+    other = HalfNet()
+    run(tmp_path, lora, precision="bf16-true").fit(other, Data())
+    assert dtypes(adapters(other).values()) == {BF16}
+
+
+def test_an_adapter_that_follows_is_cast_along() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.MultiheadAttention(4, 2)).to(BF16)
+    config = LoraCallback(r=2, target_modules=["0", "1"]).config
+    inject_adapter(model, config, autocast_adapter_dtype=False)
+    inject_adapter(model, config, "wide")
+    for dtype in (BF16, FP16, FP32):
+        model.to(dtype)
+        for name, wanted in (("default", dtype), ("wide", FP32)):
+            own = {k: v for k, v in adapters(model).items() if f".adapters.{name}." in k}
+            assert len(own) == 6
+            assert dtypes(own.values()) == {wanted}
+        scales = [b for name, b in model.named_buffers() if name.endswith("gain")]
+        assert dtypes(scales) == {FP32}  # a scaling is no less exact for that
+
+
+# -- plugins that replace modules --------------------------------------------------------------
+
+
+class OwnConversion(HalfPrecision):
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        module.head = nn.Linear(16, 3)
+        return super().convert_module(module)
+
+
+class OnlyAnotherContext(MixedPrecision):
+    """Converts nothing."""
+
+
+def test_plugins_that_may_replace_modules_are_refused(tmp_path: Path) -> None:
+    trainer = run(tmp_path, LoraCallback(r=2), plugins=OwnConversion("bf16-true"))
+    with pytest.raises(ConfigError, match=r"OwnConversion has a convert_module of its own"):
+        trainer.fit(Net(), Data())
+    plugin = OnlyAnotherContext("bf16-mixed", "cpu")
+    run(tmp_path, LoraCallback(r=2), plugins=plugin).fit(Net(), Data())
+
+
+def test_transformer_engine_is_refused_with_the_reason(tmp_path: Path) -> None:
+    from lightning.pytorch.plugins import TransformerEnginePrecision
+
+    trainer = run(tmp_path, LoraCallback(r=2))
+    plugin = object.__new__(TransformerEnginePrecision)  # it is not installed
+    trainer.strategy.precision_plugin = plugin
+    with pytest.raises(ConfigError, match=r"replaces Linear and LayerNorm .*trainer.precision"):
+        trainer.fit(Net(), Data())
