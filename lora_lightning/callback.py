@@ -52,6 +52,7 @@ from lora_lightning.training.run_checks import (
 from lora_lightning.training.training_checks import (
     check_before_fit,
     check_first_gradients,
+    check_still_there,
     check_what_trains,
 )
 
@@ -253,6 +254,7 @@ class LoraCallback(Callback):
         """Check that exactly the adapters train, and let them."""
         if not self.enabled:
             return
+        check_still_there(pl_module, self.selection)
         check_before_fit(trainer, pl_module, self.adapter_name)
         self.guard.start(trainer, pl_module)
         for adapter in adapters_named(self.root(pl_module), self.adapter_name).values():

@@ -67,7 +67,13 @@ def take_returned(callback: LoraCallback, pl_module: LightningModule) -> None:
     root = callback.root(pl_module)
     if callback.adapter_name not in adapter_names(root):
         config = config_type_of(entry["peft_type"]).from_dict(entry["config"])
-        inject_adapter(root, config, callback.adapter_name, low_cpu_mem_usage=True)
+        inject_adapter(
+            root,
+            config,
+            callback.adapter_name,
+            low_cpu_mem_usage=True,
+            autocast_adapter_dtype=callback.autocast_adapter_dtype,
+        )
         materialize(root, callback.adapter_name)
     own = {key: returned["state_dict"].pop(key) for key in entry["tensors"]}
     pl_module.load_state_dict({**own, **returned["moved"]}, strict=False)

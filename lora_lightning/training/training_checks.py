@@ -10,6 +10,7 @@ from lora_lightning.errors import AdapterStateError, ConfigError, first_few
 from lora_lightning.hosts.base import named_hosts
 from lora_lightning.optim import check_coverage, trainable_parameters
 from lora_lightning.switching import adapter_names
+from lora_lightning.targets import Selection
 from lora_lightning.training.binding import averaged_models, callbacks_of
 
 if TYPE_CHECKING:
@@ -36,6 +37,23 @@ def check_before_fit(trainer: Trainer, module: LightningModule, adapter_name: st
                 "would not be averaged. List LoraCallback before it. (trainer.callbacks)"
             )
     check_coverage(trainer.optimizers, module)
+
+
+def check_still_there(module: LightningModule, selection: Selection) -> None:
+    """The modules that adapters were put on are those that the module has.
+
+    Raises:
+        AdapterStateError: Naming those that it does not have any more.
+
+    """
+    present = {id(part) for part in module.modules()}
+    lost = [path for path, target in selection.targets.items() if id(target) not in present]
+    if lost:
+        raise AdapterStateError(
+            f"{first_few(lost)} were replaced after adapters had grown on them, by a plugin or in "
+            "a hook: the adapters are gone with them. Replace modules in the module's __init__, "
+            "setup or configure_model, before adapters grow."
+        )
 
 
 def check_what_trains(trainer: Trainer, module: LightningModule) -> None:
