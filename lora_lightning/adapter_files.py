@@ -23,6 +23,7 @@ from lora_lightning.checkpoint import (
     tensor_differences,
 )
 from lora_lightning.config import AdapterConfig
+from lora_lightning.content_hash import damaged_parts
 from lora_lightning.errors import (
     AdapterMismatchError,
     AdapterStateError,
@@ -184,6 +185,11 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not (isinstance(found, int) and _is_whole(manifest, checkpoint.get("state_dict"))):
         raise CheckpointError(
             f"{str(file)!r} is damaged: its entry {KEY!r} does not say what the file holds."
+        )
+    parts = damaged_parts(checkpoint)
+    if parts:
+        raise CheckpointError(
+            f"{str(file)!r} is damaged: {first_few(parts, 3)} is not what was written."
         )
     return checkpoint
 

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
+Content = bytes | memoryview
 
-def write_atomically(files: dict[Path, bytes]) -> None:
+
+def write_atomically(files: Mapping[Path, Content]) -> None:
     """Write `files` under temporary names, flush them to disk, then give them their names.
+
+    A kill in the middle leaves one file as it was or as it shall be. Several that change together
+    are taken away before the first new one gets its name, so that old and new never lie side by
+    side; a kill in that moment leaves the old ones under temporary names.
 
     Raises:
         OSError: If they cannot be written; what was there before, of all of them, is still there.
 
     """
+    if len(files) > 1:
+        files = {path: content for path, content in files.items() if not _holds(path, content)}
+    several = len(files) > 1
     drafts = {path: _beside(path, "tmp") for path in files}
     kept = {path: _beside(path, "old") for path in files}
     replaced = []
@@ -23,28 +35,76 @@ def write_atomically(files: dict[Path, bytes]) -> None:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-        if len(files) > 1:
+        if several:
             for path in files:
                 _keep(path, kept[path])
+            for path in files:
+                if path.is_file():
+                    path.unlink()
         for path, draft in drafts.items():
             os.replace(draft, path)
             replaced.append(path)
     except BaseException:
-        for path in replaced if len(files) > 1 else []:
+        for path in files if several else []:
             if kept[path].exists():
                 os.replace(kept[path], path)
-            else:
+            elif path in replaced:
                 path.unlink()
         raise
     finally:
         for temporary in (*drafts.values(), *kept.values()):
-            temporary.unlink(missing_ok=True)
+            _remove(temporary)
+    for path in files:
+        for left in path.parent.glob(f"{_stem(path)}-*"):  # by writers that were killed
+            _remove(left)
     for directory in {path.parent for path in files}:
-        _sync_directory(directory)
+        sync_directory(directory)
+
+
+def link_atomically(target: Path, link: Path) -> None:
+    """Let `link` be a symbolic link to `target`, whatever it was before; a copy where links fail.
+
+    Raises:
+        OSError: If it cannot be made; what was there before is still there.
+
+    """
+    draft = _beside(link, "tmp")
+    try:
+        os.symlink(os.path.relpath(target, link.parent), draft)
+    except OSError:  # Windows grants links to some users only
+        write_atomically({link: target.read_bytes()})
+        return
+    try:
+        os.replace(draft, link)
+    finally:
+        _remove(draft)
+    sync_directory(link.parent)
+
+
+def sync_directory(directory: Path) -> None:
+    """Flush the names of the files in `directory` to disk."""
+    if os.name == "posix":  # elsewhere a directory cannot be opened
+        descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _stem(path: Path) -> str:
+    # Without the file's own name: Lightning takes all that contains "hpc_ckpt_" for a checkpoint.
+    return f".{hashlib.sha256(path.name.encode()).hexdigest()[:12]}"
 
 
 def _beside(path: Path, ending: str) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.{ending}")
+    return path.with_name(f"{_stem(path)}-{os.getpid()}.{ending}")
+
+
+def _holds(path: Path, content: Content) -> bool:
+    try:
+        return path.stat().st_size == len(content) and path.read_bytes() == content
+    except OSError:
+        return False
 
 
 def _keep(path: Path, place: Path) -> None:
@@ -57,10 +117,6 @@ def _keep(path: Path, place: Path) -> None:
         shutil.copyfile(path, place)
 
 
-def _sync_directory(directory: Path) -> None:
-    if os.name == "posix":  # elsewhere a directory cannot be opened
-        descriptor = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def _remove(path: Path) -> None:
+    with suppress(OSError):  # the folder is lost or read-only, which is what is being reported
+        path.unlink(missing_ok=True)

@@ -39,6 +39,7 @@ from lora_lightning.training.binding import (
     overrides,
 )
 from lora_lightning.training.callback_options import check_options, check_same_adapter
+from lora_lightning.training.checkpoint_files import protect_checkpoints
 from lora_lightning.training.eva_run import start_values, starts_from_data, take_over_ranks
 from lora_lightning.training.launchers import check_launcher, take_returned
 from lora_lightning.training.manifest import remember_base
@@ -47,7 +48,6 @@ from lora_lightning.training.precision import check_precision, convert_before_gr
 from lora_lightning.training.run_checks import (
     check_callbacks,
     check_strategy,
-    explain_unreadable_checkpoints,
 )
 from lora_lightning.training.training_checks import (
     check_before_fit,
@@ -149,7 +149,7 @@ class LoraCallback(Callback):
         check_strategy(trainer)
         check_launcher(trainer, pl_module, self.adapter_name)
         check_precision(trainer)
-        explain_unreadable_checkpoints(trainer.strategy)
+        protect_checkpoints(trainer)
         if stage == "fit" and not any(callback.trainable for callback in callbacks_of(pl_module)):
             raise ConfigError(
                 "Nothing would train: every LoraCallback has trainable=False. (lora.trainable)"

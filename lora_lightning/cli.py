@@ -23,7 +23,11 @@ from lora_lightning.callback import LoraCallback
 from lora_lightning.config import AdapterConfig
 from lora_lightning.errors import CheckpointError, ConfigError, LoraError, did_you_mean, first_few
 from lora_lightning.report import show
-from lora_lightning.training.run_checks import READ_ERRORS, check_checkpoint_file, unreadable
+from lora_lightning.training.checkpoint_files import (
+    check_checkpoint_file,
+    check_content,
+    damage_explained,
+)
 
 PROGRAM = "lora-lightning"
 
@@ -112,10 +116,8 @@ class LoraCLI(LightningCLI):
         path = self._options().get("ckpt_path")
         if path and path not in ("last", "best", "hpc", "registry"):
             check_checkpoint_file(str(path))
-            try:
+            with damage_explained(path):
                 super()._parse_ckpt_path()
-            except READ_ERRORS as error:
-                raise unreadable(str(path), error) or error from error
 
     def before_instantiate_classes(self) -> None:
         """Look the checkpoint up, and refuse to start a run over an existing one."""
@@ -167,7 +169,7 @@ class LoraCLI(LightningCLI):
     def found_checkpoints(self) -> list[Path]:
         """Checkpoints of this run, the newest last."""
         paths = {path for folder in self._folders() for path in Path(folder).glob("*.ckpt")}
-        return sorted(paths, key=lambda path: path.stat().st_mtime)
+        return sorted(filter(Path.exists, paths), key=lambda path: path.stat().st_mtime)
 
     def _folders(self) -> list[str]:
         entries = self._options()["trainer"].get("callbacks") or []
@@ -219,10 +221,9 @@ def _last(found: list[Path]) -> Path:
 
 def _best(found: list[Path]) -> Path:
     """The best checkpoint as the newest one remembers it."""
-    try:
+    with damage_explained(found[-1]):
         newest = torch.load(found[-1], weights_only=True, map_location="cpu")
-    except READ_ERRORS as error:
-        raise unreadable(str(found[-1]), error) or error from error
+    check_content(found[-1], newest)
     for key, state in newest.get("callbacks", {}).items():
         # Saved as an absolute path; only its name is used, so a run directory may be moved.
         best = found[-1].parent / Path(state.get("best_model_path") or "/").name

@@ -780,6 +780,7 @@ def test_twin_without_the_allocation_differs(tmp_path: Path) -> None:
     assert state["steps"] == 12
     assert not state["settled"]
     saved["lora_lightning"]["adapters"]["default"]["rank_allocation"] = None
+    del saved["lora_lightning"]["content"]  # the hashes, which would notice this
     torch.save(saved, path)
     resumed, _ = fit(tmp_path / "broken", ckpt_path=path)
     assert any(not torch.equal(straight[key], resumed[key]) for key in straight)

@@ -1,0 +1,297 @@
+"""Checkpoint files that survive crashes: written as a whole or not at all, checked when read.
+
+Lightning's own writer is not enough: it moves a finished file from the system's temporary folder,
+which is a copy in place where that is another file system, and never flushes to disk; a background
+writer (`AsyncCheckpointIO`) lets the old file be deleted before the new one is written; and a
+`last.ckpt` that is a link is taken away before it is made anew.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import torch
+from fsspec.implementations.local import LocalFileSystem
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.utilities.cloud_io import get_filesystem
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lora_lightning.atomic_write import link_atomically, write_atomically
+from lora_lightning.checkpoint import KEY
+from lora_lightning.content_hash import HASHES, damaged_parts, with_hashes
+from lora_lightning.errors import CheckpointError, LoraError, did_you_mean, first_few
+from lora_lightning.report import readable_bytes
+
+
+class DurableCheckpointIO(TorchCheckpointIO):
+    """Lightning's checkpoint files, written atomically and with hashes of their content.
+
+    On local disks a checkpoint is written under a temporary name, flushed, given its name, and the
+    folder flushed. Paths of other file systems go Lightning's way, with the hashes.
+
+    Args:
+        background: The plugin that calls this one from a thread of its own, if any.
+
+    """
+
+    def __init__(self, background: Any = None) -> None:
+        self.background = background
+        self._failed = False
+        self._newest: Path | None = None
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
+    ) -> None:
+        """Write `checkpoint` to `path`.
+
+        Raises:
+            CheckpointError: If that is impossible; a file of that name is as it was.
+
+        """
+        if KEY in checkpoint:  # absent where a run failed before anything had grown
+            checkpoint = with_hashes(checkpoint)
+        file = _local(path)
+        if file is None or storage_options is not None:
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically({file: buffer.getbuffer()})
+        except OSError as error:
+            self._failed = True
+            raise _unwritten(file, buffer.getbuffer().nbytes, error) from error
+        self._failed, self._newest = False, file
+
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """What was written to `path`.
+
+        Raises:
+            CheckpointError: If the file is damaged, saying where; the newest good one is named.
+
+        """
+        with damage_explained(path):
+            checkpoint = super().load_checkpoint(path, *args, **kwargs)
+            check_content(path, checkpoint)
+        return checkpoint
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Delete `path`, as soon as all that was to be saved before is on disk."""
+        self.in_order(lambda: self._remove(path))
+
+    def in_order(self, action: Callable[[], None]) -> None:
+        """Do `action` after the saves that are under way, and not at all where the last failed."""
+        executor = getattr(self.background, "_executor", None)
+        if executor is None:
+            self._unless_failed(action)
+        else:
+            executor.submit(self._unless_failed, action)
+
+    def _unless_failed(self, action: Callable[[], None]) -> None:
+        if self._failed:
+            return
+        try:
+            action()
+        except Exception as error:
+            if self.background is None:
+                raise
+            self.background._error = error  # raised by its next save, or at the end
+
+    def _remove(self, path: Any) -> None:
+        file = _local(path)
+        newest = self._newest
+        if file is not None and newest is not None and newest != file:
+            for link in file.parent.glob("*.ckpt"):  # last.ckpt, which gets its new target later
+                if link.is_symlink() and link.resolve() == file.resolve():
+                    link_atomically(newest, link)
+        super().remove_checkpoint(path)
+
+
+def protect_checkpoints(trainer: Any) -> None:
+    """Let this Trainer's checkpoints be written and read by `DurableCheckpointIO`.
+
+    It takes the place of Lightning's `TorchCheckpointIO`, also inside of plugins that wrap it.
+    Doing it again changes nothing.
+    """
+    strategy = trainer.strategy
+    plugin, wrappers = strategy.checkpoint_io, []
+    while getattr(plugin, "checkpoint_io", None) is not None:
+        wrappers.append(plugin)
+        plugin = plugin.checkpoint_io
+    if type(plugin).__name__ == "TorchCheckpointIO":
+        background = next((w for w in wrappers if hasattr(w, "_executor")), None)
+        plugin = DurableCheckpointIO(background)
+        if wrappers:
+            wrappers[-1]._checkpoint_io = plugin
+        else:
+            strategy.checkpoint_io = plugin
+    elif not isinstance(plugin, DurableCheckpointIO):
+        rank_zero_warn(
+            f"Checkpoints are written by {type(plugin).__name__}, in its own way: without hashes "
+            "of their content, and whether a crash can leave half a file is up to it. "
+            "(trainer.plugins)"
+        )
+    for callback in trainer.checkpoint_callbacks:
+        if hasattr(callback, "_link_checkpoint"):
+            callback._link_checkpoint = _link_checkpoint
+    if getattr(strategy.__dict__.get("load_checkpoint"), "__func__", None) is not _load_checkpoint:
+        strategy.load_checkpoint = MethodType(_load_checkpoint, strategy)
+
+
+def _link_checkpoint(trainer: Any, filepath: str, linkpath: str) -> None:
+    """`ModelCheckpoint._link_checkpoint`, but without a moment in which there is no link."""
+    if trainer.is_global_zero and os.path.abspath(filepath) != os.path.abspath(linkpath):
+        plugin = trainer.strategy.checkpoint_io
+        while getattr(plugin, "checkpoint_io", None) is not None:
+            plugin = plugin.checkpoint_io
+        in_order = getattr(plugin, "in_order", lambda action: action())
+        in_order(lambda: link_atomically(Path(filepath), Path(linkpath)))
+    trainer.strategy.barrier()
+
+
+# -- reading -----------------------------------------------------------------------------------
+
+
+def check_checkpoint_file(path: str) -> None:
+    """There is such a file.
+
+    Raises:
+        CheckpointError: Naming the nearest file in its folder.
+
+    """
+    if os.path.isfile(path) or "://" in path:
+        return
+    if os.path.isdir(path):
+        inside = [name for name in sorted(os.listdir(path)) if name.endswith(".ckpt")]
+        raise CheckpointError(
+            f"Checkpoint {path!r} is a folder; name a file. It holds "
+            f"{first_few(inside) or 'no checkpoint'}. (ckpt_path)"
+        )
+    folder = os.path.dirname(path) or "."
+    files = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    near = did_you_mean(os.path.basename(path), files)
+    if near:
+        hint = f"Did you mean {os.path.join(folder, near)!r}?"
+    else:
+        hint = f"{folder!r} holds {', '.join(files[:8]) or 'nothing' if files else 'no files'}."
+    raise CheckpointError(f"Checkpoint {path!r} does not exist. {hint} (ckpt_path)")
+
+
+@contextmanager
+def damage_explained(path: Any) -> Iterator[None]:
+    """Whatever a damaged file makes the reader raise becomes one clear error.
+
+    Raises:
+        CheckpointError: If reading fails and the file is damaged; other errors stay as they are.
+
+    """
+    try:
+        yield
+    except LoraError:
+        raise
+    except Exception as error:  # damaged files raise almost anything
+        file = _local(path)
+        found = damage(file) if file is not None and file.is_file() else None
+        if file is not None and found is None and "PytorchStreamReader" in str(error):
+            found = str(error).partition(". ")[0]  # in a field that Python's reader leaves out
+        if file is None or found is None:
+            raise
+        raise _damaged(file, found) from error
+
+
+def check_content(path: Any, checkpoint: dict[str, Any]) -> None:
+    """`checkpoint`, read from `path`, is what was written.
+
+    Raises:
+        CheckpointError: Naming the parts that are not.
+
+    """
+    file = _local(path)
+    parts = damaged_parts(checkpoint)
+    found = damage(file) if file is not None and _is_archive(file) else None
+    if parts:
+        found = f"{first_few(parts, 3)} is not what was written" + (
+            f" ({found})"
+            if found
+            else f" (if you edited it yourself, delete its [{KEY!r}][{HASHES!r}])"
+        )
+    if found:
+        raise _damaged(file if file is not None else Path(str(path)), found)
+
+
+def damage(file: Path) -> str | None:
+    """What is wrong with a file as an archive of PyTorch; None where each checksum is right."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            bad = archive.testzip()
+    except zipfile.BadZipFile as error:
+        if not file.stat().st_size:
+            return "it is empty"
+        return str(error) if _is_archive(file) else "it is no PyTorch archive"
+    except Exception as error:  # likewise
+        return str(error) or type(error).__name__
+    return f"the checksum of its part {bad!r} is wrong" if bad else None
+
+
+def _is_archive(file: Path) -> bool:
+    with open(file, "rb") as opened:
+        return opened.read(4) == b"PK\3\4"
+
+
+def newest_good(folder: Path, but: Path | None = None) -> Path | None:
+    """The newest checkpoint in `folder` that can be read and is what was written."""
+    with suppress(OSError):
+        files = [f for f in folder.glob("*.ckpt") if f.is_file() and f != but]
+        for file in sorted(files, key=lambda f: f.stat().st_mtime, reverse=True):
+            with suppress(Exception):
+                content = torch.load(file, map_location="cpu", weights_only=True)
+                if KEY in content and not damaged_parts(content) and damage(file) is None:
+                    return file
+    return None
+
+
+def _load_checkpoint(self: Any, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
+    check_checkpoint_file(str(checkpoint_path))
+    with damage_explained(checkpoint_path):
+        return type(self).load_checkpoint(self, checkpoint_path, *args, **kwargs)
+
+
+def _local(path: Any) -> Path | None:
+    """`path` where it is one of a local disk."""
+    files = get_filesystem(path)
+    if not isinstance(files, LocalFileSystem):
+        return None
+    plain = "://" not in str(path)  # stays relative, for messages
+    return Path(path).expanduser() if plain else Path(files._strip_protocol(str(path)))
+
+
+def _damaged(file: Path, found: str) -> CheckpointError:
+    good = newest_good(file.parent, file)
+    size = file.stat().st_size if file.is_file() else 0
+    hint = f"The newest good one beside it is {str(good)!r}" if good else "No good one is beside it"
+    return CheckpointError(
+        f"Checkpoint {str(file)!r} ({size:,} bytes) is truncated or damaged: {found}. Nothing was "
+        f"loaded. {hint}. (ckpt_path)"
+    )
+
+
+def _unwritten(file: Path, size: int, error: OSError) -> CheckpointError:
+    free = ""
+    with suppress(OSError):
+        free = f", {readable_bytes(shutil.disk_usage(file.parent).free)} are free there"
+    good = newest_good(file.parent)
+    kept = f"The newest good one there is {str(good)!r}" if good else "No other one is there"
+    return CheckpointError(
+        f"Checkpoint {str(file)!r} could not be written: {error.strerror or error} (it takes "
+        f"{readable_bytes(size)}{free}). Nothing was overwritten or deleted. {kept}. Make room or "
+        "name another folder, and resume from there."
+    )
