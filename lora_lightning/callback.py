@@ -32,6 +32,7 @@ from lora_lightning.switching import (
 )
 from lora_lightning.targets import Selection
 from lora_lightning.training.adalora_schedule import RankSchedule
+from lora_lightning.training.averaging import average_what_trains
 from lora_lightning.training.binding import (
     bind,
     callbacks_of,
@@ -256,6 +257,7 @@ class LoraCallback(Callback):
             return
         check_still_there(pl_module, self.selection)
         check_before_fit(trainer, pl_module, self.adapter_name)
+        average_what_trains(trainer)
         self.guard.start(trainer, pl_module)
         for adapter in adapters_named(self.root(pl_module), self.adapter_name).values():
             adapter.train()  # also where the base came in eval mode (from_pretrained)

@@ -94,6 +94,8 @@ def test_weight_averaging(tmp_path: Path) -> None:
         module = Net()
         trainer = run(folder, *callbacks[:: 1 if lora_first else -1], saver, max_epochs=epochs)
         trainer.fit(module, Data(), ckpt_path=ckpt_path)
+        base = Net().state_dict()  # of which d w + (1 - d) w would not be w again
+        assert all(torch.equal(module.state_dict()[name], base[name]) for name in base)
         return module.state_dict()
 
     straight = go(tmp_path / "straight", 4)
