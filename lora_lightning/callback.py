@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -50,6 +51,7 @@ from lora_lightning.training.run_checks import (
     check_callbacks,
     check_strategy,
 )
+from lora_lightning.training.strategy_state import override_state_methods
 from lora_lightning.training.training_checks import (
     check_before_fit,
     check_first_gradients,
@@ -151,6 +153,7 @@ class LoraCallback(Callback):
         check_launcher(trainer, pl_module, self.adapter_name)
         check_precision(trainer)
         protect_checkpoints(trainer)
+        override_state_methods(trainer.strategy)
         if stage == "fit" and not any(callback.trainable for callback in callbacks_of(pl_module)):
             raise ConfigError(
                 "Nothing would train: every LoraCallback has trainable=False. (lora.trainable)"
@@ -175,11 +178,14 @@ class LoraCallback(Callback):
         self._check_no_strangers(pl_module)
         fresh = not adapter_names(pl_module)
         start = start_values(self, pl_module, root)
+        # Processes that nobody seeded have seeds of their own.
+        seed = pl_module.trainer.strategy.broadcast(torch.initial_seed())
         with unchanged_on_error(root):
             self.selection = extend_adapter(
                 root,
                 self.config,
                 self.adapter_name,
+                seed=seed,
                 start=start,
                 autocast_adapter_dtype=self.autocast_adapter_dtype,
             )

@@ -22,6 +22,7 @@ from lora_lightning.bias import trained_biases
 from lora_lightning.errors import AdapterMismatchError
 from lora_lightning.hosts.base import Host, named_hosts, walk
 from lora_lightning.hosts.quantized import packed_weight
+from lora_lightning.sharding import whole
 
 SAMPLE = 65_536
 
@@ -101,7 +102,7 @@ def fingerprint_difference(saved: Fingerprint, found: Fingerprint) -> list[str]:
 
 def digest(tensor: Tensor, limit: int | None = SAMPLE) -> str:
     """Hex digest of `limit` evenly spaced values (None: of all)."""
-    flat = tensor.detach().reshape(-1)
+    flat = whole(tensor.detach()).reshape(-1)
     if flat.is_complex():
         flat = torch.view_as_real(flat).reshape(-1)
     if limit is not None:

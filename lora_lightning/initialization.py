@@ -14,6 +14,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from lora_lightning.sharding import copy_whole
+
 
 def generator_for(seed: int, name: str) -> torch.Generator:
     """A CPU generator that depends on `seed` and `name` alone."""
@@ -49,7 +51,7 @@ def _fill(tensor: Tensor, draw: Callable[[Tensor], Tensor]) -> None:
     # Drawn on the CPU in fp32 and copied, so that the values do not depend on device or dtype.
     draft = torch.empty(tensor.shape, dtype=torch.float32, device="cpu")
     draw(draft)
-    tensor.copy_(draft)
+    copy_whole(tensor, draft)
 
 
 def parameter(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> nn.Parameter:

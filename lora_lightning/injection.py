@@ -16,7 +16,7 @@ from lora_lightning.adapters.trained_copy import TrainedCopy
 from lora_lightning.bias import biases_to_train, forget_bias, train_bias, trained_biases
 from lora_lightning.config import AdapterConfig
 from lora_lightning.construction import make_adapters, train_tokens
-from lora_lightning.errors import AdapterStateError, ConfigError
+from lora_lightning.errors import AdapterStateError, ConfigError, TargetError
 from lora_lightning.frozen_norms import hold_still, let_go
 from lora_lightning.hosts import host_type_for
 from lora_lightning.hosts.attention import route_out_projections
@@ -31,6 +31,7 @@ from lora_lightning.hosts.growing import (
 )
 from lora_lightning.hosts.sequential import SequentialHost
 from lora_lightning.loftq import original_weights, start_from_rounding_error
+from lora_lightning.sharding import is_sharded, whole
 from lora_lightning.switching import activate_new, active_adapters, adapter_names, check_enabled
 from lora_lightning.targets import Selection, select_modules
 
@@ -288,14 +289,26 @@ def _new_biases(
 
 
 def _copy_without_adapters(module: nn.Module, device: torch.device | None) -> nn.Module:
-    """A copy; where a device is given, the tensors that state dicts hold are empty ones there."""
+    """A copy of whole tensors; where a device is given, those in state dicts are empty ones there.
+
+    Raises:
+        TargetError: If FSDP has made the module a unit, which cannot be copied.
+
+    """
+    if any(hasattr(type(child), "set_reshard_after_forward") for child in module.modules()):
+        raise TargetError(
+            f"modules_to_save names a {type(module).__name__} that fully_shard made a unit of its "
+            "own, which cannot be copied. Build the model in __init__, so that the copy is made "
+            "before it is sharded. (lora.modules_to_save)"
+        )
     known: dict[int, Any] = {}
-    for tensor in module.state_dict(keep_vars=True).values() if device is not None else ():
-        if isinstance(tensor, Tensor):
-            empty: Tensor = torch.empty_like(tensor, device=device)
+    for tensor in module.state_dict(keep_vars=True).values():
+        if isinstance(tensor, Tensor) and (device is not None or is_sharded(tensor)):
+            values = whole(tensor.detach()).clone() if device is None else None
+            new: Tensor = torch.empty_like(tensor, device=device) if values is None else values
             if isinstance(tensor, nn.Parameter):
-                empty = nn.Parameter(empty, tensor.requires_grad)
-            known[id(tensor)] = empty
+                new = nn.Parameter(new, tensor.requires_grad)
+            known[id(tensor)] = new
     duplicate = copy.deepcopy(module, known)
     for _, host in list(named_hosts(duplicate)):
         for name in list(host.adapters):

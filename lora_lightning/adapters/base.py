@@ -316,6 +316,10 @@ class AdapterDict(nn.ModuleDict):
     def __getitem__(self, name: str) -> Adapter:
         return cast(Adapter, super().__getitem__(name))
 
+    def forward(self, *args: Any) -> Any:
+        """Nothing enters here; FSDP wants a forward of what it shards."""
+        raise NotImplementedError("Adapters run inside their module's forward.")
+
     def get(self, name: str) -> Adapter | None:
         """The adapter of that name, or None."""
         return self[name] if name in self else None  # noqa: SIM401

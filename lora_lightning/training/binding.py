@@ -135,9 +135,16 @@ def setup(self: LightningModule, stage: str) -> None:
 
 def configure_model(self: LightningModule) -> None:
     """The module's own `configure_model`, then growth."""
+    from lora_lightning.training.model_parallel import grow_before_sharding, shard_adapters
+
+    callbacks = callbacks_of(self)
+    if callbacks:
+        grow_before_sharding(self, callbacks)
     _original(self, "configure_model")()
-    for callback in callbacks_of(self):
+    for callback in callbacks:
         callback.grow(self)
+    if callbacks:
+        shard_adapters(self)
 
 
 def configure_optimizers(self: LightningModule) -> Any:
@@ -178,7 +185,7 @@ def on_save_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> Non
 def on_load_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> None:
     """The last hook before weights are loaded: refuse what does not fit."""
     from lora_lightning.training.eva_run import adopt_ranks
-    from lora_lightning.training.manifest import KEY, check_checkpoint, expect_only_adapters
+    from lora_lightning.training.manifest import KEY, check_checkpoint
 
     _original(self, "on_load_checkpoint")(checkpoint)
     callbacks = callbacks_of(self)
@@ -193,10 +200,6 @@ def on_load_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> Non
             if saved is not None:
                 adopt_ranks(callback, self, saved)
         check_checkpoint(checkpoint, self, callbacks)
-        averaged = averaged_models(self.trainer) if "current_model_state" in checkpoint else []
-        expect_only_adapters(self, times=1 + len(averaged))  # WeightAveraging loads it once more
-        for model in averaged:
-            expect_only_adapters(model)
 
 
 _OVERRIDES: dict[str, Callable[..., Any]] = {

@@ -29,6 +29,8 @@ from lora_lightning.checkpoint import KEY
 from lora_lightning.content_hash import HASHES, damaged_parts, with_hashes
 from lora_lightning.errors import CheckpointError, LoraError, did_you_mean, first_few
 from lora_lightning.report import readable_bytes
+from lora_lightning.training.checkpoint_folders import is_checkpoint_folder
+from lora_lightning.training.strategy_state import read_checkpoint
 
 
 class DurableCheckpointIO(TorchCheckpointIO):
@@ -168,7 +170,7 @@ def check_checkpoint_file(path: str) -> None:
         CheckpointError: Naming the nearest file in its folder.
 
     """
-    if os.path.isfile(path) or "://" in path:
+    if os.path.isfile(path) or "://" in path or is_checkpoint_folder(path):
         return
     if os.path.isdir(path):
         inside = [name for name in sorted(os.listdir(path)) if name.endswith(".ckpt")]
@@ -260,9 +262,10 @@ def newest_good(folder: Path, but: Path | None = None) -> Path | None:
 
 
 def _load_checkpoint(self: Any, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
+    checkpoint_path = self.broadcast(checkpoint_path)
     check_checkpoint_file(str(checkpoint_path))
     with damage_explained(checkpoint_path):
-        return type(self).load_checkpoint(self, checkpoint_path, *args, **kwargs)
+        return read_checkpoint(self, checkpoint_path, *args, **kwargs)
 
 
 def _local(path: Any) -> Path | None:

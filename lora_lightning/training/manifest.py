@@ -35,39 +35,44 @@ def reduce_checkpoint(
     checkpoint: dict[str, Any], module: LightningModule, callbacks: list[LoraCallback]
 ) -> None:
     """Leave only what training changed in `checkpoint["state_dict"]`, and say whose it is."""
-    adapters: dict[str, dict[str, Any]] = {}
-    keep: set[str] = set()
-    for callback in callbacks:
-        tensors = callback.saved_keys(module)
-        keep.update(tensors)
-        adapters[callback.adapter_name] = {
+    adapters: dict[str, dict[str, Any]] = {
+        callback.adapter_name: {
             "peft_type": callback.config.peft_type,
             "config": callback.config.to_dict(),
             "autocast_adapter_dtype": callback.autocast_adapter_dtype,
             "module": callback.module or "",
-            "tensors": tensors,
+            "tensors": callback.saved_keys(module),
         }
-    binding = binding_of(module)
-    keep.update(_changed_buffers(module, binding))
-    # Biases of adapters that do not act: the module shows the base's own.
-    hidden = {n: r.hidden for n, _, r in trained_biases(module) if n in keep and not r.shown}
+        for callback in callbacks
+    }
     for part in ("state_dict", "current_model_state"):  # the latter is WeightAveraging's
         if part in checkpoint:
-            checkpoint[part] = {
-                k: hidden.get(k, v)
-                for k, v in checkpoint[part].items()
-                if k in keep or k.endswith(_EXTRA_STATE)
-            }
+            checkpoint[part] = kept_state(checkpoint[part], module, callbacks)
     checkpoint[KEY] = {
         "format": FORMAT,
         "version": lora_lightning.__version__,
         "adapters": adapters,
-        "base": binding.fingerprint,
+        "base": binding_of(module).fingerprint,
     }
     if "optimizer_states" in checkpoint:  # absent with save_weights_only: nothing to resume then
         checkpoint[KEY]["random_state"] = random_state()
         for callback in callbacks:
             adapters[callback.adapter_name]["rank_allocation"] = callback.ranks.state()
+
+
+def kept_state(
+    state: dict[str, Any], module: LightningModule, callbacks: list[LoraCallback]
+) -> dict[str, Any]:
+    """What of the module's state dict training changed: adapters, and buffers that moved."""
+    keep = {key for callback in callbacks for key in callback.saved_keys(module)}
+    keep.update(_changed_buffers(module, binding_of(module)))
+    # Biases of adapters that do not act: the module shows the base's own.
+    hidden = {n: r.hidden for n, _, r in trained_biases(module) if n in keep and not r.shown}
+    return {
+        key: hidden.get(key, value)
+        for key, value in state.items()
+        if key in keep or key.endswith(_EXTRA_STATE)
+    }
 
 
 def check_checkpoint(
@@ -130,19 +135,15 @@ def _check_base(saved: Fingerprint, own: Fingerprint) -> None:
         )
 
 
-def expect_only_adapters(module: nn.Module, times: int = 1) -> None:
-    """Let the next strict `load_state_dict` calls pass without the base.
+def expect_only_adapters(module: nn.Module) -> None:
+    """Let the next strict `load_state_dict` pass without the base.
 
     `check_checkpoint` has compared the file tensor by tensor; all that can be missing is the base.
     """
-    left = times
 
     def forgive(_: nn.Module, incompatible: Any) -> None:
-        nonlocal left
         incompatible.missing_keys.clear()
-        left -= 1
-        if left == 0:
-            handle.remove()
+        handle.remove()
 
     handle = module.register_load_state_dict_post_hook(forgive)
 

@@ -12,6 +12,7 @@ from lora_lightning.optim import check_coverage, trainable_parameters
 from lora_lightning.switching import adapter_names
 from lora_lightning.targets import Selection
 from lora_lightning.training.binding import averaged_models, callbacks_of
+from lora_lightning.training.model_parallel import reshard
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -63,6 +64,7 @@ def check_what_trains(trainer: Trainer, module: LightningModule) -> None:
         AdapterStateError, OptimizerError: Naming the tensors.
 
     """
+    reshard(module)  # validation may have left it gathered
     check_coverage(trainer.optimizers, module)
     owned = {key for callback in callbacks_of(module) for key in callback.saved_keys(module)}
     others = [name for name in trainable_parameters(module) if name not in owned]

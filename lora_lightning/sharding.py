@@ -1,0 +1,40 @@
+"""Tensors that are spread over the processes of a run (DTensor): whole values in and out.
+
+Everything here is the identity on an ordinary tensor, and costs nothing where no process has
+imported DTensor.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Whether `tensor` is a DTensor, of which this process holds a part."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def whole(tensor: Any) -> Any:
+    """All values of a tensor. Of a sharded one they are gathered: every process has to call it."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def sharded_like(values: Tensor, own: Any) -> Tensor:
+    """Whole `values`, which every process has, laid out as `own` is: nothing is communicated."""
+    if not is_sharded(own) or is_sharded(values):
+        return values
+    from torch.distributed.tensor import distribute_tensor
+
+    values = values.to(device=own.device)
+    return distribute_tensor(values, own.device_mesh, own.placements, src_data_rank=None)
+
+
+@torch.no_grad()
+def copy_whole(own: Tensor, values: Tensor) -> None:
+    """Write whole `values`, which every process has, into a tensor that may be sharded."""
+    own.copy_(sharded_like(values.to(own.dtype), own))

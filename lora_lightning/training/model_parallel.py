@@ -1,0 +1,138 @@
+"""Adapters on a module that its user shards in `configure_model` (FSDP2, ModelParallelStrategy).
+
+Where the module is built before, adapters grow before it is sharded, and `fully_shard` takes them
+up with their modules. Where `configure_model` builds and shards at once, they grow afterwards: the
+adapters inside one FSDP unit then become a unit of their own. Hosts read the tensors of adapters
+directly (the fused path, `transform_input`), so this unit is not entered by a forward of its own:
+every host gathers it when it is called. It stays gathered until backward is over, where FSDP
+reduces its gradients together with those of units whose inputs needed none.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from lora_lightning.errors import ConfigError, LoraError, first_few
+from lora_lightning.hosts.base import Host, named_hosts, walk
+from lora_lightning.sharding import is_sharded
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule
+
+
+def is_model_parallel(strategy: Any) -> bool:
+    """Whether the user's module shards itself (FSDP2)."""
+    # By name, so that the strategies of the `pytorch_lightning` package count as well.
+    return any(cls.__name__ == "ModelParallelStrategy" for cls in type(strategy).__mro__)
+
+
+def reshard(module: nn.Module) -> None:
+    """Let the module's parameters be the parts that optimizers hold, not gathered ones."""
+    for child in module.modules():
+        if _is_unit(child):
+            child.reshard()  # type: ignore[operator]
+
+
+def grow_before_sharding(module: LightningModule, callbacks: list[Any]) -> None:
+    """Grow the adapters whose modules are there before `configure_model`, which may shard them."""
+    if not is_model_parallel(module.trainer.strategy):
+        return
+    for callback in callbacks:
+        try:
+            callback.grow(module)
+        except LoraError:  # not built yet; what is really wrong shows again afterwards
+            continue
+
+
+def shard_adapters(module: LightningModule) -> None:
+    """Shard adapters that were grown on modules that are sharded already.
+
+    Raises:
+        ConfigError: If adapters would be left whole beside sharded ones: nobody would reduce
+            their gradients over the processes, and each would train an adapter of its own.
+
+    """
+    if not is_model_parallel(module.trainer.strategy):
+        return
+    _check_no_tensor_parallel(module)
+    units: dict[nn.Module, list[Host]] = {}
+    for path, host in named_hosts(module):
+        sharded = {is_sharded(p) for p in host.adapters.parameters()}
+        if False not in sharded:
+            continue
+        if len(sharded) == 2:
+            raise ConfigError(
+                f"{path!r} carries adapters that are sharded already, and new ones cannot join "
+                "them. Start from a module that has not trained yet. (lora.adapter_name)"
+            )
+        unit = _unit_around(module, path)
+        if unit is None:
+            raise ConfigError(
+                f"configure_model leaves {path!r} out of fully_shard, so its adapter would train "
+                "on every process by itself. Apply fully_shard to a module that contains it, "
+                "at the latest to the whole model. (trainer.strategy)"
+            )
+        units.setdefault(unit, []).append(host)
+    for unit, hosts in units.items():
+        _shard_together(unit, hosts)
+    plain = [n for n, p in module.named_parameters() if p.requires_grad and not is_sharded(p)]
+    if plain:
+        raise ConfigError(
+            f"{first_few(plain)} would train as whole tensors beside sharded ones: nobody would "
+            "reduce their gradients over the processes. Apply fully_shard in configure_model to a "
+            "module that contains them. (trainer.strategy)"
+        )
+
+
+def _shard_together(unit: nn.Module, hosts: list[Host]) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = next(p.device_mesh for p in unit.parameters() if is_sharded(p))  # type: ignore[attr-defined]
+    group: list[nn.Module] = [host.adapters for host in hosts]
+    fully_shard(group, mesh=mesh, reshard_after_forward=False)
+    for host in hosts:
+        host.register_forward_pre_hook(_gather)
+
+
+def _gather(host: nn.Module, args: Any) -> None:
+    host.adapters.unshard()  # type: ignore[operator,union-attr]
+
+
+def _unit_around(module: nn.Module, path: str) -> nn.Module | None:
+    """The innermost FSDP unit that holds the module at `path`."""
+    parts = path.split(".") if path else []
+    for length in range(len(parts), -1, -1):
+        child = module.get_submodule(".".join(parts[:length]))
+        if _is_unit(child):
+            return child
+    return None
+
+
+def _is_unit(module: nn.Module) -> bool:
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(module, FSDPModule)
+
+
+def _check_no_tensor_parallel(module: nn.Module) -> None:
+    """Refuse weights that several processes share out among them along their features.
+
+    Raises:
+        ConfigError: Naming one.
+
+    """
+    for path, child in walk(module):
+        for name, parameter in child.named_parameters(recurse=False):
+            if not is_sharded(parameter):
+                continue
+            # FSDP: parts along one dimension of the mesh; a second one holds copies (HSDP).
+            *others, _ = parameter.placements  # type: ignore[attr-defined]
+            if _unit_around(module, path) is None or not all(p.is_replicate() for p in others):
+                raise ConfigError(
+                    f"{(path + '.' if path else '') + name!r} is split over processes by "
+                    f"tensor parallelism ({parameter.placements}), which adapters do not follow: "  # type: ignore[attr-defined]
+                    "each process would train an adapter of its own on its part. Use "
+                    "tensor_parallel_size=1 and fully_shard alone. (trainer.strategy)"
+                )

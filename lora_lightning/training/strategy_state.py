@@ -1,0 +1,186 @@
+"""How state gets in and out under each strategy.
+
+A checkpoint of ours is the same under all of them: whole tensors of the adapters, under the names
+that they have in the LightningModule, and the optimizers' state under the same names. So it is
+read whole by every process, which then keeps its own part. What is not of the adapters is neither
+gathered nor copied.
+
+Lightning asks the strategy for all of this, so its methods are overridden on the instance. They
+are functions of this file, which find the callbacks through the module; without one of ours they
+do what the strategy does.
+
+| | saving | loading |
+|---|---|---|
+| single device, DDP | the module's tensors | `load_state_dict` |
+| ModelParallel, one file | gathered on rank 0 | every process takes its part |
+| ModelParallel, folder | every process its part | every process takes its part |
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+from torch import Tensor, nn
+
+from lora_lightning.errors import CheckpointError, first_few
+from lora_lightning.sharding import is_sharded, sharded_like, whole
+from lora_lightning.training.binding import averaged_models, callbacks_of
+from lora_lightning.training.checkpoint_folders import is_checkpoint_folder, read_checkpoint_folder
+from lora_lightning.training.manifest import expect_only_adapters, kept_state
+from lora_lightning.training.model_parallel import is_model_parallel, reshard
+from lora_lightning.training.optimizer_names import with_names, with_numbers
+
+
+def override_state_methods(strategy: Any) -> None:
+    """Let the strategy save and load adapters only; doing it again changes nothing."""
+    overrides = _SHARDED if is_model_parallel(strategy) else _WHOLE
+    for name, override in overrides.items():
+        if getattr(strategy.__dict__.get(name), "__func__", None) is not override:
+            setattr(strategy, name, MethodType(override, strategy))
+
+
+def read_checkpoint(
+    strategy: Any, path: str | os.PathLike[str], *args: Any, **kwargs: Any
+) -> dict[str, Any]:
+    """A checkpoint as it lies on disk, whole and on the CPU; nothing is loaded yet.
+
+    Args:
+        strategy: Whose `load_checkpoint` was called.
+        path: A file or the folder of a sharded checkpoint.
+        *args: What else `load_checkpoint` was given (weights_only).
+        **kwargs: The same by name.
+
+    """
+    if "://" not in str(path) and is_checkpoint_folder(path):
+        return read_checkpoint_folder(path, *args, **kwargs)
+    if is_model_parallel(strategy):  # whose own method would load it at once, unchecked
+        checkpoint: dict[str, Any] = strategy.checkpoint_io.load_checkpoint(path, *args, **kwargs)
+        return checkpoint
+    return type(strategy).load_checkpoint(strategy, path, *args, **kwargs)
+
+
+# -- the overrides ---------------------------------------------------------------------------------
+
+
+def optimizer_state(self: Any, optimizer: Any) -> dict[str, Any]:
+    """The state of an optimizer by names."""
+    state = type(self).optimizer_state(self, optimizer)
+    if not state or not callbacks_of(self.lightning_module):
+        return state  # empty on ranks that do not write
+    return with_names(state, getattr(optimizer, "_optimizer", optimizer), self.lightning_module)
+
+
+def load_model_state_dict(self: Any, checkpoint: dict[str, Any], strict: bool = True) -> None:
+    """The tensors of a checkpoint, which has been compared with the module before."""
+    module = self.lightning_module
+    if not callbacks_of(module):
+        type(self).load_model_state_dict(self, checkpoint, strict=strict)
+        return
+    load_adapters(module, checkpoint["state_dict"])
+    if "current_model_state" in checkpoint:  # WeightAveraging loads this one by itself
+        for averaged in averaged_models(module.trainer):
+            expect_only_adapters(module)
+            expect_only_adapters(averaged)
+
+
+def load_optimizer_state_dict(self: Any, checkpoint: dict[str, Any]) -> None:
+    """The states of the optimizers, by names or (of older checkpoints) by numbers."""
+    if callbacks_of(self.lightning_module):
+        checkpoint = {**checkpoint, "optimizer_states": _numbered(self, checkpoint)}
+    type(self).load_optimizer_state_dict(self, checkpoint)
+
+
+def sharded_module_state_dict(self: Any) -> dict[str, Any]:
+    """The tensors that are saved: this process's parts, or on rank 0 all of them."""
+    module = self.lightning_module
+    callbacks = callbacks_of(module)
+    if not callbacks:
+        return type(self).lightning_module_state_dict(self)
+    reshard(module)
+    state = kept_state(module.state_dict(), module, callbacks)
+    return _to_be_written(self, state)
+
+
+def sharded_optimizer_state(self: Any, optimizer: Any) -> dict[str, Any]:
+    """The state of an optimizer by names: this process's parts, or on rank 0 the whole."""
+    module = self.lightning_module
+    if not callbacks_of(module):
+        return type(self).optimizer_state(self, optimizer)
+    reshard(module)
+    optimizer = getattr(optimizer, "_optimizer", optimizer)
+    return _to_be_written(self, with_names(optimizer.state_dict(), optimizer, module))
+
+
+def load_sharded_state_dict(self: Any, checkpoint: dict[str, Any], strict: bool = True) -> None:
+    """Adapters and, in fit, optimizers: the strategy restores after it has set them up."""
+    module = self.lightning_module
+    if not callbacks_of(module):
+        type(self).load_model_state_dict(self, checkpoint, strict=strict)
+        return
+    load_adapters(module, checkpoint["state_dict"])
+    if "optimizer_states" in checkpoint:
+        for optimizer, state in zip(self.optimizers, _numbered(self, checkpoint), strict=False):
+            optimizer.load_state_dict(state)
+
+
+_WHOLE: dict[str, Callable[..., Any]] = {
+    "optimizer_state": optimizer_state,
+    "load_model_state_dict": load_model_state_dict,
+    "load_optimizer_state_dict": load_optimizer_state_dict,
+}
+_SHARDED: dict[str, Callable[..., Any]] = {
+    "lightning_module_state_dict": sharded_module_state_dict,
+    "optimizer_state": sharded_optimizer_state,
+    "load_model_state_dict": load_sharded_state_dict,
+}
+
+
+def load_adapters(module: nn.Module, state: dict[str, Any]) -> None:
+    """Load whole tensors into a module that may be sharded; the base may be missing.
+
+    Raises:
+        CheckpointError: If the module has no place for a tensor.
+
+    """
+    reshard(module)
+    own = module.state_dict()
+    parts = {
+        key: sharded_like(value, own.get(key)) if isinstance(value, Tensor) else value
+        for key, value in state.items()
+    }
+    left = module.load_state_dict(parts, strict=False).unexpected_keys
+    if left:
+        raise CheckpointError(
+            f"The module has no place for {first_few(sorted(left))} of the checkpoint. (ckpt_path)"
+        )
+
+
+def _numbered(strategy: Any, checkpoint: dict[str, Any]) -> list[dict[str, Any]]:
+    states, optimizers = checkpoint["optimizer_states"], strategy.optimizers
+    if len(states) != len(optimizers):
+        raise CheckpointError(
+            f"The checkpoint has the state of {len(states)} optimizers, this run has "
+            f"{len(optimizers)}. Use the configure_optimizers that it was trained with. (ckpt_path)"
+        )
+    module = strategy.lightning_module
+    return [with_numbers(s, o, module) for s, o in zip(states, optimizers, strict=True)]
+
+
+def _to_be_written(strategy: Any, state: dict[str, Any]) -> dict[str, Any]:
+    if strategy._save_distributed_checkpoint:
+        return state
+    gathered: dict[str, Any] = _gathered(state)  # by all processes together
+    return gathered if strategy.is_global_zero else {}
+
+
+def _gathered(value: Any) -> Any:
+    if is_sharded(value):
+        return whole(value).cpu()
+    if isinstance(value, dict):
+        return {key: _gathered(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_gathered(item) for item in value)
+    return value
