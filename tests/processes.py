@@ -50,6 +50,7 @@ def _run(count: int, folder: str, limit: float = 300.0) -> None:
         "GROUP_RANK": "0",
         "TORCHELASTIC_RUN_ID": "test",  # by which Lightning knows that the processes are there
     }  # fmt: skip
+    shared.pop("PL_GLOBAL_SEED", None)  # of a test before, which Lightning would seed them with
     logs = [Path(folder, f"log{rank}") for rank in range(count)]
     running = []
     for rank, path in enumerate(logs):
