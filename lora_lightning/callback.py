@@ -25,7 +25,6 @@ from lora_lightning.injection import (
     unchanged_on_error,
 )
 from lora_lightning.peft_format import load_adapter
-from lora_lightning.rng import set_random_state
 from lora_lightning.switching import (
     active_adapters,
     adapter_names,
@@ -47,6 +46,7 @@ from lora_lightning.training.launchers import check_launcher, take_returned
 from lora_lightning.training.manifest import remember_base
 from lora_lightning.training.nonfinite import NonfiniteGuard, check_same_policy
 from lora_lightning.training.precision import check_precision, convert_before_growth
+from lora_lightning.training.resumable_loader import make_loaders_resumable
 from lora_lightning.training.run_checks import (
     check_callbacks,
     check_strategy,
@@ -154,6 +154,7 @@ class LoraCallback(Callback):
         check_precision(trainer)
         protect_checkpoints(trainer)
         override_state_methods(trainer.strategy)
+        make_loaders_resumable(trainer.strategy)
         if stage == "fit" and not any(callback.trainable for callback in callbacks_of(pl_module)):
             raise ConfigError(
                 "Nothing would train: every LoraCallback has trainable=False. (lora.trainable)"
@@ -360,9 +361,7 @@ class LoraCallback(Callback):
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Continue the run's random numbers and AdaLoRA's ranks where the checkpoint left off."""
-        manifest = checkpoint.get(KEY, {})
-        state = manifest.get("random_state")
-        if self.enabled and state is not None and trainer.state.fn == "fit":
-            set_random_state(state)
-            self.ranks.load(manifest["adapters"][self.adapter_name].get("rank_allocation"))
+        """Continue AdaLoRA's ranks where the checkpoint left off."""
+        if self.enabled and KEY in checkpoint and trainer.state.fn == "fit":
+            saved = checkpoint[KEY]["adapters"][self.adapter_name]
+            self.ranks.load(saved.get("rank_allocation"))

@@ -1,32 +1,119 @@
-"""The random state of a process as plain values, so that a resumed run draws what it would have."""
+"""Random state as plain values, so that a resumed run draws what it would have drawn."""
 
 from __future__ import annotations
 
 import random
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 
-def random_state() -> dict[str, Any]:
-    """State of Python's, NumPy's and PyTorch's generators; loads with `weights_only=True`."""
+def random_state(cuda: Literal["all", "own", "none"] = "all") -> dict[str, Any]:
+    """State of Python's, NumPy's and PyTorch's generators; loads with `weights_only=True`.
+
+    Args:
+        cuda: Of which CUDA devices too: all, the process's current one, or none.
+
+    """
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    version, internal, gauss = random.getstate()
+    cuda = cuda if torch.cuda.is_available() else "none"
     return {
-        "python": [version, list(internal), gauss],
+        "python": _python_state(random.getstate()),
         "numpy": [kind, [int(key) for key in keys], int(position), int(has_gauss), float(cached)],
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": {
+            "all": torch.cuda.get_rng_state_all,
+            "own": lambda: [torch.cuda.get_rng_state()],
+            "none": list,
+        }[cuda](),
     }
 
 
 def set_random_state(state: dict[str, Any]) -> None:
     """Bring the generators into a state that `random_state` gave."""
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
+    random.setstate(_python_tuple(state["python"]))
     kind, keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
     torch.set_rng_state(state["torch"])
     if state["cuda"] and torch.cuda.device_count() == len(state["cuda"]):
         torch.cuda.set_rng_state_all(state["cuda"])
+    elif len(state["cuda"]) == 1 and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"][0])
+
+
+def seed_all(seed: int) -> None:
+    """Start all generators of this process from `seed`."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)  # of every device
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """What is drawn inside (on the CPU) is not drawn from the stream that continues outside."""
+    state = random_state(cuda="none")
+    try:
+        yield
+    finally:
+        set_random_state(state)
+
+
+# -- generators that belong to an object (a sampler, a dataset) ------------------------------------
+
+GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+
+
+def generator_state(generator: Any) -> Any:
+    """State of one generator as plain values."""
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    if isinstance(generator, random.Random):
+        return _python_state(generator.getstate())
+    return _plain(_bit_generator(generator).state)
+
+
+def set_generator_state(generator: Any, state: Any) -> None:
+    """Bring a generator of the same kind into a state that `generator_state` gave."""
+    if isinstance(generator, torch.Generator):
+        generator.set_state(state)
+    elif isinstance(generator, random.Random):
+        generator.setstate(_python_tuple(state))
+    else:
+        _bit_generator(generator).state = _arrays(state)
+
+
+def _bit_generator(generator: Any) -> Any:
+    if isinstance(generator, np.random.Generator):
+        return generator.bit_generator
+    return generator._bit_generator
+
+
+def _python_state(state: tuple[Any, ...]) -> list[Any]:
+    version, internal, gauss = state
+    return [version, list(internal), gauss]
+
+
+def _python_tuple(state: list[Any]) -> tuple[Any, ...]:
+    version, internal, gauss = state
+    return version, tuple(internal), gauss
+
+
+def _plain(state: Any) -> Any:
+    if isinstance(state, dict):
+        return {key: _plain(value) for key, value in state.items()}
+    return {"array": state.tolist(), "dtype": str(state.dtype)} if _is_array(state) else state
+
+
+def _arrays(state: Any) -> Any:
+    if not isinstance(state, dict):
+        return state
+    if state.keys() == {"array", "dtype"}:
+        return np.array(state["array"], dtype=state["dtype"])
+    return {key: _arrays(value) for key, value in state.items()}
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, np.ndarray)

@@ -46,6 +46,7 @@ class Binding:
         fingerprint: The base model's, taken when the adapters were grown.
         buffers: Digests of the base's persistent buffers at that time.
         returned: What child processes trained, until the module has the layers for it.
+        run_state: What a checkpoint says of this process, until training starts.
 
     """
 
@@ -53,6 +54,7 @@ class Binding:
     fingerprint: Fingerprint | None = None
     buffers: dict[str, list[str]] = field(default_factory=dict)
     returned: dict[str, Any] = field(default_factory=dict)
+    run_state: dict[str, Any] | None = None
 
 
 def binding_of(module: LightningModule) -> Binding:
@@ -186,6 +188,7 @@ def on_load_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> Non
     """The last hook before weights are loaded: refuse what does not fit."""
     from lora_lightning.training.eva_run import adopt_ranks
     from lora_lightning.training.manifest import KEY, check_checkpoint
+    from lora_lightning.training.run_state import prepare_run_state
 
     _original(self, "on_load_checkpoint")(checkpoint)
     callbacks = callbacks_of(self)
@@ -200,6 +203,16 @@ def on_load_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> Non
             if saved is not None:
                 adopt_ranks(callback, self, saved)
         check_checkpoint(checkpoint, self, callbacks)
+        prepare_run_state(checkpoint, self)
+
+
+def on_train_start(self: LightningModule) -> None:
+    """The last hook before batches are asked for: go on where a checkpoint left off."""
+    from lora_lightning.training.run_state import continue_run
+
+    _original(self, "on_train_start")()
+    if callbacks_of(self):
+        continue_run(self)
 
 
 _OVERRIDES: dict[str, Callable[..., Any]] = {
@@ -209,4 +222,5 @@ _OVERRIDES: dict[str, Callable[..., Any]] = {
     "configure_gradient_clipping": configure_gradient_clipping,
     "on_save_checkpoint": on_save_checkpoint,
     "on_load_checkpoint": on_load_checkpoint,
+    "on_train_start": on_train_start,
 }

@@ -19,8 +19,8 @@ from lora_lightning.fingerprint import (
     persistent_buffers,
 )
 from lora_lightning.hosts.base import walk
-from lora_lightning.rng import random_state
 from lora_lightning.training.binding import Binding, binding_of
+from lora_lightning.training.run_state import add_run_state
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
@@ -55,7 +55,7 @@ def reduce_checkpoint(
         "base": binding_of(module).fingerprint,
     }
     if "optimizer_states" in checkpoint:  # absent with save_weights_only: nothing to resume then
-        checkpoint[KEY]["random_state"] = random_state()
+        add_run_state(checkpoint, module)
         for callback in callbacks:
             adapters[callback.adapter_name]["rank_allocation"] = callback.ranks.state()
 

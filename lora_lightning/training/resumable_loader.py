@@ -1,0 +1,230 @@
+"""Data loaders whose position in an epoch can be saved, and found again.
+
+As an adapter grows on its module, so the loader stays itself and only its class is swapped for a
+subclass of it. Two things change:
+
+* The iterator of a pass (one epoch) is made when its first batch is asked for. Lightning makes it
+  earlier, in a resumed run too early: before random states are restored, and before the sampler
+  is told the epoch.
+* A pass remembers the random states at its start and how many batches it has given. From these
+  another process finds the same position: it starts a pass in those states and leaves out as many
+  batches. Without workers their indices are drawn, but nothing is loaded; with workers they are
+  loaded and dropped, so that the workers' random numbers are the same afterwards as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from types import MethodType
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch.utils.data import DataLoader, IterableDataset
+
+from lora_lightning.errors import CheckpointError
+from lora_lightning.rng import (
+    GENERATORS,
+    generator_state,
+    random_state,
+    random_state_kept,
+    set_generator_state,
+    set_random_state,
+)
+
+_PARTS = (
+    "sampler", "batch_sampler", "dataset", "datasets", "collate_fn", "transform", "transforms",
+)  # fmt: skip
+
+
+class LazyLoader(DataLoader):
+    """What a data loader becomes that keeps its own state (torchdata's StatefulDataLoader)."""
+
+    base_type: type  # its own class
+
+    def __iter__(self) -> Any:
+        """Begin a pass with the first batch that is asked for."""
+        return Pass(self)
+
+    def new_iterator(self) -> Iterator[Any]:
+        """The iterator that the loader's own class makes."""
+        ours = isinstance(self, ResumableLoader)
+        if ours and self.persistent_workers and self._iterator is None:
+            # Workers are made once in a run, passes begun many times: what making them draws must
+            # not depend on whether the run was interrupted.
+            with random_state_kept():
+                torch.rand(1)
+                super().__iter__()
+        return super().__iter__()
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        state = {key: value for key, value in self.__dict__.items() if key != "_position"}
+        return _plain_loader, (self.base_type, state)
+
+
+class ResumableLoader(LazyLoader):
+    """What a data loader becomes that keeps no state of its own."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the position is that of a `Pass`, of which a loader can have several."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The next pass goes on from `Pass.state`; Lightning calls it when it resumes an epoch."""
+        self._position = state
+
+
+def _plain_loader(kind: Any, state: dict[str, Any]) -> Any:
+    loader = kind.__new__(kind)
+    loader.__dict__.update(state)
+    return loader
+
+
+@cache
+def _resumable(kind: type) -> type:
+    stateful = hasattr(kind, "state_dict") and hasattr(kind, "load_state_dict")
+    base = LazyLoader if stateful else ResumableLoader
+    name = f"Resumable{kind.__name__}"
+    return type(name, (base, kind), {"__module__": __name__, "base_type": kind})
+
+
+def resumable(loader: Any) -> Any:
+    """Swap the class of a torch `DataLoader`; any other iterable is returned as it is."""
+    if isinstance(loader, DataLoader) and not isinstance(loader, LazyLoader):
+        kind: Any = type(loader)
+        loader.__class__ = _resumable(kind)
+    return loader
+
+
+def make_loaders_resumable(strategy: Any) -> None:
+    """Override `process_dataloader` on this strategy; doing it again changes nothing."""
+    override = strategy.__dict__.get("process_dataloader")
+    if getattr(override, "__func__", None) is not _process_dataloader:
+        strategy.process_dataloader = MethodType(_process_dataloader, strategy)
+
+
+def _process_dataloader(self: Any, dataloader: Any) -> Any:
+    dataloader = type(self).process_dataloader(self, dataloader)
+    trainer = getattr(self.lightning_module, "_trainer", None)
+    return (
+        resumable(dataloader) if trainer is not None and trainer.state.fn == "fit" else dataloader
+    )
+
+
+class Pass(Iterator[Any]):
+    """One pass over a loader.
+
+    Attributes:
+        batches: How many it has given.
+        start: The random states when it began; None before.
+
+    """
+
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+        self.batches = 0
+        self.start: dict[str, Any] | None = None
+        self._iterator: Iterator[Any] | None = None
+        self._position = loader.__dict__.pop("_position", None) or None
+
+    def __next__(self) -> Any:
+        if self._iterator is None:
+            self._iterator = self._begin()
+        batch = next(self._iterator)
+        self.batches += 1
+        return batch
+
+    def state(self, ahead: int = 0) -> dict[str, Any]:
+        """The position as plain values, `ahead` batches before what was given."""
+        if self.start is None:
+            return self._position or {}
+        length = None if isinstance(self.loader.dataset, IterableDataset) else len(self.loader)
+        return {"batches": self.batches - ahead, "start": self.start, "length": length}
+
+    def _begin(self) -> Iterator[Any]:
+        if self._position is None:
+            self.start = randomness(self.loader)
+            return self.loader.new_iterator()
+        now = randomness(self.loader)
+        self.start = self._position["start"]
+        set_randomness(self.loader, self._position["start"])
+        iterator = self.loader.new_iterator()
+        self._leave_out(iterator, self._position["batches"])
+        set_randomness(self.loader, now)
+        return iterator
+
+    def _leave_out(self, iterator: Any, count: int) -> None:
+        loader = self.loader
+        by_index = loader.num_workers == 0 and not isinstance(loader.dataset, IterableDataset)
+        if count and not by_index:
+            rank_zero_info(f"Resuming in mid-epoch: {count} batches are loaded and dropped.")
+        source = iterator._sampler_iter if by_index else iterator
+        after_first = None
+        for batch in range(count):
+            if next(source, self) is self:  # any object that no loader gives
+                raise CheckpointError(
+                    f"The checkpoint was written after batch {count} of an epoch, but the data "
+                    f"loader ends after {batch}: it is not the same data. (data)"
+                )
+            self.batches += 1
+            if batch == 0:
+                after_first = random_state(cuda="none")
+        if after_first is not None and not _same(after_first, random_state(cuda="none")):
+            rank_zero_warn(
+                "Resume may not be exact: the data loader draws from the global random numbers "
+                "with every batch, which the model uses as well, so the order of the data cannot "
+                "be found again. Give its sampler or dataset a torch.Generator of its own. (data)"
+            )
+
+
+def randomness(loader: Any) -> dict[str, Any]:
+    """State of the process's generators (CPU) and of those that belong to the loader."""
+    return {"process": random_state(cuda="none"), "generators": generator_states(loader)}
+
+
+def set_randomness(loader: Any, state: dict[str, Any]) -> None:
+    """Bring them into a state that `randomness` gave."""
+    set_random_state(state["process"])
+    set_generator_states(loader, state["generators"])
+
+
+def generator_states(loader: Any) -> dict[str, Any]:
+    """State of the generators that the loader, its samplers or its dataset have, by path."""
+    return {path: generator_state(g) for path, g in _generators(loader).items()}
+
+
+def set_generator_states(loader: Any, states: dict[str, Any]) -> None:
+    """Bring them into states that `generator_states` gave."""
+    for path, generator in _generators(loader).items():
+        if path in states:
+            set_generator_state(generator, states[path])
+
+
+def _generators(loader: Any) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    seen: set[int] = set()
+
+    def visit(owner: Any, path: str) -> None:
+        if id(owner) in seen:
+            return
+        seen.add(id(owner))
+        if isinstance(owner, GENERATORS):
+            found[path] = owner
+        elif isinstance(owner, (list, tuple)):
+            for index, item in enumerate(owner[:100]):  # parts, not the data themselves
+                visit(item, f"{path}.{index}")
+        else:
+            for name, value in getattr(owner, "__dict__", {}).items():
+                if name in _PARTS or isinstance(value, GENERATORS):
+                    visit(value, f"{path}.{name}".lstrip("."))
+
+    visit(loader, "")
+    return found
+
+
+def _same(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    rest = {"python", "numpy"}
+    return torch.equal(first["torch"], second["torch"]) and all(
+        first[key] == second[key] for key in rest
+    )

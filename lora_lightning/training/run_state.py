@@ -1,0 +1,149 @@
+"""What a checkpoint must say beside what Lightning writes, so that a run goes on exactly.
+
+Each process has random numbers, a position in its data and, between two optimizer steps of
+accumulated gradients, gradients of its own; Lightning writes none of them. All processes take part
+in saving, so they are gathered, and each takes its own back.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lora_lightning.checkpoint import KEY
+from lora_lightning.optim import trainable_parameters
+from lora_lightning.rng import random_state, seed_all, set_random_state
+from lora_lightning.training.binding import binding_of
+from lora_lightning.training.resumable_loader import (
+    Pass,
+    ResumableLoader,
+    generator_states,
+    set_generator_states,
+)
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule
+
+_LOADERS = "combined_loader"  # where Lightning keeps the states of loaders that have one
+
+
+def add_run_state(checkpoint: dict[str, Any], module: LightningModule) -> None:
+    """Write the state of every process into the checkpoint; all of them must call it."""
+    trainer = module.trainer
+    own = {
+        "random_state": random_state(cuda="all" if trainer.world_size == 1 else "own"),
+        "generators": [generator_states(loader) for loader in _loaders(trainer)],
+        "positions": _positions(trainer, checkpoint),
+        "gradients": _gradients(module),
+    }
+    checkpoint[KEY]["processes"] = _gather(own, trainer.world_size)
+
+
+def prepare_run_state(checkpoint: dict[str, Any], module: LightningModule) -> None:
+    """Keep this process's state until training starts; Lightning restores the rest before."""
+    processes = checkpoint.get(KEY, {}).get("processes")
+    trainer = module.trainer
+    if processes is None or trainer.state.fn != "fit":
+        return
+    rank, before, now = trainer.global_rank, len(processes), trainer.world_size
+    own = dict(processes[rank % before])
+    if before != now:
+        rank_zero_warn(
+            f"The checkpoint was written by {before} processes, and {now} go on: random numbers "
+            "(and, in the middle of an epoch, the order of the data) are not those of the "
+            "uninterrupted run. Use as many processes for an exact resume. (trainer.devices)"
+        )
+        own["gradients"] = {}
+        own["rank_seed"] = rank if rank >= before else None
+    _fit_loop_state(checkpoint)[_LOADERS] = own["positions"]
+    if trainer.fit_loop._data_fetcher is not None:  # a tuner has trained and takes it back
+        _continue(module, own)
+    binding_of(module).run_state = own
+
+
+def continue_run(module: LightningModule) -> None:
+    """Where the checkpoint left off; the last thing before batches are asked for."""
+    own, binding_of(module).run_state = binding_of(module).run_state, None
+    if own is not None:
+        _continue(module, own)
+
+
+def _continue(module: LightningModule, own: dict[str, Any]) -> None:
+    fit_loop = module.trainer.fit_loop
+    if fit_loop._combined_loader_states_to_load and fit_loop._combined_loader is not None:
+        # At the start of an epoch Lightning leaves them out, but loaders keep more than a position.
+        fit_loop._combined_loader._load_state_dicts(fit_loop._combined_loader_states_to_load)
+        fit_loop._combined_loader_states_to_load = []
+    for loader, states in zip(_loaders(module.trainer), own["generators"], strict=False):
+        set_generator_states(loader, states)
+    parameters = {_plain(name): p for name, p in module.named_parameters()}
+    for name, gradient in own["gradients"].items():
+        parameters[name].grad = gradient.to(parameters[name].device, copy=True)
+    set_random_state(own["random_state"])
+    if own.get("rank_seed") is not None:
+        seed_all(int(torch.randint(2**62, ())) + own["rank_seed"])
+
+
+def _loaders(trainer: Any) -> list[Any]:
+    combined = trainer.fit_loop._combined_loader
+    flattened = [] if combined is None else combined.flattened
+    return [loader for loader in flattened if isinstance(loader, ResumableLoader)]
+
+
+def _positions(trainer: Any, checkpoint: dict[str, Any]) -> list[dict[str, Any]]:
+    """The states of the loaders that have one, in Lightning's order, ours with the position."""
+    states = _fit_loop_state(checkpoint).pop(_LOADERS, [])
+    epoch = trainer.fit_loop.epoch_progress.current
+    if epoch.started == epoch.processed:  # between two epochs
+        return states
+    combined = trainer.fit_loop._combined_loader
+    iterators = getattr(getattr(combined, "_iterator", None), "iterators", [])
+    passes = {id(p.loader): p for p in iterators if isinstance(p, Pass)}
+    # Batches that were fetched, but will have to be fetched again
+    batches = trainer.fit_loop.epoch_loop.batch_progress.current
+    fetcher = trainer.fit_loop._data_fetcher
+    ahead = len(getattr(fetcher, "batches", [])) + batches.ready - batches.processed
+    stateful = [loader for loader in _flattened(combined) if _is_stateful(loader)]
+    for index, loader in enumerate(stateful):
+        if isinstance(loader, ResumableLoader) and id(loader) in passes:
+            states[index] = passes[id(loader)].state(ahead)
+    return states
+
+
+def _flattened(combined: Any) -> list[Any]:
+    return [] if combined is None else combined.flattened
+
+
+def _is_stateful(loader: Any) -> bool:
+    return hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
+
+
+def _gradients(module: LightningModule) -> dict[str, torch.Tensor]:
+    """What has been accumulated for the next optimizer step, if one is under way."""
+    trainer = module.trainer
+    if module.automatic_optimization and not trainer.fit_loop._should_accumulate():
+        return {}
+    return {
+        _plain(name): p.grad.detach().clone()
+        for name, p in trainable_parameters(module).items()
+        if p.grad is not None
+    }
+
+
+def _plain(name: str) -> str:
+    return name.replace("_orig_mod.", "")  # torch.compile's
+
+
+def _fit_loop_state(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    return checkpoint["loops"]["fit_loop"]["state_dict"]
+
+
+def _gather(own: dict[str, Any], world_size: int) -> list[dict[str, Any]]:
+    if world_size == 1 or not (dist.is_available() and dist.is_initialized()):
+        return [own]
+    gathered: list[Any] = [None] * world_size
+    dist.all_gather_object(gathered, own)
+    return gathered
