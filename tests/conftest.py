@@ -24,3 +24,4 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+    os.environ.pop("PL_GLOBAL_SEED", None)  # seed_everything's, which processes started here obey
