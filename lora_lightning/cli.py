@@ -18,6 +18,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins.environments import LightningEnvironment
 
 from lora_lightning.callback import LoraCallback
 from lora_lightning.config import AdapterConfig
@@ -124,7 +125,9 @@ class LoraCLI(LightningCLI):
         options = self._options()
         found = self.found_checkpoints()
         wanted = options.get("ckpt_path")
-        if wanted in ("last", "best"):
+        if self.subcommand == "fit" and requeued() and (found or wanted == "last"):
+            options["ckpt_path"] = str(_last(found)) if found else None
+        elif wanted in ("last", "best"):
             if not found:
                 raise CheckpointError(
                     f"ckpt_path={wanted!r}: {first_few(self._folders())} holds no checkpoint. "
@@ -169,6 +172,7 @@ class LoraCLI(LightningCLI):
     def found_checkpoints(self) -> list[Path]:
         """Checkpoints of this run, the newest last."""
         paths = {path for folder in self._folders() for path in Path(folder).glob("*.ckpt")}
+        paths.update(self.run_directory.glob("hpc_ckpt_*.ckpt"))  # Lightning's, before a requeue
         return sorted(filter(Path.exists, paths), key=lambda path: path.stat().st_mtime)
 
     def _folders(self) -> list[str]:
@@ -199,9 +203,14 @@ class LoraCLI(LightningCLI):
             return
         arguments = _without_ckpt_path(sys.argv[1:])
         evaluate = ["validate" if argument == "fit" else argument for argument in arguments]
+        again = shlex.join([_typed_program(), *arguments, "--ckpt_path", "last"])
+        environment = getattr(self.trainer.strategy, "cluster_environment", None)
+        if not isinstance(environment, (LightningEnvironment, type(None))):  # torchrun, SLURM, ...
+            again = "start it again as before, with --ckpt_path last"
+            alone = {"num_nodes": "1", "devices": "1", "strategy": "auto"}
+            evaluate += [part for key in alone for part in (f"--trainer.{key}", alone[key])]
         show(
-            "to train on (raise trainer.max_epochs):\n  "
-            + shlex.join([_typed_program(), *arguments, "--ckpt_path", "last"]),
+            f"to train on (raise trainer.max_epochs):\n  {again}",
             "to evaluate:\n  " + shlex.join([_typed_program(), *evaluate, "--ckpt_path", "best"]),
         )
 
@@ -214,8 +223,17 @@ class LoraCLI(LightningCLI):
             show(f"predictions, batch by batch: {path} (torch.load)")
 
 
+def requeued() -> bool:
+    """Whether SLURM started this job again: with the old command, which is to go on unasked.
+
+    Nothing of the run is at work while its processes look for its newest checkpoint: training
+    begins when all of them are up.
+    """
+    return os.environ.get("SLURM_RESTART_COUNT", "0") not in ("", "0")
+
+
 def _last(found: list[Path]) -> Path:
-    named = [path for path in found if path.name.startswith("last")]
+    named = [path for path in found if path.name.startswith(("last", "hpc_ckpt_"))]
     return (named or found)[-1]
 
 
@@ -226,9 +244,10 @@ def _best(found: list[Path]) -> Path:
     check_content(found[-1], newest)
     for key, state in newest.get("callbacks", {}).items():
         # Saved as an absolute path; only its name is used, so a run directory may be moved.
-        best = found[-1].parent / Path(state.get("best_model_path") or "/").name
-        if key.startswith("ModelCheckpoint") and best.is_file():
-            return best
+        name = Path(state.get("best_model_path") or "/").name
+        best = [path for path in found if path.name == name]
+        if key.startswith("ModelCheckpoint") and best:
+            return best[-1]
     raise CheckpointError(
         f"ckpt_path='best': {str(found[-1])!r} does not say which checkpoint was the best. Name "
         f"one: {', '.join(str(path) for path in found)}. (ckpt_path)"
