@@ -31,6 +31,10 @@ TOKENS = "TRAINABLE_TOKENS"  # PEFT's type for trained rows alone; here an optio
 
 LARGEST_NUMBER = 2**31  # of any option; float32 can hold what is computed from it
 
+# The last one whose nn.MultiheadAttention acts with W + 2 s B A on out_proj: in its forward, and
+# merged (huggingface/peft#3774).
+_TWICE_UP_TO = "0.21.2"
+
 # Keys that say nothing about what the adapter computes from its tensors.
 _IGNORED = {
     "auto_mapping",
@@ -99,6 +103,21 @@ def describe(model: nn.Module, adapter_name: str) -> dict[str, Any]:
         "peft_type": config.peft_type if known else OWN + config.peft_type,
         "fan_in_fan_out": bool(targets) and all(is_conv1d(hosts[path]) for path in targets),
     }
+
+
+def adds_twice(options: dict[str, Any]) -> bool:
+    """Whether the PEFT that a folder was written by, or for, adds the update of out_proj twice."""
+    version = options.get("peft_version")
+    if not isinstance(version, str):
+        return "auto_mapping" in options  # PEFT's own, of before it said its version
+    found = re.match(r"(\d{1,9})\.(\d{1,9})(?:\.(\d{1,9}))?", version)
+    last = tuple(map(int, _TWICE_UP_TO.split(".")))
+    return found is not None and tuple(int(part or 0) for part in found.groups()) <= last
+
+
+def for_twice(config: dict[str, Any]) -> dict[str, Any]:
+    """`config` for a folder that `adds_twice` is true of."""
+    return {**config, "peft_version": _TWICE_UP_TO}
 
 
 def parse(options: dict[str, Any], where: str) -> AdapterConfig:

@@ -31,8 +31,9 @@ from lora_lightning.errors import (
     first_few,
 )
 from lora_lightning.injection import delete_adapter, extend_adapter, unchanged_on_error
-from lora_lightning.peft_config import OWN, TOKENS, describe, parse
+from lora_lightning.peft_config import OWN, TOKENS, adds_twice, describe, for_twice, parse
 from lora_lightning.peft_keys import (
+    OUT_PROJ_B,
     also_saved_by_peft,
     rows_alone,
     tensors_of_base,
@@ -56,7 +57,8 @@ def save_adapter(
     """Write an adapter as a PEFT folder: adapter_config.json and adapter_model.safetensors.
 
     The same adapter gives the same bytes, in any process. An adapter whose start was subtracted
-    from it (PiSSA, OLoRA) is written as the plain LoRA of twice the rank that it is.
+    from it (PiSSA, OLoRA) is written as the plain LoRA of twice the rank that it is. PEFT adds the
+    update of an attention's out_proj twice, so that its B is written as half of what it is.
 
     Args:
         model: The model that PEFT would load the adapter onto.
@@ -170,7 +172,8 @@ def opened_folder(
         AdapterMismatchError: If the adapter uses what this library or the model does not have.
 
     """
-    config = parse(_read_config(folder) if options is None else options, str(folder / CONFIG))
+    options = _read_config(folder) if options is None else options
+    config = parse(options, str(folder / CONFIG))
     file = folder / TENSORS
     with _opened(file) as opened:
         shapes = {key: opened.get_slice(key).get_shape() for key in opened.keys()}  # noqa: SIM118
@@ -179,7 +182,9 @@ def opened_folder(
         def unchanged(key: str, name: str) -> bool:
             return _same(base.get(name), opened.get_tensor(key))
 
-        yield content_of_file(model, config, shapes, unchanged, repr(str(file))), shapes, opened
+        content = content_of_file(model, config, shapes, unchanged, repr(str(file)))
+        content.adds_twice = adds_twice(options)
+        yield content, shapes, opened
 
 
 def read_values(
@@ -194,6 +199,8 @@ def read_values(
     values: dict[str, Tensor] = {}
     for key, name in content.own.items():
         value = opened.get_tensor(key)
+        if content.adds_twice and name.endswith(OUT_PROJ_B):
+            value = 2 * value
         if name in values and not torch.equal(values[name], value):
             raise AdapterMismatchError(
                 f"{str(file)!r} holds {key!r} twice, under the names of one and the same module, "
@@ -222,6 +229,10 @@ def _files(model: nn.Module, folder: Path, adapter_name: str) -> dict[Path, byte
         own |= tensors_of_base(
             model, also_saved_by_peft(model, config.get("modules_to_save") or [])
         )
+        if doubled := [key for key in own if key.endswith(OUT_PROJ_B)]:
+            config = for_twice(config)
+            # Halved without rounding: float16 has too few bits for small numbers.
+            own |= {key: own[key].to(_wide(own[key].dtype)) / 2 for key in doubled}
     tensors = {}
     for key, tensor in sorted(own.items()):
         if tensor.is_meta:
@@ -232,6 +243,10 @@ def _files(model: nn.Module, folder: Path, adapter_name: str) -> dict[Path, byte
         tensors[key] = tensor.detach().to("cpu", copy=True).contiguous()
     content = to_safetensors(tensors, metadata={"format": "pt"})
     return {folder / TENSORS: content, folder / CONFIG: _json(config)}
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def _is_folder_name(name: str) -> bool:

@@ -20,6 +20,7 @@ from lora_lightning.fingerprint import base_tensors
 from lora_lightning.hosts.base import Host, named_hosts, walk
 
 PREFIX = "base_model.model."
+OUT_PROJ_B = ".base_layer.out_proj.lora_B.weight"  # of an attention that is adapted as a whole
 TOKEN_ROWS = (
     "token_adapter.trainable_tokens_delta"  # PEFT's TRAINABLE_TOKENS: without the first part
 )

@@ -34,12 +34,14 @@ class FileContent:
         own: Key of the adapter's tensor (as in `peft_keys`) by key in the file. Of tied modules,
             and of modules with two names, the file may hold a tensor twice.
         of_base: Name of the base model's tensor by key in the file, where PEFT saved one along.
+        adds_twice: Whether B of out_proj in an attention stands for half of it.
 
     """
 
     config: AdapterConfig
     own: dict[str, str] = field(default_factory=dict)
     of_base: dict[str, str] = field(default_factory=dict)
+    adds_twice: bool = False
 
 
 class _Place(NamedTuple):

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from nets import bit_equal, shake
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -23,6 +24,7 @@ from lora_lightning import (
     add_weighted_adapter,
     delete_adapter,
     disable_adapter,
+    hotswap_adapter,
     inject_adapter,
     load_adapter,
     merge_adapter,
@@ -735,21 +737,80 @@ def test_folders_hold_what_acts(options, lora, tmp_path):
     assert ("mha" in config["target_modules"]) == ("target_modules" not in lora)
 
 
-def test_our_folder_in_peft(tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+def test_our_folder_computes_the_same_in_peft(dtype, tmp_path):
+    """B of out_proj is written as half of what it is, and read as that, exactly."""
     net = adapted(attention())
+    b = net.mha.out_proj.adapters["default"].lora_B
+    with torch.no_grad():
+        b[0, 0], b[1, 0] = torch.finfo(dtype).tiny, 3 * torch.finfo(dtype).smallest_normal / 1024
+    if dtype == torch.float16:
+        b.data = b.data.half()
     save_adapter(net, tmp_path)
     base = Net(attention())
     base.mha.load_state_dict(net.mha.state_dict(), strict=False)
+    again = copy.deepcopy(base)
+    load_adapter(again, tmp_path)
+    assert bit_equal(again.mha.out_proj.adapters["default"].lora_B, b.to(torch.float64))
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # on keys that are missing or too many
         theirs = peft.PeftModel.from_pretrained(base, str(tmp_path))
     x = torch.randn(L, N, E, dtype=torch.float64)
-    weights = changed_weights(net)
-    twice = 2 * weights["out_proj.weight"] - net.mha.out_proj.weight  # as in every forward of peft
-    plain = attention()
-    plain.load_state_dict({**plain.state_dict(), **net.mha.state_dict()}, strict=False)
-    expected = functional_call(plain, {**weights, "out_proj.weight": twice}, (x, x, x))
-    close(theirs(x, x, x), expected)
+    close(theirs(x, x, x), again(x, x, x))
+
+
+def test_a_folder_of_peft_computes_the_same_here(tmp_path):
+    base = Net(attention())
+    theirs = peft.get_peft_model(
+        copy.deepcopy(base), peft.LoraConfig(r=2, lora_alpha=5, target_modules=WHOLE)
+    )
+    shake((p for p in theirs.parameters() if p.requires_grad), 0.2)
+    theirs.save_pretrained(tmp_path)
+    x = torch.randn(L, N, E, dtype=torch.float64)
+    file = tmp_path / "adapter_config.json"
+    options = json.loads(file.read_text())
+    assert options["peft_version"] == "0.21.2"
+
+    def computed(**changes):
+        changed = options | changes
+        if changed["peft_version"] is None:
+            del changed["peft_version"]
+        file.write_text(json.dumps(changed))
+        ours = copy.deepcopy(base)
+        load_adapter(ours, tmp_path)
+        slot = copy.deepcopy(base)
+        inject_adapter(slot, LoraConfig(r=2, lora_alpha=5, target_modules=WHOLE))
+        hotswap_adapter(slot, tmp_path)
+        y = ours(x, x, x)
+        close(slot(x, x, x), y)
+        return y
+
+    wanted = theirs(x, x, x)
+    for version in ("0.21.2", "0.7.0", "0.18", None):  # None: of before it said its version
+        close(computed(peft_version=version), wanted)
+    # The twin: of a PEFT that has mended it, were this folder its.
+    for version in ("0.21.3", "0.22.0.dev0", "1.0"):
+        assert not torch.allclose(computed(peft_version=version)[0], wanted[0], atol=1e-4)
+
+
+def test_folders_that_an_earlier_version_wrote(tmp_path):
+    """They say no peft_version, and have B as it is."""
+    net = adapted(attention())
+    save_adapter(net, tmp_path)
+    file = tmp_path / "adapter_config.json"
+    options = json.loads(file.read_text())
+    del options["peft_version"]
+    file.write_text(json.dumps(options))
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    for key in tensors:
+        if "out_proj.lora_B" in key:
+            tensors[key] *= 2
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    again = Net(attention())
+    again.mha.load_state_dict(net.mha.state_dict(), strict=False)
+    load_adapter(again, tmp_path)
+    x = torch.randn(L, N, E, dtype=torch.float64)
+    assert bit_equal(again(x, x, x)[0], net(x, x, x)[0])
 
 
 def test_attentions_of_a_selection():
