@@ -22,6 +22,7 @@ from lora_lightning.checkpoint import (
     saved_keys,
     tensor_differences,
 )
+from lora_lightning.checkpoint_folders import is_checkpoint_folder, read_checkpoint_folder
 from lora_lightning.config import AdapterConfig
 from lora_lightning.content_hash import damaged_parts
 from lora_lightning.errors import (
@@ -166,7 +167,10 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     file = Path(path)
     try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        if is_checkpoint_folder(file):
+            checkpoint = read_checkpoint_folder(file)
+        else:
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files raise almost anything
         reason = (str(error).splitlines() or [type(error).__name__])[0].partition(". ")[0]
         raise CheckpointError(f"{str(file)!r} cannot be read as a checkpoint: {reason}.") from None

@@ -18,6 +18,7 @@ from lora_lightning.hosts import host_type_for
 from lora_lightning.hosts.base import Host
 from lora_lightning.hosts.experts import ExpertsHost
 from lora_lightning.hosts.growing import become_host, grow, leave_host
+from lora_lightning.sharding import whole
 from lora_lightning.targets import Selection
 
 
@@ -102,7 +103,7 @@ def _make_adapter(
                     f"The adapter of {path!r} starts from the base weight, which is on the meta "
                     "device and has no values yet: load the base first. (lora.init_lora_weights)"
                 )
-            adapter.start_from_weight(host.base_weight(weight_name).detach())
+            adapter.start_from_weight(whole(host.base_weight(weight_name).detach()))
         parts[weight_name] = adapter
     if parts.keys() == {"weight"} and not isinstance(host, ExpertsHost):
         return parts["weight"]
@@ -166,7 +167,7 @@ def train_tokens(
     site = replace(site, autocast_adapter_dtype=autocast_adapter_dtype)
     rows = TokenRows(site, selection.tokens[path])
     if device is None:
-        rows.start_from_weight(cast(Host, module).base_weight().detach())
+        rows.start_from_weight(whole(cast(Host, module).base_weight().detach()))
     grow(module, Host, adapter_name, rows)
     for other, owner in selection.tied.items():
         if owner == path:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from lora_lightning.adapter_files import check_values, load_from_checkpoint
 from lora_lightning.atomic_write import write_atomically
 from lora_lightning.checkpoint import materialize, tensor_differences
+from lora_lightning.checkpoint_folders import is_checkpoint_folder
 from lora_lightning.config import AdapterConfig
 from lora_lightning.errors import (
     AdapterMismatchError,
@@ -41,6 +42,7 @@ from lora_lightning.peft_keys import (
     tensors_to_save,
 )
 from lora_lightning.peft_selection import FileContent, content_of_file
+from lora_lightning.sharding import is_sharded
 from lora_lightning.switching import adapter_names
 
 CONFIG = "adapter_config.json"
@@ -127,7 +129,8 @@ def load_adapter(
 
     """
     place = Path(path)
-    if place.is_file() and place.name not in (CONFIG, TENSORS):
+    whole_file = place.is_file() and place.name not in (CONFIG, TENSORS)
+    if whole_file or is_checkpoint_folder(place):
         if place.suffix == ".safetensors":
             raise CheckpointError(
                 f"{str(place)!r} holds tensors, but does not say how they act: a PEFT adapter is "
@@ -239,6 +242,11 @@ def _files(model: nn.Module, folder: Path, adapter_name: str) -> dict[Path, byte
             raise AdapterStateError(
                 f"Adapter {adapter_name!r} is on the meta device and has no values to save: load "
                 "it first."
+            )
+        if is_sharded(tensor):
+            raise AdapterStateError(
+                f"Adapter {adapter_name!r} is spread over several processes. Load it in one "
+                "process, load_adapter(model, 'last.ckpt'), and save it from there."
             )
         tensors[key] = tensor.detach().to("cpu", copy=True).contiguous()
     content = to_safetensors(tensors, metadata={"format": "pt"})

@@ -36,6 +36,7 @@ from lora_lightning.adapters.adalora import AdaLoraAdapter, AdaLoraConfig
 from lora_lightning.autocast import without_autocast
 from lora_lightning.errors import AdapterMismatchError, ConfigError
 from lora_lightning.injection import adapters_named
+from lora_lightning.sharding import sharded_like, whole
 
 _TENSORS = ("lora_A", "lora_E", "lora_B")
 
@@ -125,12 +126,13 @@ class RankAllocator:
         if self.settled or over or all(p.grad is None for p in named.values()):
             return
         for key, p in named.items():
+            weight = whole(p)  # every process measures all of it
             if key not in self.sensitivity:
-                self.sensitivity[key] = torch.zeros_like(p)
-                self.uncertainty[key] = torch.zeros_like(p)
+                self.sensitivity[key] = torch.zeros_like(weight)
+                self.uncertainty[key] = torch.zeros_like(weight)
             mean, deviation = self.sensitivity[key], self.uncertainty[key]
-            grad = torch.zeros_like(p) if p.grad is None else p.grad
-            now = (p * grad).abs()
+            grad = torch.zeros_like(weight) if p.grad is None else whole(p.grad)
+            now = (weight * grad).abs()
             mean.mul_(self.config.beta1).add_(now, alpha=1 - self.config.beta1)
             deviation.mul_(self.config.beta2)
             deviation.add_((now - mean).abs(), alpha=1 - self.config.beta2)
@@ -154,7 +156,7 @@ class RankAllocator:
         """Set E to zero where the last allocation left nothing."""
         for path, mask in self.masks.items():
             e = self.adapters[path].lora_E
-            e.masked_fill_(~mask.to(e.device).view(-1, 1), 0)
+            e.masked_fill_(sharded_like(~mask.to(e.device).view(-1, 1), e), 0)
 
     def _allocate(self, budget: int) -> None:
         scores = {path: self._importance(path) for path in self.adapters}
@@ -170,7 +172,7 @@ class RankAllocator:
         """Of each triplet of one adapter, (r,)."""
         a, e, b = (self._score(f"{path}.{name}") for name in _TENSORS)
         if a is None or e is None or b is None:  # it has never been stepped
-            return torch.zeros_like(self.adapters[path].lora_E.detach()).flatten()
+            return torch.zeros_like(whole(self.adapters[path].lora_E.detach())).flatten()
         return e.flatten() + a.mean(1) + b.mean(0)
 
     def _score(self, key: str) -> Tensor | None:
@@ -209,12 +211,12 @@ class RankAllocator:
                 continue
             # Lightning's manual optimization steps inside of autocast, which would narrow this.
             with without_autocast(p):
-                rows = p if key.endswith("lora_A") else p.T
+                rows = whole(p) if key.endswith("lora_A") else whole(p).T
                 excess = rows @ rows.T - torch.eye(len(rows), dtype=p.dtype, device=p.device)
                 grad = excess @ rows
                 grad *= 2 * factor / excess.norm().clamp_min(torch.finfo(p.dtype).tiny)
-            grad = grad if key.endswith("lora_A") else grad.T
-            p.grad = grad.contiguous() if p.grad is None else p.grad.add_(grad)
+            grad = sharded_like((grad if key.endswith("lora_A") else grad.T).contiguous(), p)
+            p.grad = grad if p.grad is None else p.grad.add_(grad)
 
     # -- the state -------------------------------------------------------------------------------
 
@@ -248,7 +250,10 @@ class RankAllocator:
         self.steps, self.settled = int(state["steps"]), bool(state["settled"])
         self.masks = {path: mask.to(values[path].device) for path, mask in state["masks"].items()}
         self.sensitivity, self.uncertainty = (
-            {k: saved.to(tensors[k], copy=True) for k, saved in state[part].items()}
+            {
+                k: saved.to(tensors[k].device, tensors[k].dtype, copy=True)
+                for k, saved in state[part].items()
+            }
             for part in ("sensitivity", "uncertainty")
         )
 

@@ -24,6 +24,17 @@ def whole(tensor: Any) -> Any:
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
+def whole_state(state: Any) -> Any:
+    """A state of nested containers with whole tensors, gathered by all processes together."""
+    if is_sharded(state):
+        return whole(state).cpu()
+    if isinstance(state, dict):
+        return {key: whole_state(item) for key, item in state.items()}
+    if isinstance(state, (list, tuple)):
+        return type(state)(whole_state(item) for item in state)
+    return state
+
+
 def sharded_like(values: Tensor, own: Any) -> Tensor:
     """Whole `values`, which every process has, laid out as `own` is: nothing is communicated."""
     if not is_sharded(own) or is_sharded(values):

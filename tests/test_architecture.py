@@ -21,7 +21,7 @@ FLOORS = {
     "rank_allocation": 2, "loftq": 2,
     "checkpoint": 3, "fingerprint": 3, "optim": 3, "report": 3, "rng": 3, "status": 3,
     "peft_format": 3, "peft_config": 3, "peft_keys": 3, "peft_selection": 3, "hotswap": 3,
-    "adapter_files": 3, "atomic_write": 3, "content_hash": 3,
+    "adapter_files": 3, "checkpoint_folders": 3, "atomic_write": 3, "content_hash": 3,
     "training": 4, "callback": 4,
     "tasks": 5, "data": 5,
     "cli": 6, "__main__": 6,

@@ -18,8 +18,8 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.utils.data import DataLoader
 
 from lora_lightning import LoraCallback
+from lora_lightning.checkpoint_folders import read_checkpoint_folder
 from lora_lightning.sharding import whole
-from lora_lightning.training.checkpoint_folders import read_checkpoint_folder
 
 
 class Quiet(Net):

@@ -26,10 +26,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lora_lightning.atomic_write import link_atomically, write_atomically
 from lora_lightning.checkpoint import KEY
+from lora_lightning.checkpoint_folders import is_checkpoint_folder
 from lora_lightning.content_hash import HASHES, damaged_parts, with_hashes
 from lora_lightning.errors import CheckpointError, LoraError, did_you_mean, first_few
 from lora_lightning.report import readable_bytes
-from lora_lightning.training.checkpoint_folders import is_checkpoint_folder
 from lora_lightning.training.strategy_state import read_checkpoint
 
 
@@ -245,6 +245,8 @@ def damage(file: Path) -> str | None:
 
 
 def _is_archive(file: Path) -> bool:
+    if not file.is_file():  # the folder of a sharded one
+        return False
     with open(file, "rb") as opened:
         return opened.read(4) == b"PK\3\4"
 
@@ -265,7 +267,10 @@ def _load_checkpoint(self: Any, checkpoint_path: Any, *args: Any, **kwargs: Any)
     checkpoint_path = self.broadcast(checkpoint_path)
     check_checkpoint_file(str(checkpoint_path))
     with damage_explained(checkpoint_path):
-        return read_checkpoint(self, checkpoint_path, *args, **kwargs)
+        checkpoint = read_checkpoint(self, checkpoint_path, *args, **kwargs)
+        if os.path.isdir(checkpoint_path):  # files are checked where they are read
+            check_content(checkpoint_path, checkpoint)
+        return checkpoint
 
 
 def _local(path: Any) -> Path | None:

@@ -25,13 +25,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lora_lightning.checkpoint_folders import is_checkpoint_folder, read_checkpoint_folder
 from lora_lightning.errors import CheckpointError, first_few
-from lora_lightning.sharding import is_sharded, sharded_like, whole
+from lora_lightning.sharding import sharded_like, whole_state
 from lora_lightning.training.binding import averaged_models, callbacks_of
-from lora_lightning.training.checkpoint_folders import is_checkpoint_folder, read_checkpoint_folder
 from lora_lightning.training.manifest import expect_only_adapters, kept_state
 from lora_lightning.training.model_parallel import is_model_parallel, reshard
 from lora_lightning.training.optimizer_names import with_names, with_numbers
+from lora_lightning.training.sharded_files import save_sharded_checkpoint
 
 
 def override_state_methods(strategy: Any) -> None:
@@ -135,6 +136,7 @@ _SHARDED: dict[str, Callable[..., Any]] = {
     "lightning_module_state_dict": sharded_module_state_dict,
     "optimizer_state": sharded_optimizer_state,
     "load_model_state_dict": load_sharded_state_dict,
+    "save_checkpoint": save_sharded_checkpoint,
 }
 
 
@@ -172,15 +174,5 @@ def _numbered(strategy: Any, checkpoint: dict[str, Any]) -> list[dict[str, Any]]
 def _to_be_written(strategy: Any, state: dict[str, Any]) -> dict[str, Any]:
     if strategy._save_distributed_checkpoint:
         return state
-    gathered: dict[str, Any] = _gathered(state)  # by all processes together
+    gathered: dict[str, Any] = whole_state(state)
     return gathered if strategy.is_global_zero else {}
-
-
-def _gathered(value: Any) -> Any:
-    if is_sharded(value):
-        return whole(value).cpu()
-    if isinstance(value, dict):
-        return {key: _gathered(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_gathered(item) for item in value)
-    return value

@@ -1,0 +1,76 @@
+"""Sharded checkpoints on disk: whole or not there, with the hashes that single files carry.
+
+`ModelParallelStrategy` writes into the folder of the final name, over what was there. Here it
+writes beside it, and the folder gets its name when every process is done. Every process writes to
+the same (shared) disk, as the strategy demands.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from lora_lightning.checkpoint import KEY
+from lora_lightning.checkpoint_folders import is_checkpoint_folder
+from lora_lightning.content_hash import HASHES, content_hashes
+from lora_lightning.sharding import whole_state
+
+
+def save_sharded_checkpoint(
+    strategy: Any, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
+) -> None:
+    """Write a checkpoint in the strategy's form: a folder, or a file by rank 0."""
+    path = Path(strategy.broadcast(filepath))
+    save = type(strategy).save_checkpoint
+    old = path.with_name(f".{path.name}.old")
+    if not strategy._save_distributed_checkpoint:
+        _aside(strategy, path, old)  # the strategy's own removal is a race of all processes
+        save(strategy, checkpoint, path, storage_options)
+        _remove(strategy, old)
+        return
+    gathered = {key: whole_state(checkpoint.get(key)) for key in ("state_dict", "optimizer_states")}
+    if KEY in checkpoint and strategy.is_global_zero:
+        full = {**checkpoint, **{k: v for k, v in gathered.items() if k in checkpoint}}
+        manifest = {**checkpoint[KEY], HASHES: content_hashes(full)}
+        checkpoint = {**checkpoint, KEY: manifest}
+    partial = path.with_name(f".{path.name}.partial")
+    _remove(strategy, partial)  # of a run that was killed
+    save(strategy, dict(checkpoint), partial, storage_options)
+    strategy.barrier()
+    if strategy.is_global_zero:
+        _flush(partial)
+    _aside(strategy, path, old)
+    if strategy.is_global_zero:
+        partial.rename(path)
+    _remove(strategy, old)
+
+
+def _aside(strategy: Any, path: Path, old: Path) -> None:
+    """Give a folder that is to be replaced another name; a file is simply replaced."""
+    _remove(strategy, old)
+    if strategy.is_global_zero:
+        if is_checkpoint_folder(path):
+            path.rename(old)
+        elif strategy._save_distributed_checkpoint and path.is_file():
+            path.unlink()
+    strategy.barrier()
+
+
+def _remove(strategy: Any, folder: Path) -> None:
+    if strategy.is_global_zero:
+        if folder.is_symlink():  # ModelCheckpoint(save_last="link")
+            folder.unlink()
+        elif folder.exists():
+            shutil.rmtree(folder)
+    strategy.barrier()
+
+
+def _flush(folder: Path) -> None:
+    for path in (*folder.iterdir(), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
