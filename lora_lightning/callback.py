@@ -44,6 +44,8 @@ from lora_lightning.training.checkpoint_files import protect_checkpoints
 from lora_lightning.training.eva_run import start_values, starts_from_data, take_over_ranks
 from lora_lightning.training.launchers import check_launcher, take_returned
 from lora_lightning.training.manifest import remember_base
+from lora_lightning.training.meta_base import expect_base
+from lora_lightning.training.model_parallel import check_model_parallel
 from lora_lightning.training.nonfinite import NonfiniteGuard, check_same_policy
 from lora_lightning.training.precision import check_precision, convert_before_growth
 from lora_lightning.training.resumable_loader import make_loaders_resumable
@@ -150,6 +152,7 @@ class LoraCallback(Callback):
         self._check_alone(trainer)
         check_callbacks(trainer)
         check_strategy(trainer)
+        check_model_parallel(trainer, starts_from_data(self))
         check_launcher(trainer, pl_module, self.adapter_name)
         check_precision(trainer)
         protect_checkpoints(trainer)
@@ -193,6 +196,7 @@ class LoraCallback(Callback):
             if self.adapter_name not in active_adapters(root):
                 set_adapter(root, [*active_adapters(root), self.adapter_name])
         let_train(pl_module, root)
+        expect_base(pl_module)
         remember_base(pl_module, fresh)
 
     def _load(self, root: nn.Module, path: str) -> None:

@@ -34,6 +34,7 @@ from lora_lightning.config import (
 )
 from lora_lightning.errors import AdapterStateError, ConfigError
 from lora_lightning.initialization import kaiming_uniform_, normal_, zeros_
+from lora_lightning.sharding import copy_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -302,8 +303,8 @@ class LoraAdapter(LowRankAdapter):
 
     @torch.no_grad()
     def _start_with(self, a: Tensor, b: Tensor) -> None:
-        self.lora_A.copy_(a)
-        self.lora_B.copy_(b)
+        copy_whole(self.lora_A, a)
+        copy_whole(self.lora_B, b)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A (k, in) and B (out, k); k = 2 r where what they started with is subtracted."""

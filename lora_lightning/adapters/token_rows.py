@@ -19,6 +19,7 @@ from torch import Tensor
 from lora_lightning.adapters.base import Adapter, Base, Site
 from lora_lightning.autocast import is_autocast
 from lora_lightning.errors import ConfigError
+from lora_lightning.sharding import copy_whole
 
 
 class TokenRows(Adapter):
@@ -61,7 +62,7 @@ class TokenRows(Adapter):
     @torch.no_grad()
     def start_from_weight(self, weight: Tensor) -> None:
         """The rows start as those of the table."""
-        self.trainable_tokens_delta.copy_(weight[self.token_ids])
+        copy_whole(self.trainable_tokens_delta, weight[self.token_ids])
 
     def forward(self, x: Tensor, y: Tensor, base: Base) -> Tensor:
         """The rows y, those of trained tokens exchanged."""

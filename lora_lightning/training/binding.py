@@ -45,6 +45,7 @@ class Binding:
         originals: What was in the instance's own dictionary before each override, or None.
         fingerprint: The base model's, taken when the adapters were grown.
         buffers: Digests of the base's persistent buffers at that time.
+        base_to_come: Whether the base was built on the meta device and is not loaded yet.
         returned: What child processes trained, until the module has the layers for it.
         run_state: What a checkpoint says of this process, until training starts.
 
@@ -53,6 +54,7 @@ class Binding:
     originals: dict[str, Any] = field(default_factory=dict)
     fingerprint: Fingerprint | None = None
     buffers: dict[str, list[str]] = field(default_factory=dict)
+    base_to_come: bool = False
     returned: dict[str, Any] = field(default_factory=dict)
     run_state: dict[str, Any] | None = None
 

@@ -20,6 +20,7 @@ from lora_lightning.fingerprint import (
 )
 from lora_lightning.hosts.base import walk
 from lora_lightning.training.binding import Binding, binding_of
+from lora_lightning.training.model_parallel import is_model_parallel
 from lora_lightning.training.run_state import add_run_state
 
 if TYPE_CHECKING:
@@ -157,6 +158,9 @@ def remember_base(module: LightningModule, fresh: bool) -> None:
 
     """
     binding = binding_of(module)
+    if binding.base_to_come:
+        binding.fingerprint = {}
+        return
     found = base_fingerprint(module)
     known = {} if fresh else binding.fingerprint or {}
     if not known:
@@ -165,7 +169,29 @@ def remember_base(module: LightningModule, fresh: bool) -> None:
     stays = [
         n for n in known if n in found and (n in binding.buffers or known[n][1] != found[n][1])
     ]
-    binding.fingerprint = {**found, **{name: known[name] for name in stays}}
+    binding.fingerprint = _agreed({**found, **{name: known[name] for name in stays}}, module)
+
+
+def _agreed(own: Fingerprint, module: LightningModule) -> Fingerprint:
+    """The fingerprint of rank 0, whose base DDP hands to all; sharding takes parts of each.
+
+    Raises:
+        AdapterMismatchError: If parts of different bases would be put together.
+
+    """
+    strategy: Any = module.trainer.strategy
+    first: Fingerprint = strategy.broadcast(own)
+    if is_model_parallel(strategy):
+        others = [None] * strategy.world_size
+        torch.distributed.all_gather_object(others, fingerprint_difference(first, own)[:4])
+        for rank, lines in enumerate(others):
+            if lines:
+                raise AdapterMismatchError(
+                    f"The base of rank {rank} is not that of rank 0, and sharding would put parts "
+                    "of both together:\n  " + "\n  ".join(lines) + "\nLoad the same weights on "
+                    "every process, or use the same seed (seed_everything). (model)"
+                )
+    return first
 
 
 def _base_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:

@@ -35,6 +35,29 @@ def reshard(module: nn.Module) -> None:
             child.reshard()  # type: ignore[operator]
 
 
+def check_model_parallel(trainer: Any, starts_from_data: bool) -> None:
+    """Refuse what cannot be had of a module that is sharded.
+
+    Raises:
+        ConfigError: Saying what, and why.
+
+    """
+    if not is_model_parallel(trainer.strategy):
+        return
+    if starts_from_data:
+        raise ConfigError(
+            "init_lora_weights='eva' chooses ranks by the data, and ModelParallelStrategy reads a "
+            "checkpoint, which says them, only when the adapters are sharded already. Find them on "
+            "one device with eva_start, and give rank_pattern. (lora.init_lora_weights)"
+        )
+    for callback in trainer.callbacks:
+        if any(cls.__name__ == "WeightAveraging" for cls in type(callback).__mro__):
+            raise ConfigError(
+                f"{type(callback).__name__} copies the whole module, which cannot be done with a "
+                "sharded one. Take one of the two out. (trainer.callbacks)"
+            )
+
+
 def grow_before_sharding(module: LightningModule, callbacks: list[Any]) -> None:
     """Grow the adapters whose modules are there before `configure_model`, which may shard them."""
     if not is_model_parallel(module.trainer.strategy):
@@ -57,7 +80,7 @@ def shard_adapters(module: LightningModule) -> None:
     if not is_model_parallel(module.trainer.strategy):
         return
     _check_no_tensor_parallel(module)
-    units: dict[nn.Module, list[Host]] = {}
+    units: dict[tuple[nn.Module, Any], list[Host]] = {}
     for path, host in named_hosts(module):
         sharded = {is_sharded(p) for p in host.adapters.parameters()}
         if False not in sharded:
@@ -74,8 +97,9 @@ def shard_adapters(module: LightningModule) -> None:
                 "on every process by itself. Apply fully_shard to a module that contains it, "
                 "at the latest to the whole model. (trainer.strategy)"
             )
-        units.setdefault(unit, []).append(host)
-    for unit, hosts in units.items():
+        dtypes = frozenset(p.dtype for p in host.adapters.parameters())  # FSDP wants one a unit
+        units.setdefault((unit, dtypes), []).append(host)
+    for (unit, _), hosts in units.items():
         _shard_together(unit, hosts)
     plain = [n for n, p in module.named_parameters() if p.requires_grad and not is_sharded(p)]
     if plain:
@@ -86,12 +110,37 @@ def shard_adapters(module: LightningModule) -> None:
         )
 
 
+def check_dtypes(module: nn.Module) -> None:
+    """What trains inside one FSDP unit has one dtype, or FSDP cannot reduce its gradients.
+
+    Raises:
+        ConfigError: Naming tensors of both dtypes.
+
+    """
+    found: dict[nn.Module, dict[Any, str]] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad and is_sharded(parameter):
+            unit = _unit_around(module, name.rpartition(".")[0])
+            if unit is not None:
+                found.setdefault(unit, {}).setdefault(parameter.dtype, name)
+    for names in found.values():
+        if len(names) > 1:
+            shown = ", ".join(f"{name!r} in {dtype}" for dtype, name in names.items())
+            raise ConfigError(
+                f"One FSDP unit would train {shown}; it can have one dtype only. Keep the base in "
+                "fp32 and compute in bf16 (MixedPrecisionPolicy), apply fully_shard to the module "
+                "of the trained copy by itself, or set autocast_adapter_dtype=False. "
+                "(lora.modules_to_save)"
+            )
+
+
 def _shard_together(unit: nn.Module, hosts: list[Host]) -> None:
     from torch.distributed.fsdp import fully_shard
 
     mesh = next(p.device_mesh for p in unit.parameters() if is_sharded(p))  # type: ignore[attr-defined]
     group: list[nn.Module] = [host.adapters for host in hosts]
-    fully_shard(group, mesh=mesh, reshard_after_forward=False)
+    policy = unit._get_fsdp_state()._mp_policy  # type: ignore[operator]  # no public way
+    fully_shard(group, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     for host in hosts:
         host.register_forward_pre_hook(_gather)
 

@@ -30,6 +30,7 @@ from lora_lightning.errors import CheckpointError, first_few
 from lora_lightning.sharding import sharded_like, whole_state
 from lora_lightning.training.binding import averaged_models, callbacks_of
 from lora_lightning.training.manifest import expect_only_adapters, kept_state
+from lora_lightning.training.meta_base import load_base
 from lora_lightning.training.model_parallel import is_model_parallel, reshard
 from lora_lightning.training.optimizer_names import with_names, with_numbers
 from lora_lightning.training.sharded_files import save_sharded_checkpoint
@@ -127,6 +128,12 @@ def load_sharded_state_dict(self: Any, checkpoint: dict[str, Any], strict: bool 
             optimizer.load_state_dict(state)
 
 
+def place_and_load_base(self: Any) -> None:
+    """Move the module to its device; a base that was on the meta device gets its weights."""
+    type(self).model_to_device(self)
+    load_base(self.lightning_module)
+
+
 _WHOLE: dict[str, Callable[..., Any]] = {
     "optimizer_state": optimizer_state,
     "load_model_state_dict": load_model_state_dict,
@@ -137,6 +144,7 @@ _SHARDED: dict[str, Callable[..., Any]] = {
     "optimizer_state": sharded_optimizer_state,
     "load_model_state_dict": load_sharded_state_dict,
     "save_checkpoint": save_sharded_checkpoint,
+    "model_to_device": place_and_load_base,
 }
 
 

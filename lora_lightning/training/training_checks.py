@@ -12,7 +12,7 @@ from lora_lightning.optim import check_coverage, trainable_parameters
 from lora_lightning.switching import adapter_names
 from lora_lightning.targets import Selection
 from lora_lightning.training.binding import averaged_models, callbacks_of
-from lora_lightning.training.model_parallel import reshard
+from lora_lightning.training.model_parallel import check_dtypes, reshard
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -38,6 +38,7 @@ def check_before_fit(trainer: Trainer, module: LightningModule, adapter_name: st
                 "would not be averaged. List LoraCallback before it. (trainer.callbacks)"
             )
     check_coverage(trainer.optimizers, module)
+    check_dtypes(module)
 
 
 def check_still_there(module: LightningModule, selection: Selection) -> None:

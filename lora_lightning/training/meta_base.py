@@ -1,0 +1,126 @@
+"""A base that was built on the meta device: its weights come after every process has its memory.
+
+`ModelParallelStrategy` gives a module that holds any meta tensor memory in its `setup`, and its
+layers start values of their own: all that was loaded before is gone. So the weights are asked for
+afterwards, of a method of the LightningModule:
+
+    def base_state_dict(self):  # whole tensors, on every process, by their names in the module
+        return load_file("base.safetensors")
+
+Each process takes its part. Adapters have made their start values by then, the same everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_lightning.adapters.token_rows import TokenRows
+from lora_lightning.adapters.trained_copy import TrainedCopy
+from lora_lightning.bias import trained_biases
+from lora_lightning.errors import AdapterMismatchError, ConfigError, first_few
+from lora_lightning.hosts.base import named_hosts, walk
+from lora_lightning.sharding import copy_whole, whole
+from lora_lightning.training.binding import binding_of, callbacks_of
+from lora_lightning.training.manifest import remember_base
+from lora_lightning.training.model_parallel import is_model_parallel
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule
+
+HOOK = "base_state_dict"
+
+
+def expect_base(module: LightningModule) -> None:
+    """Find out whether the base will have to be loaded later, as the module holds meta tensors.
+
+    Raises:
+        ConfigError: If it could not be loaded then.
+
+    """
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    meta = [name for name, tensor in tensors if tensor.is_meta]
+    if not meta or not is_model_parallel(module.trainer.strategy):
+        return  # other strategies give no memory: taking the fingerprint says so
+    if not callable(getattr(module, HOOK, None)):
+        raise ConfigError(
+            f"{first_few(meta)} are on the meta device. The strategy will give them memory and "
+            "random values, and nothing would load the base that the adapters are for. Define "
+            f"`{HOOK}(self)` on the LightningModule: it returns the base's whole tensors by name. "
+            "(model)"
+        )
+    for path, child in walk(module):
+        lost = [n for n in child._non_persistent_buffers_set if child._buffers[n] is not None]
+        if lost and not callable(getattr(child, "reset_parameters", None)):
+            raise ConfigError(
+                f"{(path + '.' if path else '') + sorted(lost)[0]!r} is a buffer that no state "
+                f"dict holds, and {type(child).__name__} has no reset_parameters that could make "
+                "it anew once the model leaves the meta device. Define it. (model)"
+            )
+    if any(True for _ in trained_biases(module)):
+        raise ConfigError(
+            "bias='lora_only' and 'all' keep the base's own biases aside, which on the meta device "
+            "have no values. Use bias='none', or load the base in __init__. (lora.bias)"
+        )
+    binding_of(module).base_to_come = True
+
+
+def load_base(module: LightningModule) -> None:
+    """Load the base where it was on the meta device; every process calls this.
+
+    Raises:
+        AdapterMismatchError: If tensors are missing, left over or of another shape.
+
+    """
+    binding = binding_of(module)
+    if not binding.base_to_come:
+        return
+    values: Mapping[str, Tensor] = getattr(module, HOOK)()
+    saved = {key for callback in callbacks_of(module) for key in callback.saved_keys(module)}
+    own = {key: t for key, t in module.state_dict().items() if key not in saved}
+    _check(values, own)
+    for key, tensor in own.items():
+        if isinstance(tensor, Tensor):
+            copy_whole(tensor, values[key].to(tensor.device))
+    for path, host in named_hosts(module):
+        prefix = path + "." if path else ""
+        for adapter in host.adapters.modules():
+            if isinstance(adapter, TrainedCopy):
+                _start_copy(adapter.module, prefix, values)
+            elif isinstance(adapter, TokenRows):
+                adapter.start_from_weight(whole(host.base_weight().detach()))
+    binding.base_to_come = False
+    remember_base(module, fresh=True)
+
+
+def _start_copy(copy: nn.Module, prefix: str, values: Mapping[str, Tensor]) -> None:
+    for name, tensor in copy.state_dict().items():
+        if isinstance(tensor, Tensor):
+            copy_whole(tensor, values[prefix + name].to(tensor.device))
+
+
+def _check(values: Any, own: Mapping[str, Any]) -> None:
+    if not isinstance(values, Mapping):
+        raise AdapterMismatchError(
+            f"{HOOK} returned a {type(values).__name__}; it returns tensors by name. (model)"
+        )
+    tensors = {key: t for key, t in own.items() if isinstance(t, Tensor)}
+    lines = []
+    if missing := sorted(tensors.keys() - values.keys()):
+        lines.append(f"missing: {first_few(missing)}")
+    if extra := sorted(values.keys() - own.keys()):
+        lines.append(f"not in the module: {first_few(extra)}")
+    shapes = [
+        f"{key} {list(values[key].shape)} there, {list(tensor.shape)} here"
+        for key, tensor in tensors.items()
+        if key in values and values[key].shape != torch.Size(tensor.shape)
+    ]
+    if shapes:
+        lines.append(f"other shape: {first_few(shapes, 2)}")
+    if lines:
+        raise AdapterMismatchError(
+            f"What {HOOK} returned is not the base of this module:\n  " + "\n  ".join(lines)
+        )
