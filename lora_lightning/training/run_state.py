@@ -17,6 +17,7 @@ from lora_lightning.checkpoint import KEY
 from lora_lightning.optim import trainable_parameters
 from lora_lightning.rng import random_state, seed_all, set_random_state
 from lora_lightning.training.binding import binding_of
+from lora_lightning.training.loop_state import complete_loops, continue_loops, monitored
 from lora_lightning.training.resumable_loader import (
     Pass,
     ResumableLoader,
@@ -40,6 +41,8 @@ def add_run_state(checkpoint: dict[str, Any], module: LightningModule) -> None:
         "gradients": _gradients(module),
     }
     checkpoint[KEY]["processes"] = _gather(own, trainer.world_size)
+    checkpoint[KEY]["metrics"] = monitored(trainer)
+    complete_loops(checkpoint["loops"]["fit_loop"], trainer)
 
 
 def prepare_run_state(checkpoint: dict[str, Any], module: LightningModule) -> None:
@@ -49,7 +52,7 @@ def prepare_run_state(checkpoint: dict[str, Any], module: LightningModule) -> No
     if processes is None or trainer.state.fn != "fit":
         return
     rank, before, now = trainer.global_rank, len(processes), trainer.world_size
-    own = dict(processes[rank % before])
+    own = {**processes[rank % before], "metrics": checkpoint[KEY]["metrics"]}
     if before != now:
         rank_zero_warn(
             f"The checkpoint was written by {before} processes, and {now} go on: random numbers "
@@ -68,6 +71,7 @@ def continue_run(module: LightningModule) -> None:
     """Where the checkpoint left off; the last thing before batches are asked for."""
     own, binding_of(module).run_state = binding_of(module).run_state, None
     if own is not None:
+        continue_loops(module.trainer, own["metrics"])
         _continue(module, own)
 
 

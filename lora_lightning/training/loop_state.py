@@ -1,0 +1,92 @@
+"""What Lightning's loops leave out when they resume.
+
+A checkpoint is written somewhere in the work on a batch or an epoch, and Lightning resumes after
+it: what was still to come is not made up for. These are put right here:
+
+* Written after the last batch of an epoch, or after one that a validation follows: the validation
+  and the end of the epoch are left out.
+* Written at the end of an epoch: schedulers of the kind ReduceLROnPlateau miss the epoch; also when
+  an epoch is resumed in its middle.
+* With `max_steps`, an epoch that has ended is taken up once more: its hooks run twice, it counts
+  twice, or it gets a batch too many.
+* Metrics that callbacks monitor are forgotten, as is that EarlyStopping has stopped the run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.utilities import rank_zero_info
+
+_EPOCH_LOOP = "epoch_loop."
+
+
+def complete_loops(loops: dict[str, Any], trainer: Any) -> None:
+    """Change `checkpoint["loops"]["fit_loop"]` so that the work on a batch is finished.
+
+    In `on_train_batch_end` a batch counts as processed, not yet as completed.
+    """
+    loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
+    batches = loops[f"{_EPOCH_LOOP}batch_progress"]
+    underway = batches["current"]["processed"] == batches["current"]["completed"] + 1
+    if not underway or fetcher is None or not _in_epoch(trainer):
+        return
+    validates = loop._should_check_val_fx(fetcher)
+    if not validates and not loop._num_ready_batches_reached():
+        return
+    for count in (batches["current"], batches["total"]):
+        count["completed"] = count["processed"]
+    if validates:  # as if it had begun: Lightning goes back to it
+        progress = loops[f"{_EPOCH_LOOP}val_loop.batch_progress"]
+        progress["current"] = dict.fromkeys(progress["current"], 0)
+        done = progress["total"]["completed"]
+        progress["total"].update(ready=done + 1, started=done + 1, processed=done)
+    elif not loop._should_accumulate():
+        loops[f"{_EPOCH_LOOP}state_dict"]["_batches_that_stepped"] += 1
+
+
+def monitored(trainer: Any) -> dict[str, torch.Tensor]:
+    """The metrics that callbacks and schedulers see."""
+    metrics = trainer.callback_metrics
+    return {name: torch.as_tensor(value).detach().cpu().clone() for name, value in metrics.items()}
+
+
+def continue_loops(trainer: Any, metrics: dict[str, torch.Tensor]) -> None:
+    """Make up for what is left out; loops and schedulers are restored, no batch was asked for."""
+    fit_loop = trainer.fit_loop
+    loop, fetcher = fit_loop.epoch_loop, fit_loop._data_fetcher
+    trainer._logger_connector._callback_metrics.update(metrics)
+    ends = fit_loop.restarted_on_epoch_end or fit_loop.resumed_on_epoch_end
+    epoch = fit_loop.epoch_progress
+    if ends:
+        epoch.current.completed = epoch.current.processed - 1  # as at the end of the epoch
+        loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
+        epoch.current.completed = epoch.current.processed
+        epoch.total.completed = epoch.total.processed
+        fit_loop.reset_restart_stage()
+    if fit_loop.restarted_on_epoch_start:
+        epoch.current.ready = epoch.current.started + 1
+    if ends or fit_loop.restarted_on_epoch_start:
+        loop._restarting = loop.val_loop._restarting = False
+    elif loop.restarting and not loop.val_loop.restarted_mid_evaluation:
+        last = loop.batch_progress.is_last_batch
+        if loop.restarted_on_train_batch_end or (last and not loop._should_check_val_fx(fetcher)):
+            loop.update_lr_schedulers("step", update_plateau_schedulers=True)
+        if last:  # there is no other batch in this epoch
+            fetcher.done = True
+            getattr(fetcher, "batches", []).clear()
+    fit_loop._restarting = False  # else the epoch would end without plateau schedulers
+    for callback in trainer.callbacks:
+        if isinstance(callback, EarlyStopping) and callback.wait_count >= callback.patience:
+            trainer.should_stop = True
+            rank_zero_info(
+                f"EarlyStopping had stopped this run ({callback.monitor} did not improve "
+                f"{callback.wait_count} times); raise its patience to go on."
+            )
+
+
+def _in_epoch(trainer: Any) -> bool:
+    epoch = trainer.fit_loop.epoch_progress.current
+    return epoch.started > epoch.processed
