@@ -31,7 +31,7 @@ def complete_loops(loops: dict[str, Any], trainer: Any) -> None:
     loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
     batches = loops[f"{_EPOCH_LOOP}batch_progress"]
     underway = batches["current"]["processed"] == batches["current"]["completed"] + 1
-    if not underway or fetcher is None or not _in_epoch(trainer):
+    if not underway or fetcher is None or not in_epoch(trainer):
         return
     validates = loop._should_check_val_fx(fetcher)
     if not validates and not loop._num_ready_batches_reached():
@@ -87,6 +87,7 @@ def continue_loops(trainer: Any, metrics: dict[str, torch.Tensor]) -> None:
             )
 
 
-def _in_epoch(trainer: Any) -> bool:
+def in_epoch(trainer: Any) -> bool:
+    """Whether batches of an epoch are under way, rather than what comes between two epochs."""
     epoch = trainer.fit_loop.epoch_progress.current
     return epoch.started > epoch.processed

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
+from itertools import islice
 from types import MethodType
 from typing import Any
 
@@ -127,10 +128,20 @@ class Pass(Iterator[Any]):
         self.start: dict[str, Any] | None = None
         self._iterator: Iterator[Any] | None = None
         self._position = loader.__dict__.pop("_position", None) or None
+        # Lightning fetches one batch ahead of loaders whose length is not known. In the main
+        # process that batch took random numbers, earlier than a checkpoint would say.
+        self._streams = isinstance(loader.dataset, IterableDataset)
+        self._fetched_ahead = self._streams and loader.num_workers == 0
+        self._before: dict[str, Any] | None = None
+        self._waiting: list[Any] = []
 
     def __next__(self) -> Any:
         if self._iterator is None:
             self._iterator = self._begin()
+        if self._waiting:
+            return self._waiting.pop()
+        if self._fetched_ahead:
+            self._before = randomness(self.loader)
         batch = next(self._iterator)
         self.batches += 1
         return batch
@@ -139,8 +150,12 @@ class Pass(Iterator[Any]):
         """The position as plain values, `ahead` batches before what was given."""
         if self.start is None:
             return self._position or {}
-        length = None if isinstance(self.loader.dataset, IterableDataset) else len(self.loader)
-        return {"batches": self.batches - ahead, "start": self.start, "length": length}
+        return {
+            "batches": self.batches - ahead,
+            "start": self.start,
+            "next": self._before if ahead == 1 else None,
+            "length": None if self._streams else len(self.loader),
+        }
 
     def _begin(self) -> Iterator[Any]:
         if self._position is None:
@@ -150,15 +165,33 @@ class Pass(Iterator[Any]):
         self.start = self._position["start"]
         set_randomness(self.loader, self._position["start"])
         iterator = self.loader.new_iterator()
-        self._leave_out(iterator, self._position["batches"])
+        self._leave_out(iterator, self._position)
+        if self._position["next"] is not None:
+            self._before = self._position["next"]
+            set_randomness(self.loader, self._before)
+            self._waiting = list(islice(iterator, 1))
+            self.batches += len(self._waiting)
         set_randomness(self.loader, now)
         return iterator
 
-    def _leave_out(self, iterator: Any, count: int) -> None:
-        loader = self.loader
-        by_index = loader.num_workers == 0 and not isinstance(loader.dataset, IterableDataset)
-        if count and not by_index:
-            rank_zero_info(f"Resuming in mid-epoch: {count} batches are loaded and dropped.")
+    def _leave_out(self, iterator: Any, position: dict[str, Any]) -> None:
+        loader, count, length = self.loader, position["batches"], position["length"]
+        if length is not None and length != len(loader):
+            rank_zero_warn(
+                f"The data loader gives {len(loader)} batches an epoch, and gave {length} when the "
+                "checkpoint was written in the middle of one: from here on the data are not those "
+                "of the uninterrupted run. Use the same data and batch size. (data)"
+            )
+        by_index = loader.num_workers == 0 and not self._streams
+        if self._streams:
+            rank_zero_warn(
+                f"Resuming in the middle of an epoch of an IterableDataset: {count} batches are "
+                "loaded again and dropped, which is exact only if it gives the same data again. "
+                "Else use torchdata's StatefulDataLoader, with state_dict and load_state_dict on "
+                "the dataset. (data)"
+            )
+        elif not by_index:
+            rank_zero_info(f"Resuming in the middle of an epoch: {count} batches are dropped.")
         source = iterator._sampler_iter if by_index else iterator
         after_first = None
         for batch in range(count):
@@ -173,9 +206,20 @@ class Pass(Iterator[Any]):
         if after_first is not None and not _same(after_first, random_state(cuda="none")):
             rank_zero_warn(
                 "Resume may not be exact: the data loader draws from the global random numbers "
-                "with every batch, which the model uses as well, so the order of the data cannot "
+                "with every batch, which the model uses as well, so the order of the data may not "
                 "be found again. Give its sampler or dataset a torch.Generator of its own. (data)"
             )
+
+
+def warn_of_workers(loader: Any) -> None:
+    """Say what cannot be found again of workers that were at work in an earlier epoch."""
+    if isinstance(loader, ResumableLoader) and loader.persistent_workers:
+        rank_zero_warn(
+            "The data loader has persistent_workers=True: if its dataset draws random numbers in "
+            "its workers (augmentation), they are not those of the uninterrupted run, because "
+            "workers keep their random state from epoch to epoch. Set persistent_workers=False "
+            "for an exact resume. (data)"
+        )
 
 
 def randomness(loader: Any) -> dict[str, Any]:

@@ -17,12 +17,13 @@ from lora_lightning.checkpoint import KEY
 from lora_lightning.optim import trainable_parameters
 from lora_lightning.rng import random_state, seed_all, set_random_state
 from lora_lightning.training.binding import binding_of
-from lora_lightning.training.loop_state import complete_loops, continue_loops, monitored
+from lora_lightning.training.loop_state import complete_loops, continue_loops, in_epoch, monitored
 from lora_lightning.training.resumable_loader import (
     Pass,
     ResumableLoader,
     generator_states,
     set_generator_states,
+    warn_of_workers,
 )
 
 if TYPE_CHECKING:
@@ -73,10 +74,16 @@ def continue_run(module: LightningModule) -> None:
     if own is not None:
         continue_loops(module.trainer, own["metrics"])
         _continue(module, own)
+        fetcher: Any = module.trainer.fit_loop._data_fetcher
+        if not in_epoch(module.trainer) and getattr(fetcher, "batches", []):
+            iter(fetcher)  # it fetched a batch before random states were restored
 
 
 def _continue(module: LightningModule, own: dict[str, Any]) -> None:
     fit_loop = module.trainer.fit_loop
+    if module.trainer.current_epoch or fit_loop.epoch_loop.batch_progress.is_last_batch:
+        for loader in _flattened(fit_loop._combined_loader):
+            warn_of_workers(loader)
     if fit_loop._combined_loader_states_to_load and fit_loop._combined_loader is not None:
         # At the start of an epoch Lightning leaves them out, but loaders keep more than a position.
         fit_loop._combined_loader._load_state_dicts(fit_loop._combined_loader_states_to_load)
@@ -100,8 +107,7 @@ def _loaders(trainer: Any) -> list[Any]:
 def _positions(trainer: Any, checkpoint: dict[str, Any]) -> list[dict[str, Any]]:
     """The states of the loaders that have one, in Lightning's order, ours with the position."""
     states = _fit_loop_state(checkpoint).pop(_LOADERS, [])
-    epoch = trainer.fit_loop.epoch_progress.current
-    if epoch.started == epoch.processed:  # between two epochs
+    if not in_epoch(trainer):
         return states
     combined = trainer.fit_loop._combined_loader
     iterators = getattr(getattr(combined, "_iterator", None), "iterators", [])
