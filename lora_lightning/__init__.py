@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from lora_lightning.switching import scale_adapter as scale_adapter
     from lora_lightning.switching import set_adapter as set_adapter
     from lora_lightning.tasks.text_classification import TextClassification as TextClassification
+    from lora_lightning.training.loading import load_from_checkpoint as load_from_checkpoint
 
 _HOME = {
     "LoraCallback": "callback",
@@ -89,6 +90,7 @@ _HOME = {
     "adapter_status": "status",
     "save_adapter": "peft_format",
     "load_adapter": "peft_format",
+    "load_from_checkpoint": "training.loading",
     "hotswap_adapter": "hotswap",
     "adapter_state_dict": "checkpoint",
     "load_adapter_state_dict": "checkpoint",

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from lora_lightning import report
 from lora_lightning.adapters.lora import LoraConfig
 from lora_lightning.checkpoint import KEY, saved_keys
+from lora_lightning.compiled import uncompiled
 from lora_lightning.config import AdapterConfig
 from lora_lightning.errors import (
     AdapterStateError,
@@ -228,7 +229,7 @@ class LoraCallback(Callback):
                 f"module={self.module!r}: {type(pl_module).__name__} has no such submodule.{hint} "
                 f"At its top: {top or 'none'}. (lora.module)"
             )
-        return pl_module.get_submodule(self.module)
+        return uncompiled(pl_module.get_submodule(self.module))
 
     def saved_keys(self, pl_module: LightningModule) -> dict[str, list[int]]:
         """Key in the LightningModule's state dict and shape of every tensor of this adapter."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lora_lightning.adapters.trained_copy import TrainedCopy
 from lora_lightning.bias import trained_biases
+from lora_lightning.compiled import plain_name
 from lora_lightning.config import AdapterConfig
 from lora_lightning.errors import AdapterMismatchError, AdapterStateError, first_few
 from lora_lightning.hosts.base import named_hosts
@@ -146,6 +147,7 @@ def _tensors(model: nn.Module, adapter_name: str) -> list[tuple[str, str, Tensor
         adapter = host.adapters[adapter_name]
         prefix = path + "." if path else ""
         for name, tensor in adapter.state_dict().items():
+            name = plain_name(name)
             short = name.removeprefix("module.") if isinstance(adapter, TrainedCopy) else name
             found.append((prefix + short, f"{prefix}adapters.{adapter_name}.{name}", tensor))
     for name, module, record in trained_biases(model):

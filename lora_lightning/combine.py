@@ -22,6 +22,7 @@ from lora_lightning.adapters.lora_conv import LoraConvAdapter
 from lora_lightning.adapters.lora_embedding import LoraEmbeddingAdapter
 from lora_lightning.adapters.trained_copy import TrainedCopy
 from lora_lightning.bias import trained_biases
+from lora_lightning.compiled import uncompiled
 from lora_lightning.errors import AdapterStateError, ConfigError, did_you_mean
 from lora_lightning.hosts.base import named_hosts
 from lora_lightning.injection import extend_adapter
@@ -239,7 +240,7 @@ def _config(model: nn.Module, combined: dict[Spot, Update], saved: list[str]) ->
         exclude_modules=[
             f"{path}.out_proj"
             for path in ranks
-            if isinstance(model.get_submodule(path), nn.MultiheadAttention)
+            if isinstance(uncompiled(model.get_submodule(path)), nn.MultiheadAttention)
             and f"{path}.out_proj" not in ranks
         ]
         or None,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lora_lightning.adapters import classes_for
 from lora_lightning.adapters.base import Adapter, AdapterParts, Site
 from lora_lightning.adapters.token_rows import TiedTokenRows, TokenRows
+from lora_lightning.compiled import uncompiled
 from lora_lightning.config import AdapterConfig
 from lora_lightning.errors import AdapterMismatchError, ConfigError
 from lora_lightning.hosts import host_type_for
@@ -171,5 +172,5 @@ def train_tokens(
     grow(module, Host, adapter_name, rows)
     for other, owner in selection.tied.items():
         if owner == path:
-            head = model.get_submodule(other)
+            head = uncompiled(model.get_submodule(other))
             grow(head, host_type_for(head) or Host, adapter_name, TiedTokenRows(rows))

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from lora_lightning.compiled import plain_name, uncompiled
 from lora_lightning.hosts.base import walk
 
 
@@ -24,7 +25,9 @@ def output_heads(model: nn.Module) -> list[str]:
         if head is None:
             head = getattr(module, "score", None) or getattr(module, "classifier", None)
         heads += [
-            f"{path}.{sub}" if path else sub for sub, m in module.named_modules() if m is head
+            f"{path}.{plain_name(sub)}" if path else plain_name(sub)
+            for sub, m in module.named_modules()
+            if m is uncompiled(head)
         ]
     return heads
 
@@ -37,5 +40,6 @@ def input_embeddings(model: nn.Module) -> list[str]:
             model_part: Any = module
             table = model_part.get_input_embeddings()
             prefix = path + "." if path else ""
-            found += [prefix + sub for sub, m in module.named_modules() if m is table]
+            table = uncompiled(table)
+            found += [prefix + plain_name(sub) for sub, m in module.named_modules() if m is table]
     return list(dict.fromkeys(found))

@@ -14,6 +14,7 @@ from lora_lightning.adapters.base import Adapter, AdapterDict
 from lora_lightning.adapters.token_rows import check_token_ids
 from lora_lightning.adapters.trained_copy import TrainedCopy
 from lora_lightning.bias import biases_to_train, forget_bias, train_bias, trained_biases
+from lora_lightning.compiled import uncompiled
 from lora_lightning.config import AdapterConfig
 from lora_lightning.construction import make_adapters, train_tokens
 from lora_lightning.errors import AdapterStateError, ConfigError, TargetError
@@ -262,7 +263,7 @@ def _without_adapter(modules: dict[str, nn.Module], name: str) -> dict[str, nn.M
 
 
 def _modules(model: nn.Module, paths: Iterable[str]) -> dict[str, nn.Module]:
-    return {path: model.get_submodule(path) for path in paths}
+    return {path: uncompiled(model.get_submodule(path)) for path in paths}
 
 
 def _new_biases(

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from lora_lightning.compiled import named_parameters
 from lora_lightning.errors import OptimizerError, first_few
 from lora_lightning.hosts.base import adapter_owners
 
@@ -53,10 +54,10 @@ def cover_trainable(optimizers: list[Optimizer], model: nn.Module, meant_for: Gr
     """Drop frozen parameters and add missing trainable ones, in place.
 
     A missing one joins the group of a base weight of the module that it adapts, else the first
-    group of the first optimizer.
+    group of the first optimizer; one that is no matrix a group that is not Muon's.
 
     Raises:
-        OptimizerError: If an optimizer is left without a parameter.
+        OptimizerError: If an optimizer is left without a parameter, or takes none of this shape.
 
     """
     group_of = dict(meant_for)
@@ -70,8 +71,10 @@ def cover_trainable(optimizers: list[Optimizer], model: nn.Module, meant_for: Gr
         for p in list(optimizer.state):
             if isinstance(p, torch.Tensor) and not p.requires_grad:
                 del optimizer.state[p]
-    base = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+    base = {name: p for name, p in named_parameters(model) if not p.requires_grad}
     owners = adapter_owners(model)
+    muon = getattr(torch.optim, "Muon", ())  # of torch 2.9
+    matrices_only = {id(g) for o in optimizers if isinstance(o, muon) for g in o.param_groups}
     for name, p in trainable_parameters(model).items():
         if id(p) not in covered:
             owner = owners.get(id(p), name) + "."
@@ -80,7 +83,15 @@ def cover_trainable(optimizers: list[Optimizer], model: nn.Module, meant_for: Gr
                 for n, q in base.items()
                 if n.startswith(owner) and id(q) in group_of
             ]
-            (homes or [optimizers[0].param_groups[0]])[0]["params"].append(p)
+            homes += [group for optimizer in optimizers for group in optimizer.param_groups]
+            fitting = [group for group in homes if p.ndim == 2 or id(group) not in matrices_only]
+            if not fitting:
+                raise OptimizerError(
+                    f"{name} {list(p.shape)} trains and is no matrix, but Muon, the only optimizer "
+                    "that configure_optimizers returned, takes nothing else. Return another one, "
+                    "or let only matrices train. (lora.target_modules, lora.modules_to_save)"
+                )
+            fitting[0]["params"].append(p)
     for index, optimizer in enumerate(optimizers):
         if not any(group["params"] for group in optimizer.param_groups):
             raise OptimizerError(
@@ -99,7 +110,7 @@ def check_coverage(optimizers: Iterable[Optimizer], model: nn.Module) -> None:
     """
     held = Counter(id(p) for o in optimizers for group in o.param_groups for p in group["params"])
     trainable = trainable_parameters(model)
-    names = {id(p): name for name, p in model.named_parameters()}
+    names = {id(p): name for name, p in named_parameters(model)}
     absent = [name for name, p in trainable.items() if id(p) not in held]
     twice = [names.get(i, "?") for i, count in held.items() if count > 1]
     ids = {id(p) for p in trainable.values()}
@@ -139,7 +150,7 @@ def find_optimizers(configured: Any) -> list[Optimizer]:
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that require gradients, by name."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return {name: p for name, p in named_parameters(model) if p.requires_grad}
 
 
 def _tensor(param: Any) -> Any:

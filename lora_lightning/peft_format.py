@@ -22,6 +22,7 @@ from lora_lightning.adapter_files import check_values, load_from_checkpoint
 from lora_lightning.atomic_write import write_atomically
 from lora_lightning.checkpoint import materialize, tensor_differences
 from lora_lightning.checkpoint_folders import is_checkpoint_folder
+from lora_lightning.compiled import plain_name
 from lora_lightning.config import AdapterConfig
 from lora_lightning.errors import (
     AdapterMismatchError,
@@ -180,7 +181,7 @@ def opened_folder(
     file = folder / TENSORS
     with _opened(file) as opened:
         shapes = {key: opened.get_slice(key).get_shape() for key in opened.keys()}  # noqa: SIM118
-        base = model.state_dict()
+        base = {plain_name(k): v for k, v in model.state_dict().items()}
 
         def unchanged(key: str, name: str) -> bool:
             return _same(base.get(name), opened.get_tensor(key))
@@ -373,7 +374,7 @@ def _opened(file: Path) -> Iterator[Any]:
 
 def _check_base(model: nn.Module, values: dict[str, Tensor], file: Path) -> None:
     """Base tensors that PEFT saved along (embeddings) must be those of this base."""
-    own = model.state_dict() if values else {}
+    own = {plain_name(k): v for k, v in model.state_dict().items()} if values else {}
     for name, value in values.items():
         base = own.get(name)
         if not _same(base, value):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lora_lightning.adapters.base import Adapter, AdapterDict, AdapterParts, Base, Convolution
 from lora_lightning.adapters.trained_copy import TrainedCopy
 from lora_lightning.autocast import without_autocast
+from lora_lightning.compiled import is_wrapper, plain_name
 from lora_lightning.errors import AdapterStateError
 from lora_lightning.hosts.folding import HostPart, fold, part_of, split_copy
 from lora_lightning.hosts.rows import forward_by_row
@@ -347,10 +348,11 @@ def first_argument(
 
 
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """`model.named_modules()` without what is inside adapters."""
+    """`model.named_modules()` without the inside of adapters and torch.compile's wrappers."""
     skipped: str | None = None
-    for path, module in model.named_modules():
-        if skipped is not None and path.startswith(skipped):
+    for name, module in model.named_modules():
+        path = plain_name(name)
+        if is_wrapper(module) or (skipped is not None and path.startswith(skipped)):
             continue
         if isinstance(module, AdapterDict):
             skipped = path + "."

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from lora_lightning.compiled import under_own_names
 from lora_lightning.errors import CheckpointError
 from lora_lightning.injection import freeze
 from lora_lightning.optim import (
@@ -205,6 +206,8 @@ def on_load_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> Non
             if saved is not None:
                 adopt_ranks(callback, self, saved)
         check_checkpoint(checkpoint, self, callbacks)
+        for part in checkpoint.keys() & {"state_dict", "current_model_state"}:
+            checkpoint[part] = under_own_names(self, checkpoint[part])
         prepare_run_state(checkpoint, self)
 
 

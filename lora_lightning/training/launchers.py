@@ -19,6 +19,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lora_lightning.adapters import config_type_of
 from lora_lightning.checkpoint import KEY, materialize
+from lora_lightning.compiled import under_own_names
 from lora_lightning.errors import ConfigError
 from lora_lightning.hosts.base import walk
 from lora_lightning.injection import inject_adapter
@@ -76,7 +77,8 @@ def take_returned(callback: LoraCallback, pl_module: LightningModule) -> None:
         )
         materialize(root, callback.adapter_name)
     own = {key: returned["state_dict"].pop(key) for key in entry["tensors"]}
-    pl_module.load_state_dict({**own, **returned["moved"]}, strict=False)
+    state = under_own_names(pl_module, {**own, **returned["moved"]})
+    pl_module.load_state_dict(state, strict=False)
 
 
 def _get_extra_results(self: Any, trainer: Any) -> dict[str, Any]:

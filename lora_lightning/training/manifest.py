@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import lora_lightning
 from lora_lightning.bias import trained_biases
 from lora_lightning.checkpoint import KEY, config_differences, tensor_differences
+from lora_lightning.compiled import plain_name
 from lora_lightning.errors import AdapterMismatchError, CheckpointError, first_few
 from lora_lightning.fingerprint import (
     Fingerprint,
@@ -64,14 +65,17 @@ def reduce_checkpoint(
 def kept_state(
     state: dict[str, Any], module: LightningModule, callbacks: list[LoraCallback]
 ) -> dict[str, Any]:
-    """What of the module's state dict training changed: adapters, and buffers that moved."""
+    """What of the module's state dict training changed: adapters, and buffers that moved.
+
+    Under plain names: as if nothing had been given to torch.compile.
+    """
     keep = {key for callback in callbacks for key in callback.saved_keys(module)}
     keep.update(_changed_buffers(module, binding_of(module)))
     # Biases of adapters that do not act: the module shows the base's own.
     hidden = {n: r.hidden for n, _, r in trained_biases(module) if n in keep and not r.shown}
     return {
         key: hidden.get(key, value)
-        for key, value in state.items()
+        for key, value in ((plain_name(name), value) for name, value in state.items())
         if key in keep or key.endswith(_EXTRA_STATE)
     }
 
@@ -87,10 +91,10 @@ def check_checkpoint(
 
     """
     manifest = checkpoint.get(KEY)
-    state = checkpoint.get("state_dict", {})
+    state = {plain_name(k): v for k, v in checkpoint.get("state_dict", {}).items()}
     if manifest is None:
         own = {key for callback in callbacks for key in callback.saved_keys(module)}
-        base = [key for key in module.state_dict() if key not in own]
+        base = [key for key in map(plain_name, module.state_dict()) if key not in own]
         if base and all(key in state for key in base):
             raise CheckpointError(
                 "This is a full-model checkpoint (it holds the base model's "
@@ -102,6 +106,14 @@ def check_checkpoint(
         raise CheckpointError(
             "This checkpoint was not written with LoraCallback: it has no 'lora_lightning' entry. "
             f"It holds {sorted(checkpoint)}. (ckpt_path)"
+        )
+    trainer = module.trainer
+    deferred = trainer.strategy.restore_checkpoint_after_setup  # optimizers are not in this part
+    if trainer.state.fn == "fit" and "optimizer_states" not in checkpoint and not deferred:
+        raise CheckpointError(
+            "This checkpoint holds weights only (save_weights_only=True): there is no optimizer "
+            "state that fit could resume from. To start a new run from its adapters, give its path "
+            "to LoraCallback(init_from=...) in place of ckpt_path. (lora.init_from)"
         )
     if manifest["format"] > FORMAT:
         raise CheckpointError(

@@ -21,6 +21,7 @@ from torch.nn.utils import get_total_norm
 from torch.optim import LBFGS, Optimizer
 
 from lora_lightning.adapters.trained_copy import TrainedCopy
+from lora_lightning.compiled import named_parameters
 from lora_lightning.errors import ConfigError, NonfiniteError, did_you_mean, first_few
 from lora_lightning.hosts.base import named_hosts
 
@@ -150,7 +151,7 @@ class NonfiniteGuard:
     def _advice(
         self, trainer: Trainer, module: LightningModule, what: str, optimizer: Optimizer
     ) -> str:
-        broken = [n for n, p in module.named_parameters() if not _is_finite(_local(p.detach()))]
+        broken = [n for n, p in named_parameters(module) if not _is_finite(_local(p.detach()))]
         callback: Any = trainer.checkpoint_callback
         last = getattr(callback, "last_model_path", "") or getattr(callback, "best_model_path", "")
         if broken:
@@ -203,7 +204,7 @@ def _describe(
     batches = sorted({index for index, _ in bad or losses} or {trainer.fit_loop.batch_idx})
     where = "batch " + " and ".join(dict.fromkeys(map(str, (batches[0], batches[-1]))))
     parts = [f"the loss is {_value(loss)}" for _, loss in bad[:1]]
-    names = {id(p): name for name, p in module.named_parameters()}
+    names = {id(p): name for name, p in named_parameters(module)}
     broken = [(names.get(id(p), "?"), g) for p, g in gradients.items() if not _is_finite(g)]
     if broken:
         listed = first_few([f"{name} ({_value(grad)})" for name, grad in broken], 3)

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lora_lightning.compiled import named_parameters
 from lora_lightning.errors import CheckpointError, OptimizerError, first_few
 from lora_lightning.sharding import is_sharded, sharded_like
 
@@ -72,7 +73,7 @@ def with_numbers(saved: dict[str, Any], optimizer: Optimizer, module: nn.Module)
 
 
 def _names(optimizer: Optimizer, module: nn.Module) -> list[list[str]]:
-    name_of = {id(p): name for name, p in module.named_parameters()}
+    name_of = {id(p): name for name, p in named_parameters(module)}
     groups = [group["params"] for group in optimizer.param_groups]
     if any(id(p) not in name_of for group in groups for p in group):
         raise OptimizerError(

@@ -1,0 +1,44 @@
+"""Names without what `self.net = torch.compile(self.net)` puts into them.
+
+The wrapper that torch.compile returns holds the module as its child `_orig_mod`, so "net.weight"
+becomes "net._orig_mod.weight" in every state dict. Targets, saved keys and fingerprints leave that
+part out: a compiled run resumes from an uncompiled one's checkpoint, and the other way round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
+
+from torch import nn
+
+_WRAPPED = "_orig_mod"
+
+
+def plain_name(name: str) -> str:
+    """A path or key as it is without torch.compile."""
+    if _WRAPPED not in name:
+        return name
+    return ".".join(part for part in name.split(".") if part != _WRAPPED)
+
+
+def is_wrapper(module: nn.Module) -> bool:
+    """Whether this is what torch.compile returned for a module."""
+    return _WRAPPED in module._modules
+
+
+def uncompiled(module: nn.Module) -> nn.Module:
+    """The module inside torch.compile's wrapper; every other one is returned as it is."""
+    return cast(nn.Module, module._modules[_WRAPPED]) if is_wrapper(module) else module
+
+
+def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """`model.named_parameters()` by plain names."""
+    for name, parameter in model.named_parameters():
+        yield plain_name(name), parameter
+
+
+def under_own_names(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
+    """`state` under the names that `model.state_dict()` has, as `load_state_dict` needs it."""
+    own = {plain_name(name): name for name in model.state_dict()}
+    return {own.get(plain_name(name), name): value for name, value in state.items()}

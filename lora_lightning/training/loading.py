@@ -1,0 +1,58 @@
+"""A LightningModule out of a checkpoint that holds its adapters only."""
+
+from __future__ import annotations
+
+import io
+import os
+import warnings
+from typing import Any, TypeVar
+
+import torch
+
+from lora_lightning.adapter_files import read_checkpoint
+from lora_lightning.checkpoint import KEY
+from lora_lightning.peft_format import load_adapter
+from lora_lightning.switching import set_adapter
+
+Module = TypeVar("Module")
+
+
+def load_from_checkpoint(
+    module_class: type[Module], checkpoint_path: str | os.PathLike[str], **kwargs: Any
+) -> Module:
+    """`module_class.load_from_checkpoint` for a checkpoint that a run with `LoraCallback` wrote.
+
+    The module is made from the checkpoint's hyperparameters, on the CPU; it brings its own base,
+    which has to be the one that the adapters were trained on. Then they are put on and act. No
+    LoraCallback and no Trainer is needed.
+
+    Args:
+        module_class: The LightningModule's class, unchanged.
+        checkpoint_path: The file.
+        **kwargs: What `LightningModule.load_from_checkpoint` takes: hyperparameters that are to
+            differ from the saved ones, or that were not saved.
+
+    Returns:
+        The module, in train mode, its adapters active.
+
+    Raises:
+        CheckpointError: If the file is damaged or of another kind.
+        AdapterMismatchError: If adapters or base do not fit.
+
+    """
+    checkpoint = read_checkpoint(checkpoint_path)
+    owned = {key for entry in checkpoint[KEY]["adapters"].values() for key in entry["tensors"]}
+    state = checkpoint["state_dict"]
+    checkpoint["state_dict"] = {key: state[key] for key in state if key not in owned}
+    rest = io.BytesIO()
+    torch.save(checkpoint, rest)
+    rest.seek(0)
+    with warnings.catch_warnings():
+        # The base is no part of the file.
+        warnings.filterwarnings("ignore", message="Found keys that are in the model state dict")
+        warnings.filterwarnings("ignore", message="The state dict in .* contains no parameters")
+        module = module_class.load_from_checkpoint(  # type: ignore[attr-defined]
+            rest, map_location="cpu", strict=False, **kwargs
+        )
+    set_adapter(module, load_adapter(module, checkpoint_path))
+    return module
