@@ -40,7 +40,11 @@ from lora_lightning.training.binding import (
     let_train,
     overrides,
 )
-from lora_lightning.training.callback_options import check_options, check_same_adapter
+from lora_lightning.training.callback_options import (
+    check_options,
+    check_same_adapter,
+    log_options,
+)
 from lora_lightning.training.checkpoint_files import protect_checkpoints
 from lora_lightning.training.eva_run import start_values, starts_from_data, take_over_ranks
 from lora_lightning.training.launchers import check_launcher, take_returned
@@ -56,8 +60,10 @@ from lora_lightning.training.run_checks import (
 )
 from lora_lightning.training.strategy_state import override_state_methods
 from lora_lightning.training.training_checks import (
+    check_base_has_values,
     check_before_fit,
     check_first_gradients,
+    check_loss,
     check_still_there,
     check_what_trains,
 )
@@ -150,6 +156,7 @@ class LoraCallback(Callback):
             bind(pl_module)  # so that an adapter checkpoint is refused in words
             return
         self.ranks.load(None)
+        self.guard.skipped = 0
         self._check_alone(trainer)
         check_callbacks(trainer)
         check_strategy(trainer)
@@ -171,6 +178,7 @@ class LoraCallback(Callback):
     def grow(self, pl_module: LightningModule) -> None:
         """Put this adapter on the module; what carries it already keeps it."""
         convert_before_growth(pl_module)
+        check_base_has_values(pl_module)
         root = self.root(pl_module)
         take_returned(self, pl_module)
         if self.init_from is not None:
@@ -287,6 +295,7 @@ class LoraCallback(Callback):
                 *report.start_lines(pl_module, root, self.adapter_name),
             )
             if self._is_last(pl_module):
+                log_options(trainer, {c.adapter_name: c.given for c in callbacks_of(pl_module)})
                 report.show(
                     report.batch_line(
                         report.batch_size(trainer.train_dataloader),
@@ -308,8 +317,9 @@ class LoraCallback(Callback):
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
     ) -> None:
-        """Let the guard against NaN and inf see the loss."""
+        """The loss depends on an adapter; let the guard against NaN and inf see it."""
         if self._is_first(pl_module):
+            check_loss(loss)
             self.guard.before_backward(trainer, loss)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -362,6 +372,19 @@ class LoraCallback(Callback):
         return callbacks_of(pl_module)[-1:] == [self]
 
     # -- resuming ------------------------------------------------------------------------------
+
+    @property
+    def state_key(self) -> str:
+        """Of its own for every adapter; a Trainer without this callback is told what it misses."""
+        return self._generate_state_key(adapter_name=self.adapter_name)
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many steps were left out so far."""
+        return {"skipped": self.guard.skipped} if self.enabled else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Count on."""
+        self.guard.skipped = state_dict["skipped"]
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]

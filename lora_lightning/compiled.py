@@ -8,7 +8,7 @@ part out: a compiled run resumes from an uncompiled one's checkpoint, and the ot
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 
@@ -22,14 +22,14 @@ def plain_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part != _WRAPPED)
 
 
-def is_wrapper(module: nn.Module) -> bool:
+def is_wrapper(module: Any) -> bool:
     """Whether this is what torch.compile returned for a module."""
-    return _WRAPPED in module._modules
+    return isinstance(module, nn.Module) and _WRAPPED in module._modules
 
 
-def uncompiled(module: nn.Module) -> nn.Module:
-    """The module inside torch.compile's wrapper; every other one is returned as it is."""
-    return cast(nn.Module, module._modules[_WRAPPED]) if is_wrapper(module) else module
+def uncompiled(module: Any) -> Any:
+    """The module inside torch.compile's wrapper; everything else is returned as it is."""
+    return module._modules[_WRAPPED] if is_wrapper(module) else module
 
 
 def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

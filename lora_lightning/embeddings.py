@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from lora_lightning.compiled import plain_name, uncompiled
+from lora_lightning.compiled import uncompiled
 from lora_lightning.hosts.base import walk
 
 
@@ -24,11 +24,8 @@ def output_heads(model: nn.Module) -> list[str]:
         head = model_part.get_output_embeddings()
         if head is None:
             head = getattr(module, "score", None) or getattr(module, "classifier", None)
-        heads += [
-            f"{path}.{plain_name(sub)}" if path else plain_name(sub)
-            for sub, m in module.named_modules()
-            if m is uncompiled(head)
-        ]
+        head = uncompiled(head)
+        heads += [f"{path}.{sub}" if path else sub for sub, m in walk(module) if m is head]
     return heads
 
 
@@ -38,8 +35,7 @@ def input_embeddings(model: nn.Module) -> list[str]:
     for path, module in walk(model):
         if hasattr(module, "base_model_prefix") and hasattr(module, "get_input_embeddings"):
             model_part: Any = module
-            table = model_part.get_input_embeddings()
+            table = uncompiled(model_part.get_input_embeddings())
             prefix = path + "." if path else ""
-            table = uncompiled(table)
-            found += [prefix + plain_name(sub) for sub, m in module.named_modules() if m is table]
+            found += [prefix + sub for sub, m in walk(module) if m is table]
     return list(dict.fromkeys(found))

@@ -8,10 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from modules import Data, Net, run
+from modules import BuiltInConfigureModel, Data, Net, run
 
-from lora_lightning import LoraCallback
-from lora_lightning.errors import AdapterMismatchError, CheckpointError, ConfigError
+from lora_lightning import LohaConfig, LoraCallback, adapter_names
+from lora_lightning.errors import (
+    AdapterMismatchError,
+    AdapterStateError,
+    CheckpointError,
+    ConfigError,
+)
 
 OPTIONS: dict[str, Any] = {
     "r": 2,
@@ -184,3 +189,44 @@ def test_another_kind_of_start_is_named(tmp_path: Path) -> None:
     trainer.save_checkpoint(tmp_path / "x.ckpt")
     with pytest.raises(AdapterMismatchError, match="init_lora_weights: 'pissa' in the checkpoint"):
         run(tmp_path, LoraCallback(r=2)).validate(Net(), Data(), ckpt_path=tmp_path / "x.ckpt")
+
+
+def test_another_type(checkpoint: Path) -> None:
+    trainer = run(checkpoint.parent, LoraCallback(LohaConfig(r=2, target_modules=["embed"])))
+    with pytest.raises(AdapterMismatchError, match="LORA in the checkpoint, LOHA here"):
+        trainer.validate(Net(), Data(), ckpt_path=checkpoint)
+
+
+def on_meta() -> Net:
+    with torch.device("meta"):
+        return Net()
+
+
+def partly_on_meta() -> Net:
+    module = Net()
+    module.body[2].to("meta")
+    return module
+
+
+class MetaInConfigureModel(BuiltInConfigureModel):
+    def configure_model(self) -> None:
+        super().configure_model()
+        self.embed.to("meta")
+
+
+@pytest.mark.parametrize(
+    ("make", "count", "name"),
+    [
+        (on_meta, 11, "embed.weight, embed.bias, norm.weight, ... (11 in all)"),
+        (partly_on_meta, 2, "body.2.weight, body.2.bias"),
+        (MetaInConfigureModel, 2, "embed.weight, embed.bias"),
+    ],
+)
+def test_base_on_the_meta_device(tmp_path: Path, make: Any, count: int, name: str) -> None:
+    """Nothing would ever give it values: an adapter checkpoint holds none."""
+    module = make()
+    with pytest.raises(AdapterStateError) as error:
+        run(tmp_path, LoraCallback(r=2, target_modules=["embed"])).fit(module, Data())
+    assert str(error.value).startswith(f"{count} tensors of the base are on the meta device")
+    assert f"no values: {name}. Load the base model where" in str(error.value)
+    assert not adapter_names(module)

@@ -18,6 +18,14 @@ def options_of(config: AdapterConfig) -> dict[str, Any]:
     return {"type": config.peft_type, **config.to_dict()}
 
 
+def log_options(trainer: Any, configs: dict[str, AdapterConfig]) -> None:
+    """Tell the loggers the options of every adapter, beside the module's hyperparameters."""
+    if getattr(trainer, "enable_autolog_hparams", True):
+        options = {name: options_of(config) for name, config in configs.items()}
+        for logger in trainer.loggers:
+            logger.log_hyperparams({"lora": options})
+
+
 def check_options(
     config: AdapterConfig | None, options: dict[str, Any], init_from: str | None
 ) -> None:

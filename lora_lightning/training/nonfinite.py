@@ -40,7 +40,7 @@ class NonfiniteGuard:
             changes nothing, and raises after `MAX_IN_A_ROW` in a row; "ignore" does not look.
 
     Attributes:
-        skipped: Steps that were left out in this fit.
+        skipped: Steps that were left out in this run, resumes included.
         skipping: Whether the step that is under way is.
 
     Raises:
@@ -70,7 +70,7 @@ class NonfiniteGuard:
             ConfigError: If steps of this optimizer cannot be left out.
 
         """
-        self.skipped = self._in_a_row = 0
+        self._in_a_row = 0
         self.skipping = False
         self._losses = []
         # The running statistics of trained copies of norm layers move in forward already.

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lora_lightning.errors import AdapterStateError, ConfigError, first_few
+from lora_lightning.fingerprint import base_tensors
 from lora_lightning.hosts.base import named_hosts
 from lora_lightning.optim import check_coverage, trainable_parameters
 from lora_lightning.switching import adapter_names
@@ -16,6 +17,24 @@ from lora_lightning.training.model_parallel import check_dtypes, reshard
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
+
+
+def check_base_has_values(module: LightningModule) -> None:
+    """No base tensor is left on the meta device, unless the strategy is still to materialise it.
+
+    Raises:
+        AdapterStateError: Naming the tensors.
+
+    """
+    if module.trainer.strategy.restore_checkpoint_after_setup:
+        return
+    empty = [name for name, tensor in base_tensors(module) if tensor.is_meta]
+    if empty:
+        raise AdapterStateError(
+            f"{len(empty)} tensors of the base are on the meta device and have no values: "
+            f"{first_few(empty, 3)}. Load the base model where the module builds it, as "
+            "from_pretrained does, or with load_state_dict(state, assign=True). (model)"
+        )
 
 
 def check_before_fit(trainer: Trainer, module: LightningModule, adapter_name: str) -> None:
@@ -76,6 +95,22 @@ def check_what_trains(trainer: Trainer, module: LightningModule) -> None:
         )
 
 
+def check_loss(loss: Any) -> None:
+    """The loss depends on something that trains.
+
+    Raises:
+        AdapterStateError: If it does not, before backward fails in torch's words.
+
+    """
+    if not loss.requires_grad:
+        raise AdapterStateError(
+            "The loss does not depend on any tensor that trains. Is it computed under "
+            "torch.no_grad, from detached outputs, or past the adapted submodule? Gradient "
+            "checkpointing lets no gradient through frozen inputs while it is reentrant: give it "
+            "use_reentrant=False. (lora.target_modules)"
+        )
+
+
 def check_first_gradients(module: LightningModule) -> None:
     """After the first backward every adapter has a gradient, or something bypasses it.
 
@@ -95,5 +130,6 @@ def check_first_gradients(module: LightningModule) -> None:
         rank_zero_warn(
             f"{len(without)} of {len(trainable)} trainable tensors had no gradient in the "
             f"first step ({', '.join(without[:3])}, ...): these modules were not called, "
-            "or their weights are read without calling them."
+            "their weights are read without calling them, or gradient checkpointing is reentrant "
+            "(use_reentrant=False lets gradients through)."
         )
