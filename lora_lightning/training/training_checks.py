@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.utilities import rank_zero_warn
@@ -30,11 +31,17 @@ def check_base_has_values(module: LightningModule) -> None:
         return
     empty = [name for name, tensor in base_tensors(module) if tensor.is_meta]
     if empty:
+        # On its way out Lightning moves the module to the CPU, which would hide this error.
+        module.cpu = MethodType(_cpu, module)  # type: ignore[method-assign]
         raise AdapterStateError(
             f"{len(empty)} tensors of the base are on the meta device and have no values: "
             f"{first_few(empty, 3)}. Load the base model where the module builds it, as "
             "from_pretrained does, or with load_state_dict(state, assign=True). (model)"
         )
+
+
+def _cpu(self: Any) -> Any:
+    return self._apply(lambda tensor: tensor if tensor.is_meta else tensor.cpu())
 
 
 def check_before_fit(trainer: Trainer, module: LightningModule, adapter_name: str) -> None:
