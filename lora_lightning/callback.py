@@ -376,7 +376,9 @@ class LoraCallback(Callback):
     @property
     def state_key(self) -> str:
         """Of its own for every adapter; a Trainer without this callback is told what it misses."""
-        return self._generate_state_key(adapter_name=self.adapter_name)
+        # Before a module is attached, Lightning compares keys: `setup` refuses equal names clearer.
+        name = self.adapter_name if self._log is not None else id(self)
+        return self._generate_state_key(adapter_name=name)
 
     def state_dict(self) -> dict[str, Any]:
         """How many steps were left out so far."""

@@ -437,8 +437,9 @@ SHORT = ["--trainer.callbacks+=LoraCallback", "--trainer.callbacks.r=2"]
 def cli(verb: str, *arguments: str, model: type = Net, **options: Any) -> LightningCLI:
     """LightningCLI as it is, with no section for LoRA."""
     return LightningCLI(
-        model, Data, args=[verb, *QUIET, *arguments], save_config_callback=None, **options
-    )
+        model, Data, args=[verb, *QUIET, *arguments], save_config_callback=None,
+        seed_everything_default=0, **options,
+    )  # fmt: skip
 
 
 def lora(made: LightningCLI) -> LoraCallback:
@@ -474,7 +475,7 @@ def test_plain_cli_with_short_names(in_folder: Path) -> None:
 def test_plain_cli_builds_the_optimizer_before_the_trainer(in_folder: Path, kind: type) -> None:
     """`--optimizer` is made from the base's parameters, when no adapter exists yet."""
     made = cli(
-        "fit", *SHORT, "--optimizer=Adam", "--optimizer.lr=0.01", "--lr_scheduler=ExponentialLR",
+        "fit", *SHORT, "--optimizer=torch.optim.Adam", "--optimizer.lr=0.01", "--lr_scheduler=ExponentialLR",
         "--lr_scheduler.gamma=0.5", model=kind,
     )  # fmt: skip
     (optimizer,) = made.trainer.optimizers
@@ -490,7 +491,7 @@ def test_plain_cli_builds_the_optimizer_before_the_trainer(in_folder: Path, kind
 def test_plain_cli_with_a_model_that_is_not_built_yet(in_folder: Path) -> None:
     """The CLI's own limit (pytorch-lightning#19110): leave --optimizer out, LoraCallback has one."""
     with pytest.raises(ValueError, match="empty parameter list"):
-        cli("fit", *SHORT, "--optimizer=Adam", model=BuiltInConfigureModel)
+        cli("fit", *SHORT, "--optimizer=torch.optim.Adam", model=BuiltInConfigureModel)
     cli("fit", *SHORT, model=BuiltInConfigureModel)
 
 
@@ -509,7 +510,7 @@ def test_plain_cli_resumes_and_evaluates(in_folder: Path) -> None:
 def test_the_config_that_the_cli_saves_can_be_read(in_folder: Path) -> None:
     """SaveConfigCallback dumps every option; what is no plain value breaks the run."""
     logger = ["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=logs"]
-    LightningCLI(Net, Data, args=["fit", *QUIET, *SHORT, *logger])
+    LightningCLI(Net, Data, args=["fit", *QUIET, *SHORT, *logger], seed_everything_default=0)
     (path,) = in_folder.rglob("config.yaml")
     made = cli("fit", "--config", str(path), *QUIET)
     assert lora(made).config == LoraConfig(r=2)
