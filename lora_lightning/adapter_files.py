@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lora_lightning.adapters import config_type_of
 from lora_lightning.checkpoint import (
+    FORMAT,
     KEY,
     adapter_state_dict,
     load_adapter_state_dict,
@@ -37,8 +38,6 @@ from lora_lightning.injection import inject_adapter
 from lora_lightning.peft_config import made_from
 from lora_lightning.peft_selection import exact_names
 from lora_lightning.target_parameters import matching_parameters
-
-NEWEST_FORMAT = 1  # of what manifest.py writes
 
 
 def load_from_checkpoint(
@@ -181,10 +180,10 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         )
     manifest = checkpoint[KEY]
     found = manifest.get("format") if isinstance(manifest, dict) else None
-    if isinstance(found, int) and found > NEWEST_FORMAT:
+    if isinstance(found, int) and found > FORMAT:
         raise CheckpointError(
             f"{str(file)!r} has format {found}, written by a newer lora_lightning; this one reads "
-            f"up to format {NEWEST_FORMAT}. Update lora_lightning."
+            f"up to format {FORMAT}. Update lora_lightning."
         )
     if not (isinstance(found, int) and _is_whole(manifest, checkpoint.get("state_dict"))):
         raise CheckpointError(

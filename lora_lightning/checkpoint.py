@@ -18,6 +18,7 @@ from lora_lightning.hosts.base import named_hosts
 from lora_lightning.switching import adapter_names
 
 KEY = "lora_lightning"  # under which a Lightning checkpoint says whose adapters it holds
+FORMAT = 1  # of what it says there
 
 
 def adapter_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:

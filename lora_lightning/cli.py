@@ -20,6 +20,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.environments import LightningEnvironment
 
+from lora_lightning.adapters import config_types
 from lora_lightning.callback import LoraCallback
 from lora_lightning.config import AdapterConfig
 from lora_lightning.errors import CheckpointError, ConfigError, LoraError, did_you_mean, first_few
@@ -56,6 +57,20 @@ class LoraParser(LightningArgumentParser):
 
 def _with_suggestion(message: str, known: list[str]) -> str:
     """`message`, shortened to what matters and followed by the nearest known key."""
+    unknown_type = re.search(
+        r"Parser key \"lora\.config\".*?(?:Expected a dot import path string: |"
+        r"module 'lora_lightning' has no attribute ')(\w+)",
+        message,
+        re.DOTALL,
+    )
+    if unknown_type:  # buried in a list of all that an option can be
+        types = [config_type.__name__ for config_type in config_types().values()]
+        near = did_you_mean(unknown_type.group(1), types)
+        hint = f" Did you mean {near!r}?" if near else ""
+        return (
+            f"lora.config: there is no adapter config {unknown_type.group(1)!r}.{hint} Known are "
+            f"{', '.join(types)}, and the import path of one of your own. (lora.config)"
+        )
     inner = re.search(r"given class_path '(\S+)':\s+Option '(\w+)' is not accepted", message)
     if inner:  # buried in a list of everything else that the value could have been
         section = {"lora_lightning.LoraCallback": "lora."}.get(inner.group(1), "")

@@ -23,7 +23,7 @@ from lora_lightning.hosts.base import named_hosts
 from lora_lightning.injection import adapters_named
 from lora_lightning.peft_format import TENSORS, opened_folder, read_values
 from lora_lightning.peft_keys import parts_in_file, tensors_to_load
-from lora_lightning.targets import matches_name
+from lora_lightning.target_rules import matches_name
 
 # Of a low-rank update, by the end of its key: in which dimension the rank is.
 _RANK_DIMENSION = {

@@ -22,7 +22,7 @@ from lora_lightning.hosts import host_type_for
 from lora_lightning.hosts.base import walk
 from lora_lightning.peft_keys import PREFIX, TOKEN_ROWS
 from lora_lightning.target_parameters import matching_parameters
-from lora_lightning.targets import matches_name
+from lora_lightning.target_rules import matches_name
 
 
 @dataclass

@@ -6,7 +6,6 @@ what happens to a name that selects nothing: there it is dropped, here it is an 
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 
 import torch
@@ -21,8 +20,16 @@ from lora_lightning.hosts.attention import attention_obstacle
 from lora_lightning.hosts.base import walk
 from lora_lightning.hosts.conv1d import is_conv1d
 from lora_lightning.hosts.growing import check_can_grow
+from lora_lightning.target_checks import (
+    check_every_exclusion_matched,
+    check_every_layer_matched,
+    check_every_pattern_matched,
+    check_every_target_matched,
+    check_something_is_left,
+)
 from lora_lightning.target_names import kinds_in, linear_names, near, top_names
 from lora_lightning.target_parameters import select_parameters
+from lora_lightning.target_rules import is_excluded, matches_name, matches_target
 
 
 @dataclass
@@ -65,7 +72,7 @@ def select_modules(model: nn.Module, config: AdapterConfig) -> Selection:
     if not config.target_modules:
         pass  # only tokens or parameters train
     elif config.target_modules == ALL_LINEAR:
-        heads = output_heads(model)
+        heads, candidates = output_heads(model), []
         for path, module in modules.items():
             if not (isinstance(module, nn.Linear) or is_conv1d(module)):
                 continue
@@ -73,9 +80,12 @@ def select_modules(model: nn.Module, config: AdapterConfig) -> Selection:
                 continue
             if any(path == head or path.startswith(head + ".") for head in heads):
                 selection.left_out.append(path)
-            elif not is_excluded(config, path):
+                continue
+            candidates.append(path)
+            if not is_excluded(config, path):
                 selection.targets[path] = module
         if not selection.targets:
+            check_something_is_left(candidates, config)
             raise TargetError(
                 f"target_modules 'all-linear' matched nothing: {kinds_in(modules)}. "
                 f"Adaptable kinds: {SUPPORTED}; name modules explicitly. (lora.target_modules)"
@@ -86,14 +96,14 @@ def select_modules(model: nn.Module, config: AdapterConfig) -> Selection:
             for path, module in modules.items()
             if not is_excluded(config, path) and matches_target(config, path)
         }
-        _check_every_target_matched(modules, selection.targets, config)
+        check_every_target_matched(modules, selection.targets, config)
         _add_output_projections(modules, config, selection)
-    _check_every_exclusion_matched(modules, config)
-    _check_every_layer_matched(selection.targets, config)
+    check_every_exclusion_matched(modules, config)
+    check_every_layer_matched(selection.targets, config)
     wanted = getattr(config, "target_parameters", None) or []
     selection.parameters = select_parameters(modules, wanted, selection.targets, selection.saved)
     parameters = [f"{path}.{n}" for path, names in selection.parameters.items() for n in names]
-    _check_every_pattern_matched([*selection.targets, *parameters], config)
+    check_every_pattern_matched([*selection.targets, *parameters], config)
     for path in selection.targets.keys() & {*selection.tokens, *selection.tied}:
         raise TargetError(
             f"{path!r} is adapted as a whole (target_modules) and single rows of its weight train "
@@ -110,63 +120,6 @@ def select_modules(model: nn.Module, config: AdapterConfig) -> Selection:
 
 def _is_within(path: str, others: set[str]) -> bool:
     return any(path == other or path.startswith(other + ".") for other in others)
-
-
-# -- the rules ---------------------------------------------------------------------------------
-
-
-def matches_name(name: str, path: str) -> bool:
-    """A listed name selects a module by its whole path or by the last part(s) of it."""
-    return path == name or path.endswith("." + name)
-
-
-def matches_target(config: AdapterConfig, path: str) -> bool:
-    """Whether `target_modules` (with `layers_to_transform`) selects `path`."""
-    targets = config.target_modules
-    if isinstance(targets, str):
-        return re.fullmatch(targets, path) is not None
-    if path in targets:  # a whole path overrules the layer filter, as in PEFT
-        return True
-    if not any(path.endswith("." + target) for target in targets):
-        return False
-    wanted = _wanted_layers(config)
-    return not wanted or layer_index(config, path) in wanted
-
-
-def layer_index(config: AdapterConfig, path: str) -> int | None:
-    """The index that `layers_to_transform` counts: the first number in `path` after a name."""
-    if not config.layers_pattern:
-        expressions = [r".*?\.[^.]*\.(?P<index>\d+)\."]
-    else:
-        patterns = config.layers_pattern
-        patterns = [patterns] if isinstance(patterns, str) else patterns
-        expressions = [rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\." for pattern in patterns]
-    for expression in expressions:
-        match = re.match(expression, path)
-        if match:
-            return int(match["index"])
-    return None
-
-
-def is_excluded(config: AdapterConfig, path: str) -> bool:
-    """Whether `exclude_modules` or `modules_to_save` takes `path` out of the targets."""
-    excluded = config.exclude_modules
-    if isinstance(excluded, str):
-        if re.fullmatch(excluded, path):
-            return True
-    elif excluded and any(matches_name(name, path) for name in excluded):
-        return True
-    return any(
-        re.match(rf"(^|.*\.){saved}($|\..*)", path) for saved in config.modules_to_save or ()
-    )
-
-
-def _wanted_layers(config: AdapterConfig) -> list[int]:
-    layers = config.layers_to_transform
-    return [layers] if isinstance(layers, int) else list(layers or ())
-
-
-# -- the checks --------------------------------------------------------------------------------
 
 
 def _select_saved(
@@ -238,99 +191,6 @@ def _select_tokens(
             for other, module in modules.items():
                 if other != path and getattr(module, "weight", None) is weight:
                     selection.tied[other] = path
-
-
-def _check_every_target_matched(
-    modules: dict[str, nn.Module], targets: dict[str, nn.Module], config: AdapterConfig
-) -> None:
-    wanted = config.target_modules
-    if isinstance(wanted, str):
-        if targets:
-            return
-        by_name = [path for path in modules if matches_name(wanted, path)]
-        hint = (
-            f" As a name it would match {len(by_name)} modules: write it as a list, [{wanted!r}]."
-            if by_name
-            else near(wanted, modules)
-        )
-        raise TargetError(
-            f"target_modules {wanted!r}, a regular expression over whole paths, matched nothing."
-            f"{hint}\n  {linear_names(modules)}\n"
-            f"Use {ALL_LINEAR!r} for every Linear except the output head. (lora.target_modules)"
-        )
-    unmatched = [name for name in wanted if not any(matches_name(name, path) for path in targets)]
-    if not unmatched:
-        return
-    lines = [
-        f"target_modules {wanted}: {len(unmatched)} of {len(wanted)} "
-        f"{'name' if len(wanted) == 1 else 'names'} matched nothing."
-    ]
-    for name in unmatched:
-        outside = [path for path in modules if matches_name(name, path)]
-        if outside:
-            why = f"is there ({first_few(outside, 2)}), but excluded by other options"
-            if any(
-                matches_name(saved, path)
-                for saved in config.modules_to_save or ()
-                for path in outside
-            ):
-                why = f"is in modules_to_save already ({first_few(outside, 2)})"
-            elif _wanted_layers(config) and all(layer_index(config, p) is None for p in outside):
-                why = (
-                    f"is there ({first_few(outside, 2)}), but its path has no layer number: "
-                    "say with layers_pattern which list of modules layers_to_transform counts in"
-                )
-            lines.append(f"  {name!r} {why}")
-        else:
-            lines.append(
-                f"  {name!r}{near(name, modules) or ' is unlike every name in this model.'}"
-            )
-    lines.append(f"  {linear_names(modules)}")
-    lines.append(
-        f"Use {ALL_LINEAR!r} for every Linear except the output head, or list names. "
-        "(lora.target_modules)"
-    )
-    raise TargetError("\n".join(lines))
-
-
-def _check_every_exclusion_matched(modules: dict[str, nn.Module], config: AdapterConfig) -> None:
-    excluded = config.exclude_modules
-    if excluded is None:
-        return
-    if isinstance(excluded, str):
-        unmatched = [] if any(re.fullmatch(excluded, path) for path in modules) else [excluded]
-    else:
-        unmatched = [n for n in excluded if not any(matches_name(n, path) for path in modules)]
-    if unmatched:
-        raise TargetError(
-            f"exclude_modules {unmatched[0]!r} excludes nothing.{near(unmatched[0], modules)} "
-            "Correct it or take it out. (lora.exclude_modules)"
-        )
-
-
-def _check_every_layer_matched(targets: dict[str, nn.Module], config: AdapterConfig) -> None:
-    wanted = _wanted_layers(config)
-    if not wanted:
-        return
-    found = {layer_index(config, path) for path in targets}
-    missing = [index for index in wanted if index not in found]
-    if missing:
-        raise TargetError(
-            f"layers_to_transform {config.layers_to_transform}: no target in layer "
-            f"{first_few(map(str, missing))}; targets were found in layers "
-            f"{sorted(index for index in found if index is not None)}. Indices count from 0. "
-            "(lora.layers_to_transform)"
-        )
-
-
-def _check_every_pattern_matched(targets: list[str], config: AdapterConfig) -> None:
-    for option in ("rank_pattern", "alpha_pattern"):
-        for key in getattr(config, option, ()):
-            if not any(re.match(rf"(.*\.)?({key})$", path) for path in targets):
-                raise TargetError(
-                    f"{option} {key!r} fits none of the {len(targets)} targets."
-                    f"{near(key, targets)} Correct it or take it out. (lora.{option})"
-                )
 
 
 def _check_adaptable(

@@ -765,3 +765,16 @@ def test_two_copies_of_one_module_are_refused_before_the_second_is_made(tmp_path
     text = text_of(AdapterStateError, lambda: run(tmp_path, one, two).fit(module, Data()))
     assert text.endswith("(lora.modules_to_save)")
     assert adapter_names(module) == ["default"]
+
+
+def test_a_later_trainer_without_the_callback_is_warned_about(tmp_path: Path) -> None:
+    module = Net()
+    run(tmp_path, LoraCallback(r=2)).fit(module, Data())
+    other = run(tmp_path)
+    other.validate(module, Data())  # the trained adapters act, which is what one wants
+    for trainer in (other, run(tmp_path, LoraCallback(r=2, enabled=False))):
+        with pytest.warns(UserWarning, match=r"adapters \['default'\] of an earlier run, but this"):
+            trainer.fit(module, Data())
+    run(tmp_path, LoraCallback(r=2)).fit(module, Data())
+    merge_and_unload(module)
+    other.fit(module, Data())

@@ -194,6 +194,20 @@ MISTAKES: dict[str, tuple[list[str], int, list[str]]] = {
         1,
         ["CheckpointError: Checkpoint 'runs/a/best.ckpt' does not exist."],
     ),
+    "unknown adapter type": (
+        ["--lora.config", "LohaConfg"],
+        2,
+        [
+            "error: lora.config: there is no adapter config 'LohaConfg'. Did you mean 'LohaConfig'?",
+            "Known are LoraConfig, AdaLoraConfig,",
+            "(lora.config)",
+        ],
+    ),
+    "unknown adapter type by its path": (
+        ["--lora.config.class_path", "lora_lightning.LokrConf"],
+        2,
+        ["there is no adapter config 'LokrConf'. Did you mean 'LokrConfig'?"],
+    ),
     "unknown model option": (["--model.witdh", "8"], 2, ["error:", "witdh"]),
 }
 

@@ -20,7 +20,8 @@ from torch import nn
 from lora_lightning import LoraConfig, inject_adapter
 from lora_lightning.config import pattern_value
 from lora_lightning.errors import ConfigError, LoraError, RankError, TargetError
-from lora_lightning.targets import is_excluded, matches_target, select_modules
+from lora_lightning.target_rules import is_excluded, matches_target
+from lora_lightning.targets import select_modules
 
 # -- names against peft ------------------------------------------------------------------------
 
@@ -300,8 +301,41 @@ ERRORS = {  # options, error type, sentences in order
         TargetError,
         [
             "1 of 2 names matched nothing.",
-            "'q' is there (layers.0.attn.q, layers.1.attn.q), but excluded",
+            "'q' is there (layers.0.attn.q, layers.1.attn.q), but exclude_modules=['q'] takes it",
+            "(lora.exclude_modules)",
         ],
+    ),
+    "all excluded": (
+        {"exclude_modules": ".*"},
+        TargetError,
+        [
+            "exclude_modules='.*' takes out all that target_modules='all-linear' selects: ",
+            "layers.0.attn.q",
+            "Name fewer modules there, or other targets. (lora.exclude_modules)",
+        ],
+    ),
+    "all that an expression selects excluded": (
+        {"target_modules": r".*\.q", "exclude_modules": ["q"]},
+        TargetError,
+        ["exclude_modules=['q'] takes out all that", "selects: layers.0.attn.q, layers.1.attn.q."],
+    ),
+    "all saved": (
+        {"target_modules": "head", "modules_to_save": ["head"]},
+        TargetError,
+        ["modules_to_save=['head'] takes out all that target_modules='head' selects: head."],
+    ),
+    "layers_pattern fits nothing": (
+        {"target_modules": ["q"], "layers_to_transform": 0, "layers_pattern": "layer"},
+        TargetError,
+        [
+            "but not in a list of modules called 'layer'; lists of modules there: layers "
+            "(lora.layers_pattern)"
+        ],
+    ),
+    "all targets in other layers": (
+        {"target_modules": ["q"], "layers_to_transform": [7], "layers_pattern": "layers"},
+        TargetError,
+        ["but in layers [0, 1]; layers_to_transform is [7] (lora.layers_to_transform)"],
     ),
     "saved and targeted": (
         {"target_modules": ["q", "head"], "modules_to_save": ["head"]},

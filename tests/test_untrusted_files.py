@@ -39,10 +39,8 @@ from lora_lightning import (
     save_adapter,
     set_adapter,
 )
-from lora_lightning.adapter_files import NEWEST_FORMAT
 from lora_lightning.adapters import config_types
 from lora_lightning.errors import AdapterMismatchError, AdapterStateError, CheckpointError
-from lora_lightning.training.manifest import FORMAT
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 A = "base_model.model.layers.0.proj.lora_A.weight"
@@ -846,10 +844,6 @@ def test_spoilt_checkpoints(name: str, runs: dict[str, tuple[Path, Net]], tmp_pa
     spoil(content)
     torch.save(content, tmp_path / "spoilt.ckpt")
     not_loaded(tmp_path / "spoilt.ckpt", words)
-
-
-def test_the_format_is_that_of_the_manifest() -> None:
-    assert NEWEST_FORMAT == FORMAT
 
 
 def test_the_watch_can_fail() -> None:

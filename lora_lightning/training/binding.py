@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lora_lightning.compiled import under_own_names
@@ -132,6 +133,13 @@ def averaged_models(trainer: Any) -> list[Any]:
 
 def setup(self: LightningModule, stage: str) -> None:
     """The module's own `setup`, then growth, unless `configure_model` is still to build."""
+    if stage == "fit" and adapter_names(self) and not callbacks_of(self):
+        rank_zero_warn(
+            f"The module carries the adapters {adapter_names(self)} of an earlier run, but this "
+            "Trainer has no LoraCallback: its checkpoints will hold the whole model, and nothing "
+            "checks what trains. Add the LoraCallback again, or make the adapters part of the "
+            "model with merge_and_unload(module). (trainer.callbacks)"
+        )
     _original(self, "setup")(stage)
     if not overrides(self, "configure_model"):
         for callback in callbacks_of(self):

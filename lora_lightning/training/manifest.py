@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import lora_lightning
 from lora_lightning.bias import trained_biases
-from lora_lightning.checkpoint import KEY, config_differences, tensor_differences
+from lora_lightning.checkpoint import FORMAT, KEY, config_differences, tensor_differences
 from lora_lightning.compiled import plain_name
 from lora_lightning.errors import AdapterMismatchError, CheckpointError, first_few
 from lora_lightning.fingerprint import (
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
     from lora_lightning.callback import LoraCallback
 
-FORMAT = 1
 _EXTRA_STATE = "_extra_state"  # what a user's module keeps by get_extra_state
 
 
