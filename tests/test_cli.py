@@ -323,7 +323,8 @@ def test_quickstart(tmp_path: Path) -> None:
     keys = best["state_dict"]
     assert len(keys) == 2 * 37 + 2
     assert all(".adapters.default." in key for key in keys)
-    score = float(next(iter(best["callbacks"].values()))["best_model_score"])
+    scores = [state.get("best_model_score") for state in best["callbacks"].values()]
+    score = float(next(found for found in scores if found is not None))
     assert score > 0.70  # LoRA reached 0.77 to 0.80 over three seeds, the head alone 0.60
     out = process(
         tmp_path, "validate", "--config", "configs/quickstart.yaml", "--ckpt_path", "best"
