@@ -47,6 +47,7 @@ from lora_lightning.training.callback_options import (
 )
 from lora_lightning.training.checkpoint_files import protect_checkpoints
 from lora_lightning.training.eva_run import start_values, starts_from_data, take_over_ranks
+from lora_lightning.training.fsdp import check_not_wrapped
 from lora_lightning.training.launchers import check_launcher, take_returned
 from lora_lightning.training.manifest import remember_base
 from lora_lightning.training.meta_base import expect_base
@@ -177,6 +178,7 @@ class LoraCallback(Callback):
 
     def grow(self, pl_module: LightningModule) -> None:
         """Put this adapter on the module; what carries it already keeps it."""
+        check_not_wrapped(pl_module)
         convert_before_growth(pl_module)
         check_base_has_values(pl_module)
         root = self.root(pl_module)

@@ -1,8 +1,8 @@
 """Sharded checkpoints: folders in which every process has written its part.
 
-`ModelParallelStrategy` writes them by `torch.distributed.checkpoint`, beside what is not split
-(`meta.pt`). As ours hold adapters only, any process may read a whole one, whatever strategy it
-runs under and however many processes wrote it.
+`ModelParallelStrategy` and `FSDPStrategy` write them by `torch.distributed.checkpoint`, beside what
+is not split (`meta.pt`). As ours hold adapters only, any process may read a whole one, whatever
+strategy it runs under and however many processes wrote it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _ENTRIES = {
 
 
 def is_checkpoint_folder(path: str | os.PathLike[str]) -> bool:
-    """Whether this is a folder that `ModelParallelStrategy` wrote, with all its parts' index."""
+    """Whether this is a folder that one of them wrote, with all its parts' index."""
     return Path(path, _REST).is_file() and Path(path, _INDEX).is_file()
 
 
@@ -49,7 +49,7 @@ def read_checkpoint_folder(
             f"The sharded checkpoint {str(path)!r} cannot be read: {reason}. Resume from another "
             "one. (ckpt_path)"
         ) from error
-    checkpoint["state_dict"] = parts.get("state_dict", {})
+    checkpoint["state_dict"] = parts.get("state_dict", parts.get("model", {}))  # FSDP1's name
     optimizers = [parts[name] for name in sorted(parts) if name.startswith("optimizer_")]
     if optimizers:
         checkpoint["optimizer_states"] = [{"state": {}, **state} for state in optimizers]

@@ -3,6 +3,7 @@
 The wrapper that torch.compile returns holds the module as its child `_orig_mod`, so "net.weight"
 becomes "net._orig_mod.weight" in every state dict. Targets, saved keys and fingerprints leave that
 part out: a compiled run resumes from an uncompiled one's checkpoint, and the other way round.
+FSDP1 and its activation checkpointing wrap modules likewise.
 """
 
 from __future__ import annotations
@@ -12,24 +13,26 @@ from typing import Any
 
 from torch import nn
 
-_WRAPPED = "_orig_mod"
+_WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 def plain_name(name: str) -> str:
-    """A path or key as it is without torch.compile."""
-    if _WRAPPED not in name:
+    """A path or key as it is without wrappers."""
+    if not any(wrapped in name for wrapped in _WRAPPED):
         return name
-    return ".".join(part for part in name.split(".") if part != _WRAPPED)
+    return ".".join(part for part in name.split(".") if part not in _WRAPPED)
 
 
 def is_wrapper(module: Any) -> bool:
-    """Whether this is what torch.compile returned for a module."""
-    return isinstance(module, nn.Module) and _WRAPPED in module._modules
+    """Whether this is what torch.compile returned for a module, or FSDP1."""
+    return isinstance(module, nn.Module) and any(name in module._modules for name in _WRAPPED)
 
 
 def uncompiled(module: Any) -> Any:
-    """The module inside torch.compile's wrapper; everything else is returned as it is."""
-    return module._modules[_WRAPPED] if is_wrapper(module) else module
+    """The module inside such wrappers; everything else is returned as it is."""
+    while is_wrapper(module):
+        module = next(module._modules[name] for name in _WRAPPED if name in module._modules)
+    return module
 
 
 def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

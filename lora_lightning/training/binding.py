@@ -49,6 +49,7 @@ class Binding:
         buffers: Digests of the base's persistent buffers at that time.
         base_to_come: Whether the base was built on the meta device and is not loaded yet.
         returned: What child processes trained, until the module has the layers for it.
+        fsdp: FSDP1's wrapper of the module, and what averages the adapters' gradients.
         run_state: What a checkpoint says of this process, until training starts.
 
     """
@@ -58,6 +59,7 @@ class Binding:
     buffers: dict[str, list[str]] = field(default_factory=dict)
     base_to_come: bool = False
     returned: dict[str, Any] = field(default_factory=dict)
+    fsdp: tuple[Any, Any] | None = None
     run_state: dict[str, Any] | None = None
 
 
@@ -148,11 +150,13 @@ def setup(self: LightningModule, stage: str) -> None:
 
 def configure_model(self: LightningModule) -> None:
     """The module's own `configure_model`, then growth."""
+    from lora_lightning.training.fsdp import leave_out_adapters
     from lora_lightning.training.model_parallel import grow_before_sharding, shard_adapters
 
     callbacks = callbacks_of(self)
     if callbacks:
         grow_before_sharding(self, callbacks)
+        leave_out_adapters(self)
     _original(self, "configure_model")()
     for callback in callbacks:
         callback.grow(self)
@@ -215,6 +219,8 @@ def on_load_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> Non
                 adopt_ranks(callback, self, saved)
         check_checkpoint(checkpoint, self, callbacks)
         for part in checkpoint.keys() & {"state_dict", "current_model_state"}:
+            if binding_of(self).fsdp is not None:
+                continue  # goes by plain names, and a unit's state dict would gather the base
             checkpoint[part] = under_own_names(self, checkpoint[part])
         prepare_run_state(checkpoint, self)
 

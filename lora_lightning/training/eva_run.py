@@ -73,6 +73,13 @@ def adopt_ranks(callback: LoraCallback, pl_module: LightningModule, saved: dict[
     config = LoraConfig.from_dict({**saved["config"], **plain})
     if config.rank_pattern == getattr(callback.config, "rank_pattern", None):
         return
+    strategy = pl_module.trainer.strategy
+    if strategy.restore_checkpoint_after_setup:
+        raise ConfigError(
+            f"{type(strategy).__name__} restores checkpoints into adapters that it has set up, but "
+            "this one's have the ranks that EVA found. Resume on a single device or under DDP, or "
+            "put the adapter on before fit: load_adapter(module, path). (lora.init_lora_weights)"
+        )
     root = callback.root(pl_module)
     order = adapter_names(root)
     delete_adapter(root, callback.adapter_name)

@@ -172,6 +172,8 @@ def remember_base(module: LightningModule, fresh: bool) -> None:
     if binding.base_to_come:
         binding.fingerprint = {}
         return
+    if binding.fsdp is not None:
+        return  # spread over the processes as it was
     found = base_fingerprint(module)
     known = {} if fresh else binding.fingerprint or {}
     if not known:

@@ -28,6 +28,11 @@ def is_model_parallel(strategy: Any) -> bool:
     return any(cls.__name__ == "ModelParallelStrategy" for cls in type(strategy).__mro__)
 
 
+def is_fsdp(strategy: Any) -> bool:
+    """Whether this is Lightning's FSDP1."""
+    return any(cls.__name__ == "FSDPStrategy" for cls in type(strategy).__mro__)
+
+
 def reshard(module: nn.Module) -> None:
     """Let the module's parameters be the parts that optimizers hold, not gathered ones."""
     for child in module.modules():
@@ -60,7 +65,8 @@ def check_model_parallel(trainer: Any, starts_from_data: bool) -> None:
 
 def grow_before_sharding(module: LightningModule, callbacks: list[Any]) -> None:
     """Grow the adapters whose modules are there before `configure_model`, which may shard them."""
-    if not is_model_parallel(module.trainer.strategy):
+    strategy = module.trainer.strategy
+    if not (is_model_parallel(strategy) or is_fsdp(strategy)):
         return
     for callback in callbacks:
         try:

@@ -6,7 +6,7 @@ from typing import Any
 
 from lora_lightning.errors import ConfigError
 
-_STRATEGIES = {"SingleDeviceStrategy", "DDPStrategy", "ModelParallelStrategy"}
+_STRATEGIES = {"SingleDeviceStrategy", "DDPStrategy", "ModelParallelStrategy", "FSDPStrategy"}
 _BASE_CHANGERS = {"BaseFinetuning", "ModelPruning"}
 
 

@@ -1,8 +1,8 @@
 """Sharded checkpoints on disk: whole or not there, with the hashes that single files carry.
 
-`ModelParallelStrategy` writes into the folder of the final name, over what was there. Here it
-writes beside it, and the folder gets its name when every process is done. Every process writes to
-the same (shared) disk, as the strategy demands.
+`ModelParallelStrategy` and `FSDPStrategy` write into the folder of the final name, over what was
+there. Here they write beside it, and the folder gets its name when every process is done. Every
+process writes to the same (shared) disk, as the strategies demand.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def save_sharded_checkpoint(
     path = Path(strategy.broadcast(filepath))
     save = type(strategy).save_checkpoint
     old = path.with_name(f".{path.name}.old")
-    if not strategy._save_distributed_checkpoint:
+    if not writes_folders(strategy):
         _aside(strategy, path, old)  # the strategy's own removal is a race of all processes
         save(strategy, checkpoint, path, storage_options)
         _remove(strategy, old)
@@ -47,13 +47,20 @@ def save_sharded_checkpoint(
     _remove(strategy, old)
 
 
+def writes_folders(strategy: Any) -> bool:
+    """Whether this strategy's checkpoints are folders, of a part from every process."""
+    if hasattr(strategy, "_state_dict_type"):  # FSDPStrategy's
+        return bool(strategy._state_dict_type == "sharded")
+    return bool(strategy._save_distributed_checkpoint)
+
+
 def _aside(strategy: Any, path: Path, old: Path) -> None:
     """Give a folder that is to be replaced another name; a file is simply replaced."""
     _remove(strategy, old)
     if strategy.is_global_zero:
         if is_checkpoint_folder(path):
             path.rename(old)
-        elif strategy._save_distributed_checkpoint and path.is_file():
+        elif writes_folders(strategy) and path.is_file():
             path.unlink()
     strategy.barrier()
 

@@ -14,6 +14,7 @@ do what the strategy does.
 | single device, DDP | the module's tensors | `load_state_dict` |
 | ModelParallel, one file | gathered on rank 0 | every process takes its part |
 | ModelParallel, folder | every process its part | every process takes its part |
+| FSDP1, one file or folder | the adapters, whole everywhere | every process all |
 """
 
 from __future__ import annotations
@@ -29,16 +30,27 @@ from lora_lightning.checkpoint_folders import is_checkpoint_folder, read_checkpo
 from lora_lightning.errors import CheckpointError, first_few
 from lora_lightning.sharding import sharded_like, whole_state
 from lora_lightning.training.binding import averaged_models, callbacks_of
+from lora_lightning.training.fsdp import (
+    check_fsdp,
+    fsdp_module_state,
+    load_fsdp_module_state,
+    setup_fsdp,
+)
 from lora_lightning.training.manifest import expect_only_adapters, kept_state
 from lora_lightning.training.meta_base import load_base
-from lora_lightning.training.model_parallel import is_model_parallel, reshard
+from lora_lightning.training.model_parallel import is_fsdp, is_model_parallel, reshard
 from lora_lightning.training.optimizer_names import with_names, with_numbers
-from lora_lightning.training.sharded_files import save_sharded_checkpoint
+from lora_lightning.training.sharded_files import save_sharded_checkpoint, writes_folders
 
 
 def override_state_methods(strategy: Any) -> None:
     """Let the strategy save and load adapters only; doing it again changes nothing."""
-    overrides = _SHARDED if is_model_parallel(strategy) else _WHOLE
+    overrides = _WHOLE
+    if is_model_parallel(strategy):
+        overrides = _SHARDED
+    if is_fsdp(strategy):
+        check_fsdp(strategy)
+        overrides = _FSDP
     for name, override in overrides.items():
         if getattr(strategy.__dict__.get(name), "__func__", None) is not override:
             setattr(strategy, name, MethodType(override, strategy))
@@ -58,7 +70,7 @@ def read_checkpoint(
     """
     if "://" not in str(path) and is_checkpoint_folder(path):
         return read_checkpoint_folder(path, *args, **kwargs)
-    if is_model_parallel(strategy):  # whose own method would load it at once, unchecked
+    if is_model_parallel(strategy) or is_fsdp(strategy):  # their own would load it, unchecked
         checkpoint: dict[str, Any] = strategy.checkpoint_io.load_checkpoint(path, *args, **kwargs)
         return checkpoint
     return type(strategy).load_checkpoint(strategy, path, *args, **kwargs)
@@ -123,9 +135,34 @@ def load_sharded_state_dict(self: Any, checkpoint: dict[str, Any], strict: bool 
         type(self).load_model_state_dict(self, checkpoint, strict=strict)
         return
     load_adapters(module, checkpoint["state_dict"])
-    if "optimizer_states" in checkpoint:
-        for optimizer, state in zip(self.optimizers, _numbered(self, checkpoint), strict=False):
-            optimizer.load_state_dict(state)
+    _load_optimizers(self, checkpoint)
+
+
+def fsdp_module_state_dict(self: Any) -> dict[str, Any]:
+    """The tensors that are saved, from the process or the processes that write."""
+    module = self.lightning_module
+    if not callbacks_of(module):
+        return type(self).lightning_module_state_dict(self)
+    return fsdp_module_state(module) if _writes(self) else {}
+
+
+def fsdp_optimizer_state(self: Any, optimizer: Any) -> dict[str, Any]:
+    """The state of an optimizer by names, from the process or the processes that write."""
+    module = self.lightning_module
+    if not callbacks_of(module):
+        return type(self).optimizer_state(self, optimizer)
+    optimizer = getattr(optimizer, "_optimizer", optimizer)
+    return with_names(optimizer.state_dict(), optimizer, module) if _writes(self) else {}
+
+
+def load_fsdp_state_dict(self: Any, checkpoint: dict[str, Any], strict: bool = True) -> None:
+    """Adapters and, in fit, optimizers: the strategy restores after it has set them up."""
+    module = self.lightning_module
+    if not callbacks_of(module):
+        type(self).load_model_state_dict(self, checkpoint, strict=strict)
+        return
+    load_fsdp_module_state(module, checkpoint["state_dict"])
+    _load_optimizers(self, checkpoint)
 
 
 def place_and_load_base(self: Any) -> None:
@@ -145,6 +182,14 @@ _SHARDED: dict[str, Callable[..., Any]] = {
     "load_model_state_dict": load_sharded_state_dict,
     "save_checkpoint": save_sharded_checkpoint,
     "model_to_device": place_and_load_base,
+}
+
+_FSDP: dict[str, Callable[..., Any]] = {
+    "_setup_model": setup_fsdp,
+    "lightning_module_state_dict": fsdp_module_state_dict,
+    "optimizer_state": fsdp_optimizer_state,
+    "load_model_state_dict": load_fsdp_state_dict,
+    "save_checkpoint": save_sharded_checkpoint,
 }
 
 
@@ -179,8 +224,19 @@ def _numbered(strategy: Any, checkpoint: dict[str, Any]) -> list[dict[str, Any]]
     return [with_numbers(s, o, module) for s, o in zip(states, optimizers, strict=True)]
 
 
+def _load_optimizers(strategy: Any, checkpoint: dict[str, Any]) -> None:
+    if "optimizer_states" in checkpoint and strategy.optimizers:
+        states = _numbered(strategy, checkpoint)
+        for optimizer, state in zip(strategy.optimizers, states, strict=True):
+            optimizer.load_state_dict(state)
+
+
+def _writes(strategy: Any) -> bool:
+    return strategy.is_global_zero or writes_folders(strategy)
+
+
 def _to_be_written(strategy: Any, state: dict[str, Any]) -> dict[str, Any]:
-    if strategy._save_distributed_checkpoint:
+    if writes_folders(strategy):
         return state
     gathered: dict[str, Any] = whole_state(state)
     return gathered if strategy.is_global_zero else {}

@@ -1,0 +1,231 @@
+"""FSDP1 (`strategy="fsdp"`): the frozen base is sharded, adapters stay whole on every process.
+
+FSDP lays the parameters of a unit into one flat tensor: of one dtype, so that float32 adapters
+cannot lie beside a bf16 base, and with a gradient for all of it, although only adapters train. So
+adapters are left out of every unit (`ignored_modules`), and the units are frozen throughout: no
+gradient of the base is allocated or sent. The adapters' gradients are averaged over the processes
+at the end of every backward pass, in one message per dtype, as DDP does it. Checkpoints need no
+gathering: each process has all that is saved.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.plugins.precision import Precision
+from torch import Tensor, nn
+
+from lora_lightning.bias import trained_biases
+from lora_lightning.checkpoint import adapter_state_dict
+from lora_lightning.compiled import named_parameters
+from lora_lightning.errors import CheckpointError, ConfigError, first_few
+from lora_lightning.fingerprint import persistent_buffers
+from lora_lightning.hosts.base import named_hosts, walk
+from lora_lightning.switching import adapter_names
+from lora_lightning.training.binding import averaged_models, binding_of, callbacks_of
+from lora_lightning.training.manifest import kept_state
+from lora_lightning.training.model_parallel import is_fsdp
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule
+
+
+def check_fsdp(strategy: Any) -> None:
+    """The strategy's options allow to leave adapters out of FSDP's units.
+
+    Raises:
+        ConfigError: If they do not.
+
+    """
+    options = strategy.kwargs
+    if not options["use_orig_params"]:
+        raise ConfigError(
+            f"{type(strategy).__name__}(use_orig_params=False) hides the adapters from the "
+            "optimizer. Leave it at its default, True. (trainer.strategy)"
+        )
+    if options.get("ignored_states") is not None:
+        raise ConfigError(
+            f"{type(strategy).__name__}(ignored_states=...) cannot be given beside adapters, which "
+            "are left out as modules. Name modules: ignored_modules. (trainer.strategy)"
+        )
+    # Passed on when `configure_model` begins, to wrap by; adapters that grow in it are added.
+    options["ignored_modules"] = [*(options.get("ignored_modules") or [])]
+
+
+def leave_out_adapters(module: LightningModule) -> None:
+    """Let FSDP take up no adapter when it wraps the module, whoever lets it.
+
+    Raises:
+        ConfigError: If a part of the base trains.
+
+    """
+    strategy: Any = module.trainer.strategy
+    if not is_fsdp(strategy):
+        return
+    ignored = strategy.kwargs["ignored_modules"]
+    known = {id(part) for part in ignored}
+    adapters = [host.adapters for _, host in named_hosts(module)]
+    ignored += [part for part in adapters if id(part) not in known]
+    biases = [name for name, _, _ in trained_biases(module)]
+    if biases:
+        raise ConfigError(
+            f"bias trains {first_few(biases)}, which FSDP would shard with the frozen weights "
+            "beside them. Use bias='none', or ModelParallelStrategy. (lora.bias)"
+        )
+
+
+def check_not_wrapped(module: LightningModule) -> None:
+    """Adapters cannot grow on weights that FSDP has flattened.
+
+    Raises:
+        ConfigError: If some are and adapters are still to grow.
+
+    """
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    grown = adapter_names(module)
+    if not is_fsdp(module.trainer.strategy) or all(
+        callback.adapter_name in grown for callback in callbacks_of(module)
+    ):
+        return
+    wrapped = [n for n, m in module.named_modules() if isinstance(m, FullyShardedDataParallel)]
+    if wrapped:
+        raise ConfigError(
+            f"{first_few(wrapped)} were wrapped in FSDP before adapters could grow on them: their "
+            "weights are flattened by now. Build the model in __init__ or setup "
+            "and give the strategy an auto_wrap_policy instead; or, to build and shard in "
+            "configure_model, use ModelParallelStrategy. (trainer.strategy)"
+        )
+
+
+def setup_fsdp(self: Any, model: Any) -> Any:
+    """`FSDPStrategy._setup_model` around a module with adapters; later calls return the first's."""
+    module = self.lightning_module
+    if not callbacks_of(module):
+        return type(self)._setup_model(self, model)
+    binding = binding_of(module)
+    if averaged_models(module.trainer):
+        raise ConfigError(
+            "WeightAveraging swaps whole models, and under FSDP each process has parts of the base "
+            "only. Take it out, or use strategy='ddp'. (trainer.callbacks)"
+        )
+    if binding.fsdp is None:
+        leave_out_adapters(module)
+        root = type(self)._setup_model(self, model)
+        own = [tensor for _, host in named_hosts(module) for tensor in _tensors(host.adapters)]
+        for tensor in own:
+            tensor.data = tensor.data.to(self.root_device)
+            dist.broadcast(tensor.data, src=0)
+        average = GradientAverage([p for p in own if isinstance(p, nn.Parameter)])
+        binding.fsdp = root, average
+    # Gradients are whole here, so that the plain way to clip them is right.
+    self.precision_plugin.clip_grad_by_norm = Precision.clip_grad_by_norm.__get__(
+        self.precision_plugin
+    )
+    return binding.fsdp[0]
+
+
+@dataclass
+class GradientAverage:
+    """Averages the gradients of some parameters over all processes when a backward pass ends.
+
+    A gradient that none of the processes has stays None; one that only some have is averaged with
+    zeros, as under DDP.
+    """
+
+    parameters: list[nn.Parameter]
+    _queued: bool = False
+
+    def __post_init__(self) -> None:
+        for parameter in self.parameters:
+            parameter.register_post_accumulate_grad_hook(self._queue)
+
+    def _queue(self, _: Any) -> None:
+        if not self._queued:
+            self._queued = True
+            torch.autograd.Variable._execution_engine.queue_callback(self._average)
+
+    def _average(self) -> None:
+        self._queued = False
+        groups: dict[torch.dtype, list[nn.Parameter]] = defaultdict(list)
+        for parameter in self.parameters:
+            if parameter.requires_grad:
+                groups[parameter.dtype].append(parameter)
+        for parameters in groups.values():
+            _average(parameters)
+
+
+def _average(parameters: list[nn.Parameter]) -> None:
+    grads = [p.grad for p in parameters]
+    present = parameters[0].new_tensor([float(g is not None) for g in grads])
+    pieces = [p.new_zeros(p.shape) if p.grad is None else p.grad for p in parameters]
+    flat = torch.cat([*(piece.flatten() for piece in pieces), present])
+    dist.all_reduce(flat)
+    *averages, present = flat.split([p.numel() for p in parameters] + [len(parameters)])
+    somewhere = [True] * len(grads) if None not in grads else present.bool().tolist()
+    for parameter, average, there in zip(parameters, averages, somewhere, strict=True):
+        if there:
+            average = (average / dist.get_world_size()).view_as(parameter)
+            if parameter.grad is None:
+                parameter.grad = average
+            else:
+                parameter.grad.copy_(average)
+
+
+# -- state -----------------------------------------------------------------------------------------
+
+
+def fsdp_module_state(module: LightningModule) -> dict[str, Any]:
+    """What is saved of the module, without asking FSDP for its units' state."""
+    state: dict[str, Any] = dict(_own_tensors(module))
+    for path, child in walk(module):
+        if type(child).get_extra_state is not nn.Module.get_extra_state:
+            state[f"{path}._extra_state" if path else "_extra_state"] = child.get_extra_state()
+    for callback in callbacks_of(module):
+        own = adapter_state_dict(callback.root(module), callback.adapter_name)
+        state.update(zip(callback.saved_keys(module), own.values(), strict=True))
+    return kept_state(state, module, callbacks_of(module))
+
+
+def load_fsdp_module_state(module: LightningModule, state: dict[str, Any]) -> None:
+    """Load what `fsdp_module_state` gives.
+
+    Raises:
+        CheckpointError: If the module has no place for a tensor.
+
+    """
+    own: dict[str, Tensor] = {**dict(named_parameters(module)), **dict(_own_tensors(module))}
+    modules = dict(walk(module))
+    left = []
+    for key, value in state.items():
+        if key.endswith("_extra_state"):
+            modules[key.rpartition(".")[0]].set_extra_state(value)
+        elif key in own and own[key].shape == value.shape:
+            with torch.no_grad():
+                own[key].copy_(value)
+        else:
+            left.append(key)
+    if left:
+        raise CheckpointError(
+            f"The module has no place for {first_few(sorted(left))} of the checkpoint. (ckpt_path)"
+        )
+
+
+def _own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """Persistent buffers, which FSDP leaves whole, those of adapters too."""
+    found = []
+    for path, child in walk(module):
+        found += [(f"{path}.{n}" if path else n, b) for n, b in persistent_buffers(child)]
+    for path, host in named_hosts(module):
+        for inner, part in host.adapters.named_modules():
+            prefix = ".".join(filter(None, (path, "adapters", inner)))
+            found += [(f"{prefix}.{n}", b) for n, b in persistent_buffers(part)]
+    return found
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]

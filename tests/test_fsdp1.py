@@ -1,0 +1,291 @@
+"""FSDP1 on two gloo processes: the base sharded, adapters whole, files as of any other strategy.
+
+FSDP1 needs CUDA; `OnCpu` is what lets it run without (Lightning asks for the exact type).
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+from lightning.pytorch.strategies import FSDPStrategy
+from modules import BuiltInConfigureModel, Data, run
+from processes import on_processes
+from test_sharded import Quiet, equal, fit, make_callback, whole_state
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp.wrap import enable_wrap, wrap
+from torch.optim.swa_utils import get_ema_avg_fn
+from torch.utils.data import DataLoader
+
+from lora_lightning.checkpoint_folders import read_checkpoint_folder
+from lora_lightning.compiled import plain_name
+from lora_lightning.errors import ConfigError
+from lora_lightning.training.fsdp import GradientAverage, check_fsdp
+
+
+class OnCpu(FSDPStrategy):
+    @property
+    def root_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    @property
+    def wrap_options(self) -> dict[str, Any]:
+        options = {"device_id": torch.device("cpu"), "sharding_strategy": self.sharding_strategy}
+        return {**options, "mixed_precision": self.mixed_precision_config, **self.kwargs}
+
+    def _setup_model(self, model: nn.Module) -> nn.Module:
+        if any(isinstance(part, FullyShardedDataParallel) for part in model.modules()):
+            return model
+        return FullyShardedDataParallel(model, **self.wrap_options)
+
+    def model_sharded_context(self) -> Any:
+        return enable_wrap(wrapper_cls=FullyShardedDataParallel, **self.wrap_options)
+
+
+def on_cpu(**options: Any) -> OnCpu:
+    return OnCpu(process_group_backend="gloo", **options)
+
+
+UNITS = {"auto_wrap_policy": {nn.Sequential}}
+FORMS: dict[str, dict[str, Any]] = {
+    "file": {},
+    "folder": {"state_dict_type": "sharded", **UNITS},
+}
+WAYS: dict[str, dict[str, Any]] = {  # options of the Trainer, under FSDP1 and DDP alike
+    "plain": {},
+    "bf16-true": {"precision": "bf16-true"},
+    "accumulated": {"accumulate_grad_batches": 2},
+    "clipped": {"gradient_clip_val": 0.05},
+}
+
+
+class WrapsItself(Quiet):
+    """Built in `__init__`, wrapped in `configure_model`."""
+
+    def configure_model(self) -> None:
+        self.body = wrap(self.body)
+
+
+class BuildsAndWrapsItself(BuiltInConfigureModel):
+    def configure_model(self) -> None:
+        super().configure_model()
+        if not isinstance(self.body, FullyShardedDataParallel):
+            self.body = wrap(self.body)
+
+
+class UsesHeadOnRankZero(Quiet):
+    """An adapter that only one process needs in a step."""
+
+    def forward(self, x: Any) -> Any:
+        y = self.body(self.norm(self.embed(x)))
+        return self.head(y) if os.environ.get("RANK", "0") == "0" else y[:, :3]
+
+
+def train(
+    folder: Path, way: Any, *callbacks: Any, epochs: int = 2, kind: Any = Quiet, **options: Any
+) -> tuple[dict[str, Any], Any]:
+    """Adapters and moments after training on two processes, and the Trainer."""
+    seed_everything(7, verbose=False)
+    module = kind()
+    share = DataLoader(Data().dataset, 8, sampler=list(range(int(os.environ["RANK"]), 64, 2)))
+    saver = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
+    settings = {
+        "max_epochs": epochs,
+        "strategy": way,
+        "devices": 2,
+        "use_distributed_sampler": False,
+    }
+    trainer = run(folder, *(callbacks or [make_callback()]), saver, **{**settings, **options})
+    trainer.fit(module, share, share)
+    return state_of(trainer), trainer
+
+
+def state_of(trainer: Any) -> dict[str, Any]:
+    state = whole_state(trainer.lightning_module, trainer.optimizers[0])
+    return {plain_name(name): value for name, value in state.items()}
+
+
+def on_two(folder: Path) -> dict[str, Any]:
+    """What every test below looks at."""
+    found: dict[str, Any] = {}
+    alone = folder / "alone/epoch=1.ckpt"
+    for form, options in FORMS.items():
+        for name, start in {
+            form: None,
+            f"{form} resumed": folder / form / "epoch=1.ckpt",
+            f"{form} from one device": alone,
+        }.items():
+            state = fit(Quiet, folder / form, 4, start, on_cpu(**options))
+            found[name] = {plain_name(key): value for key, value in state.items()}
+    found["ddp from folder"] = fit(Quiet, folder / "ddp", 4, folder / "folder/epoch=1.ckpt", "ddp")
+    for name, options in WAYS.items():
+        found[f"fsdp {name}"], trainer = train(folder / "fsdp", on_cpu(**UNITS), **options)
+        found[f"ddp {name}"], _ = train(folder / "ddp2", "ddp", **options)
+        if name == "plain":
+            found["unit"] = unit_of(trainer)
+            module = trainer.lightning_module
+            loader = Data().test_dataloader()
+            tested = trainer.test(module, loader, verbose=False)[0]
+            restored = run(folder, make_callback()).test(
+                Quiet(), loader, ckpt_path=folder / "fsdp/epoch=1.ckpt", verbose=False
+            )[0]
+            found["tested"] = {key: torch.tensor(tested[key]) for key in tested}
+            found["tested on one device"] = {key: torch.tensor(restored[key]) for key in tested}
+    found["wraps itself"], _ = train(folder / "itself", on_cpu(), kind=WrapsItself)
+    for name, way in {"fsdp": on_cpu(), "ddp": "ddp_find_unused_parameters_true"}.items():
+        found[f"{name} unused"], _ = train(folder / name, way, kind=UsesHeadOnRankZero)
+    found["refused"] = {
+        "bias": refusal(folder, make_callback(bias="all", modules_to_save=None)),
+        "late": refusal(folder, kind=BuildsAndWrapsItself),
+        "averaging": refusal(folder, make_callback(), WeightAveraging(avg_fn=get_ema_avg_fn(0.9))),
+    }
+    GradientAverage.__post_init__ = lambda self: None  # type: ignore[method-assign]
+    found["twin"], _ = train(folder / "twin", on_cpu(**UNITS))
+    return found
+
+
+def refusal(folder: Path, *callbacks: Any, **options: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        train(folder / "refused", on_cpu(**UNITS), *callbacks, **options)
+    return str(caught.value)
+
+
+def unit_of(trainer: Any) -> dict[str, Any]:
+    """The flat tensors of the units: of the base only, frozen, and each process has its half."""
+    handles = trainer.model._all_handles
+    flat = [handle.flat_param for handle in handles]
+    names = [name for f in flat for name in f._fqns]
+    sizes = [(f._unpadded_unsharded_size.numel(), f._sharded_size.numel()) for f in flat]
+    return {
+        "units": torch.tensor(len(flat)),
+        "adapters inside": torch.tensor(sum(".adapters." in name for name in names)),
+        "train": torch.tensor(any(f.requires_grad for f in flat)),
+        "halved": torch.tensor([part <= whole // 2 + 1 for whole, part in sizes]),
+    }
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: Any) -> Path:
+    return tmp_path_factory.mktemp("fsdp1")
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> dict[str, Any]:
+    return fit(Quiet, folder / "alone", 4)
+
+
+@pytest.fixture(scope="module")
+def both(folder: Path, alone: Any) -> list[dict[str, Any]]:
+    return on_processes(2, on_two, folder)
+
+
+@pytest.fixture(scope="module")
+def found(both: list[dict[str, Any]]) -> dict[str, Any]:
+    first, second = both
+    for name in first.keys() - {"twin", "refused"}:
+        assert equal(first[name], second[name]), name
+    return first
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
+def test_resume_is_exact(found: dict[str, Any], form: str) -> None:
+    assert equal(found[form], found[f"{form} resumed"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
+def test_files_hold_adapters_only(found: dict[str, Any], folder: Path, form: str) -> None:
+    path = folder / form / "epoch=3.ckpt"
+    saved = read_checkpoint_folder(path) if path.is_dir() else torch.load(path, weights_only=True)
+    assert path.is_dir() == (form == "folder")
+    adapters = {key: value for key, value in found[form].items() if "/" not in key}
+    assert equal(saved["state_dict"], adapters)
+
+
+@pytest.mark.slow
+def test_from_and_to_other_strategies(found: dict[str, Any], alone: Any) -> None:
+    """Same as one device with the whole batch, also after changing over in the middle."""
+    names = [name for form in FORMS for name in (form, f"{form} from one device")]
+    for name in [*names, "ddp from folder"]:
+        assert found[name].keys() == alone.keys(), name
+        for key in alone:  # sums in another order
+            torch.testing.assert_close(
+                found[name][key], alone[key], rtol=1e-4, atol=1e-5, msg=f"{name}: {key}"
+            )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+def test_same_as_ddp_bit_for_bit(found: dict[str, Any], way: str) -> None:
+    if way == "accumulated":  # DDP sums first and averages then
+        for key, value in found[f"ddp {way}"].items():
+            torch.testing.assert_close(found[f"fsdp {way}"][key], value)
+        return
+    assert equal(found[f"fsdp {way}"], found[f"ddp {way}"])
+    state = found[f"fsdp {way}"]
+    assert all(state[key].dtype == torch.float32 for key in state if "lora_" in key)  # moments too
+
+
+@pytest.mark.slow
+def test_ways_differ(found: dict[str, Any]) -> None:
+    """So that the comparisons above say something."""
+    assert not equal(found["fsdp plain"], found["fsdp clipped"])
+    assert not equal(found["fsdp plain"], found["fsdp bf16-true"])
+
+
+@pytest.mark.slow
+def test_base_is_sharded_and_frozen(found: dict[str, Any]) -> None:
+    unit = found["unit"]
+    assert unit["units"] == 2
+    assert unit["halved"].all()
+    assert not unit["adapters inside"]
+    assert not unit["train"]
+
+
+@pytest.mark.slow
+def test_wrapping_in_configure_model(found: dict[str, Any]) -> None:
+    assert equal(found["wraps itself"], found["ddp plain"])
+
+
+@pytest.mark.slow
+def test_an_adapter_that_one_process_uses(found: dict[str, Any]) -> None:
+    assert equal(found["fsdp unused"], found["ddp unused"])
+
+
+@pytest.mark.slow
+def test_evaluation_after_fit(found: dict[str, Any]) -> None:
+    for key, value in found["tested on one device"].items():
+        torch.testing.assert_close(found["tested"][key], value)
+
+
+@pytest.mark.slow
+def test_twin_without_the_average_diverges(both: list[dict[str, Any]]) -> None:
+    first, second = both
+    assert not equal(first["twin"], second["twin"])
+
+
+@pytest.mark.slow
+def test_refusals(found: dict[str, Any]) -> None:
+    refused = found["refused"]
+    assert "Use bias='none', or ModelParallelStrategy. (lora.bias)" in refused["bias"]
+    assert "body were wrapped in FSDP before adapters could grow" in refused["late"]
+    assert "WeightAveraging swaps whole models" in refused["averaging"]
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"use_orig_params": False}, "hides the adapters from the optimizer"),
+        ({"ignored_states": [nn.Linear(1, 1)]}, "Name modules: ignored_modules"),
+    ],
+)
+def test_options_that_adapters_exclude(tmp_path: Path, options: Any, text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        check_fsdp(on_cpu(**options))
