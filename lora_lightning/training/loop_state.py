@@ -70,9 +70,13 @@ def continue_loops(trainer: Any, metrics: dict[str, torch.Tensor]) -> None:
         epoch.current.ready = epoch.current.started + 1
     if ends or fit_loop.restarted_on_epoch_start:
         loop._restarting = loop.val_loop._restarting = False
-    elif loop.restarting and not loop.val_loop.restarted_mid_evaluation:
+    elif loop.restarting:
         last = loop.batch_progress.is_last_batch
-        if loop.restarted_on_train_batch_end or (last and not loop._should_check_val_fx(fetcher)):
+        validated = not loop.val_loop.restarted_mid_evaluation
+        passed_over = loop.restarted_on_train_batch_end or (
+            last and validated and not loop._should_check_val_fx(fetcher)
+        )
+        if passed_over:
             loop.update_lr_schedulers("step", update_plateau_schedulers=True)
         if last:  # there is no other batch in this epoch
             fetcher.done = True
@@ -83,7 +87,8 @@ def continue_loops(trainer: Any, metrics: dict[str, torch.Tensor]) -> None:
             trainer.should_stop = True
             rank_zero_info(
                 f"EarlyStopping had stopped this run ({callback.monitor} did not improve "
-                f"{callback.wait_count} times); raise its patience to go on."
+                f"{callback.wait_count} times), which ends here. To go on, leave it out: its "
+                "patience comes from the checkpoint."
             )
 
 

@@ -37,6 +37,7 @@ from lora_lightning.rng import (
 _PARTS = (
     "sampler", "batch_sampler", "dataset", "datasets", "collate_fn", "transform", "transforms",
 )  # fmt: skip
+_OURS = ("_position", "_loaded", "_next_goes_on")
 
 
 class LazyLoader(DataLoader):
@@ -48,8 +49,13 @@ class LazyLoader(DataLoader):
         """Begin a pass with the first batch that is asked for."""
         return Pass(self)
 
-    def new_iterator(self) -> Iterator[Any]:
-        """The iterator that the loader's own class makes."""
+    def new_iterator(self, goes_on: bool = False) -> Iterator[Any]:
+        """The iterator that the loader's own class makes.
+
+        Args:
+            goes_on: Whether it is to go on from a state that was loaded, or begins the epoch after.
+
+        """
         ours = isinstance(self, ResumableLoader)
         if ours and self.persistent_workers and self._iterator is None:
             # Workers are made once in a run, passes begun many times: what making them draws must
@@ -57,10 +63,25 @@ class LazyLoader(DataLoader):
             with random_state_kept():
                 torch.rand(1)
                 super().__iter__()
+        if self.__dict__.pop("_loaded", None) is not None:
+            with random_state_kept():  # the uninterrupted run had made that iterator before
+                self.state_dict() if goes_on else super().__iter__()
         return super().__iter__()
 
+    def state_dict(self) -> dict[str, Any]:
+        """The loader's own state; what was loaded, where no pass has begun since."""
+        if "_loaded" in self.__dict__:
+            return self._loaded
+        with random_state_kept():
+            return super().state_dict()  # type: ignore[misc]
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load the loader's own state."""
+        super().load_state_dict(state)  # type: ignore[misc]
+        self._loaded, self._next_goes_on = state, True
+
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        state = {key: value for key, value in self.__dict__.items() if key != "_position"}
+        state = {key: value for key, value in self.__dict__.items() if key not in _OURS}
         return _plain_loader, (self.base_type, state)
 
 
@@ -119,6 +140,8 @@ class Pass(Iterator[Any]):
     Attributes:
         batches: How many it has given.
         start: The random states when it began; None before.
+        goes_on: Whether a loader with a state of its own goes on from it, in the same epoch.
+        loader_before: The loader's own state before the last batch, where it is fetched ahead.
 
     """
 
@@ -126,6 +149,7 @@ class Pass(Iterator[Any]):
         self.loader = loader
         self.batches = 0
         self.start: dict[str, Any] | None = None
+        self.loader_before: dict[str, Any] | None = None
         self._iterator: Iterator[Any] | None = None
         self._position = loader.__dict__.pop("_position", None) or None
         # Lightning fetches one batch ahead of loaders whose length is not known. In the main
@@ -134,6 +158,7 @@ class Pass(Iterator[Any]):
         self._fetched_ahead = self._streams and loader.num_workers == 0
         self._before: dict[str, Any] | None = None
         self._waiting: list[Any] = []
+        self.goes_on = loader.__dict__.pop("_next_goes_on", False)
 
     def __next__(self) -> Any:
         if self._iterator is None:
@@ -142,6 +167,8 @@ class Pass(Iterator[Any]):
             return self._waiting.pop()
         if self._fetched_ahead:
             self._before = randomness(self.loader)
+        if self._streams and not isinstance(self.loader, ResumableLoader):
+            self.loader_before = self.loader.state_dict()
         batch = next(self._iterator)
         self.batches += 1
         return batch
@@ -160,7 +187,7 @@ class Pass(Iterator[Any]):
     def _begin(self) -> Iterator[Any]:
         if self._position is None:
             self.start = randomness(self.loader)
-            return self.loader.new_iterator()
+            return self.loader.new_iterator(self.goes_on)
         now = randomness(self.loader)
         self.start = self._position["start"]
         set_randomness(self.loader, self._position["start"])

@@ -84,9 +84,8 @@ def _continue(module: LightningModule, own: dict[str, Any]) -> None:
     if module.trainer.current_epoch or fit_loop.epoch_loop.batch_progress.is_last_batch:
         for loader in _flattened(fit_loop._combined_loader):
             warn_of_workers(loader)
-    if fit_loop._combined_loader_states_to_load and fit_loop._combined_loader is not None:
-        # At the start of an epoch Lightning leaves them out, but loaders keep more than a position.
-        fit_loop._combined_loader._load_state_dicts(fit_loop._combined_loader_states_to_load)
+    if not in_epoch(module.trainer) or getattr(fit_loop._data_fetcher, "done", False):
+        _begin_epoch(fit_loop._combined_loader, own["positions"])
         fit_loop._combined_loader_states_to_load = []
     for loader, states in zip(_loaders(module.trainer), own["generators"], strict=False):
         set_generator_states(loader, states)
@@ -96,6 +95,18 @@ def _continue(module: LightningModule, own: dict[str, Any]) -> None:
     set_random_state(own["random_state"])
     if own.get("rank_seed") is not None:
         seed_all(int(torch.randint(2**62, ())) + own["rank_seed"])
+
+
+def _begin_epoch(combined: Any, states: list[dict[str, Any]]) -> None:
+    """The next batch is the first of an epoch: loaders with a state have had the last one."""
+    for one_pass in getattr(getattr(combined, "_iterator", None), "iterators", []):
+        if isinstance(one_pass, Pass):
+            one_pass.goes_on = False
+    stateful = [loader for loader in _flattened(combined) if _is_stateful(loader)]
+    for loader, state in zip(stateful, states, strict=False):
+        if not isinstance(loader, ResumableLoader):
+            loader.load_state_dict(state)
+            loader.__dict__.pop("_next_goes_on", None)
 
 
 def _loaders(trainer: Any) -> list[Any]:
@@ -118,8 +129,12 @@ def _positions(trainer: Any, checkpoint: dict[str, Any]) -> list[dict[str, Any]]
     ahead = len(getattr(fetcher, "batches", [])) + batches.ready - batches.processed
     stateful = [loader for loader in _flattened(combined) if _is_stateful(loader)]
     for index, loader in enumerate(stateful):
-        if isinstance(loader, ResumableLoader) and id(loader) in passes:
+        if id(loader) not in passes:
+            continue
+        if isinstance(loader, ResumableLoader):
             states[index] = passes[id(loader)].state(ahead)
+        elif ahead == 1 and passes[id(loader)].loader_before is not None:
+            states[index] = passes[id(loader)].loader_before
     return states
 
 
