@@ -20,11 +20,15 @@ from lora_lightning import (
     inject_adapter,
     merge_adapter,
     merge_and_unload,
+    set_adapter,
     unmerge_adapter,
 )
 from lora_lightning.errors import AdapterStateError, TargetError
 from lora_lightning.fingerprint import base_fingerprint, fingerprint_difference
+from lora_lightning.hosts import linear
+from lora_lightning.hosts.fused_lora import add_lora
 from lora_lightning.hosts.quantized import BitsandbytesHost, QuantizedHost
+from lora_lightning.switching import set_trainable
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
@@ -181,6 +185,47 @@ def test_output_and_gradients_are_those_of_the_dense_formula(kind: str) -> None:
     torch.testing.assert_close(y.double(), wanted_y, atol=1e-5, rtol=1e-5)
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one.double(), other, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["nf4-double", "fp4", "int8", "int8-outliers"])
+@pytest.mark.parametrize("mode", ["fp32", "bf16", "autocast"])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_added_in_place_as_the_plain_expression(
+    name: str, mode: str, dropout: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two adapters, and an activation that writes into their sum."""
+    model = adapted(name, lora_dropout=dropout)
+    inject_adapter(model, LoraConfig(r=2, init_lora_weights=False), "second")
+    set_adapter(model, ["default", "second"])
+    set_trainable(model, "second", True)
+    model.append(nn.ReLU(inplace=True))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert len(trained) == 4
+    x = torch.randn(3, 5, IN, dtype=torch.bfloat16 if mode == "bf16" else torch.float32)
+    x.requires_grad_()
+    outputs = []
+
+    def run() -> list[Tensor]:
+        torch.manual_seed(5)
+        with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
+            y = model(x)
+        return [y, *torch.autograd.grad(y.float().square().sum(), [x, *trained])]
+
+    def spy(x: Tensor, y: Tensor, *args: Any, **options: Any) -> Tensor:
+        outputs.append((y, add_lora(x, y, *args, **options)))
+        return outputs[-1][1]
+
+    monkeypatch.setattr(linear, "add_lora", spy)
+    found = run()
+    ((y, total),) = outputs
+    assert y.data_ptr() == total.data_ptr()  # no copy of the output
+    monkeypatch.setattr(linear, "lora_terms", lambda chain: None)
+    expected = run()
+    assert len(outputs) == 1
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == other.dtype
+        error = (one - other).float().norm() / other.float().norm()
+        assert error < (1e-6 if mode == "fp32" else 1e-2)  # of a bf16 number 8 bits
 
 
 def requantised(layer: Any, dense: Tensor) -> list[Tensor]:

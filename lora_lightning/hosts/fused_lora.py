@@ -96,8 +96,8 @@ def add_lora(x: Tensor, y: Tensor, terms: Sequence[LoraTerm], *, inplace: bool =
         x: What the base read.
         y: What it answered.
         terms: The adapters' shares.
-        inplace: Write the sum into `y`, unless it is a view. Only for a base known to need its y
-            no more, neither in its backward nor as a buffer of its own.
+        inplace: Write the sum into the memory of `y`, if that is contiguous. Only for a base known
+            to need its y no more, neither in its backward nor as a buffer of its own.
 
     """
     return _apply(x, y, None, None, terms, inplace)
@@ -137,9 +137,12 @@ class _Lora(torch.autograd.Function):
             # could change in place an output that is a view of a tensor born in here.
             like = None if bias is None else _as_autocast(bias)
             output = F.linear(x, _as_autocast(weight), like).detach()
-        elif inplace and y.is_contiguous() and not y._is_view():
-            ctx.mark_dirty(y)
-            output = y
+        elif inplace and y.is_contiguous():
+            if y._is_view():  # of what a function of bitsandbytes has made, which nobody else holds
+                output = y.detach()
+            else:
+                ctx.mark_dirty(y)
+                output = y
         else:
             output = y.clone(memory_format=torch.contiguous_format)
         flat = output.view(-1, output.shape[-1])

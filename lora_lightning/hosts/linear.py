@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lora_lightning.adapters.base import Adapter
 from lora_lightning.hosts.base import Host
 from lora_lightning.hosts.folding import fold, split_copy
-from lora_lightning.hosts.fused_lora import can_fuse, fused_lora, lora_terms
+from lora_lightning.hosts.fused_lora import add_lora, can_fuse, fused_lora, lora_terms
 from lora_lightning.hosts.shared_cast import autocast_input
 
 
@@ -31,10 +31,9 @@ class LinearHost(Host):
         """The output for `x`, which under autocast is cast once for all that read it."""
         copy, others = split_copy(chain)
         shared = autocast_input(x)
-        if copy is None and self.is_plain() and can_fuse(shared, self.weight, self.bias):
-            terms = lora_terms(others)
-            if terms is not None:
-                return fused_lora(shared, self.weight, self.bias, terms)
+        terms = lora_terms(others) if can_fuse(shared) else None
+        if terms and copy is None and self.is_plain() and can_fuse(shared, self.weight, self.bias):
+            return fused_lora(shared, self.weight, self.bias, terms)
         # Only the plain Linear is known to begin with autocast's cast; a subclass with a forward
         # of its own (a router in fp32, say) gets what it was given.
         own = shared if self.is_plain() else x
@@ -42,7 +41,17 @@ class LinearHost(Host):
         def base_map(z: Tensor) -> Any:
             return self.base_forward(copy, own if z is shared else z, *args, **kwargs)
 
+        # Where the output has to be copied for it, adding is no faster than the plain expression.
+        if terms and copy is None and self.gives_output_away():
+            y = base_map(shared)
+            if can_fuse(y):
+                return add_lora(shared, y, terms, inplace=True)
+            return fold(others, shared, lambda z: y, self)
         return fold(others, shared, base_map, self)
+
+    def gives_output_away(self) -> bool:
+        """Whether the base needs its output no more, so that it may be written into."""
+        return False
 
     def is_plain(self) -> bool:
         """Whether the base's forward is that of nn.Linear itself."""

@@ -142,6 +142,11 @@ class BitsandbytesHost(QuantizedHost):
     base or a bias that trains.
     """
 
+    def gives_output_away(self) -> bool:
+        """Yes: the backward of bitsandbytes' products reads the weight only."""
+        forward = self.base_type.forward
+        return forward.__module__ == "bitsandbytes.nn.modules" and self._instance_forward is None
+
     def base_forward(self, copy: TrainedCopy | None, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward."""
         bias = self._parameters.get("bias")
