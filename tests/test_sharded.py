@@ -3,19 +3,41 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, seed_everything
+from filelock import FileLock  # comes with torch
+from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
-from modules import Data, Net, run
+from modules import Data, run
 from processes import on_processes
+from sharded_modules import (
+    BodyOnly,
+    BuiltAndSharded,
+    BuiltAndShardedInBf16,
+    DDPWithOwnSeeds,
+    FSDPWithOwnSeeds,
+    InitializedOnMeta,
+    LoadsLess,
+    NobodyLoads,
+    OnMeta,
+    OtherBase,
+    OtherBasePerRank,
+    OwnUnitHead,
+    PlainSGD,
+    Quiet,
+    ShardedInBf16,
+    ShardedLater,
+    TensorParallel,
+    Unsharded,
+    strategy,
+)
 from torch import nn
 from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader
 
 from lora_lightning import (
@@ -28,63 +50,16 @@ from lora_lightning import (
     OftConfig,
     ShiraConfig,
     VeraConfig,
+    inject_adapter,
 )
 from lora_lightning.checkpoint_folders import read_checkpoint_folder
+from lora_lightning.errors import LoraError
 from lora_lightning.sharding import whole
-
-
-class Quiet(Net):
-    """Without what draws random numbers or batch statistics, so that processes can be compared."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(16)
-        self.body[1] = nn.Identity()
-
-
-class ShardedLater(Quiet):
-    """Built in `__init__`, sharded in `configure_model`."""
-
-    def configure_model(self) -> None:
-        shard(self)
-
-
-class BuiltAndSharded(Quiet):
-    """Built and sharded in `configure_model`, so that adapters come after sharding."""
-
-    def __init__(self) -> None:
-        LightningModule.__init__(self)
-
-    def configure_model(self) -> None:
-        build(self)
-        shard(self)
-
-
-def build(module: Any) -> None:
-    if not hasattr(module, "embed"):
-        for name, child in Quiet().named_children():
-            module.add_module(name, child)
-
-
-def shard(module: Any, **options: Any) -> None:
-    from torch.distributed.fsdp import FSDPModule, fully_shard
-
-    if isinstance(module.body, FSDPModule) or module.device_mesh is None:
-        return
-    mesh = module.device_mesh["data_parallel"]
-    fully_shard(module.body, mesh=mesh, **options)
-    fully_shard(module, mesh=mesh, **options)
 
 
 def make_callback(**options: Any) -> LoraCallback:
     defaults = {"r": 2, "target_modules": ["embed", "body.2"], "modules_to_save": ["head"]}
     return LoraCallback(**{**defaults, **options})
-
-
-def strategy(folder: bool) -> ModelParallelStrategy:
-    return ModelParallelStrategy(
-        data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=folder
-    )
 
 
 def fit(
@@ -126,44 +101,6 @@ def whole_state(module: nn.Module, optimizer: Any) -> dict[str, Any]:
 
 def equal(first: dict[str, Any], second: dict[str, Any]) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
-
-
-class ShardedInBf16(ShardedLater):
-    def configure_model(self) -> None:
-        shard(self, mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32))
-
-
-class BuiltAndShardedInBf16(BuiltAndSharded):
-    def configure_model(self) -> None:
-        build(self)
-        shard(self, mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32))
-
-
-class OnMeta(Quiet):
-    """Built without memory; its base is loaded once it has some."""
-
-    base = Quiet().state_dict()
-
-    def __init__(self) -> None:
-        LightningModule.__init__(self)
-
-    def configure_model(self) -> None:
-        with torch.device("meta"):
-            build(self)
-        shard(self)
-
-    def base_state_dict(self) -> dict[str, torch.Tensor]:
-        return self.base
-
-
-class InitializedOnMeta(OnMeta):
-    """Built by `trainer.init_module(empty_init=True)`, adapters before sharding."""
-
-    def __init__(self) -> None:
-        Quiet.__init__(self)
-
-    def configure_model(self) -> None:
-        shard(self)
 
 
 T = {"target_modules": ["embed", "body.2"]}
@@ -215,22 +152,135 @@ def on_two(folder: Path) -> dict[str, Any]:
     found["bf16-true"] = fit(
         OnMeta, folder / "bf16", 4, way=strategy(folder=True), precision="bf16-true"
     )
+    for form in ("folder", "file"):
+        place = folder / f"sgd-{form}"
+        for name, path in ((place.name, None), (f"{place.name} resumed", place / "epoch=1.ckpt")):
+            found[name] = fit(PlainSGD, place, 4, path, strategy(folder=form == "folder"))
+    return {
+        "runs": found,
+        "refusals": refusals(folder),
+        "evaluation": evaluate(folder),
+        "starts": starts(folder),
+    }
+
+
+def starts(folder: Path) -> dict[str, Any]:
+    """Start values of A with another seed on each rank, and what they are on rank 0 alone."""
+    os.environ.pop("PL_GLOBAL_SEED")  # with which Lightning would seed all
+    found = {}
+    for name, way in (
+        ("fsdp", strategy(folder=True)),
+        ("fsdp, twin", strategy(folder=True, kind=FSDPWithOwnSeeds)),
+        ("ddp", "ddp"),
+        ("ddp, twin", DDPWithOwnSeeds()),
+    ):
+        torch.manual_seed(torch.distributed.get_rank())
+        spy = Spy(**make_callback().config.to_dict())
+        module = ShardedLater()
+        run(folder, spy, strategy=way, devices=2, limit_val_batches=0).validate(
+            module, Data().val_dataloader(), verbose=False
+        )
+        found[name], found[f"{name}, undisturbed"] = spy.start, spy.undisturbed
+    torch.manual_seed(0)
+    alone = Quiet()
+    inject_adapter(alone, make_callback().config)
+    found["rank 0"] = alone.embed.adapters["default"].lora_A.detach()
     return found
+
+
+class Spy(LoraCallback):
+    """Looks at A and at the random state when adapters have grown, before DDP hands A to all."""
+
+    def grow(self, pl_module: Any) -> None:
+        before = torch.get_rng_state()
+        super().grow(pl_module)
+        self.undisturbed = torch.equal(before, torch.get_rng_state())
+        self.start = whole(pl_module.embed.adapters["default"].lora_A.detach()).clone()
+
+
+def evaluate(folder: Path) -> list[float]:
+    """The loss on all samples with the adapters of a checkpoint, of each kind."""
+    losses = []
+    for kind, form in FORMS:
+        path = folder / f"{kind.__name__}-{form}" / "epoch=1.ckpt"
+        options = {"strategy": strategy(folder=True), "use_distributed_sampler": False}
+        trainer = run(folder, make_callback(), devices=2, **options)
+        loader = Data(64).val_dataloader()
+        losses += [
+            evaluate(kind(), loader, ckpt_path=path, verbose=False)[0][f"{name}_loss"]
+            for name, evaluate in (("val", trainer.validate), ("test", trainer.test))
+        ]
+    return losses
+
+
+def refusals(folder: Path) -> dict[str, str]:
+    """What is said to the user, by what is wrong."""
+    found = {}
+
+    def attempt(kind: Any, *args: Any, **options: Any) -> None:
+        try:
+            fit(kind, folder / "refused", 4, *args, **{"way": strategy(folder=True), **options})
+        except (LoraError, ValueError) as error:
+            found[f"{kind.__name__} {' '.join(options)}".strip()] = str(error)
+
+    for kind in (BodyOnly, Unsharded, TensorParallel, NobodyLoads, LoadsLess, OtherBasePerRank):
+        attempt(kind)
+    attempt(OwnUnitHead)
+    attempt(ShardedLater, way=ModelParallelStrategy())
+    attempt(ShardedLater, precision="bf16-true")
+    attempt(ShardedLater, config=LoraConfig(init_lora_weights="eva", **T))
+    found["eva"] = found.pop("ShardedLater config")
+    for form in ("folder", "file"):
+        path = folder / f"ShardedLater-{form}" / "epoch=1.ckpt"
+        attempt(OtherBase, path)
+        found[f"other base, {form}"] = found.pop("OtherBase")
+        attempt(ShardedLater, path, config=LoraConfig(r=3, **T))
+        found[f"other rank, {form}"] = found.pop("ShardedLater config")
+    damaged = folder / "damaged.ckpt"
+    if torch.distributed.get_rank() == 0:
+        flip_a_bit(folder / "ShardedLater-folder/epoch=1.ckpt", damaged)
+    torch.distributed.barrier()
+    attempt(ShardedLater, damaged)
+    found["damaged"] = found.pop("ShardedLater")
+    return found
+
+
+def flip_a_bit(source: Path, damaged: Path) -> None:
+    """One bit of a value that the second process wrote."""
+    shutil.copytree(source, damaged)
+    b = read_checkpoint_folder(source)["state_dict"]["body.2.adapters.default.lora_B"]
+    part = damaged / "__1_0.distcp"
+    content = bytearray(part.read_bytes())
+    content[content.index(b[8:].numpy().tobytes())] ^= 1
+    part.write_bytes(content)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: Any) -> Path:
-    return tmp_path_factory.mktemp("sharded")
+    """Where all of it is written, once: under pytest-xdist several processes run this file."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "sharded"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "ranks.pt").exists():
+            torch.save(fit(Quiet, folder / "alone", 4), folder / "alone.pt")
+            torch.save(dict(enumerate(on_processes(2, on_two, folder))), folder / "ranks.pt")
+    return folder
 
 
 @pytest.fixture(scope="module")
 def alone(folder: Path) -> dict[str, Any]:
-    return fit(Quiet, folder / "alone", 4)
+    return torch.load(folder / "alone.pt")
 
 
 @pytest.fixture(scope="module")
-def found(folder: Path, alone: Any) -> dict[str, Any]:
-    first, second = on_processes(2, on_two, folder)
+def ranks(folder: Path) -> dict[int, Any]:
+    return torch.load(folder / "ranks.pt")
+
+
+@pytest.fixture(scope="module")
+def found(ranks: Any) -> dict[str, Any]:
+    """The runs, which end alike on both processes."""
+    first, second = (ranks[rank]["runs"] for rank in (0, 1))
     for name in first:
         assert equal(first[name], second[name]), name
     return first
@@ -337,3 +387,63 @@ def test_base_on_meta_in_bf16(found: Any, folder: Path) -> None:
     assert adapters == {torch.float32}
     checkpoint = read_checkpoint_folder(folder / "bf16/last.ckpt")
     assert checkpoint["lora_lightning"]["base"]["embed.weight"][1] == "bfloat16"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["folder", "file"])
+def test_an_optimizer_without_state_and_empty_groups(found: Any, form: str, tmp_path: Path) -> None:
+    assert equal(found[f"sgd-{form}"], found[f"sgd-{form} resumed"])
+    assert_close(found[f"sgd-{form}"], fit(PlainSGD, tmp_path, 4))
+
+
+@pytest.mark.slow
+def test_evaluation_of_sharded_checkpoints(ranks: Any, folder: Path) -> None:
+    trainer = run(folder, make_callback())
+    path = folder / "ShardedLater-folder/epoch=1.ckpt"
+    (logged,) = trainer.validate(Quiet(), Data(64).val_dataloader(), ckpt_path=path, verbose=False)
+    loss = logged["val_loss"]
+    for rank in (0, 1):
+        assert ranks[rank]["evaluation"] == pytest.approx([loss] * 2 * len(FORMS), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_same_start_on_all_ranks(ranks: Any) -> None:
+    """Whatever their seeds are; the twins share none of them."""
+    expected = ranks[0]["starts"]["rank 0"]
+    for rank in (0, 1):
+        starts = ranks[rank]["starts"]
+        assert torch.equal(starts["fsdp"], expected)
+        assert torch.equal(starts["ddp"], expected)
+        assert starts["fsdp, undisturbed"]
+        assert starts["ddp, undisturbed"]
+    assert not torch.equal(ranks[1]["starts"]["fsdp, twin"], expected)
+    assert not torch.equal(ranks[1]["starts"]["ddp, twin"], expected)
+
+
+REFUSALS = {
+    "BodyOnly": "configure_model leaves 'embed' out of fully_shard",
+    "Unsharded": "configure_model leaves 'embed' out of fully_shard",
+    "TensorParallel": "'body.2.weight' is split over processes by tensor parallelism",
+    "ShardedLater way": "tensor_parallel_size=2: adapters do not follow weights",
+    "NobodyLoads": "Define `base_state_dict(self)` on the LightningModule",
+    "LoadsLess": "not the base of this module:\n  missing: embed.weight",
+    "OtherBasePerRank": "The base of rank 1 is not that of rank 0",
+    "OwnUnitHead": "fully_shard made a unit of its own, which cannot be copied",
+    "ShardedLater precision": "can have one dtype only",
+    "eva": "init_lora_weights='eva' chooses ranks by the data",
+    "other base, folder": "norm.bias: other values",
+    "other base, file": "norm.bias: other values",
+    "other rank, folder": "r: 2 in the checkpoint, 3 here",
+    "other rank, file": "r: 2 in the checkpoint, 3 here",
+    "damaged": "state_dict/body.2.adapters.default.lora_B is not what was written",
+}
+
+
+@pytest.mark.slow
+def test_refusals(ranks: Any) -> None:
+    """Alike on both processes, so that none waits for the other."""
+    said = ranks[0]["refusals"]
+    assert said == ranks[1]["refusals"]
+    assert said.keys() == REFUSALS.keys()
+    for name, text in REFUSALS.items():
+        assert text in said[name], name

@@ -14,12 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from lora_lightning.errors import ConfigError, LoraError, first_few
+from lora_lightning.errors import ConfigError, TargetError, first_few
 from lora_lightning.hosts.base import Host, named_hosts, walk
 from lora_lightning.sharding import is_sharded
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
+
+_NO_TENSOR_PARALLEL = (
+    "adapters do not follow weights that are split along their features, and each process would "
+    "train one of its own on its part. Use data_parallel_size=<all processes>, "
+    "tensor_parallel_size=1, and fully_shard alone. (trainer.strategy)"
+)
 
 
 def is_model_parallel(strategy: Any) -> bool:
@@ -49,6 +55,12 @@ def check_model_parallel(trainer: Any, starts_from_data: bool) -> None:
     """
     if not is_model_parallel(trainer.strategy):
         return
+    if trainer.strategy.device_mesh["tensor_parallel"].size() > 1:
+        raise ConfigError(
+            "ModelParallelStrategy was given (or has chosen, as tensor_parallel_size is 'auto') "
+            f"tensor_parallel_size={trainer.strategy.device_mesh['tensor_parallel'].size()}: "
+            f"{_NO_TENSOR_PARALLEL}"
+        )
     if starts_from_data:
         raise ConfigError(
             "init_lora_weights='eva' chooses ranks by the data, and ModelParallelStrategy reads a "
@@ -71,7 +83,7 @@ def grow_before_sharding(module: LightningModule, callbacks: list[Any]) -> None:
     for callback in callbacks:
         try:
             callback.grow(module)
-        except LoraError:  # not built yet; what is really wrong shows again afterwards
+        except (TargetError, ConfigError):  # not built yet; what is wrong shows again afterwards
             continue
 
 
@@ -187,7 +199,5 @@ def _check_no_tensor_parallel(module: nn.Module) -> None:
             if _unit_around(module, path) is None or not all(p.is_replicate() for p in others):
                 raise ConfigError(
                     f"{(path + '.' if path else '') + name!r} is split over processes by "
-                    f"tensor parallelism ({parameter.placements}), which adapters do not follow: "  # type: ignore[attr-defined]
-                    "each process would train an adapter of its own on its part. Use "
-                    "tensor_parallel_size=1 and fully_shard alone. (trainer.strategy)"
+                    f"tensor parallelism ({parameter.placements}): {_NO_TENSOR_PARALLEL}"  # type: ignore[attr-defined]
                 )

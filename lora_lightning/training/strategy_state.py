@@ -225,7 +225,8 @@ def _numbered(strategy: Any, checkpoint: dict[str, Any]) -> list[dict[str, Any]]
 
 
 def _load_optimizers(strategy: Any, checkpoint: dict[str, Any]) -> None:
-    if "optimizer_states" in checkpoint and strategy.optimizers:
+    fits = strategy.lightning_module.trainer.state.fn == "fit"
+    if "optimizer_states" in checkpoint and fits:
         states = _numbered(strategy, checkpoint)
         for optimizer, state in zip(strategy.optimizers, states, strict=True):
             optimizer.load_state_dict(state)

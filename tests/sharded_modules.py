@@ -1,0 +1,170 @@
+"""LightningModules that shard themselves (FSDP2), and one without what cannot be compared."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from modules import Net
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+
+class Quiet(Net):
+    """Without what draws random numbers or batch statistics, so that processes can be compared."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(16)
+        self.body[1] = nn.Identity()
+
+
+def shard(module: Any, **options: Any) -> None:
+    """The body as a unit, and the rest; once only, and not without a strategy that shards."""
+    if isinstance(module.body, FSDPModule) or module.device_mesh is None:
+        return
+    mesh = module.device_mesh["data_parallel"]
+    fully_shard(module.body, mesh=mesh, **options)
+    fully_shard(module, mesh=mesh, **options)
+
+
+def build(module: Any) -> None:
+    if not hasattr(module, "embed"):
+        for name, child in Quiet().named_children():
+            module.add_module(name, child)
+
+
+class ShardedLater(Quiet):
+    """Built in `__init__`, sharded in `configure_model`: adapters come before sharding."""
+
+    def configure_model(self) -> None:
+        shard(self)
+
+
+class BuiltAndSharded(Quiet):
+    """Built and sharded in `configure_model`: adapters come after sharding."""
+
+    def __init__(self) -> None:
+        LightningModule.__init__(self)
+
+    def configure_model(self) -> None:
+        build(self)
+        shard(self)
+
+
+class ShardedInBf16(ShardedLater):
+    def configure_model(self) -> None:
+        shard(self, mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32))
+
+
+class BuiltAndShardedInBf16(BuiltAndSharded):
+    def configure_model(self) -> None:
+        build(self)
+        shard(self, mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32))
+
+
+class OnMeta(Quiet):
+    """Built without memory; its base is loaded once it has some."""
+
+    base = Quiet().state_dict()
+
+    def __init__(self) -> None:
+        LightningModule.__init__(self)
+
+    def configure_model(self) -> None:
+        with torch.device("meta"):
+            build(self)
+        shard(self)
+
+    def base_state_dict(self) -> dict[str, Tensor]:
+        return self.base
+
+
+class InitializedOnMeta(OnMeta):
+    """Built by `trainer.init_module(empty_init=True)`: adapters come before sharding."""
+
+    def __init__(self) -> None:
+        Quiet.__init__(self)
+
+    def configure_model(self) -> None:
+        shard(self)
+
+
+class PlainSGD(ShardedLater):
+    """An optimizer without any state, and groups that are empty once the base is frozen."""
+
+    def configure_optimizers(self) -> Any:
+        children = [self.norm, self.embed, self.body[0], self.body[2], self.head]
+        optimizer = torch.optim.SGD([{"params": list(c.parameters())} for c in children], lr=0.1)
+        return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda e: 0.9**e] * 5)]
+
+
+# -- what is refused -------------------------------------------------------------------------------
+
+
+class BodyOnly(Quiet):
+    """Leaves the embedding whole."""
+
+    def configure_model(self) -> None:
+        fully_shard(self.body, mesh=self.device_mesh["data_parallel"])
+
+
+class Unsharded(Quiet):
+    def configure_model(self) -> None:
+        """Shards nothing."""
+
+
+class TensorParallel(BuiltAndSharded):
+    def configure_model(self) -> None:
+        build(self)
+        parallelize_module(self.body, self.device_mesh["data_parallel"], {"2": ColwiseParallel()})
+
+
+class NobodyLoads(OnMeta):
+    base_state_dict = None  # type: ignore[assignment]
+
+
+class LoadsLess(OnMeta):
+    def base_state_dict(self) -> dict[str, Tensor]:
+        return {key: value for key, value in self.base.items() if key != "embed.weight"}
+
+
+class OtherBasePerRank(ShardedLater):
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.no_grad():
+            self.norm.bias.add_(torch.distributed.get_rank())
+
+
+class OtherBase(ShardedLater):
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.no_grad():
+            self.norm.bias.add_(1)
+
+
+class OwnUnitHead(BuiltAndSharded):
+    """The head, which is to be trained as a copy, is an FSDP unit."""
+
+    def configure_model(self) -> None:
+        build(self)
+        fully_shard(self.head, mesh=self.device_mesh["data_parallel"])
+        shard(self)
+
+
+def strategy(folder: bool, kind: Any = ModelParallelStrategy) -> ModelParallelStrategy:
+    return kind(data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=folder)
+
+
+class FSDPWithOwnSeeds(ModelParallelStrategy):
+    """Broadcasts nothing."""
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        return obj
+
+
+class DDPWithOwnSeeds(DDPStrategy):
+    broadcast = FSDPWithOwnSeeds.broadcast
