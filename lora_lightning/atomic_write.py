@@ -23,6 +23,7 @@ def write_atomically(files: Mapping[Path, Content]) -> None:
         OSError: If they cannot be written; what was there before, of all of them, is still there.
 
     """
+    paths = list(files)
     if len(files) > 1:
         files = {path: content for path, content in files.items() if not _holds(path, content)}
     several = len(files) > 1
@@ -54,7 +55,7 @@ def write_atomically(files: Mapping[Path, Content]) -> None:
     finally:
         for temporary in (*drafts.values(), *kept.values()):
             _remove(temporary)
-    for path in files:
+    for path in paths:
         for left in path.parent.glob(f"{_stem(path)}-*"):  # by writers that were killed
             _remove(left)
     for directory in {path.parent for path in files}:

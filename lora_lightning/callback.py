@@ -54,6 +54,11 @@ from lora_lightning.training.meta_base import expect_base
 from lora_lightning.training.model_parallel import check_model_parallel
 from lora_lightning.training.nonfinite import NonfiniteGuard, check_same_policy
 from lora_lightning.training.precision import check_precision, convert_before_growth
+from lora_lightning.training.preemption import (
+    Preemption,
+    lines_without_checkpoint,
+    set_exit_code,
+)
 from lora_lightning.training.resumable_loader import make_loaders_resumable
 from lora_lightning.training.run_checks import (
     check_callbacks,
@@ -132,6 +137,7 @@ class LoraCallback(Callback):
         self.selection = Selection()
         self.ranks = RankSchedule()  # for AdaLoRA
         self.guard = NonfiniteGuard(nonfinite)
+        self.preemption = Preemption()
         self._gradients_checked = False
         self._log: Any = None
 
@@ -289,6 +295,8 @@ class LoraCallback(Callback):
         """Show what trains."""
         if not self.enabled:
             return
+        if self._is_first(pl_module):
+            self.preemption.watch(trainer)
         root = self.root(pl_module)
         self.ranks.start(trainer, root, self.config, self.adapter_name)
         if trainer.is_global_zero:
@@ -350,8 +358,11 @@ class LoraCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Say what is left to resume from when a run is interrupted."""
+        set_exit_code(trainer, exception)
         if isinstance(exception, KeyboardInterrupt) and trainer.state.fn == "fit":
             self.on_fit_end(trainer, pl_module)
+            if self._is_last(pl_module) and trainer.is_global_zero:
+                report.show(*lines_without_checkpoint(trainer))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say where the adapters lie."""

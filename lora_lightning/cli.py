@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -212,20 +213,40 @@ class LoraCLI(LightningCLI):
 
     # -- after the run ---------------------------------------------------------------------------
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except SystemExit as stop:
+            saved = subcommand == "fit" and self.found_checkpoints()
+            if saved and self.trainer.is_global_zero:
+                show(f"to go on:\n  {self._again()}")
+            if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning ends with 1 then
+                stop.code = 128 + signal.SIGINT
+            raise
+
+    def _again(self) -> str:
+        """How to start this run again."""
+        if self._launched_from_outside():
+            return "start it again as before, with --ckpt_path last"
+        arguments = _without_ckpt_path(sys.argv[1:])
+        return shlex.join([_typed_program(), *arguments, "--ckpt_path", "last"])
+
+    def _launched_from_outside(self) -> bool:
+        """By torchrun, SLURM, ..."""
+        environment = getattr(self.trainer.strategy, "cluster_environment", None)
+        return not isinstance(environment, (LightningEnvironment, type(None)))
+
     def after_fit(self) -> None:
         """Print the commands that resume and evaluate this run."""
         if not self.found_checkpoints() or not self.trainer.is_global_zero:
             return
         arguments = _without_ckpt_path(sys.argv[1:])
         evaluate = ["validate" if argument == "fit" else argument for argument in arguments]
-        again = shlex.join([_typed_program(), *arguments, "--ckpt_path", "last"])
-        environment = getattr(self.trainer.strategy, "cluster_environment", None)
-        if not isinstance(environment, (LightningEnvironment, type(None))):  # torchrun, SLURM, ...
-            again = "start it again as before, with --ckpt_path last"
+        if self._launched_from_outside():
             alone = {"num_nodes": "1", "devices": "1", "strategy": "auto"}
             evaluate += [part for key in alone for part in (f"--trainer.{key}", alone[key])]
         show(
-            f"to train on (raise trainer.max_epochs):\n  {again}",
+            f"to train on (raise trainer.max_epochs):\n  {self._again()}",
             "to evaluate:\n  " + shlex.join([_typed_program(), *evaluate, "--ckpt_path", "best"]),
         )
 

@@ -188,6 +188,13 @@ def configure_gradient_clipping(self: LightningModule, *args: Any, **kwargs: Any
         _original(self, "configure_gradient_clipping")(*args, **kwargs)
 
 
+def on_train_batch_end(self: LightningModule, *args: Any, **kwargs: Any) -> None:
+    """The last hook of a batch, after those of all callbacks: stop here if the machine is taken."""
+    _original(self, "on_train_batch_end")(*args, **kwargs)
+    for callback in callbacks_of(self)[:1]:
+        callback.preemption.at_safe_point(self.trainer)
+
+
 def on_save_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> None:
     """The last hook before a checkpoint is written, of whatever kind: drop the base."""
     from lora_lightning.training.manifest import reduce_checkpoint
@@ -239,6 +246,7 @@ _OVERRIDES: dict[str, Callable[..., Any]] = {
     "configure_model": configure_model,
     "configure_optimizers": configure_optimizers,
     "configure_gradient_clipping": configure_gradient_clipping,
+    "on_train_batch_end": on_train_batch_end,
     "on_save_checkpoint": on_save_checkpoint,
     "on_load_checkpoint": on_load_checkpoint,
     "on_train_start": on_train_start,
