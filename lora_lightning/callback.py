@@ -14,11 +14,7 @@ from lora_lightning.adapters.lora import LoraConfig
 from lora_lightning.checkpoint import KEY, saved_keys
 from lora_lightning.compiled import uncompiled
 from lora_lightning.config import AdapterConfig
-from lora_lightning.errors import (
-    AdapterStateError,
-    ConfigError,
-    did_you_mean,
-)
+from lora_lightning.errors import ConfigError, did_you_mean
 from lora_lightning.hosts.base import walk
 from lora_lightning.injection import (
     adapters_named,
@@ -62,6 +58,7 @@ from lora_lightning.training.preemption import (
 from lora_lightning.training.resumable_loader import make_loaders_resumable
 from lora_lightning.training.run_checks import (
     check_callbacks,
+    check_names,
     check_strategy,
 )
 from lora_lightning.training.strategy_state import override_state_methods
@@ -70,6 +67,7 @@ from lora_lightning.training.training_checks import (
     check_before_fit,
     check_first_gradients,
     check_loss,
+    check_no_strangers,
     check_still_there,
     check_what_trains,
 )
@@ -164,7 +162,7 @@ class LoraCallback(Callback):
             return
         self.ranks.load(None)
         self.guard.skipped = 0
-        self._check_alone(trainer)
+        check_names(callbacks_of(pl_module))
         check_callbacks(trainer)
         check_strategy(trainer)
         check_model_parallel(trainer, starts_from_data(self))
@@ -196,7 +194,7 @@ class LoraCallback(Callback):
         check_same_adapter(
             pl_module, root, self.config, self.adapter_name, self.autocast_adapter_dtype
         )
-        self._check_no_strangers(pl_module)
+        check_no_strangers(pl_module)
         fresh = not adapter_names(pl_module)
         start = start_values(self, pl_module, root)
         # Processes that nobody seeded have seeds of their own.
@@ -252,30 +250,6 @@ class LoraCallback(Callback):
         prefix = f"{self.module}." if self.module else ""
         keys = saved_keys(self.root(pl_module), self.adapter_name)
         return {prefix + key: shape for key, shape in keys.items()}
-
-    def _check_alone(self, trainer: Trainer) -> None:
-        for other in trainer.callbacks:  # type: ignore[attr-defined]
-            if (
-                isinstance(other, LoraCallback)
-                and other is not self
-                and other.enabled
-                and other.adapter_name == self.adapter_name
-            ):
-                raise ConfigError(
-                    f"Two LoraCallbacks of this Trainer have adapter_name={self.adapter_name!r}. "
-                    "Give each a name of its own. (lora.adapter_name)"
-                )
-
-    def _check_no_strangers(self, pl_module: LightningModule) -> None:
-        managed = [callback.adapter_name for callback in callbacks_of(pl_module)]
-        strangers = [name for name in adapter_names(pl_module) if name not in managed]
-        if strangers:
-            raise AdapterStateError(
-                f"The model carries adapters {strangers}, which no LoraCallback of this Trainer "
-                "manages: they would not be saved. Make them part of the base with "
-                "merge_and_unload(module), take them off with delete_adapter, or give each a "
-                "LoraCallback of its own. (lora.adapter_name)"
-            )
 
     # -- training ------------------------------------------------------------------------------
 

@@ -44,3 +44,19 @@ def check_callbacks(trainer: Any) -> None:
                 "is frozen and checkpoints hold adapters only: its work would be lost. Take one of "
                 "the two out. (trainer.callbacks)"
             )
+
+
+def check_names(callbacks: list[Any]) -> None:
+    """Every LoraCallback of the Trainer has an adapter of its own.
+
+    Raises:
+        ConfigError: If two have the same name.
+
+    """
+    names = [callback.adapter_name for callback in callbacks]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(
+                f"Two LoraCallbacks of this Trainer have adapter_name={name!r}. "
+                "Give each a name of its own. (lora.adapter_name)"
+            )

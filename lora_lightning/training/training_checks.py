@@ -140,3 +140,21 @@ def check_first_gradients(module: LightningModule) -> None:
             "their weights are read without calling them, or gradient checkpointing is reentrant "
             "(use_reentrant=False lets gradients through)."
         )
+
+
+def check_no_strangers(module: LightningModule) -> None:
+    """The model carries no adapter but those of the callbacks.
+
+    Raises:
+        AdapterStateError: Naming the others.
+
+    """
+    managed = [callback.adapter_name for callback in callbacks_of(module)]
+    strangers = [name for name in adapter_names(module) if name not in managed]
+    if strangers:
+        raise AdapterStateError(
+            f"The model carries adapters {strangers}, which no LoraCallback of this Trainer "
+            "manages: they would not be saved. Make them part of the base with "
+            "merge_and_unload(module), take them off with delete_adapter, or give each a "
+            "LoraCallback of its own. (lora.adapter_name)"
+        )
