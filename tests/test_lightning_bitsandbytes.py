@@ -237,8 +237,10 @@ def test_refusals(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", [Wide, WideInConfigureModel])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("mode", "kind"),
+    [*((mode, Wide) for mode in MODES), ("nf4", WideInConfigureModel)],
+)
 def test_on_a_gpu(mode: str, kind: type, tmp_path: Path) -> None:
     built_there = kind is WideInConfigureModel
     config = LoraConfig(r=2, modules_to_save=None if built_there else ["head"])

@@ -11,13 +11,14 @@ import torch
 from lightning.pytorch import LightningModule, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from modules import run
+from processes import on_processes
 from test_quantized_hosts import assert_same, loaded, parts
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_avg_fn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lora_lightning.callback
-from lora_lightning import LoraCallback, load_adapter
+from lora_lightning import LoraCallback, LoraConfig, inject_adapter, load_adapter
 from lora_lightning.errors import AdapterMismatchError
 from lora_lightning.fingerprint import base_fingerprint
 from lora_lightning.hosts.base import named_hosts
@@ -67,7 +68,8 @@ def data() -> DataLoader:
 
 
 def fit(folder: Path, module: Any, epochs: int, ckpt_path: Any = None, **how: Any) -> Any:
-    seed_everything(7 if ckpt_path is None else 123, verbose=False)
+    # Lightning's sampler for several processes goes by the seed, which has to be the same then.
+    seed_everything(123 if ckpt_path is not None and "devices" not in how else 7, verbose=False)
     saver = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, save_last=True)
     lora = LoraCallback(r=2, lora_dropout=0.2)
     trainer = run(folder, lora, saver, max_epochs=epochs, **how)
@@ -136,3 +138,27 @@ def test_twin_that_averages_everything(llama: str, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(lora_lightning.callback, "average_what_trains", lambda trainer: None)
     with pytest.raises(AssertionError, match="uint8"):
         test_weight_averaging_leaves_the_codes_alone(llama, "nf4", tmp_path)
+
+
+def fit_on_this_rank(llama: str, folder: Path) -> list[dict[str, Tensor]]:
+    """The adapters and the base's codes of a run, and of one in two parts."""
+    how = {"strategy": "ddp", "devices": 2, "limit_val_batches": 0}
+    runs = []
+    for name, parts_of_run in (("straight", [(2, None)]), ("broken", [(1, None), (2, "last")])):
+        for epochs, ckpt_path in parts_of_run:
+            module = LanguageModel(llama, "nf4")
+            fit(folder / name, module, epochs, ckpt_path, **how)
+        runs.append({**adapters(module), **all_parts(module)})
+    return runs
+
+
+@pytest.mark.slow
+def test_two_processes(llama: str, tmp_path: Path) -> None:
+    first, second = on_processes(2, fit_on_this_rank, llama, tmp_path)
+    for straight, broken in (first, second):
+        assert_same(straight, first[0])
+        assert_same(broken, first[0])
+    alone = LanguageModel(llama, "nf4")
+    codes = {name: t for name, t in first[0].items() if ".adapters." not in name}
+    inject_adapter(alone, LoraConfig(r=2))
+    assert_same(all_parts(alone), codes)
