@@ -118,8 +118,8 @@ def _loaders(trainer: Any) -> list[Any]:
 def _positions(trainer: Any, checkpoint: dict[str, Any]) -> list[dict[str, Any]]:
     """The states of the loaders that have one, in Lightning's order, ours with the position."""
     states = _fit_loop_state(checkpoint).pop(_LOADERS, [])
-    if not in_epoch(trainer):
-        return states
+    if not in_epoch(trainer) or trainer.fit_loop.epoch_loop._num_ready_batches_reached():
+        return states  # no other batch in this epoch
     combined = trainer.fit_loop._combined_loader
     iterators = getattr(getattr(combined, "_iterator", None), "iterators", [])
     passes = {id(p.loader): p for p in iterators if isinstance(p, Pass)}
