@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import time
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from modules import Data, Net, run
 
 from lora_lightning.callback import LoraCallback
+from lora_lightning.cli import main
 
 
 class Life:
@@ -44,18 +45,6 @@ class Life:
             assert after is not None, f"no end:\n{self.log.read_text()}"
         return int(self.process.exitcode or 0)
 
-    def signal(self, signum: int) -> None:
-        """Send a signal."""
-        assert self.process.pid is not None
-        os.kill(self.process.pid, signum)
-
-
-def wait_for(condition: Callable[[], bool], life: Life) -> None:
-    """Wait until the life has got so far."""
-    while not condition():
-        assert life.process.is_alive(), life.log.read_text()
-        time.sleep(0.005)
-
 
 def fit(folder: Path, epochs: int, saver: dict[str, Any], options: dict[str, Any]) -> None:
     """Train to the end, from the last checkpoint on, and leave `done.pt`."""
@@ -70,6 +59,13 @@ def fit(folder: Path, epochs: int, saver: dict[str, Any], options: dict[str, Any
     state = {k: v for k, v in module.state_dict().items() if ".adapters." in k}
     torch.save(state, folder / "done.tmp")
     os.replace(folder / "done.tmp", folder / "done.pt")
+
+
+def command(folder: Path, *arguments: str) -> None:
+    """`lora-lightning` with these arguments, in `folder`."""
+    os.chdir(folder)
+    sys.argv = ["lora-lightning", *arguments]
+    main()
 
 
 def _live(log: Path, function: Callable[..., None], args: tuple[Any, ...]) -> None:

@@ -24,6 +24,7 @@ from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.plugins import AsyncCheckpointIO
 from modules import Data, Net, run
+from processes import on_processes
 from torch import nn
 
 from lora_lightning import (
@@ -443,6 +444,27 @@ def test_killed_at_every_step(step: int, existing: bool, good: Path, tmp_path: P
         assert path.read_bytes() == (new if step == 3 else old)
     write_atomically({path: new})
     assert names(tmp_path) == [path.name]
+
+
+def saving_fails(folder: Path) -> tuple[list[str], list[dict[str, Any]]]:
+    """On each of two processes: the errors of a run on a full disk, adapters with and without."""
+    states = []
+    for place, size in ((folder / "straight", 10**9), (folder / "full", 10_000)):
+        saver = SaveEveryStep(place / "a.ckpt")
+        with disk_full(size):
+            trainer = fit(place, saver, max_epochs=2, devices=2, strategy="ddp")
+        states.append(adapters(trainer))
+    return saver.errors, states
+
+
+@pytest.mark.slow
+def test_all_processes_learn_that_saving_failed(tmp_path: Path) -> None:
+    """Rank 0 writes; the others must not wait for it."""
+    results = on_processes(2, saving_fails, tmp_path)
+    for rank, (errors, (straight, full)) in enumerate(results):
+        assert len(errors) == 4
+        assert ("by another process, whose error says why" in errors[0]) == (rank == 1)
+        assert same(straight, full)
 
 
 # -- Lightning's ways of saving --------------------------------------------------------------------

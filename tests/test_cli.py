@@ -253,6 +253,23 @@ def test_damaged_checkpoint(cli: Any, folder: Path) -> None:
         )
 
 
+def test_the_newest_good_checkpoint_is_named(cli: Any, folder: Path) -> None:
+    saver = {"filename": "{epoch}", "save_top_k": -1}
+    entry = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": saver}
+    write(folder / "b.yaml", {**CONFIG, "trainer": {**CONFIG["trainer"], "callbacks": [entry]}})
+    cli("fit", "--config", "b.yaml", "--trainer.max_epochs", "3")
+    newest = folder / "runs/a/checkpoints/epoch=2.ckpt"
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    more = ["--trainer.max_epochs", "4", "--ckpt_path"]
+    text = cli("fit", "--config", "b.yaml", *more, "last", fails=1)
+    good = "runs/a/checkpoints/epoch=1.ckpt"
+    assert "epoch=2.ckpt' (" in text
+    assert f"The newest good one beside it is '{good}'. (ckpt_path)" in text
+    assert "epoch=3.ckpt" in cli("fit", "--config", "b.yaml", *more, good)
+
+
 def test_printed_commands_keep_brackets(cli: Any) -> None:
     out = cli("fit", "--config", "my.yaml", "--lora.target_modules", "[embed]")
     assert "fit --config my.yaml --lora.target_modules '[embed]' --ckpt_path last" in out

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch.plugins import AsyncCheckpointIO
-from lives import Life, fit
+from lives import Life, command, fit
 
 from lora_lightning.training.checkpoint_files import DurableCheckpointIO
 
@@ -96,6 +97,46 @@ def kill_often(folder: Path, kinds: Iterable[str], wanted: int, straight: Any, p
 @pytest.mark.parametrize("kind", ["steps", "link"])
 def test_a_few_kills(kind: str, tmp_path: Path, straight: Any) -> None:
     kill_often(tmp_path, itertools.repeat(kind), 3, straight, per_run=5)
+
+
+CONFIG = {
+    "lora": {"r": 2, "lora_dropout": 0.2},
+    "model": {"class_path": "modules.Net"},
+    "data": {"class_path": "modules.Data"},
+    "trainer": {
+        "max_epochs": EPOCHS,
+        "accelerator": "cpu",
+        "enable_progress_bar": False,
+        "callbacks": [
+            {
+                "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+                "init_args": {"every_n_train_steps": 1, "save_last": True},
+            }
+        ],
+    },
+}
+
+
+@pytest.mark.slow
+def test_the_command_goes_on_with_last(tmp_path: Path) -> None:
+    (tmp_path / "my.yaml").write_text(yaml.safe_dump(CONFIG))
+    draw = random.Random(0)
+    log = tmp_path / "log"
+
+    def call(directory: str, *arguments: str, after: float | None = None) -> int:
+        typed = ["fit", "--config", "my.yaml", "--trainer.default_root_dir", directory, *arguments]
+        return Life(command, tmp_path, *typed, log=log).end(after)
+
+    assert call("straight") == 0
+    folder = tmp_path / "killed/checkpoints"
+    for _ in range(4):
+        again = ["--ckpt_path", "last"] if list(folder.glob("*.ckpt")) else []
+        assert call("killed", *again, after=draw.uniform(0.4, 1.2)) in (-9, 0), log.read_text()
+    again = ["--ckpt_path", "last"] if list(folder.glob("*.ckpt")) else []
+    assert call("killed", *again) == 0, log.read_text()
+    ends = [tmp_path / run / "checkpoints/last.ckpt" for run in ("straight", "killed")]
+    states = [torch.load(path, weights_only=True)["state_dict"] for path in ends]
+    assert same(*states)
 
 
 @pytest.mark.slow

@@ -118,6 +118,24 @@ def test_twin_lightning_alone_saves_nothing(
     assert not list(tmp_path.glob("*.ckpt"))
 
 
+def test_in_the_last_validation_the_run_ends_as_ever(tmp_path: Path) -> None:
+    straight = fit(tmp_path / "straight")
+    saver = ModelCheckpoint(tmp_path, save_last=True)
+    signals = Signal(signal.SIGTERM, 16, "on_validation_batch_start")
+    assert same(fit(tmp_path, saver, signals), straight)
+    assert signals.sent
+    assert steps(tmp_path / "last.ckpt") == 16
+
+
+def test_in_the_sanity_check_nothing_is_saved(tmp_path: Path) -> None:
+    class Early(Callback):
+        def on_validation_batch_start(self, *_: Any) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    assert interrupted(tmp_path, ModelCheckpoint(tmp_path, save_last=True), Early()) == 143
+    assert not list(tmp_path.glob("*.ckpt"))
+
+
 def test_without_save_last_it_is_kept_up_to_date(tmp_path: Path) -> None:
     """Or the run would be taken up at the same step for ever."""
     assert interrupted(tmp_path, ModelCheckpoint(tmp_path), Signal(signal.SIGTERM, 1)) == 143

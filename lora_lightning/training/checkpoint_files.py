@@ -30,6 +30,7 @@ from lora_lightning.checkpoint_folders import is_checkpoint_folder
 from lora_lightning.content_hash import HASHES, damaged_parts, with_hashes
 from lora_lightning.errors import CheckpointError, LoraError, did_you_mean, first_few
 from lora_lightning.report import readable_bytes
+from lora_lightning.training.agreement import save_together
 from lora_lightning.training.strategy_state import read_checkpoint
 
 
@@ -145,8 +146,18 @@ def protect_checkpoints(trainer: Any) -> None:
     for callback in trainer.checkpoint_callbacks:
         if hasattr(callback, "_link_checkpoint"):
             callback._link_checkpoint = _link_checkpoint
-    if getattr(strategy.__dict__.get("load_checkpoint"), "__func__", None) is not _load_checkpoint:
-        strategy.load_checkpoint = MethodType(_load_checkpoint, strategy)
+    overrides: dict[str, Any] = {
+        "load_checkpoint": _load_checkpoint,
+        "save_checkpoint": _save_checkpoint,
+    }
+    for name, override in overrides.items():
+        if getattr(strategy.__dict__.get(name), "__func__", None) is not override:
+            setattr(strategy, name, MethodType(override, strategy))
+
+
+def _save_checkpoint(self: Any, checkpoint: Any, filepath: Any, *args: Any, **kwargs: Any) -> None:
+    save = type(self).save_checkpoint
+    save_together(self, lambda: save(self, checkpoint, filepath, *args, **kwargs), filepath)
 
 
 def _link_checkpoint(trainer: Any, filepath: str, linkpath: str) -> None:

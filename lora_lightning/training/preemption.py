@@ -19,6 +19,7 @@ from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lora_lightning import report
+from lora_lightning.training.agreement import any_process
 
 EXIT_CODE = 128 + signal.SIGTERM  # 143, as a shell reports a process that SIGTERM ended
 
@@ -61,12 +62,12 @@ class Preemption:
         sharded = trainer.strategy.restore_checkpoint_after_setup
         if sharded and trainer.fit_loop._should_accumulate():
             return  # gradients that are under way cannot be saved there
-        if not _any_process(trainer, bool(self._asked)):
+        if not any_process(trainer, bool(self._asked)):
             return
-        if _any_process(trainer, self._requeue in self._asked):
+        if any_process(trainer, self._requeue in self._asked):
             self._asked.discard(self._requeue or 0)
             trainer._signal_connector._slurm_sigusr_handler_fn(self._requeue, None)
-        if _any_process(trainer, signal.SIGTERM in self._asked):
+        if any_process(trainer, signal.SIGTERM in self._asked):
             path = save_last(trainer)
             saved = f"saved {path}; go on with ckpt_path='last'"
             nothing = "nothing was saved, as this Trainer writes no checkpoints"
@@ -140,9 +141,3 @@ def save_last(trainer: Any) -> str:
 
 def _savers(trainer: Any) -> list[Any]:
     return [c for c in trainer.checkpoint_callbacks if hasattr(c, "_save_last_checkpoint")]
-
-
-def _any_process(trainer: Any, flag: bool) -> bool:
-    if trainer.world_size == 1:
-        return flag
-    return bool(trainer.strategy.reduce_boolean_decision(flag, all=False))

@@ -16,6 +16,7 @@ from lora_lightning.checkpoint import KEY
 from lora_lightning.checkpoint_folders import is_checkpoint_folder
 from lora_lightning.content_hash import HASHES, content_hashes
 from lora_lightning.sharding import whole_state
+from lora_lightning.training.agreement import save_together
 
 
 def save_sharded_checkpoint(
@@ -27,7 +28,7 @@ def save_sharded_checkpoint(
     old = path.with_name(f".{path.name}.old")
     if not writes_folders(strategy):
         _aside(strategy, path, old)  # the strategy's own removal is a race of all processes
-        save(strategy, checkpoint, path, storage_options)
+        save_together(strategy, lambda: save(strategy, checkpoint, path, storage_options), path)
         _remove(strategy, old)
         return
     gathered = {key: whole_state(checkpoint.get(key)) for key in ("state_dict", "optimizer_states")}
