@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from modules import Data, Net, run
+from processes import on_processes
+from test_sharded import shard
 from torch import Tensor, nn
 
 from lora_lightning import AdaLoraConfig, LoraCallback, LoraConfig, inject_adapter
 from lora_lightning.errors import ConfigError, NonfiniteError
+from lora_lightning.sharding import whole
 from lora_lightning.training import nonfinite
 
 OPTIONS: dict[str, Any] = {
@@ -334,55 +336,63 @@ def test_a_loss_that_is_not_finite_is_noticed_under_a_scaler(
 
 # -- two processes -------------------------------------------------------------------------------------
 
-SCRIPT = """
-import sys
-import torch
-from lora_lightning import LoraCallback
-from modules import run
-from test_nonfinite import OPTIONS, Ordered, Poisoned
 
-class OnOneRank(Poisoned):
-    def training_step(self, batch, batch_idx):
+class OnRankOne(Poisoned):
+    """The loss of one process is inf, the gradients are finite everywhere."""
+
+    def configure_model(self) -> None:
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            shard(self)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         if self.global_rank == 0:
             self.at = (9, 9)
         return super().training_step(batch, batch_idx)
 
-module, callback = OnOneRank(at=(1, 1), kind="inf"), LoraCallback(nonfinite=sys.argv[2], **OPTIONS)
-trainer = run(sys.argv[1], callback, max_epochs=2, devices=2, strategy="ddp")
-try:
-    trainer.fit(module, Ordered())
-except Exception as error:
-    print(f"rank {trainer.global_rank}: {error}", flush=True)
-else:
-    state = {k: v for k, v in module.state_dict().items() if ".adapters." in k}
-    torch.save((state, callback.guard.skipped), f"{sys.argv[1]}/rank{trainer.global_rank}.pt")
-"""
+
+def both_policies(folder: Path, way: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for policy in ("skip", "stop"):
+        strategy: Any = DDPStrategy(static_graph=True)
+        if way == "FSDP2":
+            strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+        seed_everything(3, verbose=False)
+        module = OnRankOne(at=(1, 1), kind="inf")
+        callback = LoraCallback(
+            r=2,
+            target_modules=["embed", "body.2"],
+            modules_to_save=["head"],
+            nonfinite=policy,  # type: ignore[arg-type]
+        )
+        trainer = run(folder, callback, max_epochs=2, devices=2, strategy=strategy)
+        try:
+            trainer.fit(module, Ordered())
+        except NonfiniteError as error:
+            found["text"] = str(error)
+        else:
+            found["skipped"] = callback.guard.skipped
+            found["state"] = {
+                name: whole(p.detach()) for name, p in module.named_parameters() if p.requires_grad
+            }
+    return found
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", ["stop", "skip"])
-def test_all_processes_do_the_same(tmp_path: Path, policy: str) -> None:
-    """The loss of one process is inf, the gradients are finite everywhere."""
-    script = tmp_path / "train.py"
-    script.write_text(SCRIPT)
-    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path), policy],
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    if policy == "stop":
+@pytest.mark.filterwarnings("ignore:.*left out, number 1")
+def test_all_processes_do_the_same(tmp_path: Path) -> None:
+    states = []
+    for way in ("DDP", "FSDP2"):
+        zero, one = on_processes(2, both_policies, tmp_path, way)
         said = "At global_step=3, epoch 1, batch 1: {}. The step was not made"
-        assert f"rank 1: {said.format('the loss is inf')}" in done.stdout
-        other = said.format("another process has a loss or gradient that is not finite")
-        assert f"rank 0: {other}" in done.stdout
-    else:
-        (one, n), (two, m) = (
-            torch.load(tmp_path / f"rank{i}.pt", weights_only=True) for i in range(2)
-        )
-        assert n == m == 1
-        assert all(torch.equal(one[k], two[k]) for k in one if "norm" not in k)
+        assert one["text"].startswith(said.format("the loss is inf"))
+        other = "another process has a loss or gradient that is not finite"
+        assert zero["text"].startswith(said.format(other))
+        assert zero["skipped"] == one["skipped"] == 1
+        assert same(zero["state"], one["state"])
+        assert len(zero["state"]) == 6
+        states.append(zero["state"])
+    for name, value in states[0].items():
+        torch.testing.assert_close(value, states[1][name], rtol=1e-4, atol=1e-6)
 
 
 # -- options -------------------------------------------------------------------------------------------
