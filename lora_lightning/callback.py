@@ -66,6 +66,7 @@ from lora_lightning.training.training_checks import (
     check_base_has_values,
     check_before_fit,
     check_first_gradients,
+    check_hyperparameters,
     check_loss,
     check_no_strangers,
     check_still_there,
@@ -279,6 +280,8 @@ class LoraCallback(Callback):
                 *report.start_lines(pl_module, root, self.adapter_name),
             )
             if self._is_last(pl_module):
+                check_hyperparameters(pl_module)
+                check_hyperparameters(trainer.datamodule)  # type: ignore[attr-defined]
                 log_options(trainer, {c.adapter_name: c.given for c in callbacks_of(pl_module)})
                 report.show(
                     report.batch_line(

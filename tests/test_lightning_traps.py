@@ -43,6 +43,7 @@ from lora_lightning.errors import (
     AdapterStateError,
     CheckpointError,
     OptimizerError,
+    TargetError,
 )
 
 OPTIONS: dict[str, Any] = {
@@ -213,14 +214,23 @@ def test_checkpoints_are_plain(tmp_path: Path) -> None:
     assert saved(tmp_path / "a.ckpt")["hyper_parameters"] == {"width": 16, "scale": 2.0}
 
 
-def test_classes_in_hparams_are_the_users_trap(tmp_path: Path) -> None:
-    """They break resume with or without adapters; torch names the class, and nothing hides it."""
-    trainer, _ = trained(tmp_path, WithHparams(act=nn.ReLU))
+def test_classes_in_hparams(tmp_path: Path) -> None:
+    """torch does not load them; said when the run begins, not when it is to be resumed."""
+    with pytest.warns(UserWarning, match=r"weights_only=True: act\. .*ignore=\['act'\]"):
+        trainer, _ = trained(tmp_path, WithHparams(act=nn.ReLU))
     trainer.save_checkpoint(tmp_path / "a.ckpt")
-    with pytest.raises(Exception, match=r"torch\.nn\.modules\.activation\.ReLU"):
+
+    def resume(**options: Any) -> None:
         run(tmp_path, LoraCallback(**OPTIONS), max_epochs=2).fit(
-            WithHparams(act=nn.ReLU), Data(), ckpt_path=tmp_path / "a.ckpt"
+            WithHparams(act=nn.ReLU), Data(), ckpt_path=tmp_path / "a.ckpt", **options
         )
+
+    with pytest.raises(Exception, match=r"torch\.nn\.modules\.activation\.ReLU"):
+        resume()
+    with pytest.warns(UserWarning, match="weights_only=True: act"):
+        resume(weights_only=False)
+    with pytest.warns(UserWarning, match="weights_only=True: act"):  # options of ours are no better
+        trained(tmp_path, WithHparams(act=LoraConfig(r=2)))
 
 
 @pytest.mark.filterwarnings("ignore:Found keys that are in the model state dict")
@@ -273,6 +283,30 @@ def test_load_from_checkpoint_checks_the_base(tmp_path: Path) -> None:
     trainer.save_checkpoint(tmp_path / "full.ckpt")
     with pytest.raises(CheckpointError, match="is no adapter checkpoint"):
         load_from_checkpoint(Net, tmp_path / "full.ckpt")
+
+
+def test_adapters_are_no_hooks(tmp_path: Path) -> None:
+    """DeepSpeed takes all hooks off before it evaluates: adapters may not depend on any."""
+    _, module = trained(tmp_path)
+    for child in module.modules():
+        for kind in (
+            "_forward_hooks",
+            "_forward_pre_hooks",
+            "_state_dict_hooks",
+            "_backward_hooks",
+        ):
+            assert not getattr(child, kind)
+        for kind in ("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"):
+            assert not getattr(child, kind)
+
+
+def test_start_values_where_initialization_is_left_out(tmp_path: Path) -> None:
+    """`init_module(empty_init=True)` makes nn.init do nothing: A would be whatever lay in memory."""
+    inside, outside = Net(), Net()
+    with run(tmp_path).init_module(empty_init=True):
+        inject_adapter(inside, LoraConfig(**OPTIONS), seed=1)
+    inject_adapter(outside, LoraConfig(**OPTIONS), seed=1)
+    assert all(torch.equal(v, inside.state_dict()[k]) for k, v in outside.state_dict().items())
 
 
 # -- 3 optimizers ------------------------------------------------------------------------------------------
@@ -577,6 +611,12 @@ def test_compiled_submodules(tmp_path: Path, starts: type, resumes: type) -> Non
     resumed = go(resumes, tmp_path / "broken", 3, "last")
     assert straight.keys() == resumed.keys()
     assert all(torch.equal(straight[key], resumed[key]) for key in straight)
+
+
+def test_twin_names_as_they_are_would_not_be_found(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("lora_lightning.hosts.base.plain_name", lambda name: name)
+    with pytest.raises(TargetError, match=r"'head' matched nothing.*_orig_mod"):
+        trained(tmp_path, Compiled())
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lora_lightning.checkpoint import KEY
+from lora_lightning.compiled import named_parameters
 from lora_lightning.optim import trainable_parameters
 from lora_lightning.rng import random_state, seed_all, set_random_state
 from lora_lightning.training.binding import binding_of
@@ -89,7 +90,7 @@ def _continue(module: LightningModule, own: dict[str, Any]) -> None:
         fit_loop._combined_loader_states_to_load = []
     for loader, states in zip(_loaders(module.trainer), own["generators"], strict=False):
         set_generator_states(loader, states)
-    parameters = {_plain(name): p for name, p in module.named_parameters()}
+    parameters = dict(named_parameters(module))
     for name, gradient in own["gradients"].items():
         parameters[name].grad = gradient.to(parameters[name].device, copy=True)
     set_random_state(own["random_state"])
@@ -152,14 +153,10 @@ def _gradients(module: LightningModule) -> dict[str, torch.Tensor]:
     if module.automatic_optimization and not trainer.fit_loop._should_accumulate():
         return {}
     return {
-        _plain(name): p.grad.detach().clone()
+        name: p.grad.detach().clone()
         for name, p in trainable_parameters(module).items()
         if p.grad is not None
     }
-
-
-def _plain(name: str) -> str:
-    return name.replace("_orig_mod.", "")  # torch.compile's
 
 
 def _fit_loop_state(checkpoint: dict[str, Any]) -> dict[str, Any]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lora_lightning.errors import AdapterStateError, ConfigError, first_few
@@ -38,6 +40,55 @@ def check_base_has_values(module: LightningModule) -> None:
             f"{first_few(empty, 3)}. Load the base model where the module builds it, as "
             "from_pretrained does, or with load_state_dict(state, assign=True). (model)"
         )
+
+
+def check_no_strangers(module: LightningModule) -> None:
+    """Every adapter on the module belongs to a LoraCallback, or it would not be saved.
+
+    Raises:
+        AdapterStateError: Naming those that do not.
+
+    """
+    managed = [callback.adapter_name for callback in callbacks_of(module)]
+    strangers = [name for name in adapter_names(module) if name not in managed]
+    if strangers:
+        raise AdapterStateError(
+            f"The model carries adapters {strangers}, which no LoraCallback of this Trainer "
+            "manages: they would not be saved. Make them part of the base with "
+            "merge_and_unload(module), take them off with delete_adapter, or give each a "
+            "LoraCallback of its own. (lora.adapter_name)"
+        )
+
+
+def check_hyperparameters(owner: Any) -> None:
+    """Warn of hyperparameters that a checkpoint could be written with, but not read.
+
+    torch loads checkpoints with weights_only=True: plain values and tensors, no classes.
+
+    Args:
+        owner: The module or data module; what it keeps goes into every checkpoint.
+
+    """
+    broken = [
+        name for name, value in getattr(owner, "hparams", {}).items() if not _can_be_loaded(value)
+    ]
+    if broken:
+        rank_zero_warn(
+            f"{type(owner).__name__} keeps hyperparameters that torch does not load with "
+            f"weights_only=True: {first_few(broken)}. To resume from checkpoints of this run, pass "
+            f"weights_only=False to fit, or leave them out: save_hyperparameters(ignore={broken})."
+        )
+
+
+def _can_be_loaded(value: Any) -> bool:
+    buffer = io.BytesIO()
+    try:
+        torch.save(value, buffer)
+        buffer.seek(0)
+        torch.load(buffer, weights_only=True)
+    except Exception:  # pickle calls the value's own code
+        return False
+    return True
 
 
 def _cpu(self: Any) -> Any:
