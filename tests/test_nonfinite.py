@@ -374,6 +374,9 @@ def both_policies(folder: Path, way: str) -> dict[str, Any]:
             found["state"] = {
                 name: whole(p.detach()) for name, p in module.named_parameters() if p.requires_grad
             }
+    # Together: gloo's threads abort a process that leaves while another still talks to it.
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
     return found
 
 
