@@ -42,24 +42,6 @@ def check_base_has_values(module: LightningModule) -> None:
         )
 
 
-def check_no_strangers(module: LightningModule) -> None:
-    """Every adapter on the module belongs to a LoraCallback, or it would not be saved.
-
-    Raises:
-        AdapterStateError: Naming those that do not.
-
-    """
-    managed = [callback.adapter_name for callback in callbacks_of(module)]
-    strangers = [name for name in adapter_names(module) if name not in managed]
-    if strangers:
-        raise AdapterStateError(
-            f"The model carries adapters {strangers}, which no LoraCallback of this Trainer "
-            "manages: they would not be saved. Make them part of the base with "
-            "merge_and_unload(module), take them off with delete_adapter, or give each a "
-            "LoraCallback of its own. (lora.adapter_name)"
-        )
-
-
 def check_hyperparameters(owner: Any) -> None:
     """Warn of hyperparameters that a checkpoint could be written with, but not read.
 
