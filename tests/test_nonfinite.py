@@ -14,7 +14,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from modules import Data, Net, run
 from processes import on_processes
-from test_sharded import shard
+from sharded_modules import shard
 from torch import Tensor, nn
 
 from lora_lightning import AdaLoraConfig, LoraCallback, LoraConfig, inject_adapter

@@ -24,6 +24,7 @@ from lora_lightning.adapters.trained_copy import TrainedCopy
 from lora_lightning.compiled import named_parameters
 from lora_lightning.errors import ConfigError, NonfiniteError, did_you_mean, first_few
 from lora_lightning.hosts.base import named_hosts
+from lora_lightning.sharding import is_sharded
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -225,8 +226,7 @@ def _value(tensor: Tensor) -> str:
 
 def _local(tensor: Any) -> Tensor:
     """The values that this process holds of a gradient: its shard, or a sparse one's rows."""
-    if hasattr(tensor, "to_local"):
-        tensor = tensor.to_local()
+    tensor = tensor.to_local() if is_sharded(tensor) else tensor
     return tensor._values() if tensor.is_sparse else tensor
 
 
