@@ -7,6 +7,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -15,6 +16,7 @@ from torch import nn
 from lora_lightning.adapters.trained_copy import TrainedCopy
 from lora_lightning.bias import trained_biases
 from lora_lightning.checkpoint import adapter_state_dict
+from lora_lightning.errors import first_few
 from lora_lightning.fingerprint import base_tensors
 from lora_lightning.hosts import host_type_for
 from lora_lightning.hosts.base import Host, walk
@@ -93,15 +95,39 @@ def start_table(model: nn.Module, adapter_name: str, left_out: list[str]) -> Tab
 
 
 def start_lines(model: nn.Module, root: nn.Module, adapter_name: str) -> list[str]:
-    """Trainable, total and percentage; size of the adapter on disk."""
+    """Trainable, total and percentage; size of the adapter on disk; what trains in 16 bits."""
     trainable = sum(p.numel() for p in trainable_parameters(model).values())
     total = sum(p.numel() for p in model.parameters())
     adapter = adapter_state_dict(root, adapter_name).values()
     on_disk = sum(t.numel() * t.element_size() for t in adapter)
-    return [
+    lines = [
         f"trainable {trainable:,} of {total:,} parameters ({trainable / max(total, 1):.2%})",
         f"adapter on disk {readable_bytes(on_disk)}; the base "
         f"({readable_bytes(base_bytes(model))}) is not saved",
+    ]
+    narrow = _trained_in_16_bits(root, adapter_name)
+    if narrow:
+        lines.append(
+            f"in 16 bits, where small steps are rounded away: {first_few(narrow)}; with a "
+            "'-mixed' precision they train in 32"
+        )
+    return lines
+
+
+def _trained_in_16_bits(root: nn.Module, adapter_name: str) -> list[str]:
+    """Trained copies and biases, which have the dtype of what they replace."""
+    adapters = adapters_named(root, adapter_name)
+    if not all(adapter.autocast_adapter_dtype for adapter in adapters.values()):
+        return []  # as asked for
+    owned = [(path, a.parameters()) for path, a in adapters.items() if isinstance(a, TrainedCopy)]
+    for path, module, record in trained_biases(root):
+        if record.adapter_name == adapter_name:
+            owned.append((path, iter([record.parameter(module)])))
+    narrow = (torch.bfloat16, torch.float16)
+    return [
+        path
+        for path, tensors in owned
+        if any(p.requires_grad and p.dtype in narrow for p in tensors)
     ]
 
 

@@ -225,6 +225,17 @@ def test_an_adapter_that_follows_is_cast_along() -> None:
         assert dtypes(scales) == {FP32}  # a scaling is no less exact for that
 
 
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
+def test_what_trains_in_16_bits_is_named(precision: str, tmp_path: Path, capsys: Any) -> None:
+    """Copies and biases have the dtype of what they replace."""
+    options = {"target_modules": ["embed"], "modules_to_save": ["head"], "bias": "lora_only"}
+    fit(tmp_path, precision, epochs=1, options=options)
+    line = "in 16 bits, where small steps are rounded away: head, embed.bias; with a '-mixed'"
+    assert (line in " ".join(capsys.readouterr().out.split())) == (precision == "bf16-true")
+    fit(tmp_path / "asked", precision, 1, options={**options, "autocast_adapter_dtype": False})
+    assert "in 16 bits" not in capsys.readouterr().out
+
+
 # -- plugins that replace modules --------------------------------------------------------------
 
 
