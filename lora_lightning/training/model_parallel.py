@@ -80,6 +80,7 @@ def grow_before_sharding(module: LightningModule, callbacks: list[Any]) -> None:
     strategy = module.trainer.strategy
     if not (is_model_parallel(strategy) or is_fsdp(strategy)):
         return
+    reshard(module)  # a run before may have left it gathered
     for callback in callbacks:
         try:
             callback.grow(module)
