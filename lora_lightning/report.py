@@ -153,8 +153,13 @@ def end_lines(model: nn.Module, best: str, last: str, weights_only: bool) -> lis
     content = "weights only" if weights_only else "with optimizer state"
     base = readable_bytes(base_bytes(model))
     for label, path in (("best", best), ("last", last)):
-        if path and os.path.isfile(path):
-            size = readable_bytes(os.path.getsize(path))
+        if path and os.path.exists(path):
+            files = (
+                [os.path.join(path, name) for name in os.listdir(path)]
+                if os.path.isdir(path)
+                else [path]
+            )
+            size = readable_bytes(sum(map(os.path.getsize, files)))
             sizes = f"({size} {content}; the base is {base})"
             lines.append(f"{label} checkpoint: {_nearby(path)} {sizes}")
     return lines

@@ -102,6 +102,45 @@ class PlainSGD(ShardedLater):
         return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda e: 0.9**e] * 5)]
 
 
+class Llama(Quiet):
+    """A transformers model, every layer a unit, with tied weights and gradient checkpointing."""
+
+    late = False
+
+    def __init__(self) -> None:
+        LightningModule.__init__(self)
+        if not self.late:
+            self.model = llama()
+
+    def configure_model(self) -> None:
+        if not hasattr(self, "model"):
+            self.model = llama()
+        if self.device_mesh is not None and not isinstance(self.model, FSDPModule):
+            for layer in (*self.model.model.layers, self.model):
+                fully_shard(layer, mesh=self.device_mesh["data_parallel"])
+
+    def forward(self, x: Tensor) -> Tensor:
+        ids = (x * 8).long().clamp(-31, 31) + 32
+        return self.model(input_ids=ids).logits[:, -1, :3]
+
+
+class LlamaLate(Llama):
+    late = True
+
+
+def llama() -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    config = LlamaConfig(**sizes, num_attention_heads=4, tie_word_embeddings=True)
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        model = LlamaForCausalLM(config)
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
+    return model
+
+
 # -- what is refused -------------------------------------------------------------------------------
 
 
@@ -164,6 +203,17 @@ class FSDPWithOwnSeeds(ModelParallelStrategy):
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
         return obj
+
+
+class FullDisk(ModelParallelStrategy):
+    """Fails when all but the last byte is written."""
+
+    full = False
+
+    def save_checkpoint(self, checkpoint: Any, filepath: Any, storage_options: Any = None) -> None:
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+        if self.full:
+            raise OSError("No space left on device")
 
 
 class DDPWithOwnSeeds(DDPStrategy):

@@ -21,7 +21,10 @@ from sharded_modules import (
     BuiltAndShardedInBf16,
     DDPWithOwnSeeds,
     FSDPWithOwnSeeds,
+    FullDisk,
     InitializedOnMeta,
+    Llama,
+    LlamaLate,
     LoadsLess,
     NobodyLoads,
     OnMeta,
@@ -53,6 +56,7 @@ from lora_lightning import (
     inject_adapter,
 )
 from lora_lightning.checkpoint_folders import read_checkpoint_folder
+from lora_lightning.content_hash import damaged_parts
 from lora_lightning.errors import LoraError
 from lora_lightning.sharding import whole
 
@@ -156,12 +160,66 @@ def on_two(folder: Path) -> dict[str, Any]:
         place = folder / f"sgd-{form}"
         for name, path in ((place.name, None), (f"{place.name} resumed", place / "epoch=1.ckpt")):
             found[name] = fit(PlainSGD, place, 4, path, strategy(folder=form == "folder"))
+    for kind in (Llama, LlamaLate):
+        way = strategy(folder=True)
+        found[kind.__name__] = fit(kind, folder / kind.__name__, 2, way=way, config=LoraConfig(r=4))
     return {
         "runs": found,
+        "saving": saving(folder / "saving"),
+        "second trainer": second_trainer(folder / "second"),
         "refusals": refusals(folder),
         "evaluation": evaluate(folder),
         "starts": starts(folder),
     }
+
+
+def second_trainer(folder: Path) -> bool:
+    """Whether a module whose adapters a run left gathered goes through another one."""
+    module, loader = BuiltAndSharded(), Data().val_dataloader()
+    options = {"devices": 2, "use_distributed_sampler": False}
+    for way in (strategy(folder=True), strategy(folder=False)):
+        trainer = run(folder, make_callback(), strategy=way, **options)
+        trainer.fit(module, loader)
+        trainer.save_checkpoint(folder / "after.ckpt")  # a file over the folder of the first
+        trainer.test(module, loader, ckpt_path=folder / "after.ckpt", verbose=False)
+    return (folder / "after.ckpt").is_file()
+
+
+def saving(folder: Path) -> dict[str, Any]:
+    """What is gathered for a file, and what is left when a disk is full."""
+    from torch.distributed.tensor import DTensor
+
+    found: dict[str, Any] = {"gathered": 0}
+    plain = DTensor.full_tensor
+
+    def counting(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found["gathered"] += self.numel()
+        return plain(self, *args, **kwargs)
+
+    for form in ("file", "folder"):
+        module, way = ShardedLater(), strategy(folder=form == "folder", kind=FullDisk)
+        trainer = run(folder, make_callback(), strategy=way, devices=2, max_epochs=2)
+        trainer.fit(module, Data().val_dataloader())
+        DTensor.full_tensor = counting if form == "file" else plain
+        path = folder / f"{form}.ckpt"
+        trainer.save_checkpoint(path)
+        DTensor.full_tensor = plain
+        trainer.fit_loop.epoch_progress.current.completed = 7  # what the failing one would say
+        way.full = True
+        with pytest.raises(OSError, match="No space left"):
+            trainer.save_checkpoint(path)
+        torch.distributed.barrier()
+        if form == "folder":
+            kept = read_checkpoint_folder(path)
+            found["damaged"] = damaged_parts(kept)
+            progress = kept["loops"]["fit_loop"]["epoch_progress"]
+            found["completed"] = progress["current"]["completed"]
+            found["visible"] = sorted(p.name for p in folder.iterdir() if p.name[0] != ".")
+        torch.distributed.barrier()
+        way.full = False
+        trainer.save_checkpoint(path)
+    found["hidden"] = sorted(p.name for p in folder.iterdir() if p.name[0] == ".")
+    return found
 
 
 def starts(folder: Path) -> dict[str, Any]:
@@ -418,6 +476,34 @@ def test_same_start_on_all_ranks(ranks: Any) -> None:
         assert starts["ddp, undisturbed"]
     assert not torch.equal(ranks[1]["starts"]["fsdp, twin"], expected)
     assert not torch.equal(ranks[1]["starts"]["ddp, twin"], expected)
+
+
+@pytest.mark.slow
+def test_transformers_model(found: Any, tmp_path: Path) -> None:
+    on_one = fit(Llama, tmp_path, 2, config=LoraConfig(r=4))
+    assert_close(found["Llama"], on_one)
+    assert_close(found["LlamaLate"], on_one)
+
+
+@pytest.mark.slow
+def test_nothing_of_the_base_is_gathered(ranks: Any, found: Any) -> None:
+    adapters = [v for k, v in found["ShardedLater-file"].items() if "/" not in k]
+    for rank in (0, 1):  # values and two moments
+        assert ranks[rank]["saving"]["gathered"] == 3 * sum(v.numel() for v in adapters)
+
+
+@pytest.mark.slow
+def test_a_full_disk_leaves_the_checkpoint_before(ranks: Any) -> None:
+    for rank in (0, 1):
+        saving = ranks[rank]["saving"]
+        assert (saving["damaged"], saving["completed"]) == ([], 2)
+        assert saving["visible"] == ["file.ckpt", "folder.ckpt"]
+        assert saving["hidden"] == []
+
+
+@pytest.mark.slow
+def test_second_trainer_and_a_file_over_a_folder(ranks: Any) -> None:
+    assert ranks[0]["second trainer"]
 
 
 REFUSALS = {
