@@ -738,15 +738,28 @@ def test_merged_adapters_do_not_train(tmp_path: Path) -> None:
         run(tmp_path, LoraCallback(r=2)).fit(module, Data())
 
 
-def test_unsupported_strategies_are_refused(tmp_path: Path) -> None:
+def test_unsupported_strategies_are_refused() -> None:
+    from lightning.pytorch.strategies import DDPStrategy
+
     from lora_lightning.training.run_checks import check_strategy
 
     class XLAStrategy:
         """Stands for one that nobody has tried."""
 
-    trainer = SimpleNamespace(strategy=XLAStrategy())
-    with pytest.raises(ConfigError, match="does not support XLAStrategy in this version"):
-        check_strategy(trainer)
+    class DeepSpeedStrategy(DDPStrategy):
+        """As Lightning's, which needs the package."""
+
+    class OwnStrategy(DeepSpeedStrategy):
+        """One that would pass for DDP by its other ancestor."""
+
+    for strategy, text in {
+        XLAStrategy(): "does not support XLAStrategy in this version",
+        DeepSpeedStrategy(): "strategy='fsdp' shards the frozen base as ZeRO stage 3 does",
+        OwnStrategy(): "does not support OwnStrategy: DeepSpeed's engine",
+    }.items():
+        with pytest.raises(ConfigError, match=text):
+            check_strategy(SimpleNamespace(strategy=strategy))
+    check_strategy(SimpleNamespace(strategy=DDPStrategy()))
 
 
 def test_another_submodule_than_before(tmp_path: Path) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy
 from modules import Data, Net, run
 from processes import on_processes
 from torch import Tensor
@@ -52,6 +55,50 @@ def test_two_processes(tmp_path: Path) -> None:
     alone = train(tmp_path / "alone", 4, devices=1, batch=16)
     for key, value in straight.items():
         torch.testing.assert_close(value, alone[key], rtol=1e-4, atol=1e-5)
+
+
+class Reducer(Callback):
+    """How many bytes DDP's reducer holds."""
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self.held = trainer.model._get_ddp_logging_data()["total_parameter_size_bytes"]
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "static graph": {"static_graph": True},
+    "bucket view": {"gradient_as_bucket_view": True},
+    "find unused": {"find_unused_parameters": True},
+}
+
+
+def variants(folder: Path) -> dict[str, Any]:
+    """Adapters under DDP's options, and how much of the model its reducer holds."""
+    found: dict[str, Any] = {}
+    for name, options in VARIANTS.items():
+        torch.manual_seed(0)
+        callback, reducer = LoraCallback(r=2, target_modules=["embed", "body.2"]), Reducer()
+        trainer = run(
+            folder, callback, reducer, devices=2, max_epochs=2,
+            strategy=DDPStrategy(**options), use_distributed_sampler=False,
+        )  # fmt: skip
+        module = Net()
+        trainer.fit(module, DataLoader(Data().dataset, 8))
+        own = {key: value for key, value in module.state_dict().items() if ".adapters." in key}
+        found[name] = {**own, "held": torch.tensor(reducer.held)}
+    return found
+
+
+@pytest.mark.slow
+def test_options_of_ddp(tmp_path: Path) -> None:
+    first, second = on_processes(2, variants, tmp_path)
+    for name in VARIANTS:
+        assert all(torch.equal(first[name][k], second[name][k]) for k in first[name]), name
+        assert all(torch.equal(first[name][k], first["plain"][k]) for k in first[name]), name
+    adapters = [value for key, value in first["plain"].items() if key != "held"]
+    assert any(value.any() for value in adapters)
+    # Nothing of the base is in the reducer.
+    assert first["plain"]["held"] == 4 * sum(value.numel() for value in adapters)
 
 
 def fail_on_rank_one() -> None:

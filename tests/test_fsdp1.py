@@ -289,3 +289,23 @@ def test_refusals(found: dict[str, Any]) -> None:
 def test_options_that_adapters_exclude(tmp_path: Path, options: Any, text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         check_fsdp(on_cpu(**options))
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`")
+@pytest.mark.filterwarnings("ignore:.*torch.distributed.*barrier")
+def test_lightnings_own_strategy(tmp_path: Path) -> None:
+    """On one GPU, where FSDP does not shard: trains, saves adapters only, resumes exactly."""
+
+    def go(folder: str, epochs: int, ckpt_path: Any = None) -> dict[str, Any]:
+        seed_everything(7, verbose=False)
+        saver = ModelCheckpoint(tmp_path / folder, filename="{epoch}", save_top_k=-1)
+        settings = {"accelerator": "gpu", "devices": 1, "strategy": "fsdp", "max_epochs": epochs}
+        trainer = run(tmp_path, make_callback(), saver, **settings)
+        trainer.fit(Quiet(), DataLoader(Data().dataset, 16), ckpt_path=ckpt_path)
+        return {key: value.cpu() for key, value in state_of(trainer).items()}
+
+    straight = go("straight", 4)
+    saved = torch.load(tmp_path / "straight/epoch=1.ckpt", weights_only=True)
+    assert all(".adapters." in key for key in saved["state_dict"])
+    assert equal(straight, go("resumed", 4, tmp_path / "straight/epoch=1.ckpt"))

@@ -17,13 +17,21 @@ def check_strategy(trainer: Any) -> None:
         ConfigError: For every other one.
 
     """
-    strategy = trainer.strategy
-    name = type(strategy).__name__
-    known = {cls.__name__ for cls in type(strategy).__mro__} & _STRATEGIES
-    if not known or name.startswith("DeepSpeed"):
+    name = type(trainer.strategy).__name__
+    ancestors = {cls.__name__ for cls in type(trainer.strategy).__mro__}
+    if "DeepSpeedStrategy" in ancestors:
+        raise ConfigError(
+            f"LoraCallback does not support {name}: DeepSpeed's engine has optimizer and "
+            "checkpoints to itself, so that adapters could neither be compared before they are "
+            "loaded nor resumed under another strategy. strategy='fsdp' shards the frozen base as "
+            "ZeRO stage 3 does; for stages 1 and 2 use strategy='ddp': what they shard, the state "
+            "of what trains, is small here. (trainer.strategy)"
+        )
+    if not ancestors & _STRATEGIES:
         raise ConfigError(
             f"LoraCallback does not support {name} in this version: adapters would not be sharded, "
-            "saved or restored correctly. Use a single device or strategy='ddp'. (trainer.strategy)"
+            "saved or restored correctly. Use a single device, strategy='ddp' or 'fsdp', or "
+            "ModelParallelStrategy. (trainer.strategy)"
         )
 
 
