@@ -236,6 +236,20 @@ def test_what_trains_in_16_bits_is_named(precision: str, tmp_path: Path, capsys:
     assert "in 16 bits" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("first", ["32-true", "16-mixed", "bf16-mixed", "bf16-true", "16-true"])
+def test_a_checkpoint_goes_on_under_any_precision(first: str, tmp_path: Path) -> None:
+    """The base is known by the values that it had before the plugin cast it."""
+    module, trainer, _ = fit(tmp_path, first, epochs=1)
+    for second in PRECISIONS:
+        again, other, _ = fit(
+            tmp_path, second, epochs=1, ckpt_path=tmp_path / "epoch=0.ckpt"
+        )  # loads, and has nothing left to do
+        for name, tensor in adapters(module).items():
+            assert torch.equal(adapters(again)[name], tensor.to(adapters(again)[name].dtype))
+        pairs = zip(moments(other), moments(trainer), strict=True)
+        assert all(torch.equal(one, two.to(one.dtype)) for one, two in pairs)
+
+
 # -- plugins that replace modules --------------------------------------------------------------
 
 
