@@ -10,11 +10,12 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.plugins import AsyncCheckpointIO
-from modules import BuiltInConfigureModel, Net, NetWithoutOptimizer
+from modules import BuiltInConfigureModel, Data, Net, NetWithoutOptimizer, run
 from resuming import SPOTS, Run, differences
 from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, ReduceLROnPlateau, SequentialLR
 from torch.optim.swa_utils import get_ema_avg_fn
+from torch.utils.data import DataLoader
 
 import lora_lightning.training.run_state
 from lora_lightning import AdaLoraConfig, LoraCallback
@@ -206,3 +207,20 @@ def test_a_run_that_early_stopping_ended_stays_ended(tmp_path: Path) -> None:
     assert resumed["losses"] == {}
     without = Run(spots=()).fit(tmp_path / "more", tmp_path / "validated8.ckpt")
     assert without["progress"] == [12, 3]
+
+
+def test_what_a_checkpoint_says_is_for_one_run_only(tmp_path: Path) -> None:
+    """A finished run never trains, and leaves nothing behind for the module's next one."""
+    saver = Run(spots=("end12",))
+    saver.fit(tmp_path)
+    module = Net()
+    (callback,) = saver.lora()
+    run(tmp_path, callback, max_epochs=3).fit(module, Data(), ckpt_path=tmp_path / "end12.ckpt")
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    drawn = []
+    module.on_train_batch_start = lambda batch, idx: drawn.append(torch.get_rng_state())  # type: ignore
+    run(tmp_path, callback, max_steps=1, max_epochs=-1).fit(module, DataLoader(Data().dataset, 16))
+    torch.set_rng_state(before)
+    next(iter(DataLoader(Data().dataset, 16)))  # what a loader draws
+    assert torch.equal(drawn[0], torch.get_rng_state())

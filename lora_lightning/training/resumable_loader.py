@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from lora_lightning.errors import CheckpointError
 from lora_lightning.rng import (
@@ -35,7 +35,8 @@ from lora_lightning.rng import (
 )
 
 _PARTS = (
-    "sampler", "batch_sampler", "dataset", "datasets", "collate_fn", "transform", "transforms",
+    "sampler", "batch_sampler", "_sampler", "dataset", "datasets", "collate_fn",
+    "transform", "transforms",
 )  # fmt: skip
 _OURS = ("_position", "_loaded", "_next_goes_on")
 
@@ -261,14 +262,22 @@ def set_randomness(loader: Any, state: dict[str, Any]) -> None:
 
 
 def generator_states(loader: Any) -> dict[str, Any]:
-    """State of the generators that the loader, its samplers or its dataset have, by path."""
-    return {path: generator_state(g) for path, g in _generators(loader).items()}
+    """State of the generators that the loader, its samplers or its dataset have, by path.
+
+    A DistributedSampler draws from its seed and the epoch.
+    """
+    return {
+        path: g.seed if isinstance(g, DistributedSampler) else generator_state(g)
+        for path, g in _generators(loader).items()
+    }
 
 
 def set_generator_states(loader: Any, states: dict[str, Any]) -> None:
     """Bring them into states that `generator_states` gave."""
     for path, generator in _generators(loader).items():
-        if path in states:
+        if path in states and isinstance(generator, DistributedSampler):
+            generator.seed = states[path]
+        elif path in states:
             set_generator_state(generator, states[path])
 
 
@@ -280,9 +289,9 @@ def _generators(loader: Any) -> dict[str, Any]:
         if id(owner) in seen:
             return
         seen.add(id(owner))
-        if isinstance(owner, GENERATORS):
+        if isinstance(owner, (*GENERATORS, DistributedSampler)):
             found[path] = owner
-        elif isinstance(owner, (list, tuple)):
+        if isinstance(owner, (list, tuple)):
             for index, item in enumerate(owner[:100]):  # parts, not the data themselves
                 visit(item, f"{path}.{index}")
         else:

@@ -56,17 +56,18 @@ def prepare_run_state(checkpoint: dict[str, Any], module: LightningModule) -> No
     rank, before, now = trainer.global_rank, len(processes), trainer.world_size
     own = {**processes[rank % before], "metrics": checkpoint[KEY]["metrics"]}
     if before != now:
+        lost = "; gradients accumulated so far are lost" if own["gradients"] else ""
         rank_zero_warn(
             f"The checkpoint was written by {before} processes, and {now} go on: random numbers "
             "(and, in the middle of an epoch, the order of the data) are not those of the "
-            "uninterrupted run. Use as many processes for an exact resume. (trainer.devices)"
+            f"uninterrupted run{lost}. Use as many processes for an exact resume. (trainer.devices)"
         )
         own["gradients"] = {}
         own["rank_seed"] = rank if rank >= before else None
     _fit_loop_state(checkpoint)[_LOADERS] = own["positions"]
-    if trainer.fit_loop._data_fetcher is not None:  # a tuner has trained and takes it back
-        _continue(module, own)
-    binding_of(module).run_state = own
+    # Not where a tuner takes back what it has trained: it keeps the random state itself.
+    if trainer.fit_loop._data_fetcher is None:
+        binding_of(module).run_state = own
 
 
 def continue_run(module: LightningModule) -> None:
@@ -92,7 +93,9 @@ def _continue(module: LightningModule, own: dict[str, Any]) -> None:
         set_generator_states(loader, states)
     parameters = dict(named_parameters(module))
     for name, gradient in own["gradients"].items():
-        parameters[name].grad = gradient.to(parameters[name].device, copy=True)
+        parameter = parameters[name]
+        local = gradient.to(parameter.device, copy=True)
+        parameter.grad = _as_shard_of(parameter, local) if _is_sharded(parameter) else local
     set_random_state(own["random_state"])
     if own.get("rank_seed") is not None:
         seed_all(int(torch.randint(2**62, ())) + own["rank_seed"])
@@ -153,10 +156,29 @@ def _gradients(module: LightningModule) -> dict[str, torch.Tensor]:
     if module.automatic_optimization and not trainer.fit_loop._should_accumulate():
         return {}
     return {
-        name: p.grad.detach().clone()
+        name: _local(p.grad).detach().cpu().clone()
         for name, p in trainable_parameters(module).items()
         if p.grad is not None
     }
+
+
+def _local(tensor: Any) -> torch.Tensor:
+    return tensor.to_local() if _is_sharded(tensor) else tensor
+
+
+def _is_sharded(tensor: Any) -> bool:
+    return hasattr(tensor, "to_local")  # a DTensor
+
+
+def _as_shard_of(parameter: Any, local: torch.Tensor) -> Any:
+    return type(parameter.data).from_local(
+        local,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
 
 
 def _fit_loop_state(checkpoint: dict[str, Any]) -> dict[str, Any]:
