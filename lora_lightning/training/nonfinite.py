@@ -115,7 +115,9 @@ class NonfiniteGuard:
         # The scaler waits for the device in its own step anyway.
         scaling = scaler is not None and scaler.get_scale() > 1
         gradients = {} if scaling else {p: _local(p.grad) for p in held if p.grad is not None}
-        largest = get_total_norm([*(loss for _, loss in losses), *gradients.values()], torch.inf)
+        looked_at = [*(loss for _, loss in losses), *gradients.values()]
+        # A process may hold no row of a small sharded tensor; of nothing there is no maximum.
+        largest = get_total_norm([values for values in looked_at if values.numel()], torch.inf)
         found: Any = (~largest.isfinite()).float().to(trainer.strategy.root_device)
         # Losses differ between processes; all of them have to do the same.
         self.skipping = bool(trainer.strategy.reduce(found, reduce_op="max"))
