@@ -80,6 +80,7 @@ class LoraCallback(Callback):
     Adapters grow on the module when the Trainer sets it up, for fit, validate, test and predict
     alike. The base is frozen, optimizers cover the adapters only, every checkpoint holds the
     adapters only, and `ckpt_path` restores them after checking that adapters and base fit.
+    SIGTERM saves at the end of the batch and ends the process with exit code 143.
 
     Args:
         config: All options as one object, of LoRA or another adapter type; give either this or

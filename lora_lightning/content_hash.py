@@ -93,7 +93,8 @@ def _feed(sha: Any, value: Any) -> None:
 
 def _feed_tensor(sha: Any, tensor: Tensor) -> None:
     _put(sha, "tensor", tensor.dtype, list(tensor.shape))
-    if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.layout != torch.strided:
+    plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided
+    if not plain or tensor.is_quantized:
         _put(sha, "of a type without plain bytes", type(tensor).__qualname__)
     elif not tensor.is_meta:
         flat = tensor.detach().to("cpu").resolve_conj().resolve_neg().contiguous().reshape(-1)

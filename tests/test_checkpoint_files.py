@@ -110,6 +110,15 @@ def test_what_does_not_matter_hashes_alike() -> None:
     assert content_hash({3, 1, 2}) == content_hash({1, 2, 3})
 
 
+def test_tensors_without_plain_bytes_count_by_their_kind() -> None:
+    sparse = torch.eye(3).to_sparse()
+    assert content_hash(sparse) == content_hash((2 * torch.eye(3)).to_sparse())
+    assert content_hash(sparse) != content_hash(torch.eye(3))
+    for dtype in (torch.float8_e4m3fn, torch.complex64, torch.uint16, torch.bool):
+        one, other = torch.zeros(3).to(dtype), torch.ones(3).to(dtype)
+        assert content_hash(one) == content_hash(one.clone()) != content_hash(other)
+
+
 def test_a_checkpoint_carries_its_hashes(good: Path) -> None:
     for weights_only in (True, False):
         content = torch.load(good, weights_only=weights_only)
@@ -444,6 +453,23 @@ def test_killed_at_every_step(step: int, existing: bool, good: Path, tmp_path: P
         assert path.read_bytes() == (new if step == 3 else old)
     write_atomically({path: new})
     assert names(tmp_path) == [path.name]
+
+
+def test_twin_written_in_place_half_a_file_is_left(good: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    old, new = b"old" * 1000, good.read_bytes()
+    path.write_bytes(old)
+
+    def in_place() -> None:
+        with open(path, "wb") as file:
+            file.write(new[:1000])
+            file.flush()
+            os.fsync(file.fileno())
+
+    assert killed_in(in_place, 0)
+    assert path.read_bytes() not in (old, new)
+    with pytest.raises(CheckpointError, match="truncated or damaged"):
+        DurableCheckpointIO().load_checkpoint(path, weights_only=True)
 
 
 def saving_fails(folder: Path) -> tuple[list[str], list[dict[str, Any]]]:
