@@ -171,6 +171,24 @@ class LoadsLess(OnMeta):
         return {key: value for key, value in self.base.items() if key != "embed.weight"}
 
 
+class LosesABuffer(OnMeta):
+    """Has a buffer that no state dict holds, and nothing that makes it anew."""
+
+    def configure_model(self) -> None:
+        with torch.device("meta"):
+            build(self)
+            self.norm.register_buffer("table", torch.zeros(4), persistent=False)
+            self.norm.reset_parameters = None
+        shard(self)
+
+
+class Factored(ShardedLater):
+    """An optimizer whose state has other shapes than the parameters."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adafactor(self.parameters(), lr=1e-2)
+
+
 class OtherBasePerRank(ShardedLater):
     def __init__(self) -> None:
         super().__init__()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 from filelock import FileLock  # comes with torch
 from lightning.pytorch import seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy
 from modules import Data, run
 from processes import on_processes
@@ -20,12 +21,14 @@ from sharded_modules import (
     BuiltAndSharded,
     BuiltAndShardedInBf16,
     DDPWithOwnSeeds,
+    Factored,
     FSDPWithOwnSeeds,
     FullDisk,
     InitializedOnMeta,
     Llama,
     LlamaLate,
     LoadsLess,
+    LosesABuffer,
     NobodyLoads,
     OnMeta,
     OtherBase,
@@ -43,6 +46,7 @@ from torch import nn
 from torch.distributed.checkpoint import FileSystemReader
 from torch.utils.data import DataLoader
 
+import lora_lightning.training.model_parallel
 from lora_lightning import (
     AdaLoraConfig,
     Ia3Config,
@@ -54,10 +58,13 @@ from lora_lightning import (
     ShiraConfig,
     VeraConfig,
     inject_adapter,
+    load_adapter,
+    save_adapter,
 )
 from lora_lightning.checkpoint_folders import read_checkpoint_folder
 from lora_lightning.content_hash import damaged_parts
-from lora_lightning.errors import LoraError
+from lora_lightning.errors import CheckpointError, LoraError
+from lora_lightning.report import end_lines
 from lora_lightning.sharding import whole
 
 
@@ -73,6 +80,7 @@ def fit(
     ckpt_path: Any = None,
     way: Any = "auto",
     config: Any = None,
+    other: Any = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Adapters and moments after training, whole; 32 samples a step whatever the strategy."""
@@ -84,7 +92,8 @@ def fit(
     saver = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, save_last=True)
     settings = {"max_epochs": epochs, "strategy": way, "devices": devices}
     settings["use_distributed_sampler"] = False
-    trainer = run(folder, callback, saver, **settings, **options)
+    others = [] if other is None else [other]
+    trainer = run(folder, callback, saver, *others, **settings, **options)
     if kind is InitializedOnMeta:
         with trainer.init_module(empty_init=True):
             module = kind()
@@ -143,6 +152,9 @@ def on_two(folder: Path) -> dict[str, Any]:
         found[f"{name} from one device"] = go(4, alone)
     written = folder / "ShardedLater-folder/epoch=1.ckpt"
     found["ddp from folder"] = fit(Quiet, folder / "ddp", 4, written, "ddp")
+    unlike = folder / "unlike"  # DDP hands rank 0's base to all
+    found["unlike"] = fit(OtherBasePerRank, unlike, 4, way="ddp")
+    found["unlike resumed"] = fit(OtherBasePerRank, unlike, 4, unlike / "epoch=1.ckpt", "ddp")
     found["file from folder"] = fit(
         ShardedLater, folder / "file", 4, written, strategy(folder=False)
     )
@@ -165,6 +177,7 @@ def on_two(folder: Path) -> dict[str, Any]:
         found[kind.__name__] = fit(kind, folder / kind.__name__, 2, way=way, config=LoraConfig(r=4))
     return {
         "runs": found,
+        "twin": left_whole(folder / "twin"),
         "saving": saving(folder / "saving"),
         "second trainer": second_trainer(folder / "second"),
         "refusals": refusals(folder),
@@ -173,12 +186,20 @@ def on_two(folder: Path) -> dict[str, Any]:
     }
 
 
+def left_whole(folder: Path) -> dict[str, Any]:
+    """What two processes train where nobody shards adapters that came after sharding."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lora_lightning.training.model_parallel, "shard_adapters", lambda _: None)
+        return fit(BuiltAndSharded, folder, 2, way=strategy(folder=True))
+
+
 def second_trainer(folder: Path) -> bool:
     """Whether a module whose adapters a run left gathered goes through another one."""
     module, loader = BuiltAndSharded(), Data().val_dataloader()
-    options = {"devices": 2, "use_distributed_sampler": False}
+    options = {"devices": 2, "use_distributed_sampler": False, "max_epochs": 2}
     for way in (strategy(folder=True), strategy(folder=False)):
-        trainer = run(folder, make_callback(), strategy=way, **options)
+        saver = ModelCheckpoint(folder, save_last="link")
+        trainer = run(folder, make_callback(), saver, strategy=way, **options)
         trainer.fit(module, loader)
         trainer.save_checkpoint(folder / "after.ckpt")  # a file over the folder of the first
         trainer.test(module, loader, ckpt_path=folder / "after.ckpt", verbose=False)
@@ -281,9 +302,13 @@ def refusals(folder: Path) -> dict[str, str]:
         except (LoraError, ValueError) as error:
             found[f"{kind.__name__} {' '.join(options)}".strip()] = str(error)
 
-    for kind in (BodyOnly, Unsharded, TensorParallel, NobodyLoads, LoadsLess, OtherBasePerRank):
+    for kind in (BodyOnly, Unsharded, TensorParallel, OwnUnitHead, OtherBasePerRank):
         attempt(kind)
-    attempt(OwnUnitHead)
+    for kind in (NobodyLoads, LoadsLess, LosesABuffer):
+        attempt(kind)
+    attempt(OnMeta, config=LoraConfig(bias="lora_only", **T))
+    attempt(ShardedLater, other=WeightAveraging())
+    attempt(Factored, folder / "factored/epoch=1.ckpt")
     attempt(ShardedLater, way=ModelParallelStrategy())
     attempt(ShardedLater, precision="bf16-true")
     attempt(ShardedLater, config=LoraConfig(init_lora_weights="eva", **T))
@@ -294,6 +319,13 @@ def refusals(folder: Path) -> dict[str, str]:
         found[f"other base, {form}"] = found.pop("OtherBase")
         attempt(ShardedLater, path, config=LoraConfig(r=3, **T))
         found[f"other rank, {form}"] = found.pop("ShardedLater config")
+    try:
+        module = ShardedLater()
+        trainer = run(folder, make_callback(), strategy=strategy(folder=True), devices=2)
+        trainer.validate(module, Data().val_dataloader(), verbose=False)
+        save_adapter(module, folder / "peft")
+    except LoraError as error:
+        found["save_adapter"] = str(error)
     damaged = folder / "damaged.ckpt"
     if torch.distributed.get_rank() == 0:
         flip_a_bit(folder / "ShardedLater-folder/epoch=1.ckpt", damaged)
@@ -321,6 +353,7 @@ def folder(tmp_path_factory: Any) -> Path:
     with FileLock(f"{folder}.lock"):
         if not (folder / "ranks.pt").exists():
             torch.save(fit(Quiet, folder / "alone", 4), folder / "alone.pt")
+            fit(Factored, folder / "factored", 2)
             torch.save(dict(enumerate(on_processes(2, on_two, folder))), folder / "ranks.pt")
     return folder
 
@@ -355,6 +388,14 @@ def assert_close(first: dict[str, Any], second: dict[str, Any]) -> None:
 @pytest.mark.parametrize(("kind", "form"), FORMS)
 def test_sharded_run_equals_one_device(found: Any, alone: Any, kind: Any, form: str) -> None:
     assert_close(found[f"{kind.__name__}-{form}"], alone)
+
+
+@pytest.mark.slow
+def test_twin_without_sharding_diverges(ranks: Any) -> None:
+    first, second = (ranks[rank]["twin"] for rank in (0, 1))
+    assert not torch.equal(
+        first["embed.adapters.default.lora_B"], second["embed.adapters.default.lora_B"]
+    )
 
 
 @pytest.mark.slow
@@ -479,6 +520,32 @@ def test_same_start_on_all_ranks(ranks: Any) -> None:
 
 
 @pytest.mark.slow
+def test_rank_0_says_which_base_it_is_under_ddp(found: Any) -> None:
+    assert equal(found["unlike"], found["unlike resumed"])
+
+
+@pytest.mark.slow
+def test_a_folder_is_loaded_without_a_trainer(folder: Path, found: Any) -> None:
+    path = folder / "ShardedLater-folder/last.ckpt"
+    model = Quiet()
+    load_adapter(model, path)
+    for key, value in found["ShardedLater-folder"].items():
+        if "/" not in key:
+            assert torch.equal(model.state_dict()[key], value)
+    (line,) = end_lines(model, str(path), "", weights_only=False)
+    assert "kB with optimizer state; the base is 1.8 kB" in line
+
+
+@pytest.mark.slow
+def test_an_index_that_runs_code_is_refused(folder: Path, found: Any, tmp_path: Path) -> None:
+    shutil.copytree(folder / "ShardedLater-folder/last.ckpt", tmp_path / "evil.ckpt")
+    pickled = pickle.dumps(shutil.copytree)
+    (tmp_path / "evil.ckpt/.metadata").write_bytes(pickled)
+    with pytest.raises(CheckpointError, match=r"its index asks for shutil\.copytree"):
+        read_checkpoint_folder(tmp_path / "evil.ckpt")
+
+
+@pytest.mark.slow
 def test_transformers_model(found: Any, tmp_path: Path) -> None:
     on_one = fit(Llama, tmp_path, 2, config=LoraConfig(r=4))
     assert_close(found["Llama"], on_one)
@@ -514,6 +581,11 @@ REFUSALS = {
     "NobodyLoads": "Define `base_state_dict(self)` on the LightningModule",
     "LoadsLess": "not the base of this module:\n  missing: embed.weight",
     "OtherBasePerRank": "The base of rank 1 is not that of rank 0",
+    "LosesABuffer": "'norm.table' is a buffer that no state dict holds",
+    "OnMeta config": "bias='lora_only' and 'all' keep the base's own biases aside",
+    "ShardedLater other": "WeightAveraging copies the whole module",
+    "Factored": "it cannot be split over processes as the parameter is",
+    "save_adapter": "spread over several processes. Load it in one process",
     "OwnUnitHead": "fully_shard made a unit of its own, which cannot be copied",
     "ShardedLater precision": "can have one dtype only",
     "eva": "init_lora_weights='eva' chooses ranks by the data",
