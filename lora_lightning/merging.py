@@ -18,6 +18,7 @@ from lora_lightning.hosts.base import Host, named_hosts
 from lora_lightning.hosts.folding import part_of
 from lora_lightning.hosts.growing import check_can_shrink
 from lora_lightning.injection import delete_adapter
+from lora_lightning.sharding import is_flattened
 from lora_lightning.switching import active_adapters, adapter_names, check_enabled, set_adapter
 
 
@@ -181,6 +182,12 @@ def _check_weights(model: nn.Module, names: Sequence[str], copies_too: bool = Fa
         for name, parameter in written:
             if parameter.is_meta:
                 raise AdapterStateError(f"{path!r} is on the meta device; load the base first.")
+            if is_flattened(parameter):
+                raise AdapterStateError(
+                    f"FSDP has split the {name} of {path!r} over the processes; nothing can be "
+                    "merged into a part. save_adapter(model, folder), then load_adapter(other, "
+                    "folder) on a model that was not trained under FSDP, and merge there."
+                )
             if owners[id(parameter)] > 1:
                 raise AdapterStateError(
                     f"The {name} of {path!r} is shared with another module (tied embeddings, "

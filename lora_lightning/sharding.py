@@ -19,6 +19,11 @@ def is_sharded(tensor: Any) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+def is_flattened(tensor: Any) -> bool:
+    """Whether FSDP1 has laid this parameter into a flat tensor that it splits over processes."""
+    return bool(getattr(tensor, "_fsdp_flattened", False))  # torch's mark
+
+
 def whole(tensor: Any) -> Any:
     """All values of a tensor. Of a sharded one they are gathered: every process has to call it."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.strategies.fsdp import _setup_activation_checkpointing
 from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.strategies import FSDPStrategy
@@ -23,9 +24,10 @@ from torch.distributed.fsdp.wrap import enable_wrap, wrap
 from torch.optim.swa_utils import get_ema_avg_fn
 from torch.utils.data import DataLoader
 
+from lora_lightning import load_adapter, merge_adapter, save_adapter
 from lora_lightning.checkpoint_folders import read_checkpoint_folder
 from lora_lightning.compiled import plain_name
-from lora_lightning.errors import ConfigError
+from lora_lightning.errors import AdapterStateError, ConfigError
 from lora_lightning.training.fsdp import GradientAverage, check_fsdp
 
 
@@ -42,7 +44,9 @@ class OnCpu(FSDPStrategy):
     def _setup_model(self, model: nn.Module) -> nn.Module:
         if any(isinstance(part, FullyShardedDataParallel) for part in model.modules()):
             return model
-        return FullyShardedDataParallel(model, **self.wrap_options)
+        root = FullyShardedDataParallel(model, **self.wrap_options)
+        _setup_activation_checkpointing(root, self._activation_checkpointing_kwargs)
+        return root
 
     def model_sharded_context(self) -> Any:
         return enable_wrap(wrapper_cls=FullyShardedDataParallel, **self.wrap_options)
@@ -130,6 +134,11 @@ def on_two(folder: Path) -> dict[str, Any]:
         if name == "plain":
             found["unit"] = unit_of(trainer)
             module = trainer.lightning_module
+            if trainer.is_global_zero:  # nobody else needs to take part
+                save_adapter(module, folder / "peft")
+                with pytest.raises(AdapterStateError) as merged:
+                    merge_adapter(module)
+                assert "split the weight of 'embed' over the processes" in str(merged.value)
             loader = Data().test_dataloader()
             tested = trainer.test(module, loader, verbose=False)[0]
             restored = run(folder, make_callback()).test(
@@ -137,6 +146,11 @@ def on_two(folder: Path) -> dict[str, Any]:
             )[0]
             found["tested"] = {key: torch.tensor(tested[key]) for key in tested}
             found["tested on one device"] = {key: torch.tensor(restored[key]) for key in tested}
+    checkpointed = on_cpu(activation_checkpointing_policy={nn.Sequential}, **UNITS)
+    found["fsdp recomputed"], _ = train(folder / "recomputed", checkpointed)
+    for name, way in {"fsdp": on_cpu(**UNITS), "ddp": "ddp"}.items():
+        dora = make_callback(use_dora=True)
+        found[f"{name} dora"], _ = train(folder / name, way, dora)
     found["wraps itself"], _ = train(folder / "itself", on_cpu(), kind=WrapsItself)
     for name, way in {"fsdp": on_cpu(), "ddp": "ddp_find_unused_parameters_true"}.items():
         found[f"{name} unused"], _ = train(folder / name, way, kind=UsesHeadOnRankZero)
@@ -257,6 +271,22 @@ def test_wrapping_in_configure_model(found: dict[str, Any]) -> None:
 @pytest.mark.slow
 def test_an_adapter_that_one_process_uses(found: dict[str, Any]) -> None:
     assert equal(found["fsdp unused"], found["ddp unused"])
+
+
+@pytest.mark.slow
+def test_other_ways_to_compute_the_same(found: dict[str, Any]) -> None:
+    """Activation checkpointing, and an adapter that reads the base's weight."""
+    assert equal(found["fsdp recomputed"], found["ddp plain"])
+    assert equal(found["fsdp dora"], found["ddp dora"])
+    assert any("magnitude" in name for name in found["fsdp dora"])
+
+
+@pytest.mark.slow
+def test_saved_by_one_process(found: dict[str, Any], folder: Path) -> None:
+    other = Quiet()
+    load_adapter(other, folder / "peft")
+    trained = {key: value for key, value in found["fsdp plain"].items() if "/" not in key}
+    assert equal(trained, {k: v for k, v in other.state_dict().items() if k in trained})
 
 
 @pytest.mark.slow
