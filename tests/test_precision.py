@@ -69,7 +69,7 @@ def fit(
     **trainer_options: Any,
 ) -> tuple[Any, Any, Watch]:
     seed_everything(7 if ckpt_path is None else 123, verbose=False)
-    lora = LoraCallback(r=2, lora_dropout=0.3, **(options or {}))
+    lora = LoraCallback(r=2, lora_dropout=0.3, modules_to_save=["head"], **(options or {}))
     saver = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, save_last=True)
     watch, module = Watch(), kind()
     how: dict[str, Any] = {"precision": precision}
@@ -139,7 +139,7 @@ def test_adapters_in_the_dtype_of_the_base_when_asked(precision: str, tmp_path: 
 
 def test_twin_without_master_copies_fails(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(Adapter, "_apply", nn.Module._apply)
-    with pytest.raises(AssertionError, match=r"torch.bfloat16.*torch.float32"):
+    with pytest.raises(AssertionError, match="bfloat16"):
         check_run(tmp_path, "bf16-true", BF16, FP32)
 
 

@@ -300,7 +300,7 @@ class OftConvAdapter(OftAdapter):
             if adapter is self:
                 break
             if isinstance(adapter, TrainedCopy):
-                weight = cast(Tensor, adapter.module.weight)
+                weight = cast(Tensor, adapter.tensor("weight"))
                 continue
             wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
             above = adapter.transform_weight(wide, base)

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import cast
 
 import torch
@@ -128,6 +129,28 @@ class AttentionHost(Host):
             )
             return output
         self._check_inputs(query, key, value)
+        with nullcontext() if copy is None else copy.in_base_dtype():
+            y, weights = self._attend(
+                copy, query, key, value, key_padding_mask, attn_mask, is_causal, need_weights
+            )
+        if weights is not None and average_attn_weights:
+            weights = weights.mean(dim=1)
+        if query.dim() == 2:
+            return y.squeeze(1), None if weights is None else weights.squeeze(0)
+        return y.transpose(0, 1) if self.batch_first else y, weights
+
+    def _attend(
+        self,
+        copy: TrainedCopy | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+        need_weights: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Output (L, N, e) and, if wanted, the weights of every head."""
         module = cast(nn.MultiheadAttention, self if copy is None else copy.module)
         q, k, v = self._project_in(module, query, key, value)
         if query.dim() == 2:
@@ -138,12 +161,7 @@ class AttentionHost(Host):
         y, weights = attend(
             module, q, k, v, key_padding_mask, attn_mask, is_causal, need_weights, self.training
         )
-        y = self._project_out(copy, y)
-        if weights is not None and average_attn_weights:
-            weights = weights.mean(dim=1)
-        if query.dim() == 2:
-            return y.squeeze(1), None if weights is None else weights.squeeze(0)
-        return y.transpose(0, 1) if self.batch_first else y, weights
+        return self._project_out(copy, y), weights
 
     def _adapters_act(self) -> bool:
         if self.row_adapters is not None:

@@ -98,7 +98,8 @@ class Host(nn.Module):
         """The bias of the map that an adapter acts on: those before it may change it."""
         chain = self.chain(name) if self.row_adapters is None else []  # a row has one adapter only
         copy, others = split_copy(chain)
-        bias = getattr(self if copy is None else copy.module, self.bias_name(name), None)
+        bias_name = self.bias_name(name)
+        bias = getattr(self, bias_name, None) if copy is None else copy.tensor(bias_name)
         if bias is None:
             return None
         base: Base = self if name == "weight" else HostPart(self, name)
