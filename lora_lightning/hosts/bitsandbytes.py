@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.errors import AdapterStateError
+from lora_lightning.sharding import is_sharded, whole
 
 
 def is_linear4bit(module: nn.Module) -> bool:
@@ -59,7 +60,8 @@ class Packed4bit:
             state = module.quant_state  # where FSDP has put a parameter of its own in place
         if state is None:
             return None
-        unpack_from_cpu_layout(module)
+        if not is_sharded(module.weight):
+            unpack_from_cpu_layout(module)
         return Packed4bit(module.weight.data, state)
 
     def dense(self) -> Tensor:
@@ -77,7 +79,7 @@ class Packed4bit:
             offset=state.offset,
             state2=state.state2,
         )
-        return dequantize_4bit(self.data, wide)
+        return dequantize_4bit(whole(self.data), wide)
 
     def like(self, dense: Tensor) -> Packed4bit:
         """Another W, rounded in the same way."""

@@ -60,12 +60,18 @@ def leave_out_adapters(module: LightningModule) -> None:
     """Let FSDP take up no adapter when it wraps the module, whoever lets it.
 
     Raises:
-        ConfigError: If a part of the base trains.
+        ConfigError: If a part of the base trains, or FSDP cannot flatten one.
 
     """
     strategy: Any = module.trainer.strategy
     if not is_fsdp(strategy):
         return
+    packed = [name for name, p in module.named_parameters() if not p.is_floating_point()]
+    if packed:
+        raise ConfigError(
+            f"FSDP cannot flatten weights that are held as integers ({first_few(packed)}): the "
+            "base is quantised. Use strategy='ddp', or ModelParallelStrategy. (trainer.strategy)"
+        )
     ignored = strategy.kwargs["ignored_modules"]
     known = {id(part) for part in ignored}
     adapters = [host.adapters for _, host in named_hosts(module)]
