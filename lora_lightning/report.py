@@ -115,19 +115,15 @@ def start_lines(model: nn.Module, root: nn.Module, adapter_name: str) -> list[st
 
 
 def _trained_in_16_bits(root: nn.Module, adapter_name: str) -> list[str]:
-    """Trained copies and biases, which have the dtype of what they replace."""
-    adapters = adapters_named(root, adapter_name)
-    if not all(adapter.autocast_adapter_dtype for adapter in adapters.values()):
+    """Trained biases, which are the base's own parameters."""
+    adapters = adapters_named(root, adapter_name).values()
+    if not all(adapter.autocast_adapter_dtype for adapter in adapters):
         return []  # as asked for
-    owned = [(path, a.parameters()) for path, a in adapters.items() if isinstance(a, TrainedCopy)]
-    for path, module, record in trained_biases(root):
-        if record.adapter_name == adapter_name:
-            owned.append((path, iter([record.parameter(module)])))
-    narrow = (torch.bfloat16, torch.float16)
     return [
-        path
-        for path, tensors in owned
-        if any(p.requires_grad and p.dtype in narrow for p in tensors)
+        name
+        for name, module, record in trained_biases(root)
+        if record.adapter_name == adapter_name
+        and record.parameter(module).dtype in (torch.bfloat16, torch.float16)
     ]
 
 
