@@ -105,6 +105,8 @@ def differences(first: Any, second: Any, path: str = "") -> list[str]:
     if path == "/losses":
         first = {key: loss for key, loss in first.items() if key in second}
     if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
+        if hasattr(first, "to_local"):
+            first, second = first.to_local(), second.to_local()
         return [] if torch.equal(first, second) else [path]
     if isinstance(first, dict) and isinstance(second, dict):
         if first.keys() != second.keys():

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from resuming import differences
 
 import lora_lightning.cli
 
@@ -108,6 +109,23 @@ def test_fit_resume_validate(cli: Any, folder: Path) -> None:
     assert [len(batch) for batch in torch.load(folder / path, weights_only=True)] == [16] * 4
     text = cli("validate", "--config", "my.yaml")
     assert "no --ckpt_path given: this evaluates the model before any fine-tuning" in text
+
+
+def test_resume_from_the_middle_of_an_epoch(cli: Any, folder: Path) -> None:
+    saver = {"filename": "{step}", "every_n_train_steps": 3, "save_last": True, "save_top_k": -1}
+    entry = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": saver}
+    for run in ("a", "b"):
+        trainer = {**CONFIG["trainer"], "default_root_dir": f"runs/{run}", "callbacks": [entry]}
+        write(folder / f"{run}.yaml", {**CONFIG, "trainer": {**trainer, "max_epochs": 3}})
+    cli("fit", "--config", "a.yaml", "--trainer.max_steps", "6")  # of twelve; epochs have four
+    cli("fit", "--config", "a.yaml", "--ckpt_path", "last")
+    cli("fit", "--config", "b.yaml")
+    resumed, straight = (
+        torch.load(folder / f"runs/{run}/checkpoints/step=12.ckpt", weights_only=True)
+        for run in "ab"
+    )
+    assert differences(straight["state_dict"], resumed["state_dict"]) == []
+    assert differences(straight["optimizer_states"], resumed["optimizer_states"]) == []
 
 
 def test_section_and_callback_entry_are_the_same(cli: Any, folder: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from modules import Data, Net
 from processes import on_processes
 from resuming import Run, differences
+from sharded_modules import ShardedLater, strategy
 from torch.utils.data import DataLoader
 
 import lora_lightning.training.run_state
@@ -81,6 +82,30 @@ def _with_rank_zero_only(state: Any, twin: Callable[[], list[str]]) -> list[str]
         return twin()
     finally:
         state.prepare_run_state = prepare
+
+
+def go_sharded(folder: Path, distributed: bool) -> dict[str, list[str]]:
+    """FSDP2, its files sharded or in one piece."""
+    options = lambda: {  # noqa: E731
+        "devices": 2,
+        "strategy": strategy(distributed),
+        "max_epochs": 2,
+        "accumulate_grad_batches": 3,
+    }
+    both = Run(ShardedLater, Shared, options=options, spots=SPOTS)
+    straight = both.fit(folder)
+    return {
+        spot: differences(straight, both.fit(folder / spot, folder / f"{spot}.ckpt"))
+        for spot in SPOTS
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("distributed", [True, False])
+def test_two_processes_that_share_the_model(tmp_path: Path, distributed: bool) -> None:
+    """Gradients accumulated between two optimizer steps are shards, too."""
+    for found in on_processes(2, go_sharded, tmp_path, distributed):
+        assert found == {spot: [] for spot in SPOTS}
 
 
 @pytest.mark.slow

@@ -224,3 +224,21 @@ def test_what_a_checkpoint_says_is_for_one_run_only(tmp_path: Path) -> None:
     torch.set_rng_state(before)
     next(iter(DataLoader(Data().dataset, 16)))  # what a loader draws
     assert torch.equal(drawn[0], torch.get_rng_state())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["32-true", "16-mixed", "bf16-mixed", "bf16-true"])
+def test_on_cuda(tmp_path: Path, precision: Any, monkeypatch: Any) -> None:
+    """Dropout draws from the device's generator; the gradient scaler goes on as well."""
+    device = {"accelerator": "gpu", "devices": 1, "precision": precision}
+    on_device = Run(options=options(**device, accumulate_grad_batches=3))
+    on_device.check(tmp_path)
+    straight = on_device.fit(tmp_path / "twin")
+    original = lora_lightning.training.run_state.set_random_state
+    monkeypatch.setattr(
+        lora_lightning.training.run_state,
+        "set_random_state",
+        lambda state: original({**state, "cuda": []}),
+    )
+    twin = on_device.fit(tmp_path / "other", tmp_path / "twin/batch9.ckpt")
+    assert any("lora_B" in path for path in differences(straight, twin))
