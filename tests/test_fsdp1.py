@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,10 +25,11 @@ from torch.distributed.fsdp.wrap import enable_wrap, wrap
 from torch.optim.swa_utils import get_ema_avg_fn
 from torch.utils.data import DataLoader
 
-from lora_lightning import load_adapter, merge_adapter, save_adapter
+from lora_lightning import LoraConfig, load_adapter, merge_adapter, save_adapter
 from lora_lightning.checkpoint_folders import read_checkpoint_folder
 from lora_lightning.compiled import plain_name
 from lora_lightning.errors import AdapterStateError, ConfigError
+from lora_lightning.training.eva_run import adopt_ranks
 from lora_lightning.training.fsdp import GradientAverage, check_fsdp
 
 
@@ -307,6 +309,17 @@ def test_refusals(found: dict[str, Any]) -> None:
     assert "Use bias='none', or ModelParallelStrategy. (lora.bias)" in refused["bias"]
     assert "body were wrapped in FSDP before adapters could grow" in refused["late"]
     assert "WeightAveraging swaps whole models" in refused["averaging"]
+
+
+def test_ranks_of_eva_cannot_change_after_the_setup() -> None:
+    callback = make_callback(r=3, init_lora_weights="eva")
+    found = LoraConfig(r=3, rank_pattern={"embed": 5})
+    saved = {"config": found.to_dict(), "peft_type": "LORA"}
+    trainer = SimpleNamespace(strategy=on_cpu())
+    with pytest.raises(ConfigError, match="OnCpu restores checkpoints into adapters that it has"):
+        adopt_ranks(callback, SimpleNamespace(trainer=trainer), saved)  # type: ignore[arg-type]
+    callback.config = found
+    adopt_ranks(callback, SimpleNamespace(trainer=trainer), saved)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
