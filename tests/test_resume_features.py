@@ -226,6 +226,24 @@ def test_what_a_checkpoint_says_is_for_one_run_only(tmp_path: Path) -> None:
     assert torch.equal(drawn[0], torch.get_rng_state())
 
 
+class AveragesLoss(Net):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        self.log("mean_loss", loss, on_step=True, on_epoch=True)
+        return loss
+
+
+def test_averages_over_the_training_epoch_are_not_held(tmp_path: Path) -> None:
+    watch = lambda: [EarlyStopping("mean_loss_epoch", check_on_train_epoch_end=True)]  # noqa: E731
+    one_epoch = Run(AveragesLoss, callbacks=watch, options=options(max_epochs=1), spots=("batch2",))
+    straight = one_epoch.fit(tmp_path)
+    with pytest.warns(UserWarning, match="'mean_loss_epoch' is averaged over the training epoch"):
+        resumed = one_epoch.fit(tmp_path / "resumed", tmp_path / "batch2.ckpt")
+    assert differences(straight["weights"], resumed["weights"]) == []
+    assert any("best_score" in path for path in differences(straight, resumed))
+    Run(AveragesLoss, callbacks=watch, spots=("end4",)).check(tmp_path / "end")  # no warning
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["32-true", "16-mixed", "bf16-mixed", "bf16-true"])
 def test_on_cuda(tmp_path: Path, precision: Any, monkeypatch: Any) -> None:

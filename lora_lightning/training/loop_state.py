@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 _EPOCH_LOOP = "epoch_loop."
 
@@ -51,6 +51,28 @@ def monitored(trainer: Any) -> dict[str, torch.Tensor]:
     """The metrics that callbacks and schedulers see."""
     metrics = trainer.callback_metrics
     return {name: torch.as_tensor(value).detach().cpu().clone() for name, value in metrics.items()}
+
+
+def epoch_averages(trainer: Any) -> list[str]:
+    """Names of the metrics that training averages over the epoch under way."""
+    if not in_epoch(trainer):
+        return []
+    logged = [result.meta for result in trainer.fit_loop.epoch_loop._results.values()]
+    return sorted({name for m in logged if m.on_epoch for name in (m.name, f"{m.name}_epoch")})
+
+
+def warn_of_averages(trainer: Any, averages: list[str]) -> None:
+    """A checkpoint does not hold the averages so far; say so where something watches one."""
+    watching = [*trainer.callbacks, *trainer.lr_scheduler_configs]
+    monitors = {str(getattr(watcher, "monitor", None)) for watcher in watching}
+    watched = monitors & set(averages)
+    if watched:
+        rank_zero_warn(
+            f"{', '.join(map(repr, sorted(watched)))} is averaged over the training epoch, and a "
+            "checkpoint from the middle of an epoch does not hold the average so far: what "
+            "monitors it sees the remaining batches of this epoch only. Monitor a validation "
+            "metric, or resume from the end of an epoch, for an exact resume. (trainer.callbacks)"
+        )
 
 
 def continue_loops(trainer: Any, metrics: dict[str, torch.Tensor]) -> None:

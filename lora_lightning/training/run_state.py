@@ -18,7 +18,14 @@ from lora_lightning.compiled import named_parameters
 from lora_lightning.optim import trainable_parameters
 from lora_lightning.rng import random_state, seed_all, set_random_state
 from lora_lightning.training.binding import binding_of
-from lora_lightning.training.loop_state import complete_loops, continue_loops, in_epoch, monitored
+from lora_lightning.training.loop_state import (
+    complete_loops,
+    continue_loops,
+    epoch_averages,
+    in_epoch,
+    monitored,
+    warn_of_averages,
+)
 from lora_lightning.training.resumable_loader import (
     Pass,
     ResumableLoader,
@@ -44,6 +51,7 @@ def add_run_state(checkpoint: dict[str, Any], module: LightningModule) -> None:
     }
     checkpoint[KEY]["processes"] = _gather(own, trainer.world_size)
     checkpoint[KEY]["metrics"] = monitored(trainer)
+    checkpoint[KEY]["epoch_averages"] = epoch_averages(trainer)
     complete_loops(checkpoint["loops"]["fit_loop"], trainer)
 
 
@@ -54,7 +62,8 @@ def prepare_run_state(checkpoint: dict[str, Any], module: LightningModule) -> No
     if processes is None or trainer.state.fn != "fit":
         return
     rank, before, now = trainer.global_rank, len(processes), trainer.world_size
-    own = {**processes[rank % before], "metrics": checkpoint[KEY]["metrics"]}
+    shared = {key: checkpoint[KEY][key] for key in ("metrics", "epoch_averages")}
+    own = {**processes[rank % before], **shared}
     if before != now:
         lost = "; gradients accumulated so far are lost" if own["gradients"] else ""
         rank_zero_warn(
@@ -74,6 +83,7 @@ def continue_run(module: LightningModule) -> None:
     """Where the checkpoint left off; the last thing before batches are asked for."""
     own, binding_of(module).run_state = binding_of(module).run_state, None
     if own is not None:
+        warn_of_averages(module.trainer, own["epoch_averages"])
         continue_loops(module.trainer, own["metrics"])
         _continue(module, own)
         fetcher: Any = module.trainer.fit_loop._data_fetcher
