@@ -55,6 +55,13 @@ class BuiltAndSharded(Quiet):
         shard(self)
 
 
+class WithDropout(Net):
+    """All that draws random numbers, sharded."""
+
+    def configure_model(self) -> None:
+        shard(self)
+
+
 class ShardedInBf16(ShardedLater):
     def configure_model(self) -> None:
         shard(self, mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32))

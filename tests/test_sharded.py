@@ -40,6 +40,7 @@ from sharded_modules import (
     ShardedLater,
     TensorParallel,
     Unsharded,
+    WithDropout,
     strategy,
 )
 from torch import nn
@@ -177,6 +178,7 @@ def on_two(folder: Path) -> dict[str, Any]:
         found[kind.__name__] = fit(kind, folder / kind.__name__, 2, way=way, config=LoraConfig(r=4))
     return {
         "runs": found,
+        "mid-epoch": in_mid_epoch(folder / "mid-epoch"),
         "twin": left_whole(folder / "twin"),
         "saving": saving(folder / "saving"),
         "second trainer": second_trainer(folder / "second"),
@@ -184,6 +186,22 @@ def on_two(folder: Path) -> dict[str, Any]:
         "evaluation": evaluate(folder),
         "starts": starts(folder),
     }
+
+
+def in_mid_epoch(folder: Path) -> dict[str, Any]:
+    """Shuffled data and dropout, straight and resumed after 3 of 4 steps of the first epoch."""
+    found = {}
+    for form in ("folder", "file"):
+        for name, path in (("", None), (" resumed", folder / f"{form}/step=3.ckpt")):
+            seed_everything(7 if path is None else 123, verbose=False)
+            module, way = WithDropout(), strategy(folder=form == "folder")
+            place = folder / f"{form}{name}"
+            saver = ModelCheckpoint(place, "{step}", every_n_train_steps=3, save_top_k=-1)
+            callback = make_callback(lora_dropout=0.3)
+            trainer = run(folder, callback, saver, max_epochs=2, strategy=way, devices=2)
+            trainer.fit(module, Data(8).train_dataloader(), ckpt_path=path)
+            found[f"{form}{name}"] = whole_state(module, trainer.optimizers[0])
+    return found
 
 
 def left_whole(folder: Path) -> dict[str, Any]:
@@ -403,6 +421,14 @@ def test_twin_without_sharding_diverges(ranks: Any) -> None:
 def test_resume_is_exact(found: Any, kind: Any, form: str) -> None:
     name = f"{kind.__name__}-{form}"
     assert equal(found[name], found[f"{name} resumed"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["folder", "file"])
+def test_resume_in_mid_epoch_is_exact(ranks: Any, form: str) -> None:
+    for rank in (0, 1):
+        runs = ranks[rank]["mid-epoch"]
+        assert equal(runs[form], runs[f"{form} resumed"])
 
 
 @pytest.mark.slow
