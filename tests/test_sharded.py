@@ -328,7 +328,7 @@ def refusals(folder: Path) -> dict[str, str]:
     attempt(ShardedLater, other=WeightAveraging())
     attempt(Factored, folder / "factored/epoch=1.ckpt")
     attempt(ShardedLater, way=ModelParallelStrategy())
-    attempt(ShardedLater, precision="bf16-true")
+    attempt(ShardedLater, precision="bf16-true", config=LoraConfig(bias="lora_only", **T))
     attempt(ShardedLater, config=LoraConfig(init_lora_weights="eva", **T))
     found["eva"] = found.pop("ShardedLater config")
     for form in ("folder", "file"):
@@ -613,7 +613,7 @@ REFUSALS = {
     "Factored": "it cannot be split over processes as the parameter is",
     "save_adapter": "spread over several processes. Load it in one process",
     "OwnUnitHead": "fully_shard made a unit of its own, which cannot be copied",
-    "ShardedLater precision": "can have one dtype only",
+    "ShardedLater precision config": "can have one dtype only",
     "eva": "init_lora_weights='eva' chooses ranks by the data",
     "other base, folder": "norm.bias: other values",
     "other base, file": "norm.bias: other values",

@@ -47,7 +47,10 @@ class TrainedCopy(Adapter):
     def tensor(self, name: str) -> Tensor | None:
         """A parameter of the copy in the dtype that it acts in, or None where there is none."""
         parameter: Tensor | None = getattr(self.module, name, None)
-        return None if parameter is None else parameter.to(self.base_dtypes.get(name))
+        dtype = self.base_dtypes.get(name)
+        if parameter is None or dtype is None or parameter.itemsize <= dtype.itemsize:
+            return parameter
+        return parameter.to(dtype)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The copy's output in place of the module's."""
@@ -61,7 +64,7 @@ class TrainedCopy(Adapter):
         for name, dtype in self.base_dtypes.items():
             path, _, last = name.rpartition(".")
             held: dict[str, Any] = self.module.get_submodule(path)._parameters
-            if held[last].dtype != dtype:
+            if held[last].itemsize > dtype.itemsize:  # FSDP's policy may have narrowed it already
                 masters.append((held, last, held[last]))
                 held[last] = held[last].to(dtype)
         try:

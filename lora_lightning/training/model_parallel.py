@@ -147,9 +147,7 @@ def check_dtypes(module: nn.Module) -> None:
             shown = ", ".join(f"{name!r} in {dtype}" for dtype, name in names.items())
             raise ConfigError(
                 f"One FSDP unit would train {shown}; it can have one dtype only. Keep the base in "
-                "fp32 and compute in bf16 (MixedPrecisionPolicy), apply fully_shard to the module "
-                "of the trained copy by itself, or set autocast_adapter_dtype=False. "
-                "(lora.modules_to_save)"
+                "fp32 and compute in bf16 (MixedPrecisionPolicy), or use bias='none'. (lora.bias)"
             )
 
 
