@@ -112,7 +112,8 @@ def torchrun(place: Path, run: str, *args: str, **variables: str) -> tuple[list[
         said = [agent.communicate(timeout=100)[0] for agent in agents]
     finally:
         for agent in agents:
-            agent.kill()
+            agent.terminate()  # an agent ends its workers then, if it still has any
+            agent.wait()
     return [agent.returncode for agent in agents], said
 
 
