@@ -140,9 +140,10 @@ def test_without_save_last_it_is_kept_up_to_date(tmp_path: Path) -> None:
     """Or the run would be taken up at the same step for ever."""
     assert interrupted(tmp_path, ModelCheckpoint(tmp_path), Signal(signal.SIGTERM, 1)) == 143
     assert steps(tmp_path / "last.ckpt") == 2
-    assert interrupted(
-        tmp_path, ModelCheckpoint(tmp_path), Signal(signal.SIGTERM, 9), ckpt_path="last"
-    )
+    link = tmp_path.with_name("link")  # the same folder by another name
+    link.symlink_to(tmp_path)
+    again = {"ckpt_path": link / "last.ckpt"}
+    assert interrupted(tmp_path, ModelCheckpoint(tmp_path), Signal(signal.SIGTERM, 9), **again)
     assert steps(tmp_path / "last.ckpt") == 10
     fit(tmp_path, ModelCheckpoint(tmp_path), ckpt_path="last")
     assert steps(tmp_path / "last.ckpt") == 16

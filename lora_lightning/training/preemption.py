@@ -116,7 +116,7 @@ def _keep_last_up_to_date(trainer: Any) -> None:
     for callback in _savers(trainer):
         last = callback.last_model_path
         if not callback.save_last and trainer.ckpt_path is not None and last:
-            callback.save_last = os.path.abspath(trainer.ckpt_path) == os.path.abspath(last)
+            callback.save_last = os.path.realpath(trainer.ckpt_path) == os.path.realpath(last)
 
 
 def save_last(trainer: Any) -> str:
