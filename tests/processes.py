@@ -83,6 +83,10 @@ def _serve(folder: str) -> None:
     module, name, args, kwargs = pickle.loads(Path(folder, "call.pkl").read_bytes())
     result = getattr(importlib.import_module(module), name)(*args, **kwargs)
     torch.save(result, Path(folder, f"rank{os.environ['RANK']}.pt"))
+    # Not through the interpreter's end: where one rank leaves before the others, torch's threads
+    # abort there now and then (SIGABRT, "terminate called without an active exception").
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":
