@@ -21,6 +21,7 @@ from types import MethodType
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
@@ -156,7 +157,9 @@ class Pass(Iterator[Any]):
         # Lightning fetches one batch ahead of loaders whose length is not known. In the main
         # process that batch took random numbers, earlier than a checkpoint would say.
         self._streams = isinstance(loader.dataset, IterableDataset)
-        self._fetched_ahead = self._streams and loader.num_workers == 0
+        unsized = self._streams and sized_len(loader) is None
+        self._fetched_ahead = unsized and loader.num_workers == 0
+        self._keep_state = unsized and not isinstance(loader, ResumableLoader)
         self._before: dict[str, Any] | None = None
         self._waiting: list[Any] = []
         self.goes_on = loader.__dict__.pop("_next_goes_on", False)
@@ -168,7 +171,7 @@ class Pass(Iterator[Any]):
             return self._waiting.pop()
         if self._fetched_ahead:
             self._before = randomness(self.loader)
-        if self._streams and not isinstance(self.loader, ResumableLoader):
+        if self._keep_state:
             self.loader_before = self.loader.state_dict()
         batch = next(self._iterator)
         self.batches += 1
