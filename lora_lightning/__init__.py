@@ -57,7 +57,9 @@ if TYPE_CHECKING:
     from lora_lightning.switching import scale_adapter as scale_adapter
     from lora_lightning.switching import set_adapter as set_adapter
     from lora_lightning.tasks.text_classification import TextClassification as TextClassification
-    from lora_lightning.training.loading import load_from_checkpoint as load_from_checkpoint
+    from lora_lightning.training.checkpoints.loading import (
+        load_from_checkpoint as load_from_checkpoint,
+    )
 
 _HOME = {
     "LoraCallback": "callback",
@@ -90,7 +92,7 @@ _HOME = {
     "adapter_status": "status",
     "save_adapter": "peft_format",
     "load_adapter": "peft_format",
-    "load_from_checkpoint": "training.loading",
+    "load_from_checkpoint": "training.checkpoints.loading",
     "hotswap_adapter": "hotswap",
     "adapter_state_dict": "checkpoint",
     "load_adapter_state_dict": "checkpoint",

@@ -41,13 +41,9 @@ from lora_lightning.training.callback_options import (
     check_same_adapter,
     log_options,
 )
-from lora_lightning.training.checkpoint_files import protect_checkpoints
+from lora_lightning.training.checkpoints.files import protect_checkpoints
+from lora_lightning.training.checkpoints.manifest import remember_base
 from lora_lightning.training.eva_run import start_values, starts_from_data, take_over_ranks
-from lora_lightning.training.fsdp import check_not_wrapped
-from lora_lightning.training.launchers import check_launcher, take_returned
-from lora_lightning.training.manifest import remember_base
-from lora_lightning.training.meta_base import expect_base
-from lora_lightning.training.model_parallel import check_model_parallel
 from lora_lightning.training.nonfinite import NonfiniteGuard, check_same_policy
 from lora_lightning.training.precision import check_precision, convert_before_growth
 from lora_lightning.training.preemption import (
@@ -55,13 +51,17 @@ from lora_lightning.training.preemption import (
     lines_without_checkpoint,
     set_exit_code,
 )
-from lora_lightning.training.resumable_loader import make_loaders_resumable
+from lora_lightning.training.resume.resumable_loader import make_loaders_resumable
 from lora_lightning.training.run_checks import (
     check_callbacks,
     check_names,
     check_strategy,
 )
-from lora_lightning.training.strategy_state import override_state_methods
+from lora_lightning.training.strategies.fsdp import check_not_wrapped
+from lora_lightning.training.strategies.launchers import check_launcher, take_returned
+from lora_lightning.training.strategies.meta_base import expect_base
+from lora_lightning.training.strategies.model_parallel import check_model_parallel
+from lora_lightning.training.strategies.state import override_state_methods
 from lora_lightning.training.training_checks import (
     check_base_has_values,
     check_before_fit,

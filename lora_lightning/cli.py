@@ -26,7 +26,7 @@ from lora_lightning.callback import LoraCallback
 from lora_lightning.config import AdapterConfig
 from lora_lightning.errors import CheckpointError, ConfigError, LoraError, did_you_mean, first_few
 from lora_lightning.report import show
-from lora_lightning.training.checkpoint_files import (
+from lora_lightning.training.checkpoints.files import (
     check_checkpoint_file,
     check_content,
     damage_explained,

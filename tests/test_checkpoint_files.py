@@ -38,8 +38,8 @@ from lora_lightning import (
 from lora_lightning.atomic_write import link_atomically, write_atomically
 from lora_lightning.content_hash import content_hash, content_hashes, damaged_parts, with_hashes
 from lora_lightning.errors import CheckpointError
-from lora_lightning.training import checkpoint_files
-from lora_lightning.training.checkpoint_files import DurableCheckpointIO, newest_good
+from lora_lightning.training.checkpoints import files as checkpoint_files
+from lora_lightning.training.checkpoints.files import DurableCheckpointIO, newest_good
 
 OPTIONS: dict[str, Any] = {
     "r": 2,

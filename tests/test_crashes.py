@@ -14,7 +14,7 @@ import yaml
 from lightning.pytorch.plugins import AsyncCheckpointIO
 from lives import Life, command, fit
 
-from lora_lightning.training.checkpoint_files import DurableCheckpointIO
+from lora_lightning.training.checkpoints.files import DurableCheckpointIO
 
 EPOCHS = 6  # of four batches
 KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

@@ -30,7 +30,7 @@ from lora_lightning.checkpoint_folders import read_checkpoint_folder
 from lora_lightning.compiled import plain_name
 from lora_lightning.errors import AdapterStateError, ConfigError
 from lora_lightning.training.eva_run import adopt_ranks
-from lora_lightning.training.fsdp import GradientAverage, check_fsdp
+from lora_lightning.training.strategies.fsdp import GradientAverage, check_fsdp
 
 
 class OnCpu(FSDPStrategy):

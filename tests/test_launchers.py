@@ -15,7 +15,7 @@ import torch
 from modules import *
 from lora_lightning import LoraCallback, LoraConfig, inject_adapter
 from lora_lightning.hosts.base import named_hosts
-from lora_lightning.training import launchers
+from lora_lightning.training.strategies import launchers
 
 OPTIONS = dict(r=2, target_modules=["embed", "body.2"], modules_to_save=["head"])
 

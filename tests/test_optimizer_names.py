@@ -12,10 +12,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from modules import Data, Net, run
 from torch import nn
 
-import lora_lightning.training.strategy_state
+import lora_lightning.training.strategies.state
 from lora_lightning import LoraCallback
 from lora_lightning.errors import CheckpointError, OptimizerError
-from lora_lightning.training.optimizer_names import with_names, with_numbers
+from lora_lightning.training.strategies.optimizer_names import with_names, with_numbers
 
 
 class Reversed(Net):
@@ -66,7 +66,7 @@ def test_another_order_resumes_exactly(tmp_path: Path) -> None:
 
 
 def test_twin_with_numbers_gets_others_moments(tmp_path: Path, monkeypatch: Any) -> None:
-    room = lora_lightning.training.strategy_state
+    room = lora_lightning.training.strategies.state
     monkeypatch.setattr(room, "with_names", lambda state, *_: state)
     fit(Straight, tmp_path, 4)
     with pytest.raises(RuntimeError, match="size of tensor"):

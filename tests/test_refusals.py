@@ -125,7 +125,9 @@ def test_other_base(checkpoint: Path) -> None:
 
 
 def test_twin_the_fingerprint_is_what_notices(checkpoint: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("lora_lightning.training.manifest.fingerprint_difference", lambda *_: [])
+    monkeypatch.setattr(
+        "lora_lightning.training.checkpoints.manifest.fingerprint_difference", lambda *_: []
+    )
     other = Net()
     with torch.no_grad():
         other.embed.weight[3, 3] += 1e-6

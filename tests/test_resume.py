@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, WeightAv
 from modules import BuiltInConfigureModel, Data, Net, NetWithoutOptimizer, run
 from torch.optim.swa_utils import get_ema_avg_fn
 
-import lora_lightning.training.run_state
+import lora_lightning.training.resume.run_state
 from lora_lightning import LoraCallback
 from lora_lightning.errors import ConfigError
 
@@ -61,7 +61,9 @@ def test_resume_from_any_epoch(tmp_path: Path) -> None:
 def test_twin_without_the_random_state_differs(tmp_path: Path, monkeypatch: Any) -> None:
     straight = fit(Net, tmp_path / "straight", 4)
     fit(Net, tmp_path / "broken", 2)
-    monkeypatch.setattr(lora_lightning.training.run_state, "set_random_state", lambda _: None)
+    monkeypatch.setattr(
+        lora_lightning.training.resume.run_state, "set_random_state", lambda _: None
+    )
     assert not equal(straight, fit(Net, tmp_path / "broken", 4, "last"))
 
 

@@ -30,7 +30,7 @@ from torch.utils.data import (
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lora_lightning.errors import CheckpointError
-from lora_lightning.training.resumable_loader import Pass, resumable
+from lora_lightning.training.resume.resumable_loader import Pass, resumable
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.set_vital. is deprecated"),  # torchdata's

@@ -15,7 +15,7 @@ from resuming import Run, differences
 from sharded_modules import ShardedLater, strategy
 from torch.utils.data import DataLoader
 
-import lora_lightning.training.run_state
+import lora_lightning.training.resume.run_state
 
 SPOTS = ("batch2", "batch4", "end4", "batch7")
 
@@ -62,7 +62,7 @@ def go(folder: Path) -> dict[str, list[str]]:
         again = in_workers.fit(folder / f"workers{spot}", folder / f"workers/{spot}.ckpt")
         found[f"workers {spot}"] = differences(loaded, again)
 
-    state: Any = lora_lightning.training.run_state
+    state: Any = lora_lightning.training.resume.run_state
     found["twin"] = _with_rank_zero_only(state, lambda: differences(
         straight, both.fit(folder / "twin", folder / "batch2.ckpt")
     ))  # fmt: skip

@@ -17,9 +17,9 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, ReduceLROnPlat
 from torch.optim.swa_utils import get_ema_avg_fn
 from torch.utils.data import DataLoader
 
-import lora_lightning.training.run_state
+import lora_lightning.training.resume.run_state
 from lora_lightning import AdaLoraConfig, LoraCallback
-from lora_lightning.training.resumable_loader import ResumableLoader
+from lora_lightning.training.resume.resumable_loader import ResumableLoader
 
 
 class WarmUp(Net):
@@ -152,7 +152,7 @@ def test_resume_is_exact(tmp_path: Path, name: str) -> None:
     "without", ["random state", "position", "gradients", "the rest of the batch", "metrics"]
 )
 def test_twin_without_differs(tmp_path: Path, monkeypatch: Any, without: str) -> None:
-    state = lora_lightning.training.run_state
+    state = lora_lightning.training.resume.run_state
     run, spot = Run(), "batch9"
     if without == "random state":
         monkeypatch.setattr(state, "set_random_state", lambda _: None)
@@ -252,9 +252,9 @@ def test_on_cuda(tmp_path: Path, precision: Any, monkeypatch: Any) -> None:
     on_device = Run(options=options(**device, accumulate_grad_batches=3))
     on_device.check(tmp_path)
     straight = on_device.fit(tmp_path / "twin")
-    original = lora_lightning.training.run_state.set_random_state
+    original = lora_lightning.training.resume.run_state.set_random_state
     monkeypatch.setattr(
-        lora_lightning.training.run_state,
+        lora_lightning.training.resume.run_state,
         "set_random_state",
         lambda state: original({**state, "cuda": []}),
     )

@@ -47,7 +47,7 @@ from torch import nn
 from torch.distributed.checkpoint import FileSystemReader
 from torch.utils.data import DataLoader
 
-import lora_lightning.training.model_parallel
+import lora_lightning.training.strategies.model_parallel
 from lora_lightning import (
     AdaLoraConfig,
     Ia3Config,
@@ -207,7 +207,9 @@ def in_mid_epoch(folder: Path) -> dict[str, Any]:
 def left_whole(folder: Path) -> dict[str, Any]:
     """What two processes train where nobody shards adapters that came after sharding."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lora_lightning.training.model_parallel, "shard_adapters", lambda _: None)
+        patch.setattr(
+            lora_lightning.training.strategies.model_parallel, "shard_adapters", lambda _: None
+        )
         return fit(BuiltAndSharded, folder, 2, way=strategy(folder=True))
 
 

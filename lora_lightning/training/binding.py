@@ -151,8 +151,11 @@ def setup(self: LightningModule, stage: str) -> None:
 
 def configure_model(self: LightningModule) -> None:
     """The module's own `configure_model`, then growth."""
-    from lora_lightning.training.fsdp import leave_out_adapters
-    from lora_lightning.training.model_parallel import grow_before_sharding, shard_adapters
+    from lora_lightning.training.strategies.fsdp import leave_out_adapters
+    from lora_lightning.training.strategies.model_parallel import (
+        grow_before_sharding,
+        shard_adapters,
+    )
 
     callbacks = callbacks_of(self)
     if callbacks:
@@ -198,7 +201,7 @@ def on_train_batch_end(self: LightningModule, *args: Any, **kwargs: Any) -> None
 
 def on_save_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> None:
     """The last hook before a checkpoint is written, of whatever kind: drop the base."""
-    from lora_lightning.training.manifest import reduce_checkpoint
+    from lora_lightning.training.checkpoints.manifest import reduce_checkpoint
 
     _original(self, "on_save_checkpoint")(checkpoint)
     callbacks = callbacks_of(self)
@@ -209,9 +212,9 @@ def on_save_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> Non
 
 def on_load_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> None:
     """The last hook before weights are loaded: refuse what does not fit."""
+    from lora_lightning.training.checkpoints.manifest import KEY, check_checkpoint
     from lora_lightning.training.eva_run import adopt_ranks
-    from lora_lightning.training.manifest import KEY, check_checkpoint
-    from lora_lightning.training.run_state import prepare_run_state
+    from lora_lightning.training.resume.run_state import prepare_run_state
 
     _original(self, "on_load_checkpoint")(checkpoint)
     callbacks = callbacks_of(self)
@@ -235,7 +238,7 @@ def on_load_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> Non
 
 def on_train_start(self: LightningModule) -> None:
     """The last hook before batches are asked for: go on where a checkpoint left off."""
-    from lora_lightning.training.run_state import continue_run
+    from lora_lightning.training.resume.run_state import continue_run
 
     _original(self, "on_train_start")()
     if callbacks_of(self):

@@ -16,7 +16,7 @@ from lora_lightning.optim import check_coverage, trainable_parameters
 from lora_lightning.switching import adapter_names
 from lora_lightning.targets import Selection
 from lora_lightning.training.binding import averaged_models, callbacks_of
-from lora_lightning.training.model_parallel import check_dtypes, reshard
+from lora_lightning.training.strategies.model_parallel import check_dtypes, reshard
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

@@ -18,7 +18,7 @@ from lora_lightning.compiled import named_parameters
 from lora_lightning.optim import trainable_parameters
 from lora_lightning.rng import random_state, seed_all, set_random_state
 from lora_lightning.training.binding import binding_of
-from lora_lightning.training.loop_state import (
+from lora_lightning.training.resume.loop_state import (
     complete_loops,
     continue_loops,
     epoch_averages,
@@ -26,7 +26,7 @@ from lora_lightning.training.loop_state import (
     monitored,
     warn_of_averages,
 )
-from lora_lightning.training.resumable_loader import (
+from lora_lightning.training.resume.resumable_loader import (
     Pass,
     ResumableLoader,
     generator_states,

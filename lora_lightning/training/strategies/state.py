@@ -30,17 +30,17 @@ from lora_lightning.checkpoint_folders import is_checkpoint_folder, read_checkpo
 from lora_lightning.errors import CheckpointError, first_few
 from lora_lightning.sharding import sharded_like, whole_state
 from lora_lightning.training.binding import averaged_models, callbacks_of
-from lora_lightning.training.fsdp import (
+from lora_lightning.training.checkpoints.manifest import expect_only_adapters, kept_state
+from lora_lightning.training.strategies.fsdp import (
     check_fsdp,
     fsdp_module_state,
     load_fsdp_module_state,
     setup_fsdp,
 )
-from lora_lightning.training.manifest import expect_only_adapters, kept_state
-from lora_lightning.training.meta_base import load_base
-from lora_lightning.training.model_parallel import is_fsdp, is_model_parallel, reshard
-from lora_lightning.training.optimizer_names import with_names, with_numbers
-from lora_lightning.training.sharded_files import save_sharded_checkpoint, writes_folders
+from lora_lightning.training.strategies.meta_base import load_base
+from lora_lightning.training.strategies.model_parallel import is_fsdp, is_model_parallel, reshard
+from lora_lightning.training.strategies.optimizer_names import with_names, with_numbers
+from lora_lightning.training.strategies.sharded_files import save_sharded_checkpoint, writes_folders
 
 
 def override_state_methods(strategy: Any) -> None:

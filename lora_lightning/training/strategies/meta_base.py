@@ -25,8 +25,8 @@ from lora_lightning.errors import AdapterMismatchError, ConfigError, first_few
 from lora_lightning.hosts.base import named_hosts, walk
 from lora_lightning.sharding import copy_whole, whole
 from lora_lightning.training.binding import binding_of, callbacks_of
-from lora_lightning.training.manifest import remember_base
-from lora_lightning.training.model_parallel import is_model_parallel
+from lora_lightning.training.checkpoints.manifest import remember_base
+from lora_lightning.training.strategies.model_parallel import is_model_parallel
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule

@@ -21,8 +21,8 @@ from lora_lightning.fingerprint import (
 )
 from lora_lightning.hosts.base import walk
 from lora_lightning.training.binding import Binding, binding_of
-from lora_lightning.training.model_parallel import is_model_parallel
-from lora_lightning.training.run_state import add_run_state
+from lora_lightning.training.resume.run_state import add_run_state
+from lora_lightning.training.strategies.model_parallel import is_model_parallel
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule

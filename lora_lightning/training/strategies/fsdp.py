@@ -27,8 +27,8 @@ from lora_lightning.fingerprint import persistent_buffers
 from lora_lightning.hosts.base import named_hosts, walk
 from lora_lightning.switching import adapter_names
 from lora_lightning.training.binding import averaged_models, binding_of, callbacks_of
-from lora_lightning.training.manifest import kept_state
-from lora_lightning.training.model_parallel import is_fsdp
+from lora_lightning.training.checkpoints.manifest import kept_state
+from lora_lightning.training.strategies.model_parallel import is_fsdp
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule

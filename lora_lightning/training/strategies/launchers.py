@@ -25,7 +25,7 @@ from lora_lightning.hosts.base import walk
 from lora_lightning.injection import inject_adapter
 from lora_lightning.switching import adapter_names
 from lora_lightning.training.binding import binding_of, callbacks_of
-from lora_lightning.training.manifest import reduce_checkpoint
+from lora_lightning.training.checkpoints.manifest import reduce_checkpoint
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule

@@ -31,7 +31,7 @@ from lora_lightning.content_hash import HASHES, damaged_parts, with_hashes
 from lora_lightning.errors import CheckpointError, LoraError, did_you_mean, first_few
 from lora_lightning.report import readable_bytes
 from lora_lightning.training.agreement import save_together
-from lora_lightning.training.strategy_state import read_checkpoint
+from lora_lightning.training.strategies.state import read_checkpoint
 
 
 class DurableCheckpointIO(TorchCheckpointIO):

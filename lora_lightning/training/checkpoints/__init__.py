@@ -1,0 +1,1 @@
+"""Lightning checkpoints: what they say of themselves, as files, and without a Trainer."""

@@ -1,0 +1,1 @@
+"""A resumed run goes on exactly: random numbers, data position, loops."""
