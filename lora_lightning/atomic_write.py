@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import shutil
@@ -80,6 +81,23 @@ def link_atomically(target: Path, link: Path) -> None:
     finally:
         _remove(draft)
     sync_directory(link.parent)
+
+
+def exchange(first: Path, second: Path) -> bool:
+    """Exchange the names of two files or folders in one step; False where that is not possible.
+
+    Linux does it (`renameat2(2)`, RENAME_EXCHANGE) on its own file systems.
+    """
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    here = -100  # AT_FDCWD: relative paths start from the working directory
+    done = rename(here, os.fsencode(first), here, os.fsencode(second), ctypes.c_uint(2)) == 0
+    if done:
+        for directory in {first.parent, second.parent}:
+            sync_directory(directory)
+    return bool(done)
 
 
 def sync_directory(directory: Path) -> None:

@@ -9,6 +9,7 @@ import random
 import resource
 import shutil
 import subprocess
+import sys
 import time
 import warnings
 from collections import OrderedDict
@@ -35,7 +36,7 @@ from lora_lightning import (
     load_adapter,
     save_adapter,
 )
-from lora_lightning.atomic_write import link_atomically, write_atomically
+from lora_lightning.atomic_write import exchange, link_atomically, write_atomically
 from lora_lightning.content_hash import content_hash, content_hashes, damaged_parts, with_hashes
 from lora_lightning.errors import CheckpointError
 from lora_lightning.training.checkpoints import files as checkpoint_files
@@ -704,3 +705,16 @@ def test_a_peft_folder_killed_at_every_step(alpha: int, tmp_path: Path) -> None:
         if not killed:
             break
     assert seen == {"old", "new"} | ({"incomplete"} if alpha == 4 else set())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux exchanges names in one step")
+def test_names_are_exchanged_in_one_step(tmp_path: Path) -> None:
+    new, old = tmp_path / "new", tmp_path / "old"
+    for folder in (new, old):
+        folder.mkdir()
+        (folder / folder.name).write_text(folder.name)
+    assert exchange(new, old)
+    assert [file.name for file in old.iterdir()] == ["new"]
+    assert [file.name for file in new.iterdir()] == ["old"]
+    assert not exchange(new, tmp_path / "nobody")
+    assert [file.name for file in new.iterdir()] == ["old"]

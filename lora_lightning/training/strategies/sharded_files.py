@@ -12,6 +12,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from lora_lightning.atomic_write import exchange
 from lora_lightning.checkpoint import KEY
 from lora_lightning.checkpoint_folders import is_checkpoint_folder
 from lora_lightning.content_hash import HASHES, content_hashes
@@ -42,6 +43,9 @@ def save_sharded_checkpoint(
     strategy.barrier()
     if strategy.is_global_zero:
         _flush(partial)
+    if strategy.broadcast(strategy.is_global_zero and path.exists() and exchange(partial, path)):
+        _remove(strategy, partial)  # it has the one before now
+        return
     _aside(strategy, path, old)
     if strategy.is_global_zero:
         partial.rename(path)
@@ -68,7 +72,7 @@ def _aside(strategy: Any, path: Path, old: Path) -> None:
 
 def _remove(strategy: Any, folder: Path) -> None:
     if strategy.is_global_zero:
-        if folder.is_symlink():  # ModelCheckpoint(save_last="link")
+        if folder.is_symlink() or folder.is_file():  # ModelCheckpoint(save_last="link"), for one
             folder.unlink()
         elif folder.exists():
             shutil.rmtree(folder)
