@@ -57,6 +57,7 @@ from lora_lightning.training.run_checks import (
     check_names,
     check_strategy,
 )
+from lora_lightning.training.strategies.deepspeed import check_deepspeed
 from lora_lightning.training.strategies.fsdp import check_not_wrapped
 from lora_lightning.training.strategies.launchers import check_launcher, take_returned
 from lora_lightning.training.strategies.meta_base import expect_base
@@ -167,6 +168,7 @@ class LoraCallback(Callback):
         check_names(callbacks_of(pl_module))
         check_callbacks(trainer)
         check_strategy(trainer)
+        check_deepspeed(trainer, [c.given for c in callbacks_of(pl_module)])
         check_model_parallel(trainer, starts_from_data(self))
         check_launcher(trainer, pl_module, self.adapter_name)
         check_precision(trainer)

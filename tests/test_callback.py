@@ -746,19 +746,8 @@ def test_unsupported_strategies_are_refused() -> None:
     class XLAStrategy:
         """Stands for one that nobody has tried."""
 
-    class DeepSpeedStrategy(DDPStrategy):
-        """As Lightning's, which needs the package."""
-
-    class OwnStrategy(DeepSpeedStrategy):
-        """One that would pass for DDP by its other ancestor."""
-
-    for strategy, text in {
-        XLAStrategy(): "does not support XLAStrategy in this version",
-        DeepSpeedStrategy(): "strategy='fsdp' shards the frozen base as ZeRO stage 3 does",
-        OwnStrategy(): "does not support OwnStrategy: DeepSpeed's engine",
-    }.items():
-        with pytest.raises(ConfigError, match=text):
-            check_strategy(SimpleNamespace(strategy=strategy))
+    with pytest.raises(ConfigError, match="does not support XLAStrategy in this version"):
+        check_strategy(SimpleNamespace(strategy=XLAStrategy()))
     check_strategy(SimpleNamespace(strategy=DDPStrategy()))
 
 

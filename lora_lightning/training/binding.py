@@ -50,6 +50,7 @@ class Binding:
         base_to_come: Whether the base was built on the meta device and is not loaded yet.
         returned: What child processes trained, until the module has the layers for it.
         fsdp: FSDP1's wrapper of the module, and what averages the adapters' gradients.
+        reached: Parameters (ids) that had a gradient, where gradients do not stay.
         run_state: What a checkpoint says of this process, until training starts.
 
     """
@@ -60,6 +61,7 @@ class Binding:
     base_to_come: bool = False
     returned: dict[str, Any] = field(default_factory=dict)
     fsdp: tuple[Any, Any] | None = None
+    reached: set[int] = field(default_factory=set)
     run_state: dict[str, Any] | None = None
 
 

@@ -25,6 +25,7 @@ from lora_lightning.compiled import named_parameters
 from lora_lightning.errors import ConfigError, NonfiniteError, did_you_mean, first_few
 from lora_lightning.hosts.base import named_hosts
 from lora_lightning.sharding import is_sharded
+from lora_lightning.training.strategies.deepspeed import partitioned_gradients
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -114,7 +115,9 @@ class NonfiniteGuard:
         scaler = _scaler(trainer)
         # The scaler waits for the device in its own step anyway.
         scaling = scaler is not None and scaler.get_scale() > 1
+        partitioned = partitioned_gradients(optimizer)
         gradients = {} if scaling else {p: _local(p.grad) for p in held if p.grad is not None}
+        gradients.update(partitioned)
         looked_at = [*(loss for _, loss in losses), *gradients.values()]
         # A process may hold no row of a small sharded tensor; of nothing there is no maximum.
         largest = get_total_norm([values for values in looked_at if values.numel()], torch.inf)
@@ -133,6 +136,8 @@ class NonfiniteGuard:
         self.skipped += 1
         if str(self.skipped).strip("0") == "1":  # 1, 10, 100, ...
             rank_zero_warn(f"{what} This step is left out, number {self.skipped} of this run.")
+        for gradient in partitioned.values():  # DeepSpeed leaves such steps out by itself
+            gradient.fill_(torch.nan)
         if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
             for p in held:  # it unscales in its step: the scaler has to find this, and skips
                 if p.grad is not None:

@@ -19,14 +19,6 @@ def check_strategy(trainer: Any) -> None:
     """
     name = type(trainer.strategy).__name__
     ancestors = {cls.__name__ for cls in type(trainer.strategy).__mro__}
-    if "DeepSpeedStrategy" in ancestors:
-        raise ConfigError(
-            f"LoraCallback does not support {name}: DeepSpeed's engine has optimizer and "
-            "checkpoints to itself, so that adapters could neither be compared before they are "
-            "loaded nor resumed under another strategy. strategy='fsdp' shards the frozen base as "
-            "ZeRO stage 3 does; for stages 1 and 2 use strategy='ddp': what they shard, the state "
-            "of what trains, is small here. (trainer.strategy)"
-        )
     if not ancestors & _STRATEGIES:
         raise ConfigError(
             f"LoraCallback does not support {name} in this version: adapters would not be sharded, "

@@ -15,7 +15,8 @@ from lora_lightning.hosts.base import named_hosts
 from lora_lightning.optim import check_coverage, trainable_parameters
 from lora_lightning.switching import adapter_names
 from lora_lightning.targets import Selection
-from lora_lightning.training.binding import averaged_models, callbacks_of
+from lora_lightning.training.binding import averaged_models, binding_of, callbacks_of
+from lora_lightning.training.strategies.deepspeed import whole_optimizers
 from lora_lightning.training.strategies.model_parallel import check_dtypes, reshard
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def check_before_fit(trainer: Trainer, module: LightningModule, adapter_name: st
                 "WeightAveraging copied the module before the adapters were on it, so they "
                 "would not be averaged. List LoraCallback before it. (trainer.callbacks)"
             )
-    check_coverage(trainer.optimizers, module)
+    check_coverage(whole_optimizers(trainer.optimizers), module)
     check_dtypes(module)
 
 
@@ -125,7 +126,7 @@ def check_what_trains(trainer: Trainer, module: LightningModule) -> None:
 
     """
     reshard(module)  # validation may have left it gathered
-    check_coverage(trainer.optimizers, module)
+    check_coverage(whole_optimizers(trainer.optimizers), module)
     owned = {key for callback in callbacks_of(module) for key in callback.saved_keys(module)}
     others = [name for name in trainable_parameters(module) if name not in owned]
     if others:
@@ -159,7 +160,8 @@ def check_first_gradients(module: LightningModule) -> None:
 
     """
     trainable = trainable_parameters(module)
-    without = [name for name, p in trainable.items() if p.grad is None]
+    reached = binding_of(module).reached
+    without = [n for n, p in trainable.items() if p.grad is None and id(p) not in reached]
     if len(without) == len(trainable):
         raise AdapterStateError(
             "After the first backward pass no adapter has a gradient: the loss does not depend "

@@ -15,6 +15,7 @@ do what the strategy does.
 | ModelParallel, one file | gathered on rank 0 | every process takes its part |
 | ModelParallel, folder | every process its part | every process takes its part |
 | FSDP1, one file or folder | the adapters, whole everywhere | every process all |
+| DeepSpeed | the module's tensors, moments gathered | every process all, moments its part |
 """
 
 from __future__ import annotations
@@ -31,6 +32,13 @@ from lora_lightning.errors import CheckpointError, first_few
 from lora_lightning.sharding import sharded_like, whole_state
 from lora_lightning.training.binding import averaged_models, callbacks_of
 from lora_lightning.training.checkpoints.manifest import expect_only_adapters, kept_state
+from lora_lightning.training.strategies.deepspeed import (
+    is_deepspeed,
+    save_whole_checkpoint,
+    setup_deepspeed,
+    setup_engine,
+    whole_optimizers,
+)
 from lora_lightning.training.strategies.fsdp import (
     check_fsdp,
     fsdp_module_state,
@@ -51,6 +59,8 @@ def override_state_methods(strategy: Any) -> None:
     if is_fsdp(strategy):
         check_fsdp(strategy)
         overrides = _FSDP
+    if is_deepspeed(strategy):
+        overrides = _DEEPSPEED
     for name, override in overrides.items():
         if getattr(strategy.__dict__.get(name), "__func__", None) is not override:
             setattr(strategy, name, MethodType(override, strategy))
@@ -70,7 +80,8 @@ def read_checkpoint(
     """
     if "://" not in str(path) and is_checkpoint_folder(path):
         return read_checkpoint_folder(path, *args, **kwargs)
-    if is_model_parallel(strategy) or is_fsdp(strategy):  # their own would load it, unchecked
+    # Their own would load it, unchecked.
+    if is_model_parallel(strategy) or is_fsdp(strategy) or is_deepspeed(strategy):
         checkpoint: dict[str, Any] = strategy.checkpoint_io.load_checkpoint(path, *args, **kwargs)
         return checkpoint
     return type(strategy).load_checkpoint(strategy, path, *args, **kwargs)
@@ -165,6 +176,26 @@ def load_fsdp_state_dict(self: Any, checkpoint: dict[str, Any], strict: bool = T
     _load_optimizers(self, checkpoint)
 
 
+def zero_optimizer_state(self: Any, optimizer: Any) -> dict[str, Any]:
+    """The state of a partitioned optimizer by names, put together on rank 0."""
+    module = self.lightning_module
+    if not callbacks_of(module):
+        return type(self).optimizer_state(self, optimizer)
+    (whole,) = whole_optimizers([optimizer])
+    state = with_names(whole.state_dict(), whole, module)
+    return state if self.is_global_zero else {}
+
+
+def load_zero_state_dict(self: Any, checkpoint: dict[str, Any], strict: bool = True) -> None:
+    """Adapters and, in fit, optimizers: the strategy restores after it has set them up."""
+    module = self.lightning_module
+    if not callbacks_of(module):
+        type(self).load_model_state_dict(self, checkpoint, strict=strict)
+        return
+    load_adapters(module, checkpoint["state_dict"])
+    _load_optimizers(self, checkpoint)
+
+
 def place_and_load_base(self: Any) -> None:
     """Move the module to its device; a base that was on the meta device gets its weights."""
     type(self).model_to_device(self)
@@ -193,6 +224,15 @@ _FSDP: dict[str, Callable[..., Any]] = {
 }
 
 
+_DEEPSPEED: dict[str, Callable[..., Any]] = {
+    "_setup_model": setup_deepspeed,
+    "_setup_model_and_optimizer": setup_engine,
+    "optimizer_state": zero_optimizer_state,
+    "load_model_state_dict": load_zero_state_dict,
+    "save_checkpoint": save_whole_checkpoint,
+}
+
+
 def load_adapters(module: nn.Module, state: dict[str, Any]) -> None:
     """Load whole tensors into a module that may be sharded; the base may be missing.
 
@@ -214,7 +254,7 @@ def load_adapters(module: nn.Module, state: dict[str, Any]) -> None:
 
 
 def _numbered(strategy: Any, checkpoint: dict[str, Any]) -> list[dict[str, Any]]:
-    states, optimizers = checkpoint["optimizer_states"], strategy.optimizers
+    states, optimizers = checkpoint["optimizer_states"], whole_optimizers(strategy.optimizers)
     if len(states) != len(optimizers):
         raise CheckpointError(
             f"The checkpoint has the state of {len(states)} optimizers, this run has "
@@ -228,7 +268,7 @@ def _load_optimizers(strategy: Any, checkpoint: dict[str, Any]) -> None:
     fits = strategy.lightning_module.trainer.state.fn == "fit"
     if "optimizer_states" in checkpoint and fits:
         states = _numbered(strategy, checkpoint)
-        for optimizer, state in zip(strategy.optimizers, states, strict=True):
+        for optimizer, state in zip(whole_optimizers(strategy.optimizers), states, strict=True):
             optimizer.load_state_dict(state)
 
 

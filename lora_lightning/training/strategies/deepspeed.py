@@ -1,0 +1,326 @@
+"""DeepSpeed, ZeRO stages 1 and 2: the optimizer's state is partitioned, the module is whole.
+
+DeepSpeed's engine lays the parameters of each group into one flat tensor, of which every process
+updates a part and keeps the optimizer's state for it. Its own checkpoints are folders of such
+parts, loaded without being looked at. Here a checkpoint is that of any other strategy: the moments
+of a parameter are put together from the parts (they are small) and stand under its name, so that
+it is compared before anything is loaded, and goes on under every strategy and number of processes.
+
+Under `precision="bf16-true"` the engine would round adapters together with the base. Lightning's
+plugin has cast the base by then, which adapters withstand, so the engine is told nothing about it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import Strategy
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lora_lightning.errors import CheckpointError, ConfigError, OptimizerError, first_few
+from lora_lightning.optim import check_coverage, trainable_parameters
+from lora_lightning.training.agreement import save_together
+from lora_lightning.training.binding import binding_of, callbacks_of, overrides
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule
+
+_STAGES = (1, 2)
+_LAYOUT = ("round_robin_bit16_groups", "round_robin_bit16_offsets", "bit16_groups_flat")
+# What torch's schedulers hold in one list entry a group
+_PER_GROUP = (
+    "base_lrs",
+    "_last_lr",
+    "lr_lambdas",
+    "min_lrs",
+    "max_lrs",
+    "base_momentums",
+    "max_momentums",
+)
+_NOT_SUPPORTED = {
+    "optimizer": "define it in configure_optimizers, where adapters can be put into it",
+    "scheduler": "define it in configure_optimizers, where checkpoints find its state",
+    "bf16": "say Trainer(precision='bf16-true'), which leaves adapters in float32",
+    "fp16": "say Trainer(precision='bf16-true'), which leaves adapters in float32",
+    "torch_autocast": "say Trainer(precision='bf16-true'), which leaves adapters in float32",
+}
+
+
+def is_deepspeed(strategy: Any) -> bool:
+    """Whether this is Lightning's DeepSpeed."""
+    return any(cls.__name__ == "DeepSpeedStrategy" for cls in type(strategy).__mro__)
+
+
+def check_deepspeed(trainer: Any, configs: list[Any]) -> None:
+    """Only what adapters are known to train, save and resume with under DeepSpeed.
+
+    Args:
+        trainer: Whose strategy is looked at.
+        configs: The options of the adapters.
+
+    Raises:
+        ConfigError: For stages, options, precisions and callbacks beyond that.
+
+    """
+    strategy = trainer.strategy
+    if not is_deepspeed(strategy):
+        return
+    name = type(strategy).__name__
+    config = strategy.config or {}
+    zero = config.get("zero_optimization") or {}
+    if zero.get("stage", 0) not in _STAGES:
+        raise ConfigError(
+            f"LoraCallback supports {name} at stages 1 and 2, not {zero.get('stage', 0)}: stage 3 "
+            "takes the weights of a module apart and gathers them when that module is called, but "
+            "adapters are read by the module that they sit on. strategy='fsdp' shards the frozen "
+            "base as stage 3 does; strategy='ddp' is stage 0. (trainer.strategy)"
+        )
+    for option in ("offload_optimizer", "offload_param", "zenflow_config", "zenflow"):
+        if zero.get(option):
+            raise ConfigError(
+                f"LoraCallback does not support {name} with {option}: what it would move to the "
+                "CPU, the state of what trains, is small here. Leave it out. (trainer.strategy)"
+            )
+    for option, instead in _NOT_SUPPORTED.items():
+        # Lightning itself writes these for its precisions when the strategy is set up.
+        asked = config.get(option)
+        if asked and not getattr(strategy, "_config_initialized", False):
+            raise ConfigError(
+                f"LoraCallback does not support {option!r} in the config of {name}: {instead}. "
+                "(trainer.strategy)"
+            )
+    precision = trainer.precision_plugin.precision
+    if precision not in ("32-true", "bf16-true"):
+        raise ConfigError(
+            f"precision={precision!r} under {name} is not mixed: DeepSpeed casts every weight, "
+            "adapters too. Use precision='bf16-true', which casts the base and leaves the adapters "
+            "in float32, or '32-true'. (trainer.precision)"
+        )
+    if trainer.accumulate_grad_batches > 1:
+        raise ConfigError(
+            f"LoraCallback does not support accumulate_grad_batches under {name}: it accumulates "
+            "across the end of an epoch, in buffers that checkpoints do not hold. Use "
+            "strategy='ddp', or larger batches. (trainer.accumulate_grad_batches)"
+        )
+    if not getattr(trainer.lightning_module, "automatic_optimization", True):
+        raise ConfigError(
+            f"LoraCallback does not support manual optimization under {name}. Use strategy='ddp'. "
+            "(trainer.strategy)"
+        )
+    for own in configs:
+        if own.peft_type == "ADALORA" or getattr(own, "init_lora_weights", None) == "eva":
+            what = "AdaLoRA" if own.peft_type == "ADALORA" else "init_lora_weights='eva'"
+            raise ConfigError(
+                f"LoraCallback does not support {what} under {name}, which frees gradients before "
+                "they can be read and reads checkpoints after ranks are chosen. Use "
+                "strategy='ddp'. (trainer.strategy)"
+            )
+    for callback in trainer.callbacks:
+        if any(cls.__name__ == "WeightAveraging" for cls in type(callback).__mro__):
+            raise ConfigError(
+                f"LoraCallback does not support {type(callback).__name__} under {name}. Take it "
+                "out, or use strategy='ddp'. (trainer.callbacks)"
+            )
+
+
+class WholeOptimizer:
+    """An optimizer that ZeRO has partitioned, seen as if it had not.
+
+    Its `param_groups` hold the module's parameters; `state_dict` and `load_state_dict` are those of
+    `torch.optim.Optimizer`. All processes must take part in both.
+
+    Args:
+        optimizer: DeepSpeed's, of stage 1 or 2.
+
+    Raises:
+        ConfigError: If this version of DeepSpeed lays parameters out in another way.
+
+    """
+
+    def __init__(self, optimizer: Any) -> None:
+        lacking = [name for name in _LAYOUT if not hasattr(optimizer, name)]
+        if lacking:
+            raise ConfigError(
+                f"DeepSpeed's {type(optimizer).__name__} has no {first_few(lacking)}: adapters are "
+                "known to work with DeepSpeed 0.19.8. (trainer.strategy)"
+            )
+        self.zero = optimizer
+        self.inner: Optimizer = optimizer.optimizer
+        self.param_groups = [
+            {**group, "params": list(params)}
+            for group, params in zip(
+                self.inner.param_groups, optimizer.round_robin_bit16_groups, strict=True
+            )
+        ]
+
+    def state_dict(self) -> dict[str, Any]:
+        """State by the numbers of the parameters, each tensor whole."""
+        state: dict[int, dict[str, Any]] = {}
+        groups: list[dict[str, Any]] = []
+        first = 0
+        for index, group in enumerate(self.param_groups):
+            numbers = list(range(first, first + len(group["params"])))
+            first += len(numbers)
+            groups.append({**group, "params": numbers})
+            for key, value in self.inner.state.get(self._part(index), {}).items():
+                for number, whole in zip(numbers, self._whole(index, key, value), strict=True):
+                    state.setdefault(number, {})[key] = whole
+        return {"state": state, "param_groups": groups}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Take this process's part of each tensor; weights are taken from the module."""
+        self.zero.refresh_fp32_params()
+        for index, group in enumerate(saved["param_groups"]):
+            own = {key: value for key, value in group.items() if key != "params"}
+            self.inner.param_groups[index].update(own)
+            states = [saved["state"].get(number, {}) for number in group["params"]]
+            keys = dict.fromkeys(key for state in states for key in state)
+            if keys:
+                part = {key: self._split(index, [s.get(key) for s in states]) for key in keys}
+                self.inner.state[self._part(index)] = part
+
+    def _part(self, index: int) -> Tensor:
+        (flat,) = self.inner.param_groups[index]["params"]
+        return flat
+
+    def _whole(self, index: int, key: str, value: Any) -> list[Any]:
+        """What the processes hold for a group, parameter by parameter."""
+        params, part = self.param_groups[index]["params"], self._part(index)
+        if not isinstance(value, Tensor) or value.dim() == 0:
+            return [value.clone() if isinstance(value, Tensor) else value for _ in params]
+        if value.shape != part.shape:
+            raise OptimizerError(
+                f"The state {key!r} of {type(self.inner).__name__} has shape {tuple(value.shape)} "
+                f"for {part.numel()} numbers that ZeRO has laid end to end: it cannot be saved by "
+                "parameters. Use an optimizer that treats every number alike (AdamW, SGD)."
+            )
+        parts = [torch.empty_like(value) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, value.contiguous())
+        flat = torch.cat(parts)
+        return [
+            flat[start : start + p.numel()].view(p.shape).clone()
+            for p, start in zip(params, self.zero.round_robin_bit16_offsets[index], strict=True)
+        ]
+
+    def _split(self, index: int, values: list[Any]) -> Any:
+        """The other way round."""
+        part = self._part(index)
+        first = next(value for value in values if value is not None)
+        if not isinstance(first, Tensor) or first.dim() == 0:
+            if any(value is not None and value != first for value in values):
+                raise CheckpointError(
+                    "Tensors of one parameter group have made different numbers of steps in the "
+                    "checkpoint's optimizer, which ZeRO cannot hold: there a group steps as one. "
+                    "Resume under the strategy that it was trained with. (ckpt_path)"
+                )
+            return first.clone() if isinstance(first, Tensor) else first
+        flat = torch.zeros(
+            part.numel() * dist.get_world_size(), dtype=first.dtype, device=part.device
+        )
+        for value, start in zip(values, self.zero.round_robin_bit16_offsets[index], strict=True):
+            if value is not None:  # a parameter without a gradient has no state elsewhere
+                flat[start : start + value.numel()].copy_(value.flatten())
+        start = part.numel() * dist.get_rank()
+        return flat[start : start + part.numel()].clone()
+
+
+def whole_optimizers(optimizers: list[Any]) -> list[Any]:
+    """The optimizers as they hold the module's parameters, whatever ZeRO has made of them."""
+    return [
+        WholeOptimizer(o) if hasattr(o, "round_robin_bit16_groups") else o
+        for o in (getattr(optimizer, "_optimizer", optimizer) for optimizer in optimizers)
+    ]
+
+
+# -- the overrides ---------------------------------------------------------------------------------
+
+
+def setup_deepspeed(self: Any, model: Any) -> Any:
+    """`DeepSpeedStrategy._setup_model`: the base is cast by now, and the engine shall not cast."""
+    module = self.lightning_module
+    if callbacks_of(module):
+        self.config.pop("bf16", None)
+        if not overrides(module, "configure_gradient_clipping"):
+            # The engine clips, and Lightning would warn that ours, which it cannot tell from
+            # one of the user's, does not.
+            module.__dict__.pop("configure_gradient_clipping", None)
+    return type(self)._setup_model(self, model)
+
+
+def setup_engine(self: Any, model: Any, optimizer: Any, lr_scheduler: Any = None) -> Any:
+    """`DeepSpeedStrategy._setup_model_and_optimizer`: the last place where groups are not flat."""
+    module = self.lightning_module
+    if callbacks_of(module):
+        check_coverage([optimizer], module)
+        trainable = trainable_parameters(module)
+        narrow = [name for name, p in trainable.items() if p.dtype is not torch.float32]
+        if narrow:
+            raise ConfigError(
+                f"{first_few(narrow)} would train in {trainable[narrow[0]].dtype}, and under "
+                f"{type(self).__name__} all that trains must be float32: leave "
+                "autocast_adapter_dtype at True, and train no biases of a base in 16 bits. "
+                "(lora.autocast_adapter_dtype)"
+            )
+        _watch_gradients(module)
+        _drop_empty_groups(optimizer, lr_scheduler)
+    return type(self)._setup_model_and_optimizer(self, model, optimizer, lr_scheduler)
+
+
+def save_whole_checkpoint(
+    self: Any, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
+) -> None:
+    """One file, written by rank 0 through the CheckpointIO, as under DDP."""
+    if not callbacks_of(self.lightning_module):
+        type(self).save_checkpoint(self, checkpoint, filepath, storage_options)
+        return
+    save = Strategy.save_checkpoint
+    save_together(self, lambda: save(self, checkpoint, filepath, storage_options), filepath)
+
+
+def _drop_empty_groups(optimizer: Optimizer, lr_scheduler: Any) -> None:
+    """Take out the groups that nothing trains in, as the engine does, from the schedule as well."""
+    kept = [index for index, group in enumerate(optimizer.param_groups) if group["params"]]
+    count = len(optimizer.param_groups)
+    if len(kept) < count:
+        optimizer.param_groups[:] = [optimizer.param_groups[index] for index in kept]
+        _keep_groups(lr_scheduler, kept, count)
+
+
+def _keep_groups(lr_scheduler: Any, kept: list[int], count: int) -> None:
+    for inner in getattr(lr_scheduler, "_schedulers", []):  # of SequentialLR and ChainedScheduler
+        _keep_groups(inner, kept, count)
+    for name in _PER_GROUP:
+        values = getattr(lr_scheduler, name, None)
+        if isinstance(values, list) and len(values) == count:
+            setattr(lr_scheduler, name, [values[index] for index in kept])
+
+
+def _watch_gradients(module: LightningModule) -> None:
+    """Note which parameters the first backward pass reaches: ZeRO frees their gradients at once."""
+    reached = binding_of(module).reached = set()
+
+    def watch(parameter: nn.Parameter) -> None:
+        def note(_: Tensor) -> None:
+            reached.add(id(parameter))
+            handle.remove()
+
+        handle = parameter.register_hook(note)
+
+    for parameter in trainable_parameters(module).values():
+        watch(parameter)
+
+
+def partitioned_gradients(optimizer: Any) -> dict[nn.Parameter, Tensor]:
+    """This process's part of the averaged gradients that the next step will use, by parameter.
+
+    Empty for optimizers that are not partitioned.
+    """
+    optimizer = getattr(optimizer, "_optimizer", optimizer)
+    found: dict[nn.Parameter, Tensor] = {}
+    for index, params in enumerate(getattr(optimizer, "params_in_partition", [])):
+        grads = optimizer.averaged_gradients.get(index) or []
+        found.update(zip(params, grads, strict=False))  # padding comes last
+    return found
