@@ -10,7 +10,14 @@ import pytest
 import torch
 from modules import BuiltInConfigureModel, Data, Net, run
 
-from lora_lightning import LohaConfig, LoraCallback, adapter_names
+from lora_lightning import (
+    LohaConfig,
+    LoraCallback,
+    LoraConfig,
+    adapter_names,
+    inject_adapter,
+    save_adapter,
+)
 from lora_lightning.errors import (
     AdapterMismatchError,
     AdapterStateError,
@@ -172,6 +179,33 @@ def test_foreign_file(checkpoint: Path) -> None:
     broken = checkpoint.with_name("notes.ckpt")
     broken.write_text("not a checkpoint at all\n" * 100)
     assert "is truncated or damaged" in refused(broken, CheckpointError)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (lambda: Net().state_dict(), "a dict with 'embed.weight', 'embed.bias', 'norm.weight', "),
+        (lambda: {"model": 1}, "a dict with 'model'. Name a file"),
+        (lambda: {}, "a dict with nothing in it. Name a file"),
+        (lambda: [1, 2], "a list. Name a file"),
+    ],
+    ids=["state_dict", "dict", "empty", "list"],
+)
+def test_a_file_that_no_trainer_wrote(checkpoint: Path, content: Any, said: str) -> None:
+    path = checkpoint.with_name("other.bin")
+    torch.save(content(), path)
+    text = refused(path, CheckpointError)
+    assert text.startswith(f"'{path}' is no checkpoint of a Trainer: it holds {said}")
+    assert ("module.load_state_dict(torch.load(path))" in text) is ("embed" in said)
+
+
+def test_a_peft_folder(checkpoint: Path) -> None:
+    module, folder = Net(), str(checkpoint.with_name("adapter"))
+    inject_adapter(module, LoraConfig(r=2))
+    save_adapter(module, folder)
+    text = refused(Path(folder), CheckpointError)
+    assert text.startswith(f"{folder!r} is a PEFT folder: an adapter, not the checkpoint of a run.")
+    run(checkpoint.parent, LoraCallback(init_from=folder)).fit(Net(), Data())  # as it advises
 
 
 def test_no_such_file(checkpoint: Path) -> None:

@@ -29,9 +29,12 @@ from lora_lightning.checkpoint import KEY
 from lora_lightning.checkpoint_folders import is_checkpoint_folder
 from lora_lightning.content_hash import HASHES, damaged_parts, with_hashes
 from lora_lightning.errors import CheckpointError, LoraError, did_you_mean, first_few
+from lora_lightning.peft_format import CONFIG
 from lora_lightning.report import readable_bytes
 from lora_lightning.training.agreement import save_together
 from lora_lightning.training.strategies.state import read_checkpoint
+
+_VERSION = "pytorch-lightning_version"  # in everything that a Trainer writes
 
 
 class DurableCheckpointIO(TorchCheckpointIO):
@@ -184,6 +187,11 @@ def check_checkpoint_file(path: str) -> None:
     if os.path.isfile(path) or "://" in path or is_checkpoint_folder(path):
         return
     if os.path.isdir(path):
+        if os.path.isfile(os.path.join(path, CONFIG)):
+            raise CheckpointError(
+                f"{path!r} is a PEFT folder: an adapter, not the checkpoint of a run. Give it to "
+                f"LoraCallback(init_from={path!r}) in place of ckpt_path. (lora.init_from)"
+            )
         inside = [name for name in sorted(os.listdir(path)) if name.endswith(".ckpt")]
         raise CheckpointError(
             f"Checkpoint {path!r} is a folder; name a file. It holds "
@@ -225,12 +233,15 @@ def check_content(path: Any, checkpoint: dict[str, Any]) -> None:
     """`checkpoint`, read from `path`, is what was written.
 
     Raises:
-        CheckpointError: Naming the parts that are not.
+        CheckpointError: Naming the parts that are not, or what the file holds instead of a
+            checkpoint.
 
     """
     file = _local(path)
-    parts = damaged_parts(checkpoint)
     found = damage(file) if file is not None and _is_archive(file) else None
+    if found is None:
+        _check_kind(path, checkpoint)
+    parts = damaged_parts(checkpoint) if isinstance(checkpoint, dict) else None
     if parts:
         found = f"{first_few(parts, 3)} is not what was written" + (
             f" ({found})"
@@ -239,6 +250,24 @@ def check_content(path: Any, checkpoint: dict[str, Any]) -> None:
         )
     if found:
         raise _damaged(file if file is not None else Path(str(path)), found)
+
+
+def _check_kind(path: Any, content: Any) -> None:
+    if isinstance(content, dict) and _VERSION in content:
+        return
+    hint = "Name a file that a Trainer wrote (.ckpt)."
+    if isinstance(content, dict):
+        holds = f"a dict with {first_few([repr(key) for key in content], 3) or 'nothing in it'}"
+        if content and all(isinstance(value, torch.Tensor) for value in content.values()):
+            hint = (
+                "It is a state dict: load it into the module before fit, "
+                "module.load_state_dict(torch.load(path)), and train without ckpt_path."
+            )
+    else:
+        holds = f"a {type(content).__name__}"
+    raise CheckpointError(
+        f"{str(path)!r} is no checkpoint of a Trainer: it holds {holds}. {hint} (ckpt_path)"
+    )
 
 
 def damage(file: Path) -> str | None:
