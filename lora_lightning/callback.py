@@ -32,6 +32,7 @@ from lora_lightning.training.adalora_schedule import RankSchedule
 from lora_lightning.training.averaging import average_what_trains
 from lora_lightning.training.binding import (
     bind,
+    binding_of,
     callbacks_of,
     let_train,
     overrides,
@@ -51,6 +52,7 @@ from lora_lightning.training.preemption import (
     lines_without_checkpoint,
     set_exit_code,
 )
+from lora_lightning.training.resume.learning_rates import configured_rates
 from lora_lightning.training.resume.resumable_loader import make_loaders_resumable
 from lora_lightning.training.run_checks import (
     check_callbacks,
@@ -265,6 +267,7 @@ class LoraCallback(Callback):
         check_before_fit(trainer, pl_module, self.adapter_name)
         average_what_trains(trainer)
         self.guard.start(trainer, pl_module)
+        binding_of(pl_module).learning_rates = configured_rates(trainer)
         for adapter in adapters_named(self.root(pl_module), self.adapter_name).values():
             adapter.train()  # also where the base came in eval mode (from_pretrained)
         self._gradients_checked = False

@@ -186,7 +186,7 @@ def test_foreign_file(checkpoint: Path) -> None:
     [
         (lambda: Net().state_dict(), "a dict with 'embed.weight', 'embed.bias', 'norm.weight', "),
         (lambda: {"model": 1}, "a dict with 'model'. Name a file"),
-        (lambda: {}, "a dict with nothing in it. Name a file"),
+        (dict, "a dict with nothing in it. Name a file"),
         (lambda: [1, 2], "a list. Name a file"),
     ],
     ids=["state_dict", "dict", "empty", "list"],

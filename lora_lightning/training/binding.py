@@ -52,6 +52,7 @@ class Binding:
         fsdp: FSDP1's wrapper of the module, and what averages the adapters' gradients.
         reached: Parameters (ids) that had a gradient, where gradients do not stay.
         run_state: What a checkpoint says of this process, until training starts.
+        learning_rates: As configured in this run, one for each parameter group.
 
     """
 
@@ -63,6 +64,7 @@ class Binding:
     fsdp: tuple[Any, Any] | None = None
     reached: set[int] = field(default_factory=set)
     run_state: dict[str, Any] | None = None
+    learning_rates: list[float] = field(default_factory=list)
 
 
 def binding_of(module: LightningModule) -> Binding:

@@ -171,15 +171,18 @@ class NonfiniteGuard:
             state = "LBFGS was within a step: weights are those that it was trying."
         else:
             state = "The step was not made: weights and optimizer are as they were before it."
-        where = f"resume from {last!r}" if last else "resume from a checkpoint"
+        where = repr(last) if last else "a checkpoint"
+        init_from = repr(last) if last else "..."
         if self.policy == "skip":
             forward = f"{MAX_IN_A_ROW} steps in a row were not finite: skipping does not help."
         else:
             forward = "LoraCallback(nonfinite='skip') leaves such steps out."
         return (
-            f"{what} {state} To go on, {where} with a lower learning rate or with gradients "
-            "clipped (Trainer(gradient_clip_val=1.0)), or take the bad record out of that batch; "
-            f"Trainer(detect_anomaly=True) names the operation. {forward} (lora.nonfinite)"
+            f"{what} {state} To go on, resume from {where} with gradients clipped "
+            "(Trainer(gradient_clip_val=1.0)), or take the bad record out of that batch. A lower "
+            "learning rate takes a new run from these adapters, without ckpt_path: "
+            f"LoraCallback(init_from={init_from}). Trainer(detect_anomaly=True) names the "
+            f"operation. {forward} (lora.nonfinite)"
         )
 
 

@@ -18,6 +18,7 @@ from lora_lightning.compiled import named_parameters
 from lora_lightning.optim import trainable_parameters
 from lora_lightning.rng import random_state, seed_all, set_random_state
 from lora_lightning.training.binding import binding_of
+from lora_lightning.training.resume.learning_rates import warn_of_changed_rates
 from lora_lightning.training.resume.loop_state import (
     complete_loops,
     continue_loops,
@@ -52,6 +53,7 @@ def add_run_state(checkpoint: dict[str, Any], module: LightningModule) -> None:
     checkpoint[KEY]["processes"] = _gather(own, trainer.world_size)
     checkpoint[KEY]["metrics"] = monitored(trainer)
     checkpoint[KEY]["epoch_averages"] = epoch_averages(trainer)
+    checkpoint[KEY]["learning_rates"] = binding_of(module).learning_rates
     complete_loops(checkpoint["loops"]["fit_loop"], trainer)
 
 
@@ -64,6 +66,7 @@ def prepare_run_state(checkpoint: dict[str, Any], module: LightningModule) -> No
     rank, before, now = trainer.global_rank, len(processes), trainer.world_size
     shared = {key: checkpoint[KEY][key] for key in ("metrics", "epoch_averages")}
     own = {**processes[rank % before], **shared}
+    own["learning_rates"] = checkpoint[KEY].get("learning_rates")  # older checkpoints: none
     if before != now:
         lost = "; gradients accumulated so far are lost" if own["gradients"] else ""
         rank_zero_warn(
@@ -84,6 +87,9 @@ def continue_run(module: LightningModule) -> None:
     own, binding_of(module).run_state = binding_of(module).run_state, None
     if own is not None:
         warn_of_averages(module.trainer, own["epoch_averages"])
+        rates = binding_of(module).learning_rates
+        warn_of_changed_rates(own["learning_rates"], rates)
+        binding_of(module).learning_rates = own["learning_rates"] or rates  # what it goes on from
         continue_loops(module.trainer, own["metrics"])
         _continue(module, own)
         fetcher: Any = module.trainer.fit_loop._data_fetcher
