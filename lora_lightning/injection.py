@@ -64,8 +64,8 @@ def inject_adapter(
         start: Start values of A by module path, as `eva_start` finds them.
         autocast_adapter_dtype: Adapters on a base in bf16 or fp16 are fp32 and stay so when the
             model is cast. False: they have the base's dtype and are cast along with it; on a
-            quantised base they start in fp32. Single trained rows count as adapters; trained copies
-            (modules_to_save) and biases always have the dtype of what they replace.
+            quantised base they start in fp32. Trained copies (modules_to_save) and single trained
+            rows count as adapters; biases always have the dtype of what they replace.
 
     Returns:
         What was selected.

@@ -303,6 +303,31 @@ def test_twin_without_the_average_diverges(both: list[dict[str, Any]]) -> None:
     assert not equal(first["twin"], second["twin"])
 
 
+@pytest.mark.parametrize("begun", [True, False], ids=["", "twin"])
+def test_gradients_are_averaged_after_a_backward_that_failed(
+    monkeypatch: pytest.MonkeyPatch, begun: bool
+) -> None:
+    """Out of memory in one run, say: the next Trainer's first backward pass is averaged again."""
+    weights = [nn.Parameter(torch.ones(2)) for _ in range(2)]
+    average = GradientAverage(weights[:1])
+    reduced: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.distributed, "all_reduce", reduced.append)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+
+    def fail(_: Any) -> None:
+        raise MemoryError
+
+    failing = weights[1].register_post_accumulate_grad_hook(fail)
+    with pytest.raises(MemoryError):  # the last one to be made is the first to get a gradient
+        (weights[1].exp() * weights[0].exp()).sum().backward()
+    failing.remove()
+    assert average._queued and not reduced
+    if begun:
+        average.begin()
+    (weights[0] * weights[1]).sum().backward()
+    assert len(reduced) == begun
+
+
 @pytest.mark.slow
 def test_refusals(found: dict[str, Any]) -> None:
     refused = found["refused"]

@@ -10,6 +10,7 @@ import copy
 import pickle
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -45,6 +46,7 @@ from lora_lightning.errors import (
     OptimizerError,
     TargetError,
 )
+from lora_lightning.training.training_checks import check_hyperparameters
 
 OPTIONS: dict[str, Any] = {
     "r": 2,
@@ -231,6 +233,20 @@ def test_classes_in_hparams(tmp_path: Path) -> None:
         resume(weights_only=False)
     with pytest.warns(UserWarning, match="weights_only=True: act"):  # options of ours are no better
         trained(tmp_path, WithHparams(act=LoraConfig(r=2)))
+
+
+def test_a_module_in_hparams_is_told_without_writing_it() -> None:
+    written = []
+
+    class Large(nn.Module):
+        def __reduce_ex__(self, protocol: Any) -> Any:
+            written.append(self)
+            raise TypeError
+
+    owner = SimpleNamespace(hparams={"net": Large(), "width": 3})
+    with pytest.warns(UserWarning, match=r"weights_only=True: net\. .*ignore=\['net'\]"):
+        check_hyperparameters(owner)
+    assert not written
 
 
 @pytest.mark.filterwarnings("ignore:Found keys that are in the model state dict")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -266,3 +267,5 @@ def test_base_on_the_meta_device(tmp_path: Path, make: Any, count: int, name: st
     assert str(error.value).startswith(f"{count} tensors of the base are on the meta device")
     assert f"no values: {name}. Load the base model where" in str(error.value)
     assert not adapter_names(module)
+    module.trainer = None
+    assert type(pickle.loads(pickle.dumps(module))) is type(module)

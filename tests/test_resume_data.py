@@ -117,6 +117,14 @@ class ShufflesOnTheWay(Sampler[int]):
             yield left.pop(int(torch.randint(len(left), ())))
 
 
+class OwnLoader(DataLoader):
+    """A user's class that changes what a loader gives."""
+
+    def __iter__(self) -> Any:
+        for x, y in super().__iter__():
+            yield [-x, y]
+
+
 class TwoLoaders(Net):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         parts = [part for part in batch.values() if part is not None]
@@ -180,6 +188,7 @@ IN_PROCESS = {
     "batch sampler": lambda: Loaders(
         lambda: DataLoader(BASE, batch_sampler=BatchSampler(RandomSampler(BASE), 16, True))
     ),
+    "own __iter__": loading(OwnLoader, shuffle=True),
     "for validation too": OneForAll,
     "stateful": loading(StatefulDataLoader, shuffle=True),
     "stateful, augmented": loading(StatefulDataLoader, Augmented, shuffle=True),
@@ -272,14 +281,6 @@ def _start(loader: Any) -> Any:
     begun = iter(loader)
     next(begun)
     return begun.state()["start"]
-
-
-class OwnLoader(DataLoader):
-    """A user's class that changes what a loader gives."""
-
-    def __iter__(self) -> Any:
-        for batch in super().__iter__():
-            yield [-part for part in batch]
 
 
 @pytest.mark.parametrize("kind", [DataLoader, OwnLoader])

@@ -197,16 +197,36 @@ def test_model_checkpoint_by_time_and_by_step(tmp_path: Path) -> None:
             assert differences({**straight, "callbacks": resumed["callbacks"]}, resumed) == []
 
 
-def test_a_run_that_early_stopping_ended_stays_ended(tmp_path: Path) -> None:
-    stop = {"monitor": "val_loss", "patience": 1, "min_delta": 10.0}
-    run = Run(callbacks=lambda: [EarlyStopping(**stop)], spots=("validated8",))
+@pytest.mark.parametrize(
+    "why",
+    [
+        {"patience": 1, "min_delta": 10.0},
+        {"patience": 0, "min_delta": 10.0},
+        {"stopping_threshold": 10.0},
+        {"divergence_threshold": -10.0},
+    ],
+    ids=str,
+)
+def test_a_run_that_early_stopping_ended_stays_ended(tmp_path: Path, why: dict[str, Any]) -> None:
+    stop = {"monitor": "val_loss", **why}
+    saver = lambda: ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, save_on_train_epoch_end=True)  # noqa: E731
+    run = Run(callbacks=lambda: [EarlyStopping(**stop), saver()], spots=())
     straight = run.fit(tmp_path)
-    assert straight["progress"] == [8, 2]
-    resumed = run.fit(tmp_path / "same", tmp_path / "validated8.ckpt")
+    steps, epochs = straight["progress"]
+    assert epochs < 3
+    last = f"step={steps}.ckpt"
+    resumed = run.fit(tmp_path / "same", tmp_path / last)
     assert differences(straight["weights"], resumed["weights"]) == []
     assert resumed["losses"] == {}
-    without = Run(spots=()).fit(tmp_path / "more", tmp_path / "validated8.ckpt")
+    without = Run(spots=()).fit(tmp_path / "more", tmp_path / last)
     assert without["progress"] == [12, 3]
+
+
+def test_early_stopping_without_patience_goes_on_while_there_is_progress(tmp_path: Path) -> None:
+    """Its count of bad epochs, 0, is not less than its patience, 0, from the start."""
+    stop = {"monitor": "val_loss", "patience": 0, "min_delta": -10.0}  # all counts as better
+    run = Run(callbacks=lambda: [EarlyStopping(**stop)], spots=("batch2", "end8"))
+    run.check(tmp_path)
 
 
 def test_what_a_checkpoint_says_is_for_one_run_only(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
 
 from lora_lightning.errors import AdapterStateError, ConfigError, first_few
 from lora_lightning.fingerprint import base_tensors
@@ -35,7 +36,7 @@ def check_base_has_values(module: LightningModule) -> None:
     empty = [name for name, tensor in base_tensors(module) if tensor.is_meta]
     if empty:
         # On its way out Lightning moves the module to the CPU, which would hide this error.
-        module.cpu = MethodType(_cpu, module)  # type: ignore[method-assign]
+        module.cpu = MethodType(cpu, module)  # type: ignore[method-assign]
         raise AdapterStateError(
             f"{len(empty)} tensors of the base are on the meta device and have no values: "
             f"{first_few(empty, 3)}. Load the base model where the module builds it, as "
@@ -64,6 +65,8 @@ def check_hyperparameters(owner: Any) -> None:
 
 
 def _can_be_loaded(value: Any) -> bool:
+    if isinstance(value, nn.Module):  # told without writing a base that may not fit twice
+        return False
     buffer = io.BytesIO()
     try:
         torch.save(value, buffer)
@@ -74,7 +77,8 @@ def _can_be_loaded(value: Any) -> bool:
     return True
 
 
-def _cpu(self: Any) -> Any:
+def cpu(self: Any) -> Any:
+    """`Module.cpu`, which leaves meta tensors where they are; of its name, for pickle."""
     return self._apply(lambda tensor: tensor if tensor.is_meta else tensor.cpu())
 
 

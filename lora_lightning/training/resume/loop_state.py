@@ -105,13 +105,20 @@ def continue_loops(trainer: Any, metrics: dict[str, torch.Tensor]) -> None:
             getattr(fetcher, "batches", []).clear()
     fit_loop._restarting = False  # else the epoch would end without plateau schedulers
     for callback in trainer.callbacks:
-        if isinstance(callback, EarlyStopping) and callback.wait_count >= callback.patience:
+        if isinstance(callback, EarlyStopping) and _has_stopped(callback):
             trainer.should_stop = True
             rank_zero_info(
-                f"EarlyStopping had stopped this run ({callback.monitor} did not improve "
-                f"{callback.wait_count} times), which ends here. To go on, leave it out: its "
-                "patience comes from the checkpoint."
+                f"EarlyStopping had stopped this run by {callback.monitor}, and it ends here. To "
+                "go on, leave it out: what it has seen, and its patience, come from the checkpoint."
             )
+
+
+def _has_stopped(callback: Any) -> bool:
+    """Whether it had told the Trainer to stop, be it for patience, a threshold or NaN."""
+    if not hasattr(callback, "stopping_reason"):  # not of every Lightning 2.6
+        return bool(callback.wait_count >= max(callback.patience, 1))
+    # Where another process had the reason, this one has the epoch only.
+    return callback.stopping_reason.name != "NOT_STOPPED" or callback.stopped_epoch > 0
 
 
 def in_epoch(trainer: Any) -> bool:

@@ -213,7 +213,9 @@ class Pass(Iterator[Any]):
                 "checkpoint was written in the middle of one: from here on the data are not those "
                 "of the uninterrupted run. Use the same data and batch size. (data)"
             )
-        by_index = loader.num_workers == 0 and not self._streams
+        # A class with an __iter__ of its own gives another iterator than torch's.
+        by_index = loader.num_workers == 0 and hasattr(iterator, "_sampler_iter")
+        by_index = by_index and not self._streams
         if self._streams:
             rank_zero_warn(
                 f"Resuming in the middle of an epoch of an IterableDataset: {count} batches are "

@@ -128,6 +128,7 @@ def setup_fsdp(self: Any, model: Any) -> Any:
             dist.broadcast(tensor.data, src=0)
         average = GradientAverage([p for p in own if isinstance(p, nn.Parameter)])
         binding.fsdp = root, average
+    binding.fsdp[1].begin()
     # Gradients are whole here, so that the plain way to clip them is right.
     self.precision_plugin.clip_grad_by_norm = Precision.clip_grad_by_norm.__get__(
         self.precision_plugin
@@ -149,6 +150,10 @@ class GradientAverage:
     def __post_init__(self) -> None:
         for parameter in self.parameters:
             parameter.register_post_accumulate_grad_hook(self._queue)
+
+    def begin(self) -> None:
+        """Forget a backward pass that an exception has ended: the next would not be averaged."""
+        self._queued = False
 
     def _queue(self, _: Any) -> None:
         if not self._queued:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,33 +24,34 @@ from lora_lightning.training.agreement import save_together
 def save_sharded_checkpoint(
     strategy: Any, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
 ) -> None:
-    """Write a checkpoint in the strategy's form: a folder, or a file by rank 0."""
+    """Write a checkpoint in the strategy's form: a folder, or a file by rank 0.
+
+    Raises:
+        CheckpointError: Where another process, whose own error says why, could not.
+
+    """
     path = Path(strategy.broadcast(filepath))
+    old, partial = (path.with_name(f".{path.name}.{word}") for word in ("old", "partial"))
     save = type(strategy).save_checkpoint
-    old = path.with_name(f".{path.name}.old")
+
+    def on_first(action: Callable[[], None]) -> None:
+        save_together(strategy, lambda: action() if strategy.is_global_zero else None, path)
+
     if not writes_folders(strategy):
-        _aside(strategy, path, old)  # the strategy's own removal is a race of all processes
+        on_first(lambda: _aside(path, old))  # the strategy's own removal is a race of all processes
         save_together(strategy, lambda: save(strategy, checkpoint, path, storage_options), path)
-        _remove(strategy, old)
+        on_first(lambda: _remove(old))
         return
     gathered = {key: whole_state(checkpoint.get(key)) for key in ("state_dict", "optimizer_states")}
     if KEY in checkpoint and strategy.is_global_zero:
         full = {**checkpoint, **{k: v for k, v in gathered.items() if k in checkpoint}}
         manifest = {**checkpoint[KEY], HASHES: content_hashes(full)}
         checkpoint = {**checkpoint, KEY: manifest}
-    partial = path.with_name(f".{path.name}.partial")
-    _remove(strategy, partial)  # of a run that was killed
-    save(strategy, dict(checkpoint), partial, storage_options)
-    strategy.barrier()
-    if strategy.is_global_zero:
-        _flush(partial)
-    if strategy.broadcast(strategy.is_global_zero and path.exists() and exchange(partial, path)):
-        _remove(strategy, partial)  # it has the one before now
-        return
-    _aside(strategy, path, old)
-    if strategy.is_global_zero:
-        partial.rename(path)
-    _remove(strategy, old)
+    on_first(lambda: _remove(partial))  # of a run that was killed
+    save_together(
+        strategy, lambda: save(strategy, dict(checkpoint), partial, storage_options), path
+    )
+    on_first(lambda: _replace(partial, path, old))
 
 
 def writes_folders(strategy: Any) -> bool:
@@ -59,24 +61,31 @@ def writes_folders(strategy: Any) -> bool:
     return bool(strategy._save_distributed_checkpoint)
 
 
-def _aside(strategy: Any, path: Path, old: Path) -> None:
+def _replace(partial: Path, path: Path, old: Path) -> None:
+    """Give what is written its name, in place of what has it."""
+    _flush(partial)
+    if path.exists() and exchange(partial, path):
+        _remove(partial)  # it has the one before now
+        return
+    if path.is_file():
+        path.unlink()
+    _aside(path, old)
+    partial.rename(path)
+    _remove(old)
+
+
+def _aside(path: Path, old: Path) -> None:
     """Give a folder that is to be replaced another name; a file is simply replaced."""
-    _remove(strategy, old)
-    if strategy.is_global_zero:
-        if is_checkpoint_folder(path):
-            path.rename(old)
-        elif writes_folders(strategy) and path.is_file():
-            path.unlink()
-    strategy.barrier()
+    _remove(old)
+    if is_checkpoint_folder(path):
+        path.rename(old)
 
 
-def _remove(strategy: Any, folder: Path) -> None:
-    if strategy.is_global_zero:
-        if folder.is_symlink() or folder.is_file():  # ModelCheckpoint(save_last="link"), for one
-            folder.unlink()
-        elif folder.exists():
-            shutil.rmtree(folder)
-    strategy.barrier()
+def _remove(folder: Path) -> None:
+    if folder.is_symlink() or folder.is_file():  # ModelCheckpoint(save_last="link"), for one
+        folder.unlink()
+    elif folder.exists():
+        shutil.rmtree(folder)
 
 
 def _flush(folder: Path) -> None:
