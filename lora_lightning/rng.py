@@ -15,11 +15,13 @@ def random_state(cuda: Literal["all", "own", "none"] = "all") -> dict[str, Any]:
     """State of Python's, NumPy's and PyTorch's generators; loads with `weights_only=True`.
 
     Args:
-        cuda: Of which CUDA devices too: all, the process's current one, or none.
+        cuda: Of which CUDA devices too, if it uses any: all, its current one, or none.
 
     """
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    cuda = cuda if torch.cuda.is_available() else "none"
+    # Nothing was drawn from a device that this process has not begun to use, and merely to ask it
+    # takes its memory, or fails in a forked process.
+    cuda = cuda if torch.cuda.is_initialized() else "none"
     return {
         "python": _python_state(random.getstate()),
         "numpy": [kind, [int(key) for key in keys], int(position), int(has_gauss), float(cached)],
@@ -38,10 +40,12 @@ def set_random_state(state: dict[str, Any]) -> None:
     kind, keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
     torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.device_count() == len(state["cuda"]):
-        torch.cuda.set_rng_state_all(state["cuda"])
-    elif len(state["cuda"]) == 1 and torch.cuda.is_available():
+    devices = range(torch.cuda.device_count())
+    if devices and len(state["cuda"]) == 1:  # of the one that the process uses
         torch.cuda.set_rng_state(state["cuda"][0])
+    else:
+        for device, own in zip(devices, state["cuda"], strict=False):
+            torch.cuda.set_rng_state(own, device)
 
 
 def seed_all(seed: int) -> None:

@@ -231,13 +231,14 @@ class FSDPWithOwnSeeds(ModelParallelStrategy):
 
 
 class FullDisk(ModelParallelStrategy):
-    """Fails when all but the last byte is written."""
+    """Fails when all but the last byte is written, on every process or on the first alone."""
 
     full = False
+    ranks = (0, 1)
 
     def save_checkpoint(self, checkpoint: Any, filepath: Any, storage_options: Any = None) -> None:
         super().save_checkpoint(checkpoint, filepath, storage_options)
-        if self.full:
+        if self.full and self.global_rank in self.ranks:
             raise OSError("No space left on device")
 
 

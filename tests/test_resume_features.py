@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 import lora_lightning.training.resume.run_state
 from lora_lightning import AdaLoraConfig, LoraCallback
+from lora_lightning.rng import random_state, set_random_state
 from lora_lightning.training.resume.resumable_loader import ResumableLoader
 
 
@@ -262,6 +263,39 @@ def test_averages_over_the_training_epoch_are_not_held(tmp_path: Path) -> None:
     assert differences(straight["weights"], resumed["weights"]) == []
     assert any("best_score" in path for path in differences(straight, resumed))
     Run(AveragesLoss, callbacks=watch, spots=("end4",)).check(tmp_path / "end")  # no warning
+
+
+@pytest.mark.parametrize(
+    ("saved", "there", "set_to"),
+    [
+        (["a"], 1, {None: "a"}),
+        (["a"], 2, {None: "a"}),  # DDP: each process saves its current device's
+        (["a", "b"], 2, {0: "a", 1: "b"}),
+        (["a", "b"], 1, {0: "a"}),  # fewer are visible than were
+        (["a"], 0, {}),
+        ([], 2, {}),
+    ],
+)
+def test_random_states_of_cuda_devices(
+    monkeypatch: pytest.MonkeyPatch, saved: list[str], there: int, set_to: dict[Any, str]
+) -> None:
+    found: dict[Any, str] = {}
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
+    monkeypatch.setattr(
+        torch.cuda, "set_rng_state", lambda state, device=None: found.update({device: state})
+    )
+    set_random_state({**random_state(), "cuda": saved})
+    assert found == set_to
+
+
+def test_a_cuda_device_that_is_not_used_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process forked from one that uses it cannot; in others a first call takes memory there."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: ["state"])
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    assert random_state()["cuda"] == []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    assert random_state()["cuda"] == ["state"]
 
 
 @pytest.mark.gpu

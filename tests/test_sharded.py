@@ -257,6 +257,10 @@ def saving(folder: Path) -> dict[str, Any]:
             found["completed"] = progress["current"]["completed"]
             found["visible"] = sorted(p.name for p in folder.iterdir() if p.name[0] != ".")
         torch.distributed.barrier()
+        way.ranks = (0,)  # which writes what is not split
+        with pytest.raises((OSError, CheckpointError)) as error:
+            trainer.save_checkpoint(path)
+        found["alone"] = str(error.value)
         way.full = False
         trainer.save_checkpoint(path)
     found["hidden"] = sorted(p.name for p in folder.iterdir() if p.name[0] == ".")
@@ -594,6 +598,8 @@ def test_a_full_disk_leaves_the_checkpoint_before(ranks: Any) -> None:
         assert (saving["damaged"], saving["completed"]) == ([], 2)
         assert saving["visible"] == ["file.ckpt", "folder.ckpt"]
         assert saving["hidden"] == []
+    assert ranks[0]["saving"]["alone"] == "No space left on device"
+    assert "could not be written by another process" in ranks[1]["saving"]["alone"]
 
 
 @pytest.mark.slow
