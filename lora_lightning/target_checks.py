@@ -110,6 +110,26 @@ def _why_not(paths: list[str], config: AdapterConfig) -> str:
     )
 
 
+def check_not_of_peft(path: str, modules: dict[str, nn.Module]) -> None:
+    """A target is no part of an adapter of the peft package.
+
+    Raises:
+        TargetError: Naming the module of peft that it is, or is in.
+
+    """
+    parts = path.split(".")
+    for owner in (".".join(parts[:depth]) for depth in range(1, len(parts) + 1)):
+        kind = type(modules.get(owner))
+        if kind.__module__.startswith("peft."):
+            raise TargetError(
+                f"target_modules selects {path!r}, but {owner!r} is a {kind.__module__}."
+                f"{kind.__name__}: the model carries adapters of peft already, which would be "
+                "frozen. Give the model without them (peft's model.unload(), or merge_and_unload() "
+                "to keep their effect); to train a PEFT folder on, name it in init_from. "
+                "(lora.target_modules)"
+            )
+
+
 def check_every_exclusion_matched(modules: dict[str, nn.Module], config: AdapterConfig) -> None:
     """Every name in exclude_modules, or the expression, fits a module.
 

@@ -25,6 +25,7 @@ from lora_lightning.target_checks import (
     check_every_layer_matched,
     check_every_pattern_matched,
     check_every_target_matched,
+    check_not_of_peft,
     check_something_is_left,
 )
 from lora_lightning.target_names import kinds_in, linear_names, near, top_names
@@ -201,6 +202,7 @@ def _check_adaptable(
     obstacles: dict[str, str],
 ) -> None:
     _check_attention("target_modules", path, obstacles)
+    check_not_of_peft(path, modules)
     if isinstance(module, torch.jit.ScriptModule):
         check_can_grow(module, path)
     host_type = host_type_for(module)

@@ -500,3 +500,16 @@ def test_rank_equal_to_the_smaller_side_is_allowed():
     model = nn.Sequential(nn.Linear(3, 9))
     inject_adapter(model, LoraConfig(r=3))
     assert model(torch.zeros(1, 3)).shape == (1, 9)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["0"], ["base_layer"], ["lora_A.default"]])
+def test_adapters_of_peft_get_no_adapters(targets):
+    """They would be frozen, and their factors adapted in turn."""
+    base = nn.Sequential(nn.Linear(3, 9), nn.Linear(9, 3))
+    model = nn.ModuleDict({"net": peft.get_peft_model(base, peft.LoraConfig(target_modules=["0"]))})
+    with pytest.raises(TargetError) as caught:
+        inject_adapter(model, LoraConfig(r=1, target_modules=targets))
+    assert "is a peft." in str(caught.value)
+    assert "the model carries adapters of peft already" in str(caught.value)
+    model["net"] = model["net"].unload()  # as it advises
+    inject_adapter(model, LoraConfig(r=1, target_modules=["0"]))
