@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import seed_everything
+from lightning.pytorch import Callback, LightningModule, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from modules import Data, run
@@ -67,6 +68,12 @@ class InGroups(Quiet):
         return [optimizer], [lr_scheduler.SequentialLR(optimizer, [first, rest], [1])]
 
 
+class NoOptimizer(Quiet):
+    """LoraCallback supplies a fused AdamW."""
+
+    configure_optimizers = LightningModule.configure_optimizers  # type: ignore[assignment]
+
+
 class OtherBase(Quiet):
     def __init__(self) -> None:
         super().__init__()
@@ -97,6 +104,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "plain": {},
     "bf16": {"precision": "bf16-true"},
     "groups": {"kind": InGroups},
+    "dora": {"callback": {"use_dora": True}},
+    "fused": {"kind": NoOptimizer},
     "dropout": {"kind": WithDropout},
     "bias": {"callback": {"bias": "all", "modules_to_save": None}},
     "skip": {"kind": BadGradient, "callback": {"nonfinite": "skip"}},
@@ -110,6 +119,7 @@ def train(
     start: Any = None,
     kind: Any = Quiet,
     callback: Any = None,
+    other: Any = (),
     **options: Any,
 ) -> tuple[dict[str, Any], Any]:
     """What is saved of the module after three epochs of four steps, and the Trainer."""
@@ -118,14 +128,16 @@ def train(
     share = DataLoader(Data().dataset, 8, sampler=list(range(int(os.environ["RANK"]), 64, 2)))
     saver = ModelCheckpoint(folder, "{step}", save_top_k=-1, every_n_train_steps=3)
     settings = {"strategy": way, "devices": 2, "use_distributed_sampler": False, "max_epochs": 3}
-    trainer = run(folder, make_callback(**(callback or {})), saver, **{**settings, **options})
+    trainer = run(
+        folder, make_callback(**(callback or {})), saver, *other, **{**settings, **options}
+    )
     trainer.fit(module, share, ckpt_path=start)
     state = module.state_dict()
     return {k: v.clone() for k, v in state.items() if ".adapters." in k}, trainer
 
 
 def error_of(act: Any) -> str:
-    with pytest.raises(Exception) as caught:
+    with pytest.raises(BaseException) as caught:  # SIGTERM ends the process
         act()
     return f"{type(caught.value).__name__}: {caught.value}"
 
@@ -172,11 +184,26 @@ def on_two(folder: Path) -> dict[str, Any]:
             )
         ),
     }
+    found["errors"]["terminated"] = error_of(
+        lambda: train(folder / "taken", OnCpu(), other=[Terminated()])
+    )
+    found["terminated resumed"], _ = train(folder / "taken", OnCpu(), folder / "taken/last.ckpt")
+    weights = ModelCheckpoint(folder, "weights", save_weights_only=True)
+    train(folder, OnCpu(), other=[weights], max_epochs=1)
+    found["errors"]["weights"] = error_of(lambda: train(folder, OnCpu(), folder / "weights.ckpt"))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         train(folder / "headless", OnCpu(), kind=WithoutHead, gradient_clip_val=1.0)
     found["warnings"] = [str(w.message) for w in caught]
     return {**found, **twins(folder, middle)}
+
+
+class Terminated(Callback):
+    """SIGTERM comes to one process in the middle of an epoch."""
+
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        if trainer.global_step == 5 and trainer.global_rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def restored(folder: Path, start: Path, way: Any, kind: Any = Quiet) -> tuple[Any, Any]:
@@ -212,9 +239,10 @@ def folder(both: Any, tmp_path_factory: Any) -> Path:
 @pytest.mark.parametrize("way", WAYS)
 def test_trains_as_ddp_does(both: Any, way: str) -> None:
     for found in both:
-        if way == "clipped":  # norms are summed in another order
+        # Norms are summed, and vectors are begun, at other places of a flat tensor.
+        if way in ("clipped", "fused"):
             for key, value in found[way].items():
-                assert torch.allclose(value, found["clipped ddp"][key], rtol=0, atol=1e-6)
+                assert torch.allclose(value, found[f"{way} ddp"][key], rtol=0, atol=1e-6)
         else:
             assert equal(found[way], found[f"{way} ddp"])
     assert equal(both[0][way], both[1][way])
@@ -278,6 +306,9 @@ def test_errors(both: Any) -> None:
         assert "r: 2 in the checkpoint, 3 here" in errors["rank"]
         assert "gradients are not finite: " in errors["gradient"]
         assert "in no optimizer: embed.weight" in errors["thaws"]
+        assert "SIGTERMException" in errors["terminated"]
+        assert equal(found["terminated resumed"], found["plain"])
+        assert "This checkpoint holds weights only" in errors["weights"]
         assert "would train in torch.bfloat16" in errors["narrow"]
 
 

@@ -107,8 +107,7 @@ def check_checkpoint(
             f"It holds {sorted(checkpoint)}. (ckpt_path)"
         )
     trainer = module.trainer
-    deferred = trainer.strategy.restore_checkpoint_after_setup  # optimizers are not in this part
-    if trainer.state.fn == "fit" and "optimizer_states" not in checkpoint and not deferred:
+    if trainer.state.fn == "fit" and "optimizer_states" not in checkpoint:
         raise CheckpointError(
             "This checkpoint holds weights only (save_weights_only=True): there is no optimizer "
             "state that fit could resume from. To start a new run from its adapters, give its path "

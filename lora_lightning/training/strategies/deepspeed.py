@@ -101,8 +101,9 @@ def check_deepspeed(trainer: Any, configs: list[Any]) -> None:
         )
     if trainer.accumulate_grad_batches > 1:
         raise ConfigError(
-            f"LoraCallback does not support accumulate_grad_batches under {name}: it accumulates "
-            "across the end of an epoch, in buffers that checkpoints do not hold. Use "
+            f"LoraCallback does not support accumulate_grad_batches under {name}: Lightning and "
+            "DeepSpeed both divide the loss by it, so that gradients are too small, and DeepSpeed "
+            "goes on accumulating across the end of an epoch. Use "
             "strategy='ddp', or larger batches. (trainer.accumulate_grad_batches)"
         )
     if not getattr(trainer.lightning_module, "automatic_optimization", True):
@@ -173,14 +174,14 @@ class WholeOptimizer:
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Take this process's part of each tensor; weights are taken from the module."""
         self.zero.refresh_fp32_params()
+        parts = {}
         for index, group in enumerate(saved["param_groups"]):
-            own = {key: value for key, value in group.items() if key != "params"}
-            self.inner.param_groups[index].update(own)
             states = [saved["state"].get(number, {}) for number in group["params"]]
             keys = dict.fromkeys(key for state in states for key in state)
             if keys:
-                part = {key: self._split(index, [s.get(key) for s in states]) for key in keys}
-                self.inner.state[self._part(index)] = part
+                parts[index] = {k: self._split(index, [s.get(k) for s in states]) for k in keys}
+        groups = [{**group, "params": [i]} for i, group in enumerate(saved["param_groups"])]
+        self.inner.load_state_dict({**saved, "state": parts, "param_groups": groups})
 
     def _part(self, index: int) -> Tensor:
         (flat,) = self.inner.param_groups[index]["params"]
