@@ -142,6 +142,11 @@ def error_of(act: Any) -> str:
     return f"{type(caught.value).__name__}: {caught.value}"
 
 
+def on_one(folder: Path) -> dict[str, Any]:
+    state, _ = train(folder / "one", OnCpu(), folder / "plain" / "step=12.ckpt", devices=1)
+    return state
+
+
 def on_two(folder: Path) -> dict[str, Any]:
     """What every test below looks at."""
     found: dict[str, Any] = {}
@@ -184,6 +189,9 @@ def on_two(folder: Path) -> dict[str, Any]:
             )
         ),
     }
+    with torch.device("meta"):
+        empty = Quiet()
+    found["errors"]["meta"] = error_of(lambda: train(folder, OnCpu(), module=empty))
     found["errors"]["terminated"] = error_of(
         lambda: train(folder / "taken", OnCpu(), other=[Terminated()])
     )
@@ -293,6 +301,16 @@ def test_evaluates_a_checkpoint(both: Any) -> None:
 
 
 @needs_deepspeed
+def test_files_are_read_by_other_numbers_of_processes(both: Any, folder: Path) -> None:
+    (one,) = on_processes(1, on_one, folder)
+    assert equal(one, both[0]["plain"])
+    start = folder / "plain" / "step=12.ckpt"
+    alone = run(folder, make_callback())
+    tested = alone.test(Quiet(), Data().test_dataloader(), ckpt_path=start, verbose=False)
+    assert tested == both[0]["tested zero"]
+
+
+@needs_deepspeed
 def test_the_same_module_trains_again(both: Any) -> None:
     assert all(equal(found["again"], found["again ddp"]) for found in both)
 
@@ -306,6 +324,7 @@ def test_errors(both: Any) -> None:
         assert "r: 2 in the checkpoint, 3 here" in errors["rank"]
         assert "gradients are not finite: " in errors["gradient"]
         assert "in no optimizer: embed.weight" in errors["thaws"]
+        assert "are on the meta device and have no values" in errors["meta"]
         assert "SIGTERMException" in errors["terminated"]
         assert equal(found["terminated resumed"], found["plain"])
         assert "This checkpoint holds weights only" in errors["weights"]
@@ -359,7 +378,8 @@ REFUSED: dict[str, tuple[dict[str, Any], Any]] = {
 @pytest.mark.parametrize("text", REFUSED)
 def test_refused_before_work_starts(text: str) -> None:
     options, config = REFUSED[text]
-    check_deepspeed(stand_in(), [LoraConfig()])  # this one passes
+    for passes in ({}, {"config": {"fp16": {"enabled": False}}}):
+        check_deepspeed(stand_in(**passes), [LoraConfig()])
     with pytest.raises(ConfigError, match=text) as caught:
         check_deepspeed(stand_in(**options), [config or LoraConfig()])
     assert str(caught.value).endswith(

@@ -17,7 +17,7 @@ from lora_lightning.optim import check_coverage, trainable_parameters
 from lora_lightning.switching import adapter_names
 from lora_lightning.targets import Selection
 from lora_lightning.training.binding import averaged_models, binding_of, callbacks_of
-from lora_lightning.training.strategies.deepspeed import whole_optimizers
+from lora_lightning.training.strategies.deepspeed import is_deepspeed, whole_optimizers
 from lora_lightning.training.strategies.model_parallel import check_dtypes, reshard
 
 if TYPE_CHECKING:
@@ -31,7 +31,8 @@ def check_base_has_values(module: LightningModule) -> None:
         AdapterStateError: Naming the tensors.
 
     """
-    if module.trainer.strategy.restore_checkpoint_after_setup:
+    strategy = module.trainer.strategy
+    if strategy.restore_checkpoint_after_setup and not is_deepspeed(strategy):
         return
     empty = [name for name, tensor in base_tensors(module) if tensor.is_meta]
     if empty:
@@ -164,7 +165,8 @@ def check_first_gradients(module: LightningModule) -> None:
 
     """
     trainable = trainable_parameters(module)
-    reached = binding_of(module).reached
+    binding = binding_of(module)
+    reached, binding.reached = binding.reached, set()  # of this run only
     without = [n for n, p in trainable.items() if p.grad is None and id(p) not in reached]
     if len(without) == len(trainable):
         raise AdapterStateError(

@@ -85,9 +85,10 @@ def check_deepspeed(trainer: Any, configs: list[Any]) -> None:
                 "CPU, the state of what trains, is small here. Leave it out. (trainer.strategy)"
             )
     for option, instead in _NOT_SUPPORTED.items():
-        # Lightning itself writes these for its precisions when the strategy is set up.
         asked = config.get(option)
-        if asked and not getattr(strategy, "_config_initialized", False):
+        off = isinstance(asked, dict) and asked.get("enabled") is False
+        # Lightning itself writes some of these when the strategy is set up.
+        if asked and not off and not getattr(strategy, "_config_initialized", False):
             raise ConfigError(
                 f"LoraCallback does not support {option!r} in the config of {name}: {instead}. "
                 "(trainer.strategy)"
