@@ -62,7 +62,7 @@ from lora_lightning.training.run_checks import (
 from lora_lightning.training.strategies.deepspeed import check_deepspeed
 from lora_lightning.training.strategies.fsdp import check_not_wrapped
 from lora_lightning.training.strategies.launchers import check_launcher, take_returned
-from lora_lightning.training.strategies.meta_base import expect_base
+from lora_lightning.training.strategies.meta_base import expect_base, load_base_at_once
 from lora_lightning.training.strategies.model_parallel import check_model_parallel
 from lora_lightning.training.strategies.state import override_state_methods
 from lora_lightning.training.training_checks import (
@@ -189,6 +189,7 @@ class LoraCallback(Callback):
     def grow(self, pl_module: LightningModule) -> None:
         """Put this adapter on the module; what carries it already keeps it."""
         check_not_wrapped(pl_module)
+        load_base_at_once(pl_module)
         convert_before_growth(pl_module)
         check_base_has_values(pl_module)
         root = self.root(pl_module)

@@ -200,6 +200,27 @@ def test_a_file_that_no_trainer_wrote(checkpoint: Path, content: Any, said: str)
     assert ("module.load_state_dict(torch.load(path))" in text) is ("embed" in said)
 
 
+def test_another_optimizer(checkpoint: Path) -> None:
+    class Other(Net):
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+            return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1)]
+
+    trainer = run(checkpoint.parent, LoraCallback(**OPTIONS), max_epochs=2)
+    with pytest.raises(CheckpointError) as caught:
+        trainer.fit(Other(), Data(), ckpt_path=str(checkpoint))
+    assert "is of another kind than this run's SGD: it has amsgrad, betas, " in str(caught.value)
+
+
+def test_options_that_a_newer_torch_adds_are_no_other_optimizer(checkpoint: Path) -> None:
+    def edit(content: dict[str, Any]) -> None:
+        for group in content["optimizer_states"][0]["param_groups"]:
+            del group["decoupled_weight_decay"]
+
+    trainer = run(checkpoint.parent, LoraCallback(**OPTIONS), max_epochs=2)
+    trainer.fit(Net(), Data(), ckpt_path=str(edited(checkpoint, edit)))
+
+
 def test_a_peft_folder(checkpoint: Path) -> None:
     module, folder = Net(), str(checkpoint.with_name("adapter"))
     inject_adapter(module, LoraConfig(r=2))

@@ -8,6 +8,8 @@ afterwards, of a method of the LightningModule:
         return load_file("base.safetensors")
 
 Each process takes its part. Adapters have made their start values by then, the same everywhere.
+Under other strategies the same module has memory from the start, but `init_module(empty_init=True)`
+leaves in it what was there: the base is loaded before adapters grow.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from lora_lightning.bias import trained_biases
 from lora_lightning.errors import AdapterMismatchError, ConfigError, first_few
 from lora_lightning.hosts.base import named_hosts, walk
 from lora_lightning.sharding import copy_whole, whole
+from lora_lightning.switching import adapter_names
 from lora_lightning.training.binding import binding_of, callbacks_of
 from lora_lightning.training.checkpoints.manifest import remember_base
 from lora_lightning.training.strategies.model_parallel import is_model_parallel
@@ -68,6 +71,21 @@ def expect_base(module: LightningModule) -> None:
     binding_of(module).base_to_come = True
 
 
+def load_base_at_once(module: LightningModule) -> None:
+    """Load the base of a module that says where it is and has memory for it already.
+
+    Raises:
+        AdapterMismatchError: If tensors are missing, left over or of another shape.
+
+    """
+    own = module.state_dict()
+    meta = any(tensor.is_meta for tensor in own.values() if isinstance(tensor, Tensor))
+    later = meta or is_model_parallel(module.trainer.strategy)
+    if later or adapter_names(module) or not callable(getattr(module, HOOK, None)):
+        return
+    _load(getattr(module, HOOK)(), own)
+
+
 def load_base(module: LightningModule) -> None:
     """Load the base where it was on the meta device; every process calls this.
 
@@ -81,10 +99,7 @@ def load_base(module: LightningModule) -> None:
     values: Mapping[str, Tensor] = getattr(module, HOOK)()
     saved = {key for callback in callbacks_of(module) for key in callback.saved_keys(module)}
     own = {key: t for key, t in module.state_dict().items() if key not in saved}
-    _check(values, own)
-    for key, tensor in own.items():
-        if isinstance(tensor, Tensor):
-            copy_whole(tensor, values[key].to(tensor.device))
+    _load(values, own)
     for path, host in named_hosts(module):
         prefix = path + "." if path else ""
         for adapter in host.adapters.modules():
@@ -100,6 +115,13 @@ def _start_copy(copy: nn.Module, prefix: str, values: Mapping[str, Tensor]) -> N
     for name, tensor in copy.state_dict().items():
         if isinstance(tensor, Tensor):
             copy_whole(tensor, values[prefix + name].to(tensor.device))
+
+
+def _load(values: Any, own: Mapping[str, Any]) -> None:
+    _check(values, own)
+    for key, tensor in own.items():
+        if isinstance(tensor, Tensor):
+            copy_whole(tensor, values[key].to(tensor.device))
 
 
 def _check(values: Any, own: Mapping[str, Any]) -> None:

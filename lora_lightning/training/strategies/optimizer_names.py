@@ -16,6 +16,8 @@ from lora_lightning.compiled import named_parameters
 from lora_lightning.errors import CheckpointError, OptimizerError, first_few
 from lora_lightning.sharding import is_sharded, sharded_like
 
+_OF_SCHEDULERS = {"initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum"}
+
 
 def with_names(state: dict[str, Any], optimizer: Optimizer, module: nn.Module) -> dict[str, Any]:
     """`optimizer.state_dict()` with names of parameters in place of numbers.
@@ -52,6 +54,7 @@ def with_numbers(saved: dict[str, Any], optimizer: Optimizer, module: nn.Module)
     if not any(isinstance(name, str) for group in groups for name in group["params"]):
         return saved
     names = _names(optimizer, module)
+    _check_kind(groups, optimizer)
     _check_groups([group["params"] for group in groups], names)
     order = [name for group in names for name in group]
     params = [p for group in optimizer.param_groups for p in group["params"]]
@@ -82,6 +85,21 @@ def _names(optimizer: Optimizer, module: nn.Module) -> list[list[str]]:
             "configure_optimizers?"
         )
     return [[name_of[id(p)] for p in group] for group in groups]
+
+
+def _check_kind(saved: list[dict[str, Any]], optimizer: Optimizer) -> None:
+    """Options that only the checkpoint's has, or only this one, may be a scheduler's or torch's."""
+    for there, here in zip(saved, optimizer.param_groups, strict=False):
+        foreign = sorted(there.keys() - here.keys() - _OF_SCHEDULERS)
+        missing = sorted(optimizer.defaults.keys() - there.keys())
+        if foreign and missing:
+            raise CheckpointError(
+                f"The checkpoint's optimizer is of another kind than this run's "
+                f"{type(optimizer).__name__}: it has {', '.join(foreign)}, and no "
+                f"{', '.join(missing)}. Use the one that the checkpoint was trained with; to go on "
+                "with another, start a new run from its adapters, LoraCallback(init_from=...) "
+                "without ckpt_path. (ckpt_path)"
+            )
 
 
 def _check_groups(saved: list[list[str]], own: list[list[str]]) -> None:
