@@ -321,7 +321,8 @@ def test_gradients_are_averaged_after_a_backward_that_failed(
     with pytest.raises(MemoryError):  # the last one to be made is the first to get a gradient
         (weights[1].exp() * weights[0].exp()).sum().backward()
     failing.remove()
-    assert average._queued and not reduced
+    assert average._queued
+    assert not reduced
     if begun:
         average.begin()
     (weights[0] * weights[1]).sum().backward()
