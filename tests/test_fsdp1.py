@@ -26,9 +26,10 @@ from torch.optim.swa_utils import get_ema_avg_fn
 from torch.utils.data import DataLoader
 
 from lora_lightning import LoraConfig, load_adapter, merge_adapter, save_adapter
+from lora_lightning.checkpoint import KEY
 from lora_lightning.checkpoint_folders import read_checkpoint_folder
 from lora_lightning.compiled import plain_name
-from lora_lightning.errors import AdapterStateError, ConfigError
+from lora_lightning.errors import AdapterStateError, ConfigError, LoraError
 from lora_lightning.training.eva_run import adopt_ranks
 from lora_lightning.training.strategies.fsdp import GradientAverage, check_fsdp
 
@@ -69,6 +70,13 @@ WAYS: dict[str, dict[str, Any]] = {  # options of the Trainer, under FSDP1 and D
     "accumulated": {"accumulate_grad_batches": 2},
     "clipped": {"gradient_clip_val": 0.05},
 }
+
+
+class OtherBasePerRank(Quiet):
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.no_grad():
+            self.norm.bias.add_(int(os.environ["RANK"]))
 
 
 class WrapsItself(Quiet):
@@ -160,14 +168,18 @@ def on_two(folder: Path) -> dict[str, Any]:
         "bias": refusal(folder, make_callback(bias="all", modules_to_save=None)),
         "late": refusal(folder, kind=BuildsAndWrapsItself),
         "averaging": refusal(folder, make_callback(), WeightAveraging(avg_fn=get_ema_avg_fn(0.9))),
+        "base": refusal(folder, kind=OtherBasePerRank),
     }
+    synced = on_cpu(sync_module_states=True, **UNITS)  # all get that of rank 0
+    with pytest.raises(ValueError, match="requires them to be on GPU"):  # torch's, when it wraps
+        train(folder / "synced", synced, kind=OtherBasePerRank)
     GradientAverage.__post_init__ = lambda self: None  # type: ignore[method-assign]
     found["twin"], _ = train(folder / "twin", on_cpu(**UNITS))
     return found
 
 
 def refusal(folder: Path, *callbacks: Any, **options: Any) -> str:
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(LoraError) as caught:
         train(folder / "refused", on_cpu(**UNITS), *callbacks, **options)
     return str(caught.value)
 
@@ -266,8 +278,13 @@ def test_base_is_sharded_and_frozen(found: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-def test_wrapping_in_configure_model(found: dict[str, Any]) -> None:
+def test_wrapping_in_configure_model(found: dict[str, Any], folder: Path) -> None:
     assert equal(found["wraps itself"], found["ddp plain"])
+    base, own = (
+        torch.load(folder / name / "epoch=1.ckpt", weights_only=True)[KEY]["base"]
+        for name in ("alone", "itself")
+    )
+    assert base == own  # that of whole tensors, not of one process's parts
 
 
 @pytest.mark.slow
@@ -335,6 +352,7 @@ def test_refusals(found: dict[str, Any]) -> None:
     assert "Use bias='none', or ModelParallelStrategy. (lora.bias)" in refused["bias"]
     assert "body were wrapped in FSDP before adapters could grow" in refused["late"]
     assert "WeightAveraging swaps whole models" in refused["averaging"]
+    assert "The base of rank 1 is not that of rank 0" in refused["base"]
 
 
 def test_ranks_of_eva_cannot_change_after_the_setup() -> None:

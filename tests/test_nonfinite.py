@@ -260,6 +260,21 @@ def test_the_count_goes_on_after_a_resume(tmp_path: Path, capsys: Any) -> None:
     assert "3 optimizer steps were left out" in capsys.readouterr().out
 
 
+def test_steps_that_lightning_does_not_see(tmp_path: Path, monkeypatch: Any) -> None:
+    class Raw(Net):
+        automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+            optimizer = self.optimizers(use_pl_optimizer=False)
+            optimizer.zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx))
+            optimizer.step()
+
+    monkeypatch.setattr(nonfinite, "MAX_LOSSES", 3)
+    with pytest.warns(UserWarning, match=r"3 backward passes without .* \(lora.nonfinite\)"):
+        run(tmp_path, LoraCallback(**OPTIONS)).fit(Raw(), Data())
+
+
 @pytest.mark.filterwarnings("ignore:.*left out, number 1")
 def test_skip_with_manual_optimization(tmp_path: Path) -> None:
     class Manual(Poisoned):

@@ -140,6 +140,7 @@ def averaged_models(trainer: Any) -> list[Any]:
 def setup(self: LightningModule, stage: str) -> None:
     """The module's own `setup`, then growth, unless `configure_model` is still to build."""
     binding_of(self).run_state = None  # of a run that never came to train
+    binding_of(self).reached = set()
     if stage == "fit" and adapter_names(self) and not callbacks_of(self):
         rank_zero_warn(
             f"The module carries the adapters {adapter_names(self)} of an earlier run, but this "

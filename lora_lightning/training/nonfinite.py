@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 POLICIES = ("stop", "skip", "ignore")
 MAX_IN_A_ROW = 10  # skipped steps after which nothing is left to hope for
+MAX_LOSSES = 10_000  # kept for a step that has not come
 
 
 class NonfiniteGuard:
@@ -100,6 +101,13 @@ class NonfiniteGuard:
         # A loss in float16 may have overflowed in the scaler's multiplication.
         if self.policy != "ignore" and not (_scaler(trainer) and loss.dtype is torch.float16):
             self._losses.append((trainer.fit_loop.batch_idx, loss.detach()))
+        if len(self._losses) == MAX_LOSSES:
+            self._losses = []
+            rank_zero_warn(
+                f"{MAX_LOSSES} backward passes without an optimizer step that Lightning knows of: "
+                f"nonfinite={self.policy!r} looks at nothing. Under manual optimization call "
+                "step() of what self.optimizers() returns. (lora.nonfinite)"
+            )
 
     def before_step(self, trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> None:
         """Look at all losses since the last step and at the gradients that it is about to use.

@@ -20,9 +20,10 @@ from lora_lightning.fingerprint import (
     persistent_buffers,
 )
 from lora_lightning.hosts.base import walk
+from lora_lightning.sharding import is_flattened
 from lora_lightning.training.binding import Binding, binding_of
 from lora_lightning.training.resume.run_state import add_run_state
-from lora_lightning.training.strategies.model_parallel import is_model_parallel
+from lora_lightning.training.strategies.model_parallel import is_fsdp, is_model_parallel
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
@@ -171,8 +172,8 @@ def remember_base(module: LightningModule, fresh: bool) -> None:
     if binding.base_to_come:
         binding.fingerprint = {}
         return
-    if binding.fsdp is not None:
-        return  # spread over the processes as it was
+    if any(map(is_flattened, module.parameters())):
+        return  # FSDP1 has spread it over the processes as it was
     found = base_fingerprint(module)
     known = {} if fresh else binding.fingerprint or {}
     if not known:
@@ -193,7 +194,10 @@ def _agreed(own: Fingerprint, module: LightningModule) -> Fingerprint:
     """
     strategy: Any = module.trainer.strategy
     first: Fingerprint = strategy.broadcast(own)
-    if is_model_parallel(strategy):
+    sharded = is_model_parallel(strategy) or (
+        is_fsdp(strategy) and not strategy.kwargs.get("sync_module_states")
+    )
+    if sharded:
         others = [None] * strategy.world_size
         torch.distributed.all_gather_object(others, fingerprint_difference(first, own)[:4])
         for rank, lines in enumerate(others):
