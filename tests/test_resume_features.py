@@ -8,7 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, WeightAveraging
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    ModelCheckpoint,
+    WeightAveraging,
+)
 from lightning.pytorch.plugins import AsyncCheckpointIO
 from modules import BuiltInConfigureModel, Data, Net, NetWithoutOptimizer, run
 from resuming import SPOTS, Run, differences
@@ -17,6 +22,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, ReduceLROnPlat
 from torch.optim.swa_utils import get_ema_avg_fn
 from torch.utils.data import DataLoader
 
+import lora_lightning.training.resume.loop_state
 import lora_lightning.training.resume.run_state
 from lora_lightning import AdaLoraConfig, LoraCallback
 from lora_lightning.rng import random_state, set_random_state
@@ -103,6 +109,10 @@ def adalora() -> list[Any]:
     return [LoraCallback(AdaLoraConfig(**schedule, target_modules=["embed", "body.2"]))]
 
 
+def accumulating() -> list[Any]:
+    return [GradientAccumulationScheduler({1: 3, 2: 2})]
+
+
 def options(**given: Any) -> Any:
     return lambda: dict(given)
 
@@ -112,6 +122,9 @@ RUNS = {
     "default optimizer": Run(module=NetWithoutOptimizer),
     "configure_model": Run(module=BuiltInConfigureModel),
     "accumulate": Run(options=options(accumulate_grad_batches=3)),
+    "accumulate by epoch": Run(
+        callbacks=accumulating, spots=("batch2", "batch6", "end8", "batch9")
+    ),
     "clip": Run(options=options(gradient_clip_val=0.1)),
     "warm-up by step": Run(module=WarmUp, options=options(accumulate_grad_batches=3)),
     "plateau": Run(module=Plateau),
@@ -147,6 +160,14 @@ RUNS = {
 @pytest.mark.parametrize("name", RUNS)
 def test_resume_is_exact(tmp_path: Path, name: str) -> None:
     RUNS[name].check(tmp_path)
+
+
+def test_twin_accumulation_that_does_not_follow_differs(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(
+        lora_lightning.training.resume.loop_state, "GradientAccumulationScheduler", EarlyStopping
+    )
+    with pytest.raises(AssertionError):
+        RUNS["accumulate by epoch"].check(tmp_path)
 
 
 @pytest.mark.parametrize(

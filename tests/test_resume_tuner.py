@@ -12,6 +12,8 @@ from lightning.pytorch.tuner import Tuner
 from modules import Data, Net, run
 from resuming import Losses, Run, differences, lora
 
+from lora_lightning.errors import ConfigError
+
 pytestmark = pytest.mark.filterwarnings("ignore:.*tqdm:DeprecationWarning")
 
 
@@ -42,6 +44,28 @@ def test_batch_size_finder_as_a_callback(tmp_path: Path) -> None:
     searched = straight(tmp_path / "searched", search)
     for part in ("weights", "optimizers", "schedules", "losses"):
         assert differences(plain[part], searched[part]) == [], part
+
+
+class LaterOnly(LearningRateFinder):
+    """Searches at an epoch of its own choice, as Lightning's documentation shows."""
+
+    def on_fit_start(self, *args: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize("kind", [LearningRateFinder, BatchSizeFinder])
+def test_a_search_before_a_resume_is_refused(tmp_path: Path, kind: type) -> None:
+    """Lightning's search restores a checkpoint of its own, and drops the one to resume from."""
+    trainer = run(tmp_path, *lora(), max_epochs=1)
+    trainer.fit(Tunable(), Data())
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    with pytest.raises(ConfigError, match=f"{kind.__name__} searches again at the head of a res"):
+        run(tmp_path, *lora(), kind(), max_epochs=2).fit(
+            Tunable(), Data(), ckpt_path=tmp_path / "a.ckpt"
+        )
+    trainer = run(tmp_path, *lora(), LaterOnly(), max_epochs=2)
+    trainer.fit(Tunable(), Data(), ckpt_path=tmp_path / "a.ckpt")
+    assert trainer.global_step == 8
 
 
 @pytest.mark.parametrize("search", ["lr_find", "scale_batch_size"])

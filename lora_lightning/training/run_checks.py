@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
+
 from lora_lightning.errors import ConfigError
 
 _STRATEGIES = {"SingleDeviceStrategy", "DDPStrategy", "ModelParallelStrategy", "FSDPStrategy"}
@@ -44,6 +46,24 @@ def check_callbacks(trainer: Any) -> None:
                 "is frozen and checkpoints hold adapters only: its work would be lost. Take one of "
                 "the two out. (trainer.callbacks)"
             )
+
+
+def check_no_search(trainer: Any) -> None:
+    """No search at the head of a resumed fit: Lightning then forgets the checkpoint's progress.
+
+    Raises:
+        ConfigError: For the callback that would search.
+
+    """
+    for callback in trainer.callbacks:
+        for finder in (LearningRateFinder, BatchSizeFinder):
+            if getattr(type(callback), "on_fit_start", None) is finder.on_fit_start:
+                raise ConfigError(
+                    f"{type(callback).__name__} searches again at the head of a resumed fit, and "
+                    "Lightning then starts from step 0 with a fresh optimizer. Leave it out to "
+                    "resume: the learning rate it has found is in the checkpoint; a batch size is "
+                    "not, so set it. (trainer.callbacks)"
+                )
 
 
 def check_names(callbacks: list[Any]) -> None:

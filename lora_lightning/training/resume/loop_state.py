@@ -9,6 +9,7 @@ it: what was still to come is not made up for. These are put right here:
   an epoch is resumed in its middle.
 * With `max_steps`, an epoch that has ended is taken up once more: its hooks run twice, it counts
   twice, or it gets a batch too many.
+* An epoch resumed in its middle does not begin: GradientAccumulationScheduler would not act in it.
 * Metrics that callbacks monitor are forgotten, as is that EarlyStopping has stopped the run.
 """
 
@@ -17,7 +18,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 _EPOCH_LOOP = "epoch_loop."
@@ -80,6 +81,10 @@ def continue_loops(trainer: Any, metrics: dict[str, torch.Tensor]) -> None:
     fit_loop = trainer.fit_loop
     loop, fetcher = fit_loop.epoch_loop, fit_loop._data_fetcher
     trainer._logger_connector._callback_metrics.update(metrics)
+    for callback in trainer.callbacks:
+        if isinstance(callback, GradientAccumulationScheduler):
+            batches = callback.get_accumulate_grad_batches(trainer.current_epoch)
+            trainer.accumulate_grad_batches = batches
     ends = fit_loop.restarted_on_epoch_end or fit_loop.resumed_on_epoch_end
     epoch = fit_loop.epoch_progress
     if ends:

@@ -34,6 +34,7 @@ from lora_lightning.training.resume.resumable_loader import (
     set_generator_states,
     warn_of_workers,
 )
+from lora_lightning.training.run_checks import check_no_search
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
@@ -79,6 +80,7 @@ def prepare_run_state(checkpoint: dict[str, Any], module: LightningModule) -> No
     _fit_loop_state(checkpoint)[_LOADERS] = own["positions"]
     # Not where a tuner takes back what it has trained: it keeps the random state itself.
     if trainer.fit_loop._data_fetcher is None:
+        check_no_search(trainer)
         binding_of(module).run_state = own
 
 
