@@ -39,11 +39,8 @@ def _update_parameters(self: AveragedModel, model: nn.Module) -> None:
     whole = self.module
     averages = dict(whole.named_parameters())
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    buffers = [
-        pair
-        for pair in zip(whole.buffers(), model.buffers(), strict=True)
-        if not torch.equal(pair[0], pair[1].to(pair[0].device))
-    ]
+    pairs = list(zip(whole.buffers(), model.buffers(), strict=True))
+    buffers = [pair for pair, differs in zip(pairs, _differ(pairs), strict=True) if differs]
     self.module = _Part([averages[name] for name in trained], [mine for mine, _ in buffers])
     try:
         type(self).update_parameters(
@@ -51,3 +48,13 @@ def _update_parameters(self: AveragedModel, model: nn.Module) -> None:
         )
     finally:
         self.module = whole
+
+
+def _differ(pairs: list[tuple[Tensor, Tensor]]) -> list[bool]:
+    """Which pairs are not equal; the device is waited for once, as each adapter has buffers."""
+    if not pairs:
+        return []
+    device = pairs[0][0].device
+    found = [(one != other.to(one.device)).any().to(device) for one, other in pairs]
+    flags: list[bool] = torch.stack(found).tolist()
+    return flags
