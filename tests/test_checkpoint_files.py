@@ -37,10 +37,12 @@ from lora_lightning import (
     save_adapter,
 )
 from lora_lightning.atomic_write import exchange, link_atomically, write_atomically
+from lora_lightning.checkpoint_folders import is_checkpoint_folder
 from lora_lightning.content_hash import content_hash, content_hashes, damaged_parts, with_hashes
 from lora_lightning.errors import CheckpointError
 from lora_lightning.training.checkpoints import files as checkpoint_files
 from lora_lightning.training.checkpoints.files import DurableCheckpointIO, newest_good
+from lora_lightning.training.strategies.sharded_files import save_sharded_checkpoint
 
 OPTIONS: dict[str, Any] = {
     "r": 2,
@@ -718,3 +720,23 @@ def test_names_are_exchanged_in_one_step(tmp_path: Path) -> None:
     assert [file.name for file in new.iterdir()] == ["old"]
     assert not exchange(new, tmp_path / "nobody")
     assert [file.name for file in new.iterdir()] == ["old"]
+
+
+def test_a_folder_stays_where_the_file_that_is_to_replace_it_fails(tmp_path: Path) -> None:
+    class Failing:
+        is_global_zero, world_size, _save_distributed_checkpoint = True, 1, False
+
+        def broadcast(self, value: Any) -> Any:
+            return value
+
+        def save_checkpoint(self, *args: Any) -> None:
+            raise OSError("No space left on device")
+
+    folder = tmp_path / "last.ckpt"
+    folder.mkdir()
+    for name in ("meta.pt", ".metadata"):
+        (folder / name).write_text("here")
+    with pytest.raises(OSError, match="No space left"):
+        save_sharded_checkpoint(Failing(), {}, folder)
+    assert is_checkpoint_folder(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]

@@ -39,7 +39,12 @@ def save_sharded_checkpoint(
 
     if not writes_folders(strategy):
         on_first(lambda: _aside(path, old))  # the strategy's own removal is a race of all processes
-        save_together(strategy, lambda: save(strategy, checkpoint, path, storage_options), path)
+        try:
+            save_together(strategy, lambda: save(strategy, checkpoint, path, storage_options), path)
+        except Exception:
+            if strategy.is_global_zero and old.exists() and not path.exists():
+                old.rename(path)
+            raise
         on_first(lambda: _remove(old))
         return
     gathered = {key: whole_state(checkpoint.get(key)) for key in ("state_dict", "optimizer_states")}
