@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
@@ -28,7 +29,13 @@ from torch.utils.data import DataLoader
 
 from lora_lightning import AdaLoraConfig, LoraConfig
 from lora_lightning.errors import ConfigError
-from lora_lightning.training.strategies.deepspeed import WholeOptimizer, check_deepspeed
+from lora_lightning.optim import check_coverage
+from lora_lightning.training.strategies.deepspeed import (
+    WholeOptimizer,
+    check_deepspeed,
+    whole_optimizers,
+)
+from lora_lightning.training.strategies.optimizer_names import with_names, with_numbers
 from lora_lightning.training.strategies.state import _DEEPSPEED
 
 needs_deepspeed = pytest.mark.skipif(
@@ -72,6 +79,11 @@ class NoOptimizer(Quiet):
     """LoraCallback supplies a fused AdamW."""
 
     configure_optimizers = LightningModule.configure_optimizers  # type: ignore[assignment]
+
+
+class OneGroupSGD(Quiet):
+    def configure_optimizers(self) -> Any:
+        return SGD(self.parameters(), lr=0.1)
 
 
 class OtherBase(Quiet):
@@ -179,6 +191,7 @@ def on_two(folder: Path) -> dict[str, Any]:
     middle = folder / "plain" / "step=6.ckpt"
     found["errors"] = {
         "base": error_of(lambda: train(folder, OnCpu(), middle, OtherBase)),
+        "kind": error_of(lambda: train(folder, OnCpu(), middle, OneGroupSGD)),
         "rank": error_of(lambda: train(folder, OnCpu(), middle, callback={"r": 3})),
         "tested": error_of(lambda: restored(folder, middle, OnCpu(), OtherBase)),
         "gradient": error_of(lambda: train(folder, OnCpu(), kind=BadGradient)),
@@ -321,6 +334,7 @@ def test_errors(both: Any) -> None:
         errors = found["errors"]
         assert "another base model; nothing was loaded" in errors["base"]
         assert "another base model; nothing was loaded" in errors["tested"]
+        assert "is of another kind than this run's SGD" in errors["kind"]
         assert "r: 2 in the checkpoint, 3 here" in errors["rank"]
         assert "gradients are not finite: " in errors["gradient"]
         assert "in no optimizer: embed.weight" in errors["thaws"]
@@ -339,6 +353,36 @@ def test_warnings(both: Any) -> None:
 
 
 # -- without the package ---------------------------------------------------------------------------
+
+
+def partitioned() -> dict[str, Any]:
+    """Momentum of two parameters, laid out as ZeRO does, and after a round trip by names."""
+    dist.init_process_group("gloo")
+    module = nn.Linear(3, 2)  # 8 numbers, of which each process has 4
+    part = nn.Parameter(torch.zeros(4))
+    inner = SGD([part], lr=0.1, momentum=0.9)
+    inner.state[part]["momentum_buffer"] = torch.arange(4.0) + 4 * dist.get_rank()
+    zero = SimpleNamespace(
+        optimizer=inner,
+        round_robin_bit16_groups=[[module.weight, module.bias]],
+        round_robin_bit16_offsets=[[0, 6]],
+        bit16_groups_flat=[],
+        refresh_fp32_params=lambda: None,
+    )
+    (whole,) = whole_optimizers([zero])
+    check_coverage([whole], module)
+    saved = with_names(whole.state_dict(), whole, module)
+    inner.state.clear()
+    whole.load_state_dict(with_numbers(saved, whole, module))
+    found = {name: own["momentum_buffer"] for name, own in saved["state"].items()}
+    return {**found, "part": inner.state[part]["momentum_buffer"]}
+
+
+def test_moments_are_put_together_and_split() -> None:
+    for rank, found in enumerate(on_processes(2, partitioned)):
+        assert found["weight"].tolist() == [[0, 1, 2], [3, 4, 5]]
+        assert found["bias"].tolist() == [6, 7]
+        assert found["part"].tolist() == [4 * rank + n for n in range(4)]
 
 
 def stand_in(config: Any = None, callbacks: Any = (), **options: Any) -> Any:

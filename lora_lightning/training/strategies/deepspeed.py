@@ -131,8 +131,8 @@ def check_deepspeed(trainer: Any, configs: list[Any]) -> None:
 class WholeOptimizer:
     """An optimizer that ZeRO has partitioned, seen as if it had not.
 
-    Its `param_groups` hold the module's parameters; `state_dict` and `load_state_dict` are those of
-    `torch.optim.Optimizer`. All processes must take part in both.
+    Its `param_groups` hold the module's parameters; `defaults`, `state_dict` and `load_state_dict`
+    are those of `torch.optim.Optimizer`. All processes must take part in both.
 
     Args:
         optimizer: DeepSpeed's, of stage 1 or 2.
@@ -151,6 +151,7 @@ class WholeOptimizer:
             )
         self.zero = optimizer
         self.inner: Optimizer = optimizer.optimizer
+        self.defaults = self.inner.defaults
         self.param_groups = [
             {**group, "params": list(params)}
             for group, params in zip(

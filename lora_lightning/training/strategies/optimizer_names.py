@@ -89,13 +89,14 @@ def _names(optimizer: Optimizer, module: nn.Module) -> list[list[str]]:
 
 def _check_kind(saved: list[dict[str, Any]], optimizer: Optimizer) -> None:
     """Options that only the checkpoint's has, or only this one, may be a scheduler's or torch's."""
+    kind = type(getattr(optimizer, "inner", optimizer)).__name__  # of what DeepSpeed wraps
     for there, here in zip(saved, optimizer.param_groups, strict=False):
         foreign = sorted(there.keys() - here.keys() - _OF_SCHEDULERS)
         missing = sorted(optimizer.defaults.keys() - there.keys())
         if foreign and missing:
             raise CheckpointError(
                 f"The checkpoint's optimizer is of another kind than this run's "
-                f"{type(optimizer).__name__}: it has {', '.join(foreign)}, and no "
+                f"{kind}: it has {', '.join(foreign)}, and no "
                 f"{', '.join(missing)}. Use the one that the checkpoint was trained with; to go on "
                 "with another, start a new run from its adapters, LoraCallback(init_from=...) "
                 "without ckpt_path. (ckpt_path)"
