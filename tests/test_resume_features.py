@@ -75,6 +75,16 @@ class Manual(Net):
         return loss
 
 
+class Estimates(Net):
+    """A schedule over the whole run, of the length that Lightning finds."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2)
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = {"scheduler": CosineAnnealingLR(optimizer, steps), "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+
 class DrawsInHooks(Net):
     """Draws random numbers wherever a hook lets it."""
 
@@ -127,6 +137,10 @@ RUNS = {
     ),
     "clip": Run(options=options(gradient_clip_val=0.1)),
     "warm-up by step": Run(module=WarmUp, options=options(accumulate_grad_batches=3)),
+    "estimated length": Run(module=Estimates),
+    "estimated length, accumulate": Run(
+        module=Estimates, options=options(accumulate_grad_batches=3)
+    ),
     "plateau": Run(module=Plateau),
     "plateau, two validations": Run(module=Plateau, options=options(val_check_interval=0.5)),
     "plateau by step": Run(module=PlateauByStep),

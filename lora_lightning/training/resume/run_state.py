@@ -100,13 +100,19 @@ def continue_run(module: LightningModule) -> None:
 
 
 def _continue(module: LightningModule, own: dict[str, Any]) -> None:
-    fit_loop = module.trainer.fit_loop
+    fit_loop: Any = module.trainer.fit_loop
     if module.trainer.current_epoch or fit_loop.epoch_loop.batch_progress.is_last_batch:
         for loader in _flattened(fit_loop._combined_loader):
             warn_of_workers(loader)
     if not in_epoch(module.trainer) or getattr(fit_loop._data_fetcher, "done", False):
         _begin_epoch(fit_loop._combined_loader, own["positions"])
         fit_loop._combined_loader_states_to_load = []
+    elif fit_loop._combined_loader_states_to_load:
+        # Asked for `estimated_stepping_batches`, as schedules are made with, Lightning begins an
+        # epoch before the checkpoint is restored, and would stay at its head.
+        fit_loop._combined_loader._load_state_dicts(fit_loop._combined_loader_states_to_load)
+        fit_loop._combined_loader_states_to_load = []
+        iter(fit_loop._data_fetcher)
     for loader, states in zip(_loaders(module.trainer), own["generators"], strict=False):
         set_generator_states(loader, states)
     parameters = dict(named_parameters(module))
