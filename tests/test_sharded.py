@@ -188,13 +188,21 @@ def on_two(folder: Path) -> dict[str, Any]:
     }
 
 
+class Estimating(WithDropout):
+    """Asks for the length of the run, as schedules over the whole of it do."""
+
+    def configure_optimizers(self) -> Any:
+        assert self.trainer.estimated_stepping_batches == 8
+        return super().configure_optimizers()
+
+
 def in_mid_epoch(folder: Path) -> dict[str, Any]:
     """Shuffled data and dropout, straight and resumed after 3 of 4 steps of the first epoch."""
     found = {}
-    for form in ("folder", "file"):
+    for form, kind in {"folder": WithDropout, "file": WithDropout, "length": Estimating}.items():
         for name, path in (("", None), (" resumed", folder / f"{form}/step=3.ckpt")):
             seed_everything(7 if path is None else 123, verbose=False)
-            module, way = WithDropout(), strategy(folder=form == "folder")
+            module, way = kind(), strategy(folder=form == "folder")
             place = folder / f"{form}{name}"
             saver = ModelCheckpoint(place, "{step}", every_n_train_steps=3, save_top_k=-1)
             callback = make_callback(lora_dropout=0.3)
@@ -430,7 +438,7 @@ def test_resume_is_exact(found: Any, kind: Any, form: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["folder", "file"])
+@pytest.mark.parametrize("form", ["folder", "file", "length"])
 def test_resume_in_mid_epoch_is_exact(ranks: Any, form: str) -> None:
     for rank in (0, 1):
         runs = ranks[rank]["mid-epoch"]

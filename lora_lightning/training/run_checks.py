@@ -55,15 +55,19 @@ def check_no_search(trainer: Any) -> None:
         ConfigError: For the callback that would search.
 
     """
-    for callback in trainer.callbacks:
-        for finder in (LearningRateFinder, BatchSizeFinder):
-            if getattr(type(callback), "on_fit_start", None) is finder.on_fit_start:
-                raise ConfigError(
-                    f"{type(callback).__name__} searches again at the head of a resumed fit, and "
-                    "Lightning then starts from step 0 with a fresh optimizer. Leave it out to "
-                    "resume: the learning rate it has found is in the checkpoint; a batch size is "
-                    "not, so set it. (trainer.callbacks)"
-                )
+    for callback in searching(trainer):
+        raise ConfigError(
+            f"{type(callback).__name__} searches again at the head of a resumed fit, and Lightning "
+            "then starts from step 0 with a fresh optimizer. Leave it out to resume: the learning "
+            "rate it has found is in the checkpoint; a batch size is not, so set it. "
+            "(trainer.callbacks)"
+        )
+
+
+def searching(trainer: Any) -> list[Any]:
+    """The callbacks that search for a learning rate or a batch size at the head of a fit."""
+    searches = (LearningRateFinder.on_fit_start, BatchSizeFinder.on_fit_start)
+    return [c for c in trainer.callbacks if type(c).on_fit_start in searches]
 
 
 def check_names(callbacks: list[Any]) -> None:

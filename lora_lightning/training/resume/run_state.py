@@ -34,7 +34,7 @@ from lora_lightning.training.resume.resumable_loader import (
     set_generator_states,
     warn_of_workers,
 )
-from lora_lightning.training.run_checks import check_no_search
+from lora_lightning.training.run_checks import check_no_search, searching
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
@@ -81,6 +81,9 @@ def prepare_run_state(checkpoint: dict[str, Any], module: LightningModule) -> No
     # Not where a tuner takes back what it has trained: it keeps the random state itself.
     if trainer.fit_loop._data_fetcher is None:
         check_no_search(trainer)
+        binding_of(module).run_state = own
+    elif trainer.strategy.restore_checkpoint_after_setup and not searching(trainer):
+        # `configure_optimizers` came before, and may have asked for the length of the data.
         binding_of(module).run_state = own
 
 
