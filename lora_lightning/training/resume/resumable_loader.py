@@ -224,7 +224,7 @@ class Pass(Iterator[Any]):
                 "the dataset. (data)"
             )
         elif not by_index:
-            rank_zero_info(f"Resuming in the middle of an epoch: {count} batches are dropped.")
+            rank_zero_info(f"Resuming in the middle of an epoch: {count} batches already seen are left out.")
         source = iterator._sampler_iter if by_index else iterator
         after_first = None
         for batch in range(count):
