@@ -224,7 +224,8 @@ class Pass(Iterator[Any]):
                 "the dataset. (data)"
             )
         elif not by_index:
-            rank_zero_info(f"Resuming in the middle of an epoch: {count} batches already seen are left out.")
+            seen = f"{count} batches already seen are loaded again and left out"
+            rank_zero_info(f"Resuming in the middle of an epoch: {seen}.")
         source = iterator._sampler_iter if by_index else iterator
         after_first = None
         for batch in range(count):
