@@ -13,25 +13,25 @@ from typing import Any
 
 from torch import nn
 
-_WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 def plain_name(name: str) -> str:
     """A path or key as it is without wrappers."""
-    if not any(wrapped in name for wrapped in _WRAPPED):
+    if not any(wrapped in name for wrapped in WRAPPED):
         return name
-    return ".".join(part for part in name.split(".") if part not in _WRAPPED)
+    return ".".join(part for part in name.split(".") if part not in WRAPPED)
 
 
 def is_wrapper(module: Any) -> bool:
     """Whether this is what torch.compile returned for a module, or FSDP1."""
-    return isinstance(module, nn.Module) and any(name in module._modules for name in _WRAPPED)
+    return isinstance(module, nn.Module) and not module._modules.keys().isdisjoint(WRAPPED)
 
 
 def uncompiled(module: Any) -> Any:
     """The module inside such wrappers; everything else is returned as it is."""
     while is_wrapper(module):
-        module = next(module._modules[name] for name in _WRAPPED if name in module._modules)
+        module = next(module._modules[name] for name in WRAPPED if name in module._modules)
     return module
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lora_lightning.adapters.base import Adapter, AdapterDict, AdapterParts, Base, Convolution
 from lora_lightning.adapters.trained_copy import TrainedCopy
 from lora_lightning.autocast import without_autocast
-from lora_lightning.compiled import is_wrapper, plain_name
+from lora_lightning.compiled import WRAPPED, is_wrapper
 from lora_lightning.errors import AdapterStateError
 from lora_lightning.hosts.folding import HostPart, fold, part_of, split_copy
 from lora_lightning.hosts.rows import forward_by_row
@@ -350,15 +350,19 @@ def first_argument(
 
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """`model.named_modules()` without the inside of adapters and torch.compile's wrappers."""
-    skipped: str | None = None
-    for name, module in model.named_modules():
-        path = plain_name(name)
-        if is_wrapper(module) or (skipped is not None and path.startswith(skipped)):
+    seen: set[nn.Module] = set()
+    ahead: list[tuple[str, nn.Module]] = [("", model)]
+    while ahead:
+        path, module = ahead.pop()
+        if module in seen or isinstance(module, AdapterDict):
             continue
-        if isinstance(module, AdapterDict):
-            skipped = path + "."
-            continue
-        yield path, module
+        seen.add(module)
+        if not is_wrapper(module):
+            yield path, module
+        below = path + "." if path else ""
+        children = [(n, child) for n, child in module._modules.items() if child is not None]
+        for name, child in reversed(children):
+            ahead.append((path if name in WRAPPED else below + name, child))
 
 
 def named_hosts(model: nn.Module) -> Iterator[tuple[str, Host]]:
