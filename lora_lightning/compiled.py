@@ -25,7 +25,7 @@ def plain_name(name: str) -> str:
 
 def is_wrapper(module: Any) -> bool:
     """Whether this is what torch.compile returned for a module, or FSDP1."""
-    return isinstance(module, nn.Module) and not module._modules.keys().isdisjoint(WRAPPED)
+    return isinstance(module, nn.Module) and any(name in module._modules for name in WRAPPED)
 
 
 def uncompiled(module: Any) -> Any:
