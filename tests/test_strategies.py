@@ -22,6 +22,7 @@ import pytest
 import torch
 from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import FSDPStrategy
 from modules import Data, run
 from processes import on_processes
 from sharded_modules import Quiet, ShardedLater
@@ -206,7 +207,11 @@ def test_a_cell_that_is_refused(row: str, precision: str, folder: Path) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize(("row", "precision"), of_letter("gpu"))
 def test_a_cell_that_needs_a_gpu(row: str, precision: str, tmp_path: Path) -> None:
-    gpu = {"accelerator": "gpu", "devices": 1}
-    straight = fit(row, precision, tmp_path, EPOCHS, **gpu)
-    resumed = fit(row, precision, tmp_path / "2", EPOCHS, tmp_path / "epoch=0.ckpt", **gpu)
-    assert equal(resumed, straight)
+    def on_gpu(folder: Path, ckpt_path: Any = None) -> dict[str, Any]:
+        gpu: dict[str, Any] = {"accelerator": "gpu", "devices": 1}
+        if "fsdp" in row:  # without the shim
+            gpu["strategy"] = FSDPStrategy(**FORMS[row.rpartition(" ")[2]])
+        return fit(row, precision, folder, EPOCHS, ckpt_path, **gpu)
+
+    straight = on_gpu(tmp_path)
+    assert equal(on_gpu(tmp_path / "2", tmp_path / "epoch=0.ckpt"), straight)
