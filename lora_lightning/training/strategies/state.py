@@ -139,7 +139,7 @@ def sharded_optimizer_state(self: Any, optimizer: Any) -> dict[str, Any]:
     return _to_be_written(self, with_names(optimizer.state_dict(), optimizer, module))
 
 
-def load_sharded_state_dict(self: Any, checkpoint: dict[str, Any], strict: bool = True) -> None:
+def load_after_setup(self: Any, checkpoint: dict[str, Any], strict: bool = True) -> None:
     """Adapters and, in fit, optimizers: the strategy restores after it has set them up."""
     module = self.lightning_module
     if not callbacks_of(module):
@@ -186,16 +186,6 @@ def zero_optimizer_state(self: Any, optimizer: Any) -> dict[str, Any]:
     return state if self.is_global_zero else {}
 
 
-def load_zero_state_dict(self: Any, checkpoint: dict[str, Any], strict: bool = True) -> None:
-    """Adapters and, in fit, optimizers: the strategy restores after it has set them up."""
-    module = self.lightning_module
-    if not callbacks_of(module):
-        type(self).load_model_state_dict(self, checkpoint, strict=strict)
-        return
-    load_adapters(module, checkpoint["state_dict"])
-    _load_optimizers(self, checkpoint)
-
-
 def place_and_load_base(self: Any) -> None:
     """Move the module to its device; a base that was on the meta device gets its weights."""
     type(self).model_to_device(self)
@@ -210,7 +200,7 @@ _WHOLE: dict[str, Callable[..., Any]] = {
 _SHARDED: dict[str, Callable[..., Any]] = {
     "lightning_module_state_dict": sharded_module_state_dict,
     "optimizer_state": sharded_optimizer_state,
-    "load_model_state_dict": load_sharded_state_dict,
+    "load_model_state_dict": load_after_setup,
     "save_checkpoint": save_sharded_checkpoint,
     "model_to_device": place_and_load_base,
 }
@@ -228,7 +218,7 @@ _DEEPSPEED: dict[str, Callable[..., Any]] = {
     "_setup_model": setup_deepspeed,
     "_setup_model_and_optimizer": setup_engine,
     "optimizer_state": zero_optimizer_state,
-    "load_model_state_dict": load_zero_state_dict,
+    "load_model_state_dict": load_after_setup,
     "save_checkpoint": save_whole_checkpoint,
 }
 
