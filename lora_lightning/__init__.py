@@ -12,8 +12,9 @@ adapter engine (`inject_adapter` and what goes with it) needs torch only.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from lora_lightning.lazy import lazy_names
 
 __version__ = "0.1.0"
 
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from lora_lightning.config import AdapterConfig as AdapterConfig
     from lora_lightning.data.docstrings import StdlibDocstrings as StdlibDocstrings
     from lora_lightning.data.text_classification import (
-        TextClassificationData as TextClassificationData,
+        TextClassificationDataModule as TextClassificationDataModule,
     )
     from lora_lightning.errors import LoraError as LoraError
     from lora_lightning.eva import eva_start as eva_start
@@ -56,7 +57,9 @@ if TYPE_CHECKING:
     from lora_lightning.switching import disable_adapter as disable_adapter
     from lora_lightning.switching import scale_adapter as scale_adapter
     from lora_lightning.switching import set_adapter as set_adapter
-    from lora_lightning.tasks.text_classification import TextClassification as TextClassification
+    from lora_lightning.tasks.sequence_classification import (
+        SequenceClassification as SequenceClassification,
+    )
     from lora_lightning.training.checkpoints.loading import (
         load_from_checkpoint as load_from_checkpoint,
     )
@@ -96,22 +99,11 @@ _HOME = {
     "hotswap_adapter": "hotswap",
     "adapter_state_dict": "checkpoint",
     "load_adapter_state_dict": "checkpoint",
-    "TextClassification": "tasks.text_classification",
-    "TextClassificationData": "data.text_classification",
+    "SequenceClassification": "tasks.sequence_classification",
+    "TextClassificationDataModule": "data.text_classification",
     "StdlibDocstrings": "data.docstrings",
     "LoraError": "errors",
 }
 
 __all__ = list(_HOME)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'lora_lightning' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"lora_lightning.{_HOME[name]}"), name)
-    globals()[name] = value  # found without this function the next time
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+__getattr__, __dir__ = lazy_names(__name__, _HOME)

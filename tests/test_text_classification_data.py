@@ -9,7 +9,7 @@ from tiny_bert import save_tiny_bert
 from lora_lightning.data.records import Record
 from lora_lightning.data.sampler import LengthGroupedSampler
 from lora_lightning.data.split import normalised, split_records
-from lora_lightning.data.text_classification import TextClassificationData
+from lora_lightning.data.text_classification import TextClassificationDataModule
 from lora_lightning.errors import ConfigError, LoraError, ModelError, RecordError
 
 
@@ -33,7 +33,7 @@ MANY = [(f"film {number}", number % 3) for number in range(60)]
 
 
 def data_of(model, *stages, **options):
-    data = TextClassificationData(**{"tokenizer": model, "max_tokens": 16, **options})
+    data = TextClassificationDataModule(**{"tokenizer": model, "max_length": 16, **options})
     for stage in stages:
         data.setup(stage)
     return data
@@ -77,7 +77,7 @@ def test_a_text_stays_on_its_side_when_the_file_changes():
 
 def test_batches_are_padded_to_their_longest_text(model, write):
     data = data_of(model, "fit", train=write("a.jsonl", FEW), batch_size=2,
-                   validation_fraction=0)  # fmt: skip
+                   val=0)  # fmt: skip
     assert data.label_names == ["neg", "pos"]
     batches = list(data.train_dataloader())
     assert [len(batch["labels"]) for batch in batches] == [2, 1]
@@ -125,13 +125,13 @@ def test_an_epoch_is_not_ordered_by_length():
 
 def test_every_stage_reads_what_it_needs_once(model, write, monkeypatch):
     reads = []
-    read = TextClassificationData.read
+    read = TextClassificationDataModule.read
 
     def counted(self, split, path):
         reads.append(split)
         return read(self, split, path)
 
-    monkeypatch.setattr(TextClassificationData, "read", counted)
+    monkeypatch.setattr(TextClassificationDataModule, "read", counted)
     few = write("b.jsonl", [("good film", "0")])
     data = data_of(model, train=write("a.jsonl", MANY), test=few, predict=few)
     for _ in range(2):
@@ -139,7 +139,7 @@ def test_every_stage_reads_what_it_needs_once(model, write, monkeypatch):
             data.setup(stage)
     data.setup()
     assert reads == ["train", "test", "predict"]
-    assert len(data.records("train")) + len(data.records("validation")) == 60
+    assert len(data.records("train")) + len(data.records("val")) == 60
     assert "labels" in next(iter(data.test_dataloader()))
     assert "labels" not in next(iter(data.predict_dataloader()))
 
@@ -161,7 +161,7 @@ def test_without_training_data_the_classes_must_be_named(model, write):
 
 def test_a_label_unseen_in_training(model, write):
     path = write("b.jsonl", [("fine film", "pos"), ("bad book", "negg")])
-    options = {"train": write("a.jsonl", FEW), "validation": path}
+    options = {"train": write("a.jsonl", FEW), "val": path}
     assert message(model, "fit", **options) == (
         f"{path}, line 2, column 'label': label 'negg' is unknown: the training data have none "
         "such. Known labels: neg, pos. Did you mean 'neg'? (data.label_names)"
@@ -169,7 +169,7 @@ def test_a_label_unseen_in_training(model, write):
 
 
 def test_a_training_class_without_validation_text_is_fine(model, write):
-    options = {"train": write("a.jsonl", FEW), "validation": write("b.jsonl", FEW[:1])}
+    options = {"train": write("a.jsonl", FEW), "val": write("b.jsonl", FEW[:1])}
     assert len(data_of(model, "fit", **options).val_dataloader()) == 1
 
 
@@ -184,7 +184,7 @@ def test_a_class_whose_only_text_is_held_out_is_known(model, write):
 
 def test_a_single_class_is_no_classification(model, write):
     path = write("a.jsonl", [("good film", "pos"), ("fine film", "pos")])
-    assert message(model, "fit", train=path, validation=path) == (
+    assert message(model, "fit", train=path, val=path) == (
         f"{path}: every training text has the label 'pos'; classification needs at least 2. "
         "(data.label_column)"
     )
@@ -192,7 +192,7 @@ def test_a_single_class_is_no_classification(model, write):
 
 @pytest.mark.parametrize(
     ("stage", "split"),
-    [("fit", "train"), ("validate", "validation"), ("test", "test"), ("predict", "predict")],
+    [("fit", "train"), ("validate", "val"), ("test", "test"), ("predict", "predict")],
 )
 def test_data_that_are_not_given(model, stage, split):
     """Known only when the loader is asked for: the user may pass one to the Trainer."""
@@ -212,55 +212,55 @@ def test_the_error_of_a_split_names_its_config_key(model, tmp_path, write):
 
 def test_a_fraction_that_leaves_nothing(model, write):
     path = write("a.jsonl", FEW)
-    assert message(model, "fit", ConfigError, train=path, validation_fraction=0.001) == (
-        "validation_fraction 0.001 splits the 3 training records into 3 for training and 0 for "
-        "validation. Change it, or give data.validation. (data.validation_fraction)"
+    assert message(model, "fit", ConfigError, train=path, val=0.001) == (
+        "val=0.001 splits the 3 training records into 3 for training and 0 for validation. Change "
+        "it, or name a file. (data.val)"
     )
 
 
 @pytest.mark.parametrize("fraction", [-0.1, 1.0])
 def test_a_fraction_out_of_range(fraction):
     with pytest.raises(ConfigError) as error:
-        TextClassificationData(train="a.jsonl", validation_fraction=fraction)
+        TextClassificationDataModule(train="a.jsonl", val=fraction)
     assert str(error.value) == (
-        f"validation_fraction must be at least 0 and below 1, found {fraction}. "
-        "(data.validation_fraction)"
+        "val must be a file, or the share of the training data held out, at least 0 and below 1; "
+        f"found {fraction}. (data.val)"
     )
 
 
 def test_a_class_named_twice():
     with pytest.raises(ConfigError, match=r"twice.*data\.label_names"):
-        TextClassificationData(label_names=["a", "a"])
+        TextClassificationDataModule(label_names=["a", "a"])
 
 
 def test_cut_texts_are_counted(model, write, caplog):
     # with [CLS] and [SEP]: 4, 4 and 8 tokens
     path = write("a.jsonl", FEW)
     with caplog.at_level(logging.INFO):
-        data = data_of(model, "fit", train=path, validation=path, max_tokens=4)
-        data_of(model, "predict", label_names=["a", "b"], predict=path, max_tokens=8)
-    assert "train: 3 texts, 1 of them cut to 4 tokens (data.max_tokens)" in caplog.text
-    assert "predict: 3 texts, 0 of them cut to 8 tokens (data.max_tokens)" in caplog.text
+        data = data_of(model, "fit", train=path, val=path, max_length=4)
+        data_of(model, "predict", label_names=["a", "b"], predict=path, max_length=8)
+    assert "train: 3 texts, 1 of them cut to 4 tokens (data.max_length)" in caplog.text
+    assert "predict: 3 texts, 0 of them cut to 8 tokens (data.max_length)" in caplog.text
     assert next(iter(data.train_dataloader()))["input_ids"].shape == (3, 4)
 
 
-@pytest.mark.parametrize("max_tokens", [2, 33])
-def test_max_tokens_beyond_the_model(model, write, max_tokens):
+@pytest.mark.parametrize("max_length", [2, 33])
+def test_max_length_beyond_the_model(model, write, max_length):
     path = write("a.jsonl", FEW)
-    options = {"train": path, "validation": path, "max_tokens": max_tokens}
+    options = {"train": path, "val": path, "max_length": max_length}
     assert message(model, "fit", ConfigError, **options) == (
-        f"max_tokens must be from 3 to 32, which is what {model!r} takes; found {max_tokens}. "
-        "(data.max_tokens)"
+        f"max_length must be from 3 to 32, which is what {model!r} takes; found {max_length}. "
+        "(data.max_length)"
     )
 
 
 def test_no_tokenizer_to_be_found(write):
     path = write("a.jsonl", FEW)
-    assert message(None, "fit", ConfigError, train=path, validation=path) == (
+    assert message(None, "fit", ConfigError, train=path, val=path) == (
         "no tokenizer is named, and there is no LightningModule with a `model_name` to take it "
         "from. (data.tokenizer)"
     )
-    text = message("./nowhere", "fit", ModelError, train=path, validation=path)
+    text = message("./nowhere", "fit", ModelError, train=path, val=path)
     assert text.endswith("(data.tokenizer)")
 
 
@@ -270,7 +270,7 @@ def test_a_tokenizer_without_padding(tmp_path, write):
     del settings["pad_token"]
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     path = write("a.jsonl", FEW)
-    assert message(str(folder), "fit", ConfigError, train=path, validation=path) == (
+    assert message(str(folder), "fit", ConfigError, train=path, val=path) == (
         f"the tokenizer of {str(folder)!r} has no padding token, so its texts cannot share a "
         "batch; name one that has. (data.tokenizer)"
     )

@@ -1,1 +1,18 @@
 """Ready LightningDataModules for users who bring only a file."""
+
+from typing import TYPE_CHECKING
+
+from lora_lightning.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from lora_lightning.data.docstrings import StdlibDocstrings as StdlibDocstrings
+    from lora_lightning.data.text_classification import (
+        TextClassificationDataModule as TextClassificationDataModule,
+    )
+
+_HOME = {
+    "TextClassificationDataModule": "text_classification",
+    "StdlibDocstrings": "docstrings",
+}
+__all__ = list(_HOME)
+__getattr__, __dir__ = lazy_names(__name__, _HOME)

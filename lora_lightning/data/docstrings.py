@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lora_lightning.data.records import Record
 from lora_lightning.data.split import normalised
-from lora_lightning.data.text_classification import TextClassificationData
+from lora_lightning.data.text_classification import TextClassificationDataModule
 from lora_lightning.errors import RecordError
 
 NUMBER_OF_PACKAGES = 12
@@ -20,34 +20,34 @@ MINIMUM_CHARACTERS = 40
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
 
 
-class StdlibDocstrings(TextClassificationData):
+class StdlibDocstrings(TextClassificationDataModule):
     """Docstrings of the standard library; the label is the package they come from.
 
     The 12 packages with the most docstrings are used. Sources are parsed, never imported. Which
     texts there are depends on the Python version only.
 
     Args:
-        validation_fraction: Share of the texts held out, 0 <= fraction < 1, decided by a hash of
-            each text; 0 trains without validation.
+        val: Share of the texts held out for validation, 0 <= share < 1, decided by a hash of each
+            text; 0 trains without validation.
         tokenizer: Name of the tokenizer's model. Default: the LightningModule's `model_name`.
-        max_tokens: Longer texts are cut to this many tokens; how many were cut is reported.
+        max_length: Longer texts are cut to this many tokens; how many were cut is reported.
         batch_size: Texts per batch, each batch padded to its longest text.
         num_workers: Worker processes per data loader; 0 loads in the main process.
     """
 
     def __init__(
         self,
-        validation_fraction: float = 0.2,
+        val: float = 0.2,
         tokenizer: str | None = None,
-        max_tokens: int = 64,
+        max_length: int = 64,
         batch_size: int = 32,
         num_workers: int = 0,
     ) -> None:
         super().__init__(
             train=sysconfig.get_path("stdlib"),
-            validation_fraction=validation_fraction,
+            val=val,
             tokenizer=tokenizer,
-            max_tokens=max_tokens,
+            max_length=max_length,
             batch_size=batch_size,
             num_workers=num_workers,
         )
@@ -78,7 +78,7 @@ def read_docstrings(root: Path) -> list[Record]:
         raise RecordError(
             f"{root}: found no Python sources with docstrings. This Python carries its standard "
             "library zipped or without sources; use one that has them, or bring your own data "
-            "with TextClassificationData."
+            "with TextClassificationDataModule."
         )
     return [record for record in unique if record.label in largest]
 

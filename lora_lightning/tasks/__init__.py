@@ -1,1 +1,16 @@
 """Ready LightningModules for users who bring only the name of a model."""
+
+from typing import TYPE_CHECKING
+
+from lora_lightning.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from lora_lightning.tasks.sequence_classification import (
+        SequenceClassification as SequenceClassification,
+    )
+
+_HOME = {
+    "SequenceClassification": "sequence_classification",
+}
+__all__ = list(_HOME)
+__getattr__, __dir__ = lazy_names(__name__, _HOME)

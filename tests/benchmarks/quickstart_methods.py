@@ -30,7 +30,7 @@ import torch
 import transformers
 import yaml
 
-from lora_lightning import LoraCallback, StdlibDocstrings, TextClassification
+from lora_lightning import LoraCallback, SequenceClassification, StdlibDocstrings
 
 CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 
@@ -46,7 +46,7 @@ class Run:
     weights_only: int
 
 
-class HeadOnly(TextClassification):
+class HeadOnly(SequenceClassification):
     """The quickstart's task with a frozen encoder."""
 
     def configure_model(self) -> None:
@@ -59,7 +59,7 @@ class HeadOnly(TextClassification):
 def train(
     config: dict[str, Any],
     seed: int,
-    task: Callable[..., TextClassification],
+    task: Callable[..., SequenceClassification],
     callbacks: Callable[[], list[L.Callback]],
 ) -> Run:
     """One run from the pretrained base to the end of the schedule."""
@@ -86,7 +86,7 @@ def train(
             path = Path(folder) / "run.ckpt"
             trainer.save_checkpoint(path, weights_only=weights_only)
             sizes.append(path.stat().st_size)
-        accuracy = trainer.validate(module, data, verbose=False)[0]["val_acc"]
+        accuracy = trainer.validate(module, data, verbose=False)[0]["val_accuracy"]
     trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
     return Run(accuracy, trainable, seconds, *sizes)
 
@@ -117,15 +117,17 @@ def main() -> None:
     config = yaml.safe_load(CONFIG.read_text())
     settings = config["model"]["init_args"]
     lora = partial(LoraCallback, **config["lora"])
-    methods: dict[str, tuple[Callable[..., TextClassification], Callable[[], list[L.Callback]]]] = {
+    methods: dict[
+        str, tuple[Callable[..., SequenceClassification], Callable[[], list[L.Callback]]]
+    ] = {
         f"LoRA, r={config['lora']['r']}": (
-            partial(TextClassification, **settings),
+            partial(SequenceClassification, **settings),
             lambda: [lora()],
         ),
         "head only": (partial(HeadOnly, **settings), list),
     }
     full = {
-        lr: (partial(TextClassification, **{**settings, "lr": lr}), list)
+        lr: (partial(SequenceClassification, **{**settings, "learning_rate": lr}), list)
         for lr in arguments.full_lrs
     }
 

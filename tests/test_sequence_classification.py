@@ -7,9 +7,9 @@ from tiny_bert import save_tiny_bert
 from torch import nn
 
 from lora_lightning import LoraConfig, inject_adapter, set_adapter
-from lora_lightning.data.text_classification import TextClassificationData
+from lora_lightning.data.text_classification import TextClassificationDataModule
 from lora_lightning.errors import ConfigError
-from lora_lightning.tasks.text_classification import TextClassification
+from lora_lightning.tasks.sequence_classification import SequenceClassification
 
 # Lightning's advice on worker counts, logging intervals and devices is not about this code.
 pytestmark = [
@@ -40,9 +40,9 @@ def file(tmp_path_factory):
 
 
 def data_of(file, **options):
-    return TextClassificationData(
-        **{"train": file, "validation": file, "test": file, "predict": file, **options},
-        max_tokens=16,
+    return TextClassificationDataModule(
+        **{"train": file, "val": file, "test": file, "predict": file, **options},
+        max_length=16,
         batch_size=8,
     )
 
@@ -59,23 +59,28 @@ def trainer_in(tmp_path, **options):
 
 
 def built(model, **options):
-    module = TextClassification(model, **{"label_names": ["a", "b", "c"], **options})
+    module = SequenceClassification(model, **{"label_names": ["a", "b", "c"], **options})
     module.configure_model()
     return module
 
 
 def test_it_learns_and_logs(tmp_path, model, file):
     seed_everything(0, verbose=False)
-    module = TextClassification(model)
+    module = SequenceClassification(model)
     trainer, data = trainer_in(tmp_path, max_epochs=15), data_of(file)
     trainer.fit(module, data)
     logged = set(trainer.callback_metrics)
-    assert logged == {"train_loss", "train_acc", "val_loss", "val_acc", "val_f1"}
-    assert set(trainer.progress_bar_metrics) == {"train_loss", "train_acc", "val_loss", "val_acc"}
-    assert trainer.callback_metrics["val_acc"] > 0.9
+    assert logged == {"train_loss", "train_accuracy", "val_loss", "val_accuracy", "val_f1"}
+    assert set(trainer.progress_bar_metrics) == {
+        "train_loss",
+        "train_accuracy",
+        "val_loss",
+        "val_accuracy",
+    }
+    assert trainer.callback_metrics["val_accuracy"] > 0.9
     tested = trainer.test(module, data, verbose=False)[0]
-    assert set(tested) == {"test_loss", "test_acc", "test_f1"}
-    assert tested["test_acc"] == trainer.callback_metrics["test_acc"] > 0.9
+    assert set(tested) == {"test_loss", "test_accuracy", "test_f1"}
+    assert tested["test_accuracy"] == trainer.callback_metrics["test_accuracy"] > 0.9
 
     predicted = trainer.predict(module, data)
     labels = [label for batch in predicted for label in batch["labels"]]
@@ -83,14 +88,14 @@ def test_it_learns_and_logs(tmp_path, model, file):
     assert truth == [None] * 72
     truth = [record.label for record in data.records("test")]
     right = sum(a == b for a, b in zip(labels, truth, strict=True))
-    assert right / len(labels) == pytest.approx(tested["test_acc"])
+    assert right / len(labels) == pytest.approx(tested["test_accuracy"])
     probabilities = torch.cat([batch["probabilities"] for batch in predicted])
     assert probabilities.shape == (72, 3)
     assert torch.allclose(probabilities.sum(dim=1), torch.ones(72))
 
 
 def test_validation_metrics_are_those_of_the_whole_set(tmp_path, model, file):
-    module, data = TextClassification(model), data_of(file)
+    module, data = SequenceClassification(model), data_of(file)
     logged = trainer_in(tmp_path).validate(module, data, verbose=False)[0]
     module.eval()
     batches = list(data.val_dataloader())
@@ -101,7 +106,7 @@ def test_validation_metrics_are_those_of_the_whole_set(tmp_path, model, file):
         nn.functional.cross_entropy(scores, labels).item(), rel=1e-5
     )
     hits = scores.argmax(dim=1) == labels
-    assert logged["val_acc"] == pytest.approx(hits.float().mean().item())
+    assert logged["val_accuracy"] == pytest.approx(hits.float().mean().item())
     f1 = []
     for label in range(3):
         right = (hits & (labels == label)).sum()
@@ -111,7 +116,7 @@ def test_validation_metrics_are_those_of_the_whole_set(tmp_path, model, file):
 
 
 def test_the_tokenizer_and_the_classes_come_from_each_other(tmp_path, model, file):
-    module, data = TextClassification(model), data_of(file)
+    module, data = SequenceClassification(model), data_of(file)
     trainer_in(tmp_path).validate(module, data, verbose=False)
     assert module.label_names == ["neg", "none", "pos"]
     assert module.network.config.id2label == {0: "neg", 1: "none", 2: "pos"}
@@ -128,24 +133,24 @@ def test_configure_model_builds_once_and_in_train_mode(model):
 
 
 def test_metrics_add_nothing_to_the_state_dict(tmp_path, model, file):
-    module = TextClassification(model)
+    module = SequenceClassification(model)
     trainer_in(tmp_path).validate(module, data_of(file), verbose=False)
     assert {key.split(".")[0] for key in module.state_dict()} == {"network"}
 
 
 def test_the_networks_precision_is_the_trainers(tmp_path, model, file):
-    module = TextClassification(model)
+    module = SequenceClassification(model)
     trainer_in(tmp_path, precision="bf16-true").validate(module, data_of(file), verbose=False)
     assert next(module.network.parameters()).dtype == torch.bfloat16
 
 
 def test_the_learning_rate_warms_up_and_falls_to_zero(tmp_path, model, file):
-    class Watched(TextClassification):
+    class Watched(SequenceClassification):
         def on_train_batch_start(self, batch, batch_idx):
             rates.append(self.trainer.optimizers[0].param_groups[0]["lr"])
 
     rates = []
-    module = Watched(model, lr=1.0, warmup_fraction=1 / 3)
+    module = Watched(model, learning_rate=1.0, warmup_fraction=1 / 3)
     trainer = trainer_in(tmp_path)
     trainer.fit(module, data_of(file))  # 9 steps
     assert rates == pytest.approx([0, 1 / 3, 2 / 3, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
@@ -155,11 +160,11 @@ def test_the_learning_rate_warms_up_and_falls_to_zero(tmp_path, model, file):
 
 def learning_rates(module):
     names = {id(parameter): name for name, parameter in module.named_parameters()}
-    return {names[id(p)]: g["lr"] for g in module._parameter_groups() for p in g["params"]}
+    return {names[id(p)]: g["lr"] for g in module.parameter_groups() for p in g["params"]}
 
 
 def test_new_weights_have_a_learning_rate_of_their_own(model):
-    module = built(model, lr=0.1, head_lr=0.2)
+    module = built(model, learning_rate=0.1, head_learning_rate=0.2)
     rates = learning_rates(module)
     assert rates.keys() == dict(module.named_parameters()).keys()
     assert {name for name, rate in rates.items() if rate == 0.2} == module.new_parameters
@@ -176,11 +181,11 @@ def test_new_weights_have_a_learning_rate_of_their_own(model):
 
 def test_a_run_without_end_has_no_schedule(tmp_path, model, file):
     with pytest.raises(ConfigError, match=r"set trainer.max_epochs or trainer.max_steps\."):
-        trainer_in(tmp_path, max_epochs=-1).fit(TextClassification(model), data_of(file))
+        trainer_in(tmp_path, max_epochs=-1).fit(SequenceClassification(model), data_of(file))
 
 
 def test_a_new_head_that_is_frozen_is_refused(tmp_path, model, file):
-    class Frozen(TextClassification):
+    class Frozen(SequenceClassification):
         def configure_model(self):
             super().configure_model()
             self.network.classifier.requires_grad_(False)
@@ -225,16 +230,16 @@ def test_a_head_of_other_classes_is_replaced_by_a_new_one(tmp_path):
 
 def test_checkpoints_keep_the_order_of_the_classes(tmp_path, model, file):
     trainer = trainer_in(tmp_path)
-    trainer.fit(TextClassification(model), data_of(file))
+    trainer.fit(SequenceClassification(model), data_of(file))
     path = tmp_path / "model.ckpt"
     trainer.save_checkpoint(path)
     saved = torch.load(path, weights_only=True)
     assert saved["label_names"] == ["neg", "none", "pos"]
 
     trainer_in(tmp_path).validate(
-        TextClassification(model), data_of(file), ckpt_path=path, verbose=False
+        SequenceClassification(model), data_of(file), ckpt_path=path, verbose=False
     )
-    loaded = TextClassification.load_from_checkpoint(
+    loaded = SequenceClassification.load_from_checkpoint(
         path, model=model, label_names=["neg", "none", "pos"]
     )
     assert torch.equal(
@@ -244,14 +249,14 @@ def test_checkpoints_keep_the_order_of_the_classes(tmp_path, model, file):
     other_order = ["pos", "none", "neg"]
     with pytest.raises(ConfigError) as error:
         trainer_in(tmp_path).validate(
-            TextClassification(model), data_of(file, label_names=other_order), ckpt_path=path
+            SequenceClassification(model), data_of(file, label_names=other_order), ckpt_path=path
         )
     assert str(error.value) == (
         "the checkpoint's classes are not this run's: the same names in another order, "
         "['neg', 'none', 'pos'] and ['pos', 'none', 'neg']. (model.label_names)"
     )
     with pytest.raises(ConfigError) as error:
-        TextClassification.load_from_checkpoint(path, model=model, label_names=["neg", "rest"])
+        SequenceClassification.load_from_checkpoint(path, model=model, label_names=["neg", "rest"])
     assert str(error.value) == (
         "the checkpoint's classes are not this run's: 3 and 2 names; only in the first: none, "
         "pos; only in the second: rest. (model.label_names)"
@@ -259,7 +264,7 @@ def test_checkpoints_keep_the_order_of_the_classes(tmp_path, model, file):
 
 
 def test_classes_of_model_and_data_must_agree(tmp_path, model, file):
-    module = TextClassification(model, label_names=["neg", "none", "pos", "more"])
+    module = SequenceClassification(model, label_names=["neg", "none", "pos", "more"])
     with pytest.raises(ConfigError) as error:
         trainer_in(tmp_path).validate(module, data_of(file))
     assert str(error.value) == (
@@ -270,7 +275,7 @@ def test_classes_of_model_and_data_must_agree(tmp_path, model, file):
 
 def test_classes_must_be_known(model):
     with pytest.raises(ConfigError) as error:
-        TextClassification(model).configure_model()
+        SequenceClassification(model).configure_model()
     assert str(error.value) == (
         "the classes are not known: the Trainer has no data module with `label_names`, so name "
         "them in order. (model.label_names)"
@@ -289,7 +294,7 @@ def test_classes_must_be_several_and_different(model, names):
 @pytest.mark.parametrize("fraction", [-0.1, 1.1])
 def test_a_warmup_out_of_range(fraction):
     with pytest.raises(ConfigError) as error:
-        TextClassification("any", warmup_fraction=fraction)
+        SequenceClassification("any", warmup_fraction=fraction)
     assert str(error.value) == (
         f"warmup_fraction must be from 0 to 1, found {fraction}. (model.warmup_fraction)"
     )

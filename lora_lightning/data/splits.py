@@ -1,0 +1,144 @@
+"""A LightningDataModule's splits: which are given, when each is read, and what is held out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch import LightningDataModule
+
+from lora_lightning.data.split import split_records
+from lora_lightning.errors import ConfigError
+from lora_lightning.tasks.pretrained import load_pretrained
+
+# The splits that each Trainer stage reads.
+STAGE_SPLITS = {
+    "fit": ("train", "val"),
+    "validate": ("val",),
+    "test": ("test",),
+    "predict": ("predict",),
+}
+
+
+class SplitDataModule(LightningDataModule):
+    """Reads, checks and prepares the data of each split once, when a stage needs it.
+
+    A subclass says how to `read` a split's records and how to `prepare` them for its loaders.
+
+    Args:
+        train: File or folder of the training data.
+        val: Validation data, or the share of the training data held out for it, from 0 (none) to
+            below 1. A hash of each record decides, so the split is the same in every run and equal
+            records never fall on both sides.
+        test: Test data.
+        predict: Data to predict.
+        batch_size: Examples per batch.
+        num_workers: Worker processes per data loader; 0 loads in the main process.
+    """
+
+    def __init__(
+        self,
+        train: str | None = None,
+        val: float | str = 0.1,
+        test: str | None = None,
+        predict: str | None = None,
+        batch_size: int = 32,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        self.val_fraction = 0.0 if isinstance(val, str) else float(val)
+        if not 0 <= self.val_fraction < 1:
+            raise ConfigError(
+                f"val must be a file, or the share of the training data held out, at least 0 and "
+                f"below 1; found {val}. (data.val)"
+            )
+        self.paths = {
+            "train": train,
+            "val": val if isinstance(val, str) else None,
+            "test": test,
+            "predict": predict,
+        }
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self._records: dict[str, Any] = {}
+        self._prepared: dict[str, Any] = {}
+
+    def read(self, split: str, path: str) -> Sequence[Any]:
+        """The records of one split."""
+        raise NotImplementedError
+
+    def prepare(self, split: str, records: Sequence[Any]) -> Any:
+        """What the loaders of `split` serve; a split without records is not prepared."""
+        raise NotImplementedError
+
+    def hold_out(self, records: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
+        """Training and validation records of those of `train`."""
+        return split_records(records, self.val_fraction)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read, check and prepare what `stage` needs and no earlier stage has prepared."""
+        # The Trainer may be given other loaders; a split that is missed is found in `records`.
+        for split in self.given_splits():
+            if stage is None or split in STAGE_SPLITS[stage]:
+                self.prepared(split)
+
+    def given_splits(self) -> list[str]:
+        """The splits there are data for."""
+        held_out = self.paths["train"] is not None
+        return [s for s, p in self.paths.items() if p is not None or (s == "val" and held_out)]
+
+    def records(self, split: str) -> Sequence[Any]:
+        """The records of `split`, read at the first call."""
+        if split not in self._records:
+            held_out = self.paths["val"] is None and split in ("train", "val")
+            path = self.paths["train" if held_out else split]
+            if path is None:
+                raise ConfigError(
+                    f"there is no {split} data: set data.{split} to a file or dataset folder. "
+                    f"(data.{split})"
+                )
+            if held_out:
+                self._hold_out(self.read("train", path))
+            else:
+                self._records[split] = self.read(split, path)
+        return self._records[split]
+
+    def prepared(self, split: str) -> Any:
+        """What `prepare` made of the records of `split`; an empty list where there are none."""
+        if split not in self._prepared:
+            records = self.records(split)
+            self._prepared[split] = self.prepare(split, records) if records else []
+        return self._prepared[split]
+
+    def load_processor(self, auto_class: str, name: str | None, key: str) -> tuple[Any, str, str]:
+        """A tokenizer or image processor, by default that of the Trainer's LightningModule.
+
+        Args:
+            auto_class: Its class in transformers, such as `AutoTokenizer`.
+            name: The model it belongs to; None is the LightningModule's `model_name`.
+            key: The config key of `name`.
+
+        Returns:
+            The processor, the model's name, and the config key that this name came from.
+        """
+        if name is None:
+            module = self.trainer.lightning_module if self.trainer else None
+            name, source = getattr(module, "model_name", None), "model.model"
+        else:
+            source = key
+        if name is None:
+            raise ConfigError(
+                f"no {key.rpartition('.')[2]} is named, and there is no LightningModule with a "
+                f"`model_name` to take it from. ({key})"
+            )
+        return load_pretrained(auto_class, name, source), name, source
+
+    def _hold_out(self, records: Sequence[Any]) -> None:
+        train, val = self.hold_out(records)
+        if not train or (self.val_fraction and not val):
+            raise ConfigError(
+                f"val={self.val_fraction} splits the {len(records)} training records into "
+                f"{len(train)} for training and {len(val)} for validation. Change it, or name a "
+                "file. (data.val)"
+            )
+        self._records.update(train=train, val=val)
