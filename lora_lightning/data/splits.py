@@ -10,6 +10,7 @@ from lightning.pytorch import LightningDataModule
 from lora_lightning.data.split import split_records
 from lora_lightning.errors import ConfigError
 from lora_lightning.tasks.pretrained import load_pretrained
+from lora_lightning.tasks.pretrained_task import PretrainedTask
 
 # The splits that each Trainer stage reads.
 STAGE_SPLITS = {
@@ -121,9 +122,12 @@ class SplitDataModule(LightningDataModule):
         Returns:
             The processor, the model's name, and the config key that this name came from.
         """
+        options: dict[str, Any] = {}
         if name is None:
             module = self.trainer.lightning_module if self.trainer else None
             name, source = getattr(module, "model_name", None), "model.model"
+            if isinstance(module, PretrainedTask):
+                options = module.options.hub()
         else:
             source = key
         if name is None:
@@ -131,7 +135,7 @@ class SplitDataModule(LightningDataModule):
                 f"no {key.rpartition('.')[2]} is named, and there is no LightningModule with a "
                 f"`model_name` to take it from. ({key})"
             )
-        return load_pretrained(auto_class, name, source), name, source
+        return load_pretrained(auto_class, name, source, **options), name, source
 
     def _hold_out(self, records: Sequence[Any]) -> None:
         train, val = self.hold_out(records)

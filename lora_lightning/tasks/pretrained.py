@@ -64,6 +64,12 @@ def load_pretrained(auto_class: str, name: str, key: str = "model.model", **opti
             return getattr(transformers, auto_class).from_pretrained(path, **options)
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                f"{auto_class} cannot load {name!r} without running Python code that comes with "
+                "it. Read that code; if you trust it, set trust_remote_code: true. "
+                "(model.trust_remote_code)"
+            ) from error
         advice = (
             "Check that the folder holds a complete model."
             if Path(path).is_dir()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -10,7 +11,22 @@ from torch import Tensor, nn
 
 from lora_lightning.errors import ConfigError, first_few
 from lora_lightning.hosts.base import adapter_owners
-from lora_lightning.tasks.pretrained import load_pretrained
+from lora_lightning.tasks.model_options import (
+    Dtype,
+    ModelOptions,
+    Quantization,
+    enable_gradient_checkpointing,
+    load_network,
+)
+from lora_lightning.tasks.optimization import (
+    Schedule,
+    Shape,
+    check_length,
+    check_schedule,
+    count_steps,
+    decay_groups,
+)
+from lora_lightning.training.binding import callbacks_of
 
 Batch = dict[str, Tensor]
 
@@ -25,8 +41,26 @@ class PretrainedTask(LightningModule):
         learning_rate: Learning rate at its peak. The default suits LoRA; full fine-tuning wants
             about a tenth of it.
         weight_decay: AdamW's decoupled weight decay.
+            Biases, norms and vectors of adapters are spared.
+        lr_schedule: How the learning rate goes on after its peak: `linear` or `cosine` to 0 at the
+            last step of the run, or `constant`.
         warmup_fraction: Share of all steps, 0 <= fraction <= 1, in which the learning rate rises
-            to its peak; after them it falls linearly to 0.
+            linearly from 0 to its peak. Steps are the optimizer's, also under accumulation.
+        warmup_steps: Their number, in place of `warmup_fraction`.
+        dtype: Of the network's weights: `float32`, `bfloat16`, `float16`, or `auto`, the one they
+            were saved in. Default: what the Trainer's precision says. What trains is float32 in any
+            case where adapters do.
+        attn_implementation: How attention is computed: `sdpa` (mostly the default), `eager`,
+            `flash_attention_2`, ... as in transformers.
+        quantize: Round the weights of all Linears but the head: `nf4` or `fp4` (4 bits, with double
+            quantisation) or `int8`, with bitsandbytes, while they are loaded. Adapters train on
+            them. 4-bit layers compute in the dtype of the Trainer's precision.
+        gradient_checkpointing: Keep only each layer's input for the backward pass and run the layer
+            again there: less memory, about a third more time, the same gradients.
+        pretrained: False: random weights in the shape that the model's `config.json` says, to be
+            trained in full.
+        revision: Branch, tag or commit of a model on the hub.
+        trust_remote_code: Whether Python code that comes with the model may run.
     """
 
     # The class of transformers that knows the network's class from its config.
@@ -38,18 +72,34 @@ class PretrainedTask(LightningModule):
         model: str,
         learning_rate: float = 2e-4,
         weight_decay: float = 0.0,
+        lr_schedule: Shape = "linear",
         warmup_fraction: float = 0.1,
+        warmup_steps: int | None = None,
+        dtype: Dtype | None = None,
+        attn_implementation: str | None = None,
+        quantize: Quantization | None = None,
+        gradient_checkpointing: bool = False,
+        pretrained: bool = True,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
-        if not 0 <= warmup_fraction <= 1:
-            raise ConfigError(
-                f"warmup_fraction must be from 0 to 1, found {warmup_fraction}. "
-                "(model.warmup_fraction)"
-            )
+        check_schedule(lr_schedule, warmup_fraction, warmup_steps)
         self.model_name = model
+        self.options = ModelOptions(
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            quantize=quantize,
+            gradient_checkpointing=gradient_checkpointing,
+            pretrained=pretrained,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+        )
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
+        self.lr_schedule = lr_schedule
         self.warmup_fraction = warmup_fraction
+        self.warmup_steps = warmup_steps
         self.network = None
         self.new_parameters: set[str] = set()
 
@@ -57,18 +107,14 @@ class PretrainedTask(LightningModule):
         """Load the network, once."""
         if self.network is not None:
             return
-        self.network, info = load_pretrained(
-            self.auto_class,
-            self.model_name,
-            # The Trainer's precision decides, not the precision the file was saved in.
-            dtype=torch.get_default_dtype(),
-            output_loading_info=True,
-            **self.network_options(),
+        if self._trainer is not None:
+            self.options.check_run(self._trainer, bool(callbacks_of(self)))
+        self.network, new = load_network(
+            self.auto_class, self.model_name, self.options, self._trainer, **self.network_options()
         )
-        new = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
         self.new_parameters = {f"network.{key}" for key in new}
-        # from_pretrained returns eval mode, which the Trainer would keep: dropout would be off.
-        self.network.train()
+        if self.options.gradient_checkpointing:
+            enable_gradient_checkpointing(self.network, self.model_name)
 
     def network_options(self) -> dict[str, Any]:
         """What else `from_pretrained` is given; a task's own."""
@@ -86,24 +132,24 @@ class PretrainedTask(LightningModule):
             )
 
     def configure_optimizers(self) -> Any:
-        """AdamW over what is trainable, with linear warm-up and decay per step."""
-        from transformers import get_linear_schedule_with_warmup
-
-        steps = self.trainer.estimated_stepping_batches
-        if steps == float("inf"):
-            raise ConfigError(
-                "the learning rate falls to 0 at the last step, but the run has none: "
-                "set trainer.max_epochs or trainer.max_steps."
-            )
+        """AdamW over what is trainable, its learning rate on a curve over the whole run."""
+        trainer = self.trainer
+        if trainer.max_epochs == -1 and trainer.max_steps == -1:
+            check_length(self.lr_schedule, self.warmup_steps, math.inf)
+        groups = self.parameter_groups()
         optimizer = torch.optim.AdamW(
-            self.parameter_groups(),
+            decay_groups(self, groups) if self.weight_decay else groups,
             weight_decay=self.weight_decay,
             fused=self._can_fuse(),
         )
-        schedule = get_linear_schedule_with_warmup(
-            optimizer, round(self.warmup_fraction * steps), int(steps)
-        )
+        schedule = Schedule(optimizer, self.lr_schedule, self.warmup_fraction, self.warmup_steps)
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+    def on_train_start(self) -> None:
+        """Tell the schedule how long the run is."""
+        for config in self.trainer.lr_scheduler_configs:
+            if isinstance(config.scheduler, Schedule):
+                config.scheduler.begin(count_steps(self.trainer))
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """What is trainable, with its peak learning rate."""
