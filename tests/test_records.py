@@ -61,10 +61,11 @@ def test_missing_file(write, tmp_path):
 
 
 def test_unknown_extension(write):
-    path = write("a.parquet", "")
+    path = write("a.xlsx", "")
     assert message(path) == (
-        f"{path}: unknown file type '.parquet'. Known: .jsonl, .json (one object per line), .csv, "
-        "or a folder saved by datasets.Dataset.save_to_disk. (data.train)"
+        f"{path}: unknown file type '.xlsx'. Known: .jsonl, .json, .csv, .txt (also with .gz), "
+        ".parquet, a folder of such files, or a folder saved by datasets.Dataset.save_to_disk. "
+        "(data.train)"
     )
 
 
@@ -80,7 +81,7 @@ def test_a_line_that_is_no_object(write):
     path = write("a.jsonl", '["one", "x"]\n')
     assert message(path) == (
         f"{path}, line 1: expected a JSON object, found list. "
-        'Each line must be one object such as {"text": "...", "label": "..."}.'
+        'Each row must be one object such as {"text": "...", "label": "..."}.'
     )
 
 
@@ -198,8 +199,9 @@ def test_a_dataset_dict_asks_for_a_split(dataset, tmp_path):
 
 def test_a_folder_that_is_no_dataset(tmp_path):
     assert message(str(tmp_path)) == (
-        f"{tmp_path}: is a folder, but not one saved by datasets.Dataset.save_to_disk "
-        "(no state.json). (data.train)"
+        f"{tmp_path}: is a folder, but holds no data files (.jsonl, .json, .csv, .txt (also with "
+        ".gz), .parquet) and was not saved by datasets.Dataset.save_to_disk (no state.json). "
+        "(data.train)"
     )
 
 

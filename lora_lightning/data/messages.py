@@ -1,0 +1,137 @@
+"""Messages of a conversation as files write them, made what chat templates read."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from lora_lightning.errors import RecordError, did_you_mean
+
+Message = dict[str, Any]
+
+# What transformers' chat templates know, and what ShareGPT and its kin call the same.
+ROLES = ("system", "developer", "user", "assistant", "tool")
+OTHER_NAMES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "observation": "tool",
+    "function_response": "tool",
+    "function": "tool",
+}
+
+
+def read_messages(value: Any, place: str) -> tuple[Message, ...]:
+    """The messages of one conversation, with `role`, `content` and what else the file gives them.
+
+    `from` and `value` are read as `role` and `content`, content in parts is joined, and arguments
+    of tool calls that are JSON in a string become what they say. A key without value is left out:
+    tables (Parquet, Arrow) give every message all keys, and templates ask only whether it is there.
+
+    Args:
+        value: A list of messages, or such a list as JSON in a string (as in CSV).
+        place: Where it stands, for error messages.
+    """
+    messages = _parsed(value, place)
+    if not isinstance(messages, list) or not messages:
+        raise RecordError(
+            f"{place}: must be a list of messages such as "
+            f'[{{"role": "user", "content": "..."}}], found {described(value)}.'
+        )
+    return tuple(
+        _message(message, f"{place}, message {number}")
+        for number, message in enumerate(messages, start=1)
+    )
+
+
+def read_tools(value: Any, place: str) -> tuple[Any, ...]:
+    """The functions that a conversation may call, as JSON schemas; none where there is no value."""
+    tools = _parsed(value, place) if value else []
+    if not isinstance(tools, list):
+        raise RecordError(f"{place}: must be a list of functions, found {described(value)}.")
+    return tuple(tools)
+
+
+def described(value: Any) -> str:
+    """The type of `value` and how it begins, for error messages."""
+    return f"{type(value).__name__} {value!r:.40}"
+
+
+def _message(message: Any, place: str) -> Message:
+    if not isinstance(message, dict):
+        raise RecordError(f"{place}: must be an object, found {described(message)}.")
+    message = {key: value for key, value in message.items() if value is not None}
+    for name, other in (("role", "from"), ("content", "value")):
+        if name not in message and other in message:
+            message[name] = message.pop(other)
+    message["role"] = _role(message, place)
+    if calls := message.get("tool_calls"):
+        message["tool_calls"] = [_tool_call(call, place) for call in calls]
+    message["content"] = _content(message, place)
+    return message
+
+
+def _role(message: Message, place: str) -> str:
+    if "role" not in message:
+        raise RecordError(f"{place}: has no 'role' (or 'from'). Keys found: {', '.join(message)}.")
+    role = message["role"]
+    if role in ROLES:
+        return str(role)
+    if role in OTHER_NAMES:
+        return OTHER_NAMES[role]
+    near = did_you_mean(str(role), [*ROLES, *OTHER_NAMES])
+    hint = f" Did you mean {near!r}?" if near else ""
+    raise RecordError(
+        f"{place}: unknown role {role!r}.{hint} Roles: {', '.join([*ROLES, *OTHER_NAMES])}."
+    )
+
+
+def _content(message: Message, place: str) -> str:
+    content = message.get("content")
+    if isinstance(content, list):
+        content = "".join(_text_of_part(part, place) for part in content)
+    if content is None and message.get("tool_calls"):
+        return ""  # a call without words
+    if not isinstance(content, str):
+        found = "none" if content is None else described(content)
+        raise RecordError(f"{place}: 'content' (or 'value') must be a string, found {found}.")
+    if not content.strip() and message["role"] == "assistant" and not message.get("tool_calls"):
+        raise RecordError(f"{place}: the assistant says nothing. Remove the turn or fill it in.")
+    return content
+
+
+def _text_of_part(part: Any, place: str) -> str:
+    if isinstance(part, str):
+        return part
+    if isinstance(part, dict) and isinstance(part.get("text"), str):
+        return str(part["text"])
+    kind = part.get("type") if isinstance(part, dict) else None
+    raise RecordError(
+        f"{place}: a part of its content is {repr(kind) if kind else described(part)}, but only "
+        "text can be trained on here."
+    )
+
+
+def _tool_call(call: Any, place: str) -> Any:
+    """OpenAI's files write arguments as JSON in a string; templates write JSON themselves."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    arguments = _parsed(function["arguments"], f"{place}, arguments of a tool call")
+    return {**call, "function": {**function, "arguments": arguments}}
+
+
+def _parsed(value: Any, place: str) -> Any:
+    """What JSON in a string says; any other value as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        raise RecordError(
+            f"{place}: broken JSON in a string, column {error.colno}: {error.msg}."
+        ) from error

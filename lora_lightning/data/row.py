@@ -1,0 +1,43 @@
+"""One row of a file or dataset, and what every reader of rows needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lora_lightning.errors import RecordError, did_you_mean, first_few
+
+
+@dataclass(frozen=True)
+class Row:
+    """The columns of one row, and where it stands ("my.jsonl, line 3")."""
+
+    values: Mapping[str, Any]
+    where: str
+
+
+class Skip:
+    """Rows that a reader is still to pass over, counted across files."""
+
+    def __init__(self, rows: int = 0) -> None:
+        self.rows = rows
+
+    def take(self, available: int = 1) -> int:
+        """How many of the next `available` rows are passed over."""
+        taken = min(self.rows, available)
+        self.rows -= taken
+        return taken
+
+
+def require_columns(found: Iterable[str], columns: Mapping[str, str], where: str) -> None:
+    """Each of `columns`, mapped to the config key that names it, must be among those found."""
+    found = list(found)
+    for column, key in columns.items():
+        if column not in found:
+            near = did_you_mean(column, found)
+            hint = f" Did you mean {near!r}?" if near else ""
+            raise RecordError(
+                f"{where}: no column {column!r}. Columns found: {first_few(found, 20)}.{hint} "
+                f"({key})"
+            )

@@ -1,0 +1,129 @@
+"""Rows of text data from wherever they are, one after the other, each with its place."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterator
+from pathlib import Path
+
+from lora_lightning.data.row import Row as Row
+from lora_lightning.data.row import Skip
+from lora_lightning.data.row_datasets import (
+    dataset_rows,
+    hub_dataset,
+    is_hub_name,
+    is_saved_dataset,
+    saved_dataset,
+)
+from lora_lightning.data.row_files import READERS, Columns
+from lora_lightning.errors import RecordError, did_you_mean, first_few
+
+KNOWN = ".jsonl, .json, .csv, .txt (also with .gz), .parquet"
+
+
+def read_rows(
+    source: str,
+    *,
+    key: str,
+    skip: int = 0,
+    columns: Columns | None = None,
+    streaming: bool = False,
+) -> Iterator[Row]:
+    """The rows of `source` in order, read as they are asked for.
+
+    Args:
+        source: A `.jsonl` file (one object per line), `.json` (an array of objects, or one object
+            per line), `.csv` (with a header), `.parquet` or `.txt` (one text per line); all but
+            Parquet also as `.gz`. A pattern of such files (`data/*.jsonl`) or a folder of one
+            kind of them, read in order of their names. A folder that
+            `datasets.Dataset.save_to_disk` wrote. Or a dataset of the Hugging Face hub, as
+            `NAME`, `NAME:SPLIT` or `NAME:CONFIG:SPLIT`.
+        key: The config key that holds `source`, for error messages.
+        skip: Rows at the start that are passed over, and not parsed where that can be avoided.
+        columns: Columns that every row must have, each with the config key that names it. What
+            else a dataset or Parquet file holds is then not read.
+        streaming: Read a dataset of the hub over the network as rows are asked for, instead of
+            downloading it first. Files are always read so.
+
+    Raises:
+        RecordError: If there is no such source (at once), or one of its rows cannot be read (when
+            it is reached).
+    """
+    columns = columns or {}
+    path = Path(source).expanduser()
+    if path.is_dir() and is_saved_dataset(path):
+        return dataset_rows(saved_dataset(path, key), str(path), Skip(skip), columns)
+    files = _files(path, key)
+    if files is None:
+        dataset = hub_dataset(source, key, streaming)
+        return dataset_rows(dataset, source, Skip(skip), columns)
+    return _file_rows(files, Skip(skip), columns)
+
+
+def _file_rows(files: list[Path], skip: Skip, columns: Columns) -> Iterator[Row]:
+    for file in files:
+        yield from READERS[_kind(file)](file, skip, columns)
+
+
+def _files(path: Path, key: str) -> list[Path] | None:
+    """The files that `path` stands for; None where it can only be a name on the hub."""
+    if path.is_dir():
+        return _files_of_folder(path, key)
+    if path.exists():
+        if _kind(path) not in READERS:
+            raise RecordError(
+                f"{path}: unknown file type {path.suffix!r}. Known: {KNOWN}, a folder of such "
+                f"files, or a folder saved by datasets.Dataset.save_to_disk. ({key})"
+            )
+        return [path]
+    if _kind(path) not in READERS and is_hub_name(str(path)):
+        return None
+    if glob.has_magic(str(path)):
+        return _files_of_pattern(path, key)
+    raise RecordError(_missing_file(path, key))
+
+
+def _files_of_folder(folder: Path, key: str) -> list[Path]:
+    files = sorted(file for file in folder.iterdir() if file.is_file() and _kind(file) in READERS)
+    kinds = sorted({_kind(file) for file in files})
+    if not files:
+        raise RecordError(
+            f"{folder}: is a folder, but holds no data files ({KNOWN}) and was not saved by "
+            f"datasets.Dataset.save_to_disk (no state.json). ({key})"
+        )
+    if len(kinds) > 1:
+        raise RecordError(
+            f"{folder}: holds files of several kinds ({', '.join(kinds)}). Name one kind by a "
+            f"pattern, such as '{folder / f'*{kinds[0]}'}'. ({key})"
+        )
+    return files
+
+
+def _files_of_pattern(pattern: Path, key: str) -> list[Path]:
+    matches = sorted(Path(match) for match in glob.glob(str(pattern), recursive=True))
+    files = [match for match in matches if match.is_file()]
+    unknown = [str(file) for file in files if _kind(file) not in READERS]
+    if not files:
+        raise RecordError(f"{pattern}: no file matches this pattern. ({key})")
+    if unknown:
+        raise RecordError(
+            f"{pattern}: matches files of an unknown type: {first_few(unknown)}. Known: {KNOWN}. "
+            f"({key})"
+        )
+    return files
+
+
+def _kind(path: Path) -> str:
+    """The suffix that says how a file is read; gzip is no kind of its own."""
+    suffixes = path.suffixes
+    compressed = suffixes[-1:] == [".gz"] and suffixes[-2:-1] not in ([], [".parquet"])
+    return (suffixes[-2:-1] if compressed else suffixes[-1:] or [""])[0].lower()
+
+
+def _missing_file(source: Path, key: str) -> str:
+    folder = source.parent
+    if not folder.is_dir():
+        return f"{source}: no such file; the folder {folder} does not exist either. ({key})"
+    near = did_you_mean(source.name, (path.name for path in folder.iterdir()))
+    hint = f" Did you mean {str(folder / near)!r}?" if near else ""
+    return f"{source}: no such file.{hint} ({key})"
