@@ -291,6 +291,71 @@ def test_classes_must_be_several_and_different(model, names):
     )
 
 
+def loss_by_formula(scores, labels, smoothing, weights):
+    """The weighted mean of smoothed cross-entropies, in float64 and one by one."""
+    total = norm = 0.0
+    for row, label in zip(scores.double(), labels.tolist(), strict=True):
+        if label == -100:
+            continue
+        log_p = row - row.exp().sum().log()
+        share = [(1 - smoothing) * (c == label) + smoothing / len(row) for c in range(len(row))]
+        total += sum(-s * w * p for s, w, p in zip(share, weights, log_p.tolist(), strict=True))
+        norm += weights[label]
+    return total / norm
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("weights", [{}, {"b": 4.0}])
+def test_the_training_loss_is_smoothed_and_weighted(model, smoothing, weights):
+    module = built(model, label_smoothing=smoothing, class_weights=weights).eval()
+    module.log = lambda *args, **kwargs: None
+    torch.manual_seed(0)
+    batch = {"input_ids": torch.randint(4, 17, (5, 6)), "labels": torch.tensor([0, 1, 2, -100, 1])}
+    scores = module(batch).detach() * 3  # of a network that has an opinion
+    module.forward = lambda batch: scores
+    expected = [1.0, weights.get("b", 1.0), 1.0]
+    loss = module.training_step(batch, 0).item()
+    truth = loss_by_formula(scores, batch["labels"], smoothing, expected)
+    assert loss == pytest.approx(truth, rel=1e-6)
+    plain = loss_by_formula(scores, batch["labels"], 0.0, [1.0] * 3)
+    assert module._step("val", batch).item() == pytest.approx(plain, rel=1e-6)
+    if smoothing or weights:  # the comparison can fail
+        assert truth != pytest.approx(plain, rel=1e-3)
+
+
+def test_a_batch_without_labels_adds_nothing(model):
+    module = built(model)
+    module.log = lambda *args, **kwargs: None
+    batch = {"input_ids": torch.full((2, 3), 5), "labels": torch.full((2,), -100)}
+    loss = module.training_step(batch, 0)
+    loss.backward()
+    assert loss == 0
+    assert all(not p.grad.any() for p in module.parameters() if p.grad is not None)
+
+
+def test_weights_are_for_classes_that_there_are(model):
+    with pytest.raises(ConfigError) as error:
+        SequenceClassification(
+            model, label_names=["good", "bad"], class_weights={"god": 2.0}
+        ).configure_model()
+    assert str(error.value) == (
+        "class_weights: there is no class 'god'. The classes are good, bad. Did you mean 'good'? "
+        "(model.class_weights)"
+    )
+    with pytest.raises(ConfigError, match=r"'a' must be positive and finite, found -1\."):
+        built(model, class_weights={"a": -1.0})
+
+
+@pytest.mark.parametrize("smoothing", [-0.1, 1.0])
+def test_a_smoothing_out_of_range(smoothing):
+    with pytest.raises(ConfigError) as error:
+        SequenceClassification("any", label_smoothing=smoothing)
+    assert str(error.value) == (
+        f"label_smoothing must be at least 0 and below 1, found {smoothing}. "
+        "(model.label_smoothing)"
+    )
+
+
 @pytest.mark.parametrize("fraction", [-0.1, 1.1])
 def test_a_warmup_out_of_range(fraction):
     with pytest.raises(ConfigError) as error:

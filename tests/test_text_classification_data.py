@@ -151,6 +151,19 @@ def test_class_ids_follow_label_names(model, write):
     assert next(iter(data.test_dataloader()))["labels"].tolist() == [0, 2, 2]
 
 
+def test_a_number_is_the_place_of_a_named_class(model, write):
+    path = write("a.jsonl", [("good film", 1), ("bad film", "0"), ("fine book", "neg")])
+    data = data_of(model, "test", label_names=["neg", "pos"], test=path)
+    assert next(iter(data.test_dataloader()))["labels"].tolist() == [1, 0, 0]
+
+
+@pytest.mark.parametrize("names", [["0", "2"], None])
+def test_a_number_is_no_place_where_it_could_be_a_name(model, write, names):
+    few = [("good film", names[0] if names else "pos"), ("bad film", names[1] if names else "neg")]
+    options = {"train": write("a.jsonl", few), "val": write("b.jsonl", [("fine film", 1)])}
+    assert "label '1' is unknown" in message(model, "fit", label_names=names, **options)
+
+
 def test_without_training_data_the_classes_must_be_named(model, write):
     text = message(model, "test", ConfigError, test=write("a.jsonl", FEW))
     assert text == (

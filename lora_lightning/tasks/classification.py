@@ -1,18 +1,26 @@
-"""What classification tasks share: the classes in their order, and a head that may be new."""
+"""What classification tasks share: the classes in their order, a head that may be new, the loss."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
-from lora_lightning.errors import ConfigError, first_few
+from lora_lightning.data.samples import IGNORED
+from lora_lightning.errors import ConfigError, did_you_mean, first_few
 from lora_lightning.hosts.base import adapter_owners
-from lora_lightning.tasks.pretrained_task import PretrainedTask, ancestors
+from lora_lightning.tasks.pretrained_task import Batch, PretrainedTask, ancestors
 
 
 class Classification(PretrainedTask):
-    """A pretrained network with a classification head.
+    """A pretrained network with a classification head, trained on cross-entropy.
+
+    Logs `train_loss` and `train_accuracy`; `val_loss`, `val_accuracy` and `val_f1` (macro: the mean
+    of the classes' F1), and the same of a test. Losses are means over all that is labelled; those
+    of validation and test are plain cross-entropy, whatever `label_smoothing` and `class_weights`
+    are, so that runs can be compared.
 
     Args:
         model: Hub id, local folder, or `package:import_name/sub/folder` (an installed package's).
@@ -21,8 +29,15 @@ class Classification(PretrainedTask):
             suits LoRA; full fine-tuning wants about a tenth of it.
         head_learning_rate: Learning rate of newly initialised weights, at its peak. They start
             from noise and have further to go.
+        label_smoothing: s, 0 <= s < 1: what is learned is (1 - s) for the labelled class and s / C
+            more for each of the C classes.
+        class_weights: What an example of a class counts in the training loss, by name; 1 where
+            none is given. The mean is weighted: sum_i w_i loss_i / sum_i w_i.
         **options: Those of every task.
     """
+
+    # What of a batch the network is not given.
+    not_inputs: ClassVar[tuple[str, ...]] = ("labels",)
 
     def __init__(
         self,
@@ -30,23 +45,97 @@ class Classification(PretrainedTask):
         label_names: list[str] | None = None,
         learning_rate: float = 2e-3,
         head_learning_rate: float = 1e-2,
+        label_smoothing: float = 0.0,
+        class_weights: dict[str, float] | None = None,
         **options: Any,
     ) -> None:
         super().__init__(model, learning_rate=learning_rate, **options)
+        if not 0 <= label_smoothing < 1:
+            raise ConfigError(
+                f"label_smoothing must be at least 0 and below 1, found {label_smoothing}. "
+                "(model.label_smoothing)"
+            )
         self.label_names = label_names
         self.head_learning_rate = head_learning_rate
+        self.label_smoothing = label_smoothing
+        self.class_weights = class_weights or {}
+        self._weights = torch.ones(0)  # of all classes, in their order
         self.metrics = nn.ModuleDict()
 
     def configure_model(self) -> None:
         """Load the network and give it a head for the classes, once."""
         self.label_names = self._agreed_label_names()
         if self.network is None:
+            self._weights = _weights_of(self.class_weights, self.label_names)
             super().configure_model()
-            self.add_metrics(len(self.label_names))
+            self._add_metrics(len(self.label_names))
 
-    def add_metrics(self, number_of_classes: int) -> None:
-        """Fill `self.metrics`."""
-        raise NotImplementedError
+    def _add_metrics(self, classes: int) -> None:
+        """Accuracy, and macro F1 of what is evaluated."""
+        for stage in ("train", "val", "test"):
+            accuracy = MulticlassAccuracy(classes, average="micro", ignore_index=IGNORED)
+            self.metrics[f"{stage}_accuracy"] = accuracy
+            if stage != "train":
+                f1 = MulticlassF1Score(classes, average="macro", ignore_index=IGNORED)
+                self.metrics[f"{stage}_f1"] = f1
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Class scores (..., classes) in float32; labels in `batch` are left aside."""
+        assert self.network is not None, "configure_model builds the network"
+        inputs = {key: tensor for key, tensor in batch.items() if key not in self.not_inputs}
+        return self.network(**inputs).logits.float()
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Cross-entropy of one batch."""
+        return self._step("train", batch)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Log loss, accuracy and macro F1."""
+        self._step("val", batch)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Log loss, accuracy and macro F1."""
+        self._step("test", batch)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        """The most probable class name of each row, and the probabilities of all classes."""
+        probabilities = self(batch).softmax(dim=-1)
+        return {"labels": self.names_of(probabilities), "probabilities": probabilities}
+
+    def names_of(self, probabilities: Tensor) -> list[str]:
+        """The name of the most probable class of each row (rows, classes)."""
+        assert self.label_names is not None, "configure_model sets the names"
+        return [self.label_names[index] for index in probabilities.argmax(dim=-1).tolist()]
+
+    def _step(self, stage: str, batch: Batch) -> Tensor:
+        scores, labels = self(batch).flatten(0, -2), batch["labels"].flatten()
+        training, shown = stage == "train", stage != "test"
+        loss, weight = self._loss_sum(scores, labels, training)
+        loss = loss / weight.clamp(min=torch.finfo(loss.dtype).tiny)  # 0 where nothing is labelled
+        # Lightning weights the mean of an epoch by it, over all processes.
+        size = len(labels) if training else int(weight)
+        self.log(f"{stage}_loss", loss, prog_bar=shown, batch_size=size, sync_dist=not training)
+        for name, metric in self.metrics.items():
+            if name.startswith(stage):
+                metric(scores, labels)
+                accuracy = name.endswith("_accuracy")
+                self.log(name, metric, prog_bar=shown and accuracy, batch_size=size)  # type: ignore[arg-type]
+        return loss
+
+    def _loss_sum(self, scores: Tensor, labels: Tensor, training: bool) -> tuple[Tensor, Tensor]:
+        """The sum of weighted losses, and that of the weights."""
+        weights = self._weights.to(scores.device) if training and self.class_weights else None
+        loss = nn.functional.cross_entropy(
+            scores,
+            labels,
+            weight=weights,
+            label_smoothing=self.label_smoothing if training else 0.0,
+            ignore_index=IGNORED,
+            reduction="sum",
+        )
+        labelled = labels != IGNORED
+        counted = labelled if weights is None else weights[labels.clamp(min=0)] * labelled
+        return loss, counted.sum().to(loss.dtype)
 
     def network_options(self) -> dict[str, Any]:
         """The classes; a head that was trained for others gives way to a new one."""
@@ -114,6 +203,23 @@ class Classification(PretrainedTask):
                 "(model.label_names)"
             )
         return list(names)
+
+
+def _weights_of(weights: dict[str, float], names: list[str]) -> Tensor:
+    for name, weight in weights.items():
+        if name not in names:
+            near = did_you_mean(name, names)
+            hint = f" Did you mean {near!r}?" if near else ""
+            raise ConfigError(
+                f"class_weights: there is no class {name!r}. The classes are "
+                f"{first_few(names, 20)}.{hint} (model.class_weights)"
+            )
+        if not 0 < weight < float("inf"):
+            raise ConfigError(
+                f"class_weights: the weight of {name!r} must be positive and finite, found "
+                f"{weight}. (model.class_weights)"
+            )
+    return torch.tensor([float(weights.get(name, 1)) for name in names], dtype=torch.float32)
 
 
 def _difference(first: list[str], second: list[str]) -> str:

@@ -1,0 +1,108 @@
+"""Data with classes: which there are, in which order, and the number of each label."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from typing import Any, ClassVar
+
+from lora_lightning.data.splits import SplitDataModule
+from lora_lightning.errors import ConfigError, RecordError, did_you_mean, first_few
+
+
+class LabelledDataModule(SplitDataModule):
+    """Splits whose records have labels.
+
+    Args:
+        train: Training data; their labels are the classes.
+        val: Validation data, or the share of the training data held out.
+        test: Test data.
+        predict: Data to predict; labels are not read.
+        label_column: Column or key of the label.
+        label_names: The classes in order. Default: the sorted distinct labels of `train`. Where
+            none of these names is a number, a number among the data's labels is the place of a
+            class in this list, from 0.
+        batch_size: Examples per batch.
+        num_workers: Worker processes per data loader; 0 loads in the main process.
+    """
+
+    # What has a label, in words of error messages.
+    labelled: ClassVar[str]
+
+    def __init__(
+        self,
+        train: str | None = None,
+        val: float | str = 0.1,
+        test: str | None = None,
+        predict: str | None = None,
+        label_column: str | None = None,
+        label_names: list[str] | None = None,
+        batch_size: int = 32,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__(train, val, test, predict, batch_size, num_workers)
+        if label_names is not None and len(set(label_names)) < len(label_names):
+            raise ConfigError(f"label_names holds a name twice: {label_names}. (data.label_names)")
+        self.label_column = label_column
+        self._label_names = label_names
+        # Only of names that were given is it known which number means which.
+        self._numbered = label_names is not None and not any(map(str.isdigit, label_names))
+
+    @property
+    def label_names(self) -> list[str]:
+        """The classes; a label's index in this list is its class id. Known after `setup`."""
+        if self._label_names is None:
+            raise ConfigError(
+                "the classes are not known: give data.train, whose labels they are, or name them "
+                "in order. (data.label_names)"
+            )
+        return self._label_names
+
+    def labels_of(self, record: Any) -> Iterable[str | None]:
+        """The labels of one record."""
+        return [record.label]
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read, check and prepare what `stage` needs and no earlier stage has prepared."""
+        # The classes are the training labels, so these are read first, for every stage.
+        if self._label_names is None and self.paths["train"] is not None:
+            self._label_names = self._training_labels()
+        super().setup(stage)
+
+    def class_ids(self, record: Any) -> list[int]:
+        """The numbers of a record's labels.
+
+        Raises:
+            RecordError: If one of them is none of the classes.
+        """
+        index = self._class_index
+        labels = [str(label) for label in self.labels_of(record)]
+        for label in labels:
+            if label not in index:
+                near = did_you_mean(label, self.label_names)
+                hint = f" Did you mean {near!r}?" if near else ""
+                raise RecordError(
+                    f"{record.where}, column {self.label_column!r}: label {label!r} is unknown: "
+                    f"the training data have none such. Known labels: "
+                    f"{first_few(self.label_names, 20)}.{hint} (data.label_names)"
+                )
+        return [index[label] for label in labels]
+
+    @cached_property
+    def _class_index(self) -> dict[str, int]:
+        names = self.label_names
+        numbers = {str(i): i for i in range(len(names))} if self._numbered else {}
+        return numbers | {name: number for number, name in enumerate(names)}
+
+    def _training_labels(self) -> list[str]:
+        records: Sequence[Any] = self.records("train")
+        if self.paths["val"] is None:  # a rare class may be held out as a whole
+            records = [*records, *self.records("val")]
+        labels = sorted({label for record in records for label in self.labels_of(record) if label})
+        if len(labels) < 2:
+            raise RecordError(
+                f"{self.paths['train']}: every training {self.labelled} has the label "
+                f"{first_few(map(repr, labels))}; classification needs at least 2. "
+                "(data.label_column)"
+            )
+        return labels
