@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from lora_lightning.adapters.shira import ShiraConfig as ShiraConfig
     from lora_lightning.adapters.vera import VeraConfig as VeraConfig
     from lora_lightning.callback import LoraCallback as LoraCallback
+    from lora_lightning.callbacks.training_progress import TrainingProgress as TrainingProgress
     from lora_lightning.checkpoint import adapter_state_dict as adapter_state_dict
     from lora_lightning.checkpoint import load_adapter_state_dict as load_adapter_state_dict
     from lora_lightning.combine import add_weighted_adapter as add_weighted_adapter
@@ -102,6 +103,7 @@ _HOME = {
     "SequenceClassification": "tasks.sequence_classification",
     "TextClassificationDataModule": "data.text_classification",
     "StdlibDocstrings": "data.docstrings",
+    "TrainingProgress": "callbacks.training_progress",
     "LoraError": "errors",
 }
 

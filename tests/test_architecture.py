@@ -23,7 +23,7 @@ FLOORS = {
     "peft_format": 3, "peft_config": 3, "peft_keys": 3, "peft_selection": 3, "hotswap": 3,
     "adapter_files": 3, "checkpoint_folders": 3, "atomic_write": 3, "content_hash": 3,
     "training": 4, "callback": 4,
-    "tasks": 5, "data": 5,
+    "tasks": 5, "data": 5, "callbacks": 5,
     "cli": 6, "__main__": 6,
 }  # fmt: skip
 

@@ -6,9 +6,10 @@ import math
 from typing import Any, ClassVar
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from torch import Tensor, nn
 
+from lora_lightning.callbacks.training_progress import TrainingProgress
 from lora_lightning.errors import ConfigError, first_few
 from lora_lightning.hosts.base import adapter_owners
 from lora_lightning.tasks.model_options import (
@@ -119,6 +120,11 @@ class PretrainedTask(LightningModule):
     def network_options(self) -> dict[str, Any]:
         """What else `from_pretrained` is given; a task's own."""
         return {}
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Throughput, learning rate and memory while training, unless the Trainer has it."""
+        there = any(isinstance(c, TrainingProgress) for c in self.trainer.callbacks)  # type: ignore[attr-defined]
+        return [] if there else [TrainingProgress()]
 
     def on_fit_start(self) -> None:
         """Refuse to train with new weights that would stay random."""

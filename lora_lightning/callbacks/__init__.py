@@ -1,0 +1,14 @@
+"""Callbacks that say how training goes, and whether it helped."""
+
+from typing import TYPE_CHECKING
+
+from lora_lightning.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from lora_lightning.callbacks.training_progress import TrainingProgress as TrainingProgress
+
+_HOME = {
+    "TrainingProgress": "training_progress",
+}
+__all__ = list(_HOME)
+__getattr__, __dir__ = lazy_names(__name__, _HOME)
