@@ -15,7 +15,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lora_lightning.data.messages import Message, described, read_messages, read_tools
+from lora_lightning.data.messages import (
+    Message,
+    described,
+    read_messages,
+    read_tools,
+    without_weight,
+)
 from lora_lightning.data.row import Row
 from lora_lightning.data.samples import Chat, Document, PromptCompletion, Sample
 from lora_lightning.errors import ConfigError, RecordError, did_you_mean, first_few
@@ -35,10 +41,18 @@ ALPACA_PROMPT_WITH_INPUT = (
 
 
 class Fields:
-    """The columns of one row under the names of its format, with errors that say where."""
+    """The columns of one row under the names of its format, with errors that say where.
 
-    def __init__(self, row: Row, columns: Mapping[str, str], form: str) -> None:
-        self.where = row.where
+    Attributes:
+        where: Where the row stands.
+        chat: Whether to make conversations of what can be one.
+        prompts_only: Whether answers stay unread.
+    """
+
+    def __init__(
+        self, row: Row, form: str, columns: Mapping[str, str], chat: bool, prompts_only: bool
+    ) -> None:
+        self.where, self.chat, self.prompts_only = row.where, chat, prompts_only
         self._values, self._columns, self._form = row.values, columns, form
 
     def column(self, field: str) -> str:
@@ -74,59 +88,71 @@ class Fields:
             raise RecordError(f"{self.place(field)}: is empty. Remove the row or fill it in.")
         return value
 
-
-def _document(fields: Fields, chat: bool) -> Sample:
-    return Document(fields.text("text"), fields.where)
-
-
-def _prompt_completion(fields: Fields, chat: bool) -> Sample:
-    if isinstance(fields.required("prompt"), list):
-        prompt, completion = (
-            read_messages(fields.required(field), fields.place(field))
-            for field in ("prompt", "completion")
-        )
-        return _conversation((*prompt, *completion), fields)
-    return PromptCompletion(
-        fields.text("prompt", empty=True), fields.text("completion"), fields.where
-    )
+    def answer(self, field: str) -> str:
+        """What is learned; nothing where only prompts are asked for."""
+        return "" if self.prompts_only else self.text(field)
 
 
-def _alpaca(fields: Fields, chat: bool) -> Sample:
-    instruction, output = fields.text("instruction"), fields.text("output")
+def _document(fields: Fields) -> Sample:
+    text = fields.text("text")
+    if fields.prompts_only:
+        return PromptCompletion(text, "", fields.where)
+    return Document(text, fields.where)
+
+
+def _prompt_completion(fields: Fields) -> Sample:
+    if not isinstance(fields.required("prompt"), list):
+        prompt = fields.text("prompt", empty=True)
+        return PromptCompletion(prompt, fields.answer("completion"), fields.where)
+    asked = _messages_of("prompt", fields)
+    answered = () if fields.prompts_only else _messages_of("completion", fields)
+    return _chat(asked + answered, fields, learned_from=len(asked))
+
+
+def _alpaca(fields: Fields) -> Sample:
+    instruction, output = fields.text("instruction"), fields.answer("output")
     given = "" if fields.optional("input") is None else fields.text("input", empty=True)
-    if chat:
-        content = f"{instruction}\n\n{given}" if given.strip() else instruction
-        return Chat(
-            ({"role": "user", "content": content}, {"role": "assistant", "content": output}),
-            fields.where,
-        )
+    if fields.chat:
+        asked = f"{instruction}\n\n{given}" if given.strip() else instruction
+        turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": output}]
+        return Chat(tuple(turns[:1] if fields.prompts_only else turns), fields.where)
     layout = ALPACA_PROMPT_WITH_INPUT if given.strip() else ALPACA_PROMPT
     prompt = layout.format(instruction=instruction, input=given)
     return PromptCompletion(prompt, output, fields.where)
 
 
-def _messages(fields: Fields, chat: bool) -> Sample:
-    messages = read_messages(fields.required("messages"), fields.place("messages"))
-    return _conversation(messages, fields)
+def _messages(fields: Fields) -> Sample:
+    return _chat(_messages_of("messages", fields), fields)
 
 
-def _sharegpt(fields: Fields, chat: bool) -> Sample:
-    messages = read_messages(fields.required("conversations"), fields.place("conversations"))
+def _sharegpt(fields: Fields) -> Sample:
+    turns = _messages_of("conversations", fields)
     if fields.optional("system"):
-        messages = ({"role": "system", "content": fields.text("system")}, *messages)
-    return _conversation(messages, fields)
+        turns = ({"role": "system", "content": fields.text("system")}, *turns)
+    return _chat(turns, fields)
 
 
-def _conversation(messages: tuple[Message, ...], fields: Fields) -> Chat:
+def _messages_of(field: str, fields: Fields) -> tuple[Message, ...]:
+    return read_messages(fields.required(field), fields.place(field))
+
+
+def _chat(turns: tuple[Message, ...], fields: Fields, learned_from: int = 0) -> Chat:
     # In which order roles may follow each other is the template's matter: an assistant that speaks
     # first, for instance, greets.
-    if all(message["role"] != "assistant" for message in messages):
-        raise RecordError(
-            f"{fields.where}: no turn of the assistant, so there is nothing to learn. Remove the "
-            "row or complete it."
-        )
     tools = read_tools(fields.optional("tools"), fields.place("tools"))
-    return Chat(messages, fields.where, tools)
+    if fields.prompts_only:
+        while turns and turns[-1]["role"] == "assistant":
+            turns = turns[:-1]
+        if not turns:
+            raise RecordError(f"{fields.where}: no turn that the assistant could answer.")
+        return Chat(tuple(without_weight(turn) for turn in turns), fields.where, tools)
+    spoken = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
+    unlearned = tuple(i for i in spoken if i < learned_from or turns[i].get("weight") == 0)
+    if len(spoken) == len(unlearned):
+        raise RecordError(
+            f"{fields.where}: no turn of the assistant to learn. Complete the row or remove it."
+        )
+    return Chat(tuple(without_weight(turn) for turn in turns), fields.where, tools, unlearned)
 
 
 @dataclass(frozen=True)
@@ -134,8 +160,13 @@ class Format:
     """How rows of one kind are read: the columns they must and may have, and what they become."""
 
     required: tuple[str, ...]
-    read: Callable[[Fields, bool], Sample]
+    read: Callable[[Fields], Sample]
     optional: tuple[str, ...] = ()
+    answer: str | None = None  # the required column that is not needed to ask
+
+    def needed(self, prompts_only: bool) -> tuple[str, ...]:
+        """The columns that a row must have."""
+        return tuple(f for f in self.required if not (prompts_only and f == self.answer))
 
     def knows(self, fields: Iterable[str]) -> bool:
         """Whether all `fields` are of this format."""
@@ -144,10 +175,12 @@ class Format:
 
 FORMATS = {
     "text": Format(("text",), _document),
-    "prompt-completion": Format(("prompt", "completion"), _prompt_completion, ("tools",)),
-    "alpaca": Format(("instruction", "output"), _alpaca, ("input",)),
-    "messages": Format(("messages",), _messages, ("tools",)),
-    "sharegpt": Format(("conversations",), _sharegpt, ("system", "tools")),
+    "prompt-completion": Format(
+        ("prompt", "completion"), _prompt_completion, optional=("tools",), answer="completion"
+    ),
+    "alpaca": Format(("instruction", "output"), _alpaca, optional=("input",), answer="output"),
+    "messages": Format(("messages",), _messages, optional=("tools",)),
+    "sharegpt": Format(("conversations",), _sharegpt, optional=("system", "tools")),
 }
 
 
@@ -157,6 +190,7 @@ def read_samples(
     format: str | None = None,
     columns: Mapping[str, str] | None = None,
     chat: bool = False,
+    prompts_only: bool = False,
 ) -> Iterator[Sample]:
     """What there is to learn in `rows`, one sample a row.
 
@@ -167,6 +201,8 @@ def read_samples(
             `{"prompt": "question", "completion": "answer"}`.
         chat: Make conversations of Alpaca rows (for a tokenizer with a chat template) instead of
             setting them in Alpaca's own layout.
+        prompts_only: For prediction: the columns of answers need not be there and are not read
+            (completions are empty), and a chat ends where it is the assistant's turn to speak.
 
     Raises:
         ConfigError: If `format` or `columns` name what there is not.
@@ -175,8 +211,8 @@ def read_samples(
     columns = columns or {}
     check_format(format, columns)
     for row in rows:
-        format = format or recognised_format(row, columns)
-        yield FORMATS[format].read(Fields(row, columns, format), chat)
+        format = format or recognised_format(row, columns, prompts_only)
+        yield FORMATS[format].read(Fields(row, format, columns, chat, prompts_only))
 
 
 def check_format(format: str | None, columns: Mapping[str, str]) -> None:
@@ -198,13 +234,13 @@ def check_format(format: str | None, columns: Mapping[str, str]) -> None:
         )
 
 
-def recognised_format(row: Row, columns: Mapping[str, str]) -> str:
+def recognised_format(row: Row, columns: Mapping[str, str], prompts_only: bool = False) -> str:
     """The one format whose columns `row` has."""
     fitting = [
         name
         for name, form in FORMATS.items()
         if form.knows(columns)
-        and all(columns.get(field, field) in row.values for field in form.required)
+        and all(columns.get(field, field) in row.values for field in form.needed(prompts_only))
     ]
     if len(fitting) == 1:
         return fitting[0]

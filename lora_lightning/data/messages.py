@@ -29,7 +29,8 @@ def read_messages(value: Any, place: str) -> tuple[Message, ...]:
     """The messages of one conversation, with `role`, `content` and what else the file gives them.
 
     `from` and `value` are read as `role` and `content`, content in parts is joined, and arguments
-    of tool calls that are JSON in a string become what they say. A key without value is left out:
+    of tool calls that are JSON in a string become what they say. OpenAI's `weight`, 0 for a turn of
+    the assistant that is not learned, stays in the message. A key without value is left out:
     tables (Parquet, Arrow) give every message all keys, and templates ask only whether it is there.
 
     Args:
@@ -56,6 +57,11 @@ def read_tools(value: Any, place: str) -> tuple[Any, ...]:
     return tuple(tools)
 
 
+def without_weight(message: Message) -> Message:
+    """The message as templates read it: whether it is learned is not for the model."""
+    return {key: value for key, value in message.items() if key != "weight"}
+
+
 def described(value: Any) -> str:
     """The type of `value` and how it begins, for error messages."""
     return f"{type(value).__name__} {value!r:.40}"
@@ -72,6 +78,10 @@ def _message(message: Any, place: str) -> Message:
     if calls := message.get("tool_calls"):
         message["tool_calls"] = [_tool_call(call, place) for call in calls]
     message["content"] = _content(message, place)
+    if (weight := message.get("weight", 1)) not in (0, 1):
+        raise RecordError(
+            f"{place}: 'weight' must be 1 (learned) or 0 (only read), found {described(weight)}."
+        )
     return message
 
 

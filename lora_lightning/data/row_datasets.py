@@ -18,6 +18,9 @@ _HUB_NAME = re.compile(
     r"(?::(?:(?P<config>[^:\[]+):)?(?P<split>[^:\[]+(?:\[[^\]]*\])?))?"
 )
 
+# Rows of a streamed dataset that are in memory at a time.
+STREAMED_BATCH = 32
+
 
 def is_saved_dataset(folder: Path) -> bool:
     """Whether `datasets` wrote the folder: one split, or several in folders of their own."""
@@ -81,11 +84,20 @@ def dataset_rows(dataset: Any, source: str, skip: Skip, columns: Columns) -> Ite
         require_columns(names, columns, source)
         dataset = dataset.select_columns(list(columns))
     named = with_label_names(features.to_dict() if features else {})
-    first = skip.take(len(dataset) if hasattr(dataset, "__len__") else skip.rows)
-    for number, values in enumerate(dataset.skip(first), start=first):
+    streamed = not hasattr(dataset, "__len__")
+    first = skip.take(skip.rows if streamed else len(dataset))
+    rest = dataset.skip(first)
+    for number, values in enumerate(_streamed(rest) if streamed else rest, start=first):
         where = f"{source}, row {number}"
         require_columns(values, columns, where)
         yield Row(named(values), where)
+
+
+def _streamed(dataset: Any) -> Iterator[dict[str, Any]]:
+    """Every row, also in a worker: row by row, `datasets` would leave out other workers' files."""
+    for batch in dataset.iter(batch_size=STREAMED_BATCH):
+        for values in zip(*batch.values(), strict=True):
+            yield dict(zip(batch, values, strict=True))
 
 
 def _datasets(source: str, what: str, key: str) -> Any:

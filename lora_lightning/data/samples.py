@@ -30,12 +30,17 @@ class PromptCompletion:
 class Chat:
     """A conversation as `tokenizer.apply_chat_template` takes it; each assistant turn is learned.
 
-    `messages` hold `role` and `content`, and whatever else the template reads (`tool_calls`).
+    Attributes:
+        messages: They hold `role` and `content`, and what else the template reads (`tool_calls`).
+        where: Where the conversation stands.
+        tools: What the assistant may call.
+        unlearned: Indices of the assistant's messages that are only read.
     """
 
     messages: tuple[dict[str, Any], ...]
     where: str
     tools: tuple[Any, ...] = ()
+    unlearned: tuple[int, ...] = ()
 
 
 Sample = Document | PromptCompletion | Chat

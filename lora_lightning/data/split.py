@@ -1,11 +1,15 @@
-"""A train/validation split that cannot leak: it is decided by each text itself."""
+"""A train/validation split that cannot leak: it is decided by what each record says itself."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+import json
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
-from lora_lightning.data.records import Record
+from lora_lightning.data.samples import Document, PromptCompletion, Sample
+
+T = TypeVar("T")
 
 
 def normalised(text: str) -> str:
@@ -13,17 +17,41 @@ def normalised(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
-def split_records(
-    records: Iterable[Record], validation_fraction: float
-) -> tuple[list[Record], list[Record]]:
-    """Training and validation records, about `validation_fraction` of the texts in the latter.
+def is_held_out(content: str, fraction: float) -> bool:
+    """Whether a record is among the about `fraction` of all that are held out for validation.
 
-    A hash of the normalised text decides, so equal texts never fall on both sides, and a text
-    stays on its side when the file grows, is reordered, or is read on another machine.
+    A hash of the normalised `content` decides, so equal contents never fall on both sides, and a
+    record stays on its side when the file grows, is reordered, or is read on another machine, or
+    row by row.
     """
-    sides: tuple[list[Record], list[Record]] = ([], [])
+    digest = hashlib.sha256(normalised(content).encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64 < fraction
+
+
+def _text(record: Any) -> str:
+    return str(record.text)
+
+
+def split_records(
+    records: Iterable[T], fraction: float, content: Callable[[T], str] = _text
+) -> tuple[list[T], list[T]]:
+    """Training and validation records, about `fraction` of the contents in the latter.
+
+    Args:
+        records: Any records.
+        fraction: The share held out, as `is_held_out` decides.
+        content: What a record says; by default its attribute `text`.
+    """
+    sides: tuple[list[T], list[T]] = ([], [])
     for record in records:
-        digest = hashlib.sha256(normalised(record.text).encode()).digest()
-        uniform = int.from_bytes(digest[:8], "big") / 2**64
-        sides[uniform < validation_fraction].append(record)
+        sides[is_held_out(content(record), fraction)].append(record)
     return sides
+
+
+def sample_content(sample: Sample) -> str:
+    """All that is read and learned in a sample, but not where it stands."""
+    if isinstance(sample, Document):
+        return sample.text
+    if isinstance(sample, PromptCompletion):
+        return f"{sample.prompt}\0{sample.completion}"
+    return json.dumps([sample.messages, sample.tools], sort_keys=True, default=str)
