@@ -1,0 +1,128 @@
+"""Texts in pieces as token ids: no token lies in two pieces, and a prompt's ids are its own.
+
+A model that is asked to go on after a prompt reads the ids of that prompt alone. Tokenised together
+with what follows they can be others: GPT-2 writes "\\n\\n" as one token at the end of a text and as
+two before a word, and a blank at the end joins the word after it. A model trained on those would be
+asked to go on from ids that it never saw. So pieces are tokenised together only where that leaves
+the ids of what is before each cut as they are, and else apart.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
+from typing import Any
+
+Ids = list[int]
+
+
+@dataclass
+class _Section:
+    """A part of a text that no token can cross, cut where the text is cut into pieces."""
+
+    parts: list[str] = field(default_factory=list)
+    pieces: list[int] = field(default_factory=list)  # the piece that each part is of
+
+    def heads(self) -> list[str]:
+        """The first part, the first two, ..., all."""
+        return list(accumulate(self.parts))
+
+
+class PieceTokenizer:
+    """Token ids of texts in pieces, without the tokens that a tokenizer adds to a text.
+
+    Args:
+        tokenizer: Any Hugging Face tokenizer; offsets are not needed.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._find_added = finder_of_added_tokens(tokenizer)
+        # Llama 2's manner: every text is given a blank at its start.
+        self._adds_a_blank = tokenizer.decode(2 * self._ids(["a"])["a"]) != "aa"
+
+    def __call__(self, texts: Sequence[Sequence[str]]) -> list[list[Ids]]:
+        """The ids of each piece of each text; equal parts of them are tokenised once."""
+        cut = [self._sections(pieces) for pieces in texts]
+        sections = [section for text in cut for section in text]
+        ids = self._ids(head for section in sections for head in section.heads())
+        apart = [section for section in sections if not _prefixes(section, ids)]
+        later = self._continuations([part for section in apart for part in section.parts[1:]])
+        result: list[list[Ids]] = [[[] for _ in pieces] for pieces in texts]
+        for found, text in zip(result, cut, strict=True):
+            for section in text:
+                for piece, part in zip(section.pieces, _parts(section, ids, later), strict=True):
+                    found[piece] += part
+        return result
+
+    def _sections(self, pieces: Sequence[str]) -> list[_Section]:
+        text, ends = "".join(pieces), list(accumulate(map(len, pieces)))
+        starts = {0, *self._find_added(text)}
+        sections = []
+        for start, end in pairwise(sorted({*starts, *ends})):
+            if start in starts:
+                sections.append(_Section())
+            sections[-1].parts.append(text[start:end])
+            sections[-1].pieces.append(bisect_right(ends, start))
+        return sections
+
+    def _ids(self, texts: Iterable[str]) -> dict[str, Ids]:
+        unique = list(dict.fromkeys(texts))
+        if not unique:
+            return {}
+        encoded = self._tokenizer(
+            unique,
+            add_special_tokens=False,
+            return_attention_mask=False,
+            verbose=False,  # of the model's maximum, which max_length minds
+        )
+        return dict(zip(unique, encoded["input_ids"], strict=True))
+
+    def _continuations(self, parts: list[str]) -> dict[str, Ids]:
+        """The ids of texts that follow another, so without a blank that the file has not."""
+        plain = self._ids(parts)
+        if not self._adds_a_blank:
+            return plain
+        before = "\n"
+        marked = self._ids([before, *(before + part for part in plain)])
+        mark = marked[before]
+        return {
+            part: marked[before + part][len(mark) :]
+            if marked[before + part][: len(mark)] == mark
+            else ids
+            for part, ids in plain.items()
+        }
+
+
+def finder_of_added_tokens(tokenizer: Any) -> Callable[[str], Iterable[int]]:
+    """A function that finds where in a text the tokenizer's added tokens begin.
+
+    Such a token (`<|im_end|>`) is cut out of a text before all else, so no other token crosses it.
+    """
+    tokens = {
+        token.content
+        for token in tokenizer.added_tokens_decoder.values()
+        if not (token.normalized or token.lstrip or token.single_word)
+    }
+    # There are thousands like <unused17>: one pattern finds all numbers.
+    forms = {re.sub(r"\d+", r"\\d+", re.escape(token)) for token in tokens}
+    if not forms:
+        return lambda text: ()
+    pattern = re.compile("|".join(sorted(forms, key=len, reverse=True)))
+    return lambda text: (m.start() for m in pattern.finditer(text) if m.group() in tokens)
+
+
+def _prefixes(section: _Section, ids: dict[str, Ids]) -> bool:
+    *heads, whole = (ids[head] for head in section.heads())
+    return all(whole[: len(head)] == head for head in heads)
+
+
+def _parts(section: _Section, ids: dict[str, Ids], later: dict[str, Ids]) -> list[Ids]:
+    if _prefixes(section, ids):
+        heads = [ids[head] for head in section.heads()]
+        return [heads[-1][a:b] for a, b in pairwise([0, *map(len, heads)])]
+    first, *others = section.parts
+    return [ids[first], *(later[part] for part in others)]

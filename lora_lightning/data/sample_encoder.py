@@ -1,0 +1,159 @@
+"""From samples to examples: what all encoders share, which is lengths and counting."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+from lora_lightning.data.encoding_report import EncodingReport
+from lora_lightning.data.samples import IGNORED, Example, Sample
+from lora_lightning.errors import ConfigError, RecordError, did_you_mean
+
+# Samples that are tokenised in one call: a fast tokenizer works on a list in parallel.
+BLOCK = 1000
+TOO_LONG = ("truncate", "drop", "error")
+UNTRAINABLE = ("error", "drop")
+
+
+class SampleEncoder:
+    """Samples to examples; a subclass says how, and how an example that is too long is cut.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer.
+        max_length: The most tokens of an example, at least 2.
+        too_long: What becomes of longer ones: "truncate" keeps their beginning, "drop" leaves
+            them out, "error" stops.
+        untrainable: What becomes of examples without a learned token, such as those whose prompt
+            alone fills `max_length`: "error" stops, "drop" leaves them out.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        max_length: int,
+        *,
+        too_long: str = "truncate",
+        untrainable: str = "error",
+    ) -> None:
+        check_length("max_length", max_length)
+        _check_choice("too_long", too_long, TOO_LONG)
+        _check_choice("untrainable", untrainable, UNTRAINABLE)
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.too_long = too_long
+        self.untrainable = untrainable
+
+    @property
+    def limit(self) -> str:
+        """The greatest length, in words."""
+        return _in_words(self._limits())
+
+    def encode(self, sample: Sample, report: EncodingReport | None = None) -> list[Example]:
+        """The examples of one sample: mostly one, none where it is dropped."""
+        return self.encode_block([sample], report)[0]
+
+    def encode_all(
+        self, samples: Iterable[Sample], report: EncodingReport | None = None
+    ) -> Iterator[Example]:
+        """The examples of all samples in order, tokenised block by block."""
+        samples = iter(samples)
+        while block := list(islice(samples, BLOCK)):
+            for examples in self.encode_block(block, report):
+                yield from examples
+
+    def encode_block(
+        self, samples: Sequence[Sample], report: EncodingReport | None = None
+    ) -> list[list[Example]]:
+        """The examples of each sample, tokenised together.
+
+        Args:
+            samples: Any number of samples, in memory.
+            report: Counts what becomes of them.
+
+        Raises:
+            RecordError: If a sample cannot be used; names its place in the file.
+        """
+        report = EncodingReport() if report is None else report
+        return [
+            [kept for e in examples if (kept := self._kept(e, sample.where, report))]
+            for sample, examples in zip(samples, self._examples(samples, report), strict=True)
+        ]
+
+    def _examples(
+        self, samples: Sequence[Sample], report: EncodingReport
+    ) -> Iterable[list[Example]]:
+        """The examples of each sample, of any length."""
+        raise NotImplementedError
+
+    def _limits(self) -> tuple[int, ...]:
+        """The most tokens of an example; of its target, if that is apart."""
+        return (self.max_length,)
+
+    def _lengths(self, example: Example) -> tuple[int, ...]:
+        """What `_limits` limits."""
+        return (len(example.input_ids),)
+
+    def _cut(self, example: Example) -> Example:
+        """The example within the limits."""
+        raise NotImplementedError
+
+    def _kept(self, example: Example, where: str, report: EncodingReport) -> Example | None:
+        kept = example
+        lengths = self._lengths(example)
+        if any(length > limit for length, limit in zip(lengths, self._limits(), strict=True)):
+            if self.too_long == "drop":
+                report.too_long += 1
+                return None
+            if self.too_long == "error":
+                raise RecordError(
+                    f"{where}: the example has {_in_words(lengths)}, and {self.limit} are "
+                    "allowed. Allow more (data.max_length), or say that longer ones are cut or "
+                    "dropped: too_long: truncate or drop. (data.too_long)"
+                )
+            kept = self._cut(example)
+        learned = sum(label != IGNORED for label in kept.labels)
+        if not learned:
+            if self.untrainable == "error":
+                raise RecordError(self._nothing_learned(example, where))
+            report.untrainable += 1
+            return None
+        report.truncated += kept is not example
+        report.examples += 1
+        report.tokens += sum(self._lengths(kept))
+        report.learned += learned
+        return kept
+
+    def _nothing_learned(self, example: Example, where: str) -> str:
+        read_only = next((n for n, label in enumerate(example.labels) if label != IGNORED), None)
+        if read_only is None:
+            reason = "it has no assistant turn. Remove it"
+        else:
+            reason = (
+                f"its first {read_only:,} tokens are only read, and it is cut to {self.limit}. "
+                "Allow more (data.max_length)"
+            )
+        return (
+            f"{where}: nothing of this example would be learned: {reason}, or leave such examples "
+            "out: untrainable: drop. (data.untrainable)"
+        )
+
+
+def _in_words(lengths: Sequence[int]) -> str:
+    tokens, *target = lengths
+    return f"{tokens:,} tokens" + "".join(f" and {length:,} of the target" for length in target)
+
+
+def check_length(name: str, length: int) -> None:
+    """Refuse a length that leaves nothing to learn."""
+    if length < 2:
+        raise ConfigError(f"{name} must be at least 2 tokens, found {length}. (data.{name})")
+
+
+def _check_choice(name: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        near = did_you_mean(value, known)
+        hint = f" Did you mean {near!r}?" if near else ""
+        raise ConfigError(
+            f"{name} must be one of {', '.join(known)}; found {value!r}.{hint} (data.{name})"
+        )
