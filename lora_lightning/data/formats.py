@@ -15,8 +15,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_info
+from torch.utils.data import get_worker_info
+
 from lora_lightning.data.messages import (
     Message,
+    check_characters,
     described,
     read_messages,
     read_tools,
@@ -64,8 +68,10 @@ class Fields:
         return f"{self.where}, key {self.column(field)!r}"
 
     def optional(self, field: str) -> Any:
-        """The value; None where there is none."""
-        return self._values.get(self.column(field))
+        """The value; None where there is none, which a column that is named must not be."""
+        if field in self._columns:
+            return self.required(field)
+        return self._values.get(field)
 
     def required(self, field: str) -> Any:
         """The value, which may be None."""
@@ -84,6 +90,7 @@ class Fields:
         value = self.required(field)
         if not isinstance(value, str):
             raise RecordError(f"{self.place(field)}: must be a string, found {described(value)}.")
+        check_characters(value, self.place(field))
         if not empty and not value.strip():
             raise RecordError(f"{self.place(field)}: is empty. Remove the row or fill it in.")
         return value
@@ -210,8 +217,10 @@ def read_samples(
     """
     columns = columns or {}
     check_format(format, columns)
-    for row in rows:
+    for number, row in enumerate(rows):
         format = format or recognised_format(row, columns, prompts_only)
+        if number == 0:
+            _announce(row, format, columns)
         yield FORMATS[format].read(Fields(row, format, columns, chat, prompts_only))
 
 
@@ -230,7 +239,7 @@ def check_format(format: str | None, columns: Mapping[str, str]) -> None:
         raise ConfigError(
             f"columns names {first_few(columns)}, but "
             + (f"the format {format!r} has no {wrong!r}" if format else "no format has all of them")
-            + f".{hint} Formats: {_listed()}. Write FORMAT'S NAME: FILE'S NAME. (data.columns)"
+            + f".{hint} Formats: {_listed()}. Map the format's names to the file's. (data.columns)"
         )
 
 
@@ -245,6 +254,14 @@ def recognised_format(row: Row, columns: Mapping[str, str], prompts_only: bool =
     if len(fitting) == 1:
         return fitting[0]
     found = first_few(row.values, 20)
+    for field, column in columns.items():
+        if column not in row.values:
+            near = did_you_mean(column, row.values)
+            hint = f" Did you mean {near!r}?" if near else ""
+            raise RecordError(
+                f"{row.where}: no key {column!r}, which columns names for {field!r}. Keys found: "
+                f"{found}.{hint} (data.columns)"
+            )
     if fitting:
         raise RecordError(
             f"{row.where}: its keys ({found}) fit several formats: {', '.join(fitting)}. "
@@ -253,6 +270,18 @@ def recognised_format(row: Row, columns: Mapping[str, str], prompts_only: bool =
     raise RecordError(
         f"{row.where}: its keys ({found}) fit no format. Formats: {_listed()}. Name the columns of "
         'one of them, such as {"prompt": "question", "completion": "answer"}. (data.columns)'
+    )
+
+
+def _announce(row: Row, format: str, columns: Mapping[str, str]) -> None:
+    if get_worker_info() is not None:
+        return  # the main process has said it
+    form = FORMATS[format]
+    read = {columns.get(field, field) for field in (*form.required, *form.optional)}
+    unread = [column for column in row.values if column not in read]
+    rank_zero_info(
+        f"{row.where}: the format is {format!r} (data.format)"
+        + (f"; keys not read: {first_few(unread, 20)}" if unread else "")
     )
 
 

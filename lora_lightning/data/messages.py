@@ -62,6 +62,17 @@ def without_weight(message: Message) -> Message:
     return {key: value for key, value in message.items() if key != "weight"}
 
 
+def check_characters(text: str, place: str) -> None:
+    """Refuse half an emoji: JSON can write it, and no tokenizer reads it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RecordError(
+            f"{place}: character {error.start + 1} is {text[error.start]!a}, half of a surrogate "
+            "pair. Remove it or restore the character."
+        ) from error
+
+
 def described(value: Any) -> str:
     """The type of `value` and how it begins, for error messages."""
     return f"{type(value).__name__} {value!r:.40}"
@@ -109,6 +120,7 @@ def _content(message: Message, place: str) -> str:
     if not isinstance(content, str):
         found = "none" if content is None else described(content)
         raise RecordError(f"{place}: 'content' (or 'value') must be a string, found {found}.")
+    check_characters(content, place)
     if not content.strip() and message["role"] == "assistant" and not message.get("tool_calls"):
         raise RecordError(f"{place}: the assistant says nothing. Remove the turn or fill it in.")
     return content

@@ -14,7 +14,7 @@ from lora_lightning.errors import RecordError, first_few
 
 # NAME, NAME:SPLIT or NAME:CONFIG:SPLIT; a split may be sliced as datasets slices it: train[:10%].
 _HUB_NAME = re.compile(
-    r"(?P<name>[\w.-]+(?:/[\w.-]+)?)"
+    r"(?P<name>\w[\w.-]*(?:/\w[\w.-]*)?)"
     r"(?::(?:(?P<config>[^:\[]+):)?(?P<split>[^:\[]+(?:\[[^\]]*\])?))?"
 )
 
@@ -43,7 +43,7 @@ def is_hub_name(source: str) -> bool:
     return _HUB_NAME.fullmatch(source) is not None
 
 
-def hub_dataset(source: str, key: str, streaming: bool) -> Any:
+def hub_dataset(source: str, key: str, streaming: bool, hint: str = "") -> Any:
     """The split of a dataset on the hub (or in its cache) that `source` names.
 
     Args:
@@ -51,6 +51,7 @@ def hub_dataset(source: str, key: str, streaming: bool) -> Any:
             is, or for training the one called `train`.
         key: The config key of `source`.
         streaming: Read over the network as rows are needed, instead of downloading all first.
+        hint: The file that may be meant instead, for the error message.
     """
     match = _HUB_NAME.fullmatch(source)
     assert match is not None
@@ -61,9 +62,9 @@ def hub_dataset(source: str, key: str, streaming: bool) -> Any:
     except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
         problem = str(error).strip().rstrip(".") or type(error).__name__
         raise RecordError(
-            f"{source}: no such file or folder, and no such dataset could be loaded: {problem}. "
-            f"Name a file, a folder, or a dataset of the Hugging Face hub as NAME, NAME:SPLIT or "
-            f"NAME:CONFIG:SPLIT. ({key})"
+            f"{source}: no such file or folder, and no such dataset could be loaded: {problem}."
+            f"{hint} Name a file, a folder, or a dataset of the Hugging Face hub as NAME, "
+            f"NAME:SPLIT or NAME:CONFIG:SPLIT. ({key})"
         ) from error
     if split is not None:
         return loaded
@@ -84,18 +85,20 @@ def dataset_rows(dataset: Any, source: str, skip: Skip, columns: Columns) -> Ite
         require_columns(names, columns, source)
         dataset = dataset.select_columns(list(columns))
     named = with_label_names(features.to_dict() if features else {})
-    streamed = not hasattr(dataset, "__len__")
-    first = skip.take(skip.rows if streamed else len(dataset))
-    rest = dataset.skip(first)
-    for number, values in enumerate(_streamed(rest) if streamed else rest, start=first):
+    first = skip.take(len(dataset) if hasattr(dataset, "__len__") else skip.rows)
+    for number, values in enumerate(_from(dataset, first), start=first):
         where = f"{source}, row {number}"
         require_columns(values, columns, where)
         yield Row(named(values), where)
 
 
-def _streamed(dataset: Any) -> Iterator[dict[str, Any]]:
-    """Every row, also in a worker: row by row, `datasets` would leave out other workers' files."""
-    for batch in dataset.iter(batch_size=STREAMED_BATCH):
+def _from(dataset: Any, first: int) -> Iterator[dict[str, Any]]:
+    if hasattr(dataset, "__len__"):
+        if first < len(dataset):
+            yield from dataset.skip(first)
+        return
+    # In a worker `datasets` would leave other workers' files out of what it gives row by row.
+    for batch in dataset.skip(first).iter(batch_size=STREAMED_BATCH):
         for values in zip(*batch.values(), strict=True):
             yield dict(zip(batch, values, strict=True))
 

@@ -36,9 +36,11 @@ def jsonl_rows(path: Path, skip: Skip, columns: Columns) -> Iterator[Row]:
         try:
             values = json.loads(line)
         except json.JSONDecodeError as error:
+            column = min(error.pos, len(line.rstrip())) + 1
             raise RecordError(
-                f"{where}, column {error.colno}: broken JSON: {error.msg}. "
+                f"{where}, column {column}: broken JSON: {error.msg}. "
                 "Each line must be one complete JSON object."
+                + (" (Or the file one array of them.)" if ".json" in path.suffixes else "")
             ) from error
         yield _json_row(values, where, columns)
 

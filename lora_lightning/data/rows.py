@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,18 @@ from lora_lightning.data.row_datasets import (
 )
 from lora_lightning.data.row_files import READERS, Columns
 from lora_lightning.errors import RecordError, did_you_mean, first_few
+
+# Words in the names of files that say which split they are.
+_SPLITS = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "dev": "val",
+    "test": "test",
+    "eval": "test",
+}
 
 KNOWN = ".jsonl, .json, .csv, .txt (also with .gz), .parquet"
 
@@ -53,11 +66,10 @@ def read_rows(
     path = Path(source).expanduser()
     if path.is_dir() and is_saved_dataset(path):
         return dataset_rows(saved_dataset(path, key), str(path), Skip(skip), columns)
-    files = _files(path, key)
-    if files is None:
-        dataset = hub_dataset(source, key, streaming)
+    if not path.exists() and _kind(path) not in READERS and is_hub_name(source):
+        dataset = hub_dataset(source, key, streaming, hint=_nearest(path))
         return dataset_rows(dataset, source, Skip(skip), columns)
-    return _file_rows(files, Skip(skip), columns)
+    return _file_rows(_files(path, key), Skip(skip), columns)
 
 
 def _file_rows(files: list[Path], skip: Skip, columns: Columns) -> Iterator[Row]:
@@ -65,8 +77,8 @@ def _file_rows(files: list[Path], skip: Skip, columns: Columns) -> Iterator[Row]
         yield from READERS[_kind(file)](file, skip, columns)
 
 
-def _files(path: Path, key: str) -> list[Path] | None:
-    """The files that `path` stands for; None where it can only be a name on the hub."""
+def _files(path: Path, key: str) -> list[Path]:
+    """The files that `path` stands for."""
     if path.is_dir():
         return _files_of_folder(path, key)
     if path.exists():
@@ -76,8 +88,6 @@ def _files(path: Path, key: str) -> list[Path] | None:
                 f"files, or a folder saved by datasets.Dataset.save_to_disk. ({key})"
             )
         return [path]
-    if _kind(path) not in READERS and is_hub_name(str(path)):
-        return None
     if glob.has_magic(str(path)):
         return _files_of_pattern(path, key)
     raise RecordError(_missing_file(path, key))
@@ -96,7 +106,17 @@ def _files_of_folder(folder: Path, key: str) -> list[Path]:
             f"{folder}: holds files of several kinds ({', '.join(kinds)}). Name one kind by a "
             f"pattern, such as '{folder / f'*{kinds[0]}'}'. ({key})"
         )
+    splits = {_SPLITS[word] for file in files for word in _words(file) if word in _SPLITS}
+    if len(splits) > 1:
+        raise RecordError(
+            f"{folder}: holds files of several splits ({first_few(file.name for file in files)}). "
+            f"Name the files of one, such as '{files[-1]}' or a pattern. ({key})"
+        )
     return files
+
+
+def _words(file: Path) -> list[str]:
+    return re.split(r"[^a-z]+", file.name.lower())
 
 
 def _files_of_pattern(pattern: Path, key: str) -> list[Path]:
@@ -124,6 +144,11 @@ def _missing_file(source: Path, key: str) -> str:
     folder = source.parent
     if not folder.is_dir():
         return f"{source}: no such file; the folder {folder} does not exist either. ({key})"
-    near = did_you_mean(source.name, (path.name for path in folder.iterdir()))
-    hint = f" Did you mean {str(folder / near)!r}?" if near else ""
-    return f"{source}: no such file.{hint} ({key})"
+    return f"{source}: no such file.{_nearest(source)} ({key})"
+
+
+def _nearest(source: Path) -> str:
+    folder = source.parent
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    near = did_you_mean(source.name, names)
+    return f" Did you mean {str(folder / near)!r}?" if near else ""
