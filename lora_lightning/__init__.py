@@ -40,6 +40,9 @@ if TYPE_CHECKING:
     from lora_lightning.data.text_classification import (
         TextClassificationDataModule as TextClassificationDataModule,
     )
+    from lora_lightning.data.token_classification import (
+        TokenClassificationDataModule as TokenClassificationDataModule,
+    )
     from lora_lightning.errors import LoraError as LoraError
     from lora_lightning.eva import eva_start as eva_start
     from lora_lightning.hotswap import hotswap_adapter as hotswap_adapter
@@ -60,6 +63,9 @@ if TYPE_CHECKING:
     from lora_lightning.switching import set_adapter as set_adapter
     from lora_lightning.tasks.sequence_classification import (
         SequenceClassification as SequenceClassification,
+    )
+    from lora_lightning.tasks.token_classification import (
+        TokenClassification as TokenClassification,
     )
     from lora_lightning.training.checkpoints.loading import (
         load_from_checkpoint as load_from_checkpoint,
@@ -102,6 +108,8 @@ _HOME = {
     "load_adapter_state_dict": "checkpoint",
     "SequenceClassification": "tasks.sequence_classification",
     "TextClassificationDataModule": "data.text_classification",
+    "TokenClassification": "tasks.token_classification",
+    "TokenClassificationDataModule": "data.token_classification",
     "StdlibDocstrings": "data.docstrings",
     "TrainingProgress": "callbacks.training_progress",
     "LoraError": "errors",

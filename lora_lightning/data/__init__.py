@@ -9,9 +9,13 @@ if TYPE_CHECKING:
     from lora_lightning.data.text_classification import (
         TextClassificationDataModule as TextClassificationDataModule,
     )
+    from lora_lightning.data.token_classification import (
+        TokenClassificationDataModule as TokenClassificationDataModule,
+    )
 
 _HOME = {
     "TextClassificationDataModule": "text_classification",
+    "TokenClassificationDataModule": "token_classification",
     "StdlibDocstrings": "docstrings",
 }
 __all__ = list(_HOME)

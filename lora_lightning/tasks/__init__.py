@@ -8,9 +8,13 @@ if TYPE_CHECKING:
     from lora_lightning.tasks.sequence_classification import (
         SequenceClassification as SequenceClassification,
     )
+    from lora_lightning.tasks.token_classification import (
+        TokenClassification as TokenClassification,
+    )
 
 _HOME = {
     "SequenceClassification": "sequence_classification",
+    "TokenClassification": "token_classification",
 }
 __all__ = list(_HOME)
 __getattr__, __dir__ = lazy_names(__name__, _HOME)
