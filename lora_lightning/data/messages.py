@@ -28,10 +28,11 @@ OTHER_NAMES = {
 def read_messages(value: Any, place: str) -> tuple[Message, ...]:
     """The messages of one conversation, with `role`, `content` and what else the file gives them.
 
-    `from` and `value` are read as `role` and `content`, content in parts is joined, and arguments
-    of tool calls that are JSON in a string become what they say. OpenAI's `weight`, 0 for a turn of
-    the assistant that is not learned, stays in the message. A key without value is left out:
-    tables (Parquet, Arrow) give every message all keys, and templates ask only whether it is there.
+    `from` and `value` are read as `role` and `content`, and a ShareGPT `function_call` as a tool
+    call of the assistant. Content in parts is joined. Arguments of tool calls that are JSON in a
+    string become what they say. OpenAI's `weight`, 0 for a turn of the assistant that is not
+    learned, stays in the message. A key without value is left out: tables (Parquet, Arrow) give
+    every message all keys, and templates ask only whether one is there.
 
     Args:
         value: A list of messages, or such a list as JSON in a string (as in CSV).
@@ -85,6 +86,8 @@ def _message(message: Any, place: str) -> Message:
     for name, other in (("role", "from"), ("content", "value")):
         if name not in message and other in message:
             message[name] = message.pop(other)
+    if message.get("role") == "function_call":
+        message = _called(message, place)
     message["role"] = _role(message, place)
     if calls := message.get("tool_calls"):
         message["tool_calls"] = [_tool_call(call, place) for call in calls]
@@ -96,18 +99,30 @@ def _message(message: Any, place: str) -> Message:
     return message
 
 
+def _called(message: Message, place: str) -> Message:
+    """ShareGPT writes a call as a turn of its own: its content is the JSON of one call or more."""
+    calls = _parsed(message.get("content"), place)
+    calls = calls if isinstance(calls, list) else [calls]
+    if not all(isinstance(call, dict) and "name" in call for call in calls):
+        raise RecordError(
+            f'{place}: a function_call must say {{"name": ..., "arguments": ...}} in JSON, found '
+            f"{described(message.get('content'))}."
+        )
+    calls = [{"type": "function", "function": call} for call in calls]
+    return {**message, "role": "assistant", "content": "", "tool_calls": calls}
+
+
 def _role(message: Message, place: str) -> str:
     if "role" not in message:
         raise RecordError(f"{place}: has no 'role' (or 'from'). Keys found: {', '.join(message)}.")
     role = message["role"]
-    if role in ROLES:
-        return str(role)
-    if role in OTHER_NAMES:
-        return OTHER_NAMES[role]
-    near = did_you_mean(str(role), [*ROLES, *OTHER_NAMES])
+    known = {**{name: name for name in ROLES}, **OTHER_NAMES}
+    if isinstance(role, str) and role in known:
+        return known[role]
+    near = did_you_mean(str(role), known)
     hint = f" Did you mean {near!r}?" if near else ""
     raise RecordError(
-        f"{place}: unknown role {role!r}.{hint} Roles: {', '.join([*ROLES, *OTHER_NAMES])}."
+        f"{place}: unknown role {role!r}.{hint} Roles: {', '.join([*known, 'function_call'])}."
     )
 
 
