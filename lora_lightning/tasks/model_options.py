@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 
-from lora_lightning.errors import ConfigError, did_you_mean
-from lora_lightning.tasks.pretrained import load_pretrained
+from lora_lightning.errors import ConfigError, ModelError, did_you_mean
+from lora_lightning.tasks.pretrained import load_pretrained, resolve_model_path
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Quantization = Literal["nf4", "fp4", "int8"]
@@ -122,18 +126,47 @@ def load_network(
         **network_options: A task's own for `from_pretrained`.
 
     """
+    if options.revision is not None and Path(resolve_model_path(name)).is_dir():
+        raise ConfigError(
+            f"revision={options.revision!r} names a state of a model on the hub, but {name!r} is a "
+            "local folder, which has one state only. Leave it out. (model.revision)"
+        )
     how: dict[str, Any] = {**options.hub(), **network_options, "dtype": _dtype(options)}
     if options.attn_implementation is not None:
         how["attn_implementation"] = options.attn_implementation
+    network: Any
     if options.pretrained:
         if options.quantize:
             how |= _quantized(auto_class, name, options, trainer, how)
-        network, info = load_pretrained(auto_class, name, output_loading_info=True, **how)
+        with _attention_named(options.attn_implementation):
+            network, info = load_pretrained(auto_class, name, output_loading_info=True, **how)
         new = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
     else:
-        network, new = from_config(auto_class, name, how), set()
+        with _attention_named(options.attn_implementation):
+            network, new = from_config(auto_class, name, how), set()
     network.train()  # from_pretrained returns eval mode, which the Trainer would keep
+    # A cache is of no use but to generation, which asks for one by itself. Where there is one,
+    # transformers takes a packed row for a single sequence, and checkpointing warns of it.
+    network.config.use_cache = False
+    if options.gradient_checkpointing:
+        _checkpoint_layers(network, name)
+    if options.compile:
+        _compile(network, {} if options.compile is True else options.compile)
     return network, new
+
+
+@contextmanager
+def _attention_named(name: str | None) -> Iterator[None]:
+    """Say that it is the attention where that is what transformers cannot have."""
+    try:
+        yield
+    except (ModelError, ImportError, ValueError) as error:
+        reason = str(error.__cause__ or error).split("\n")[0]
+        if name is None or not re.search("attn_implementation|attention", reason, re.IGNORECASE):
+            raise
+        raise ConfigError(
+            f"attn_implementation={name!r} cannot be had: {reason} (model.attn_implementation)"
+        ) from error
 
 
 def from_config(auto_class: str, name: str, how: dict[str, Any]) -> nn.Module:
@@ -150,14 +183,10 @@ def from_config(auto_class: str, name: str, how: dict[str, Any]) -> nn.Module:
     return getattr(transformers, auto_class).from_config(config, **passed_on)
 
 
-def enable_gradient_checkpointing(network: Any, name: str) -> None:
+def _checkpoint_layers(network: Any, name: str) -> None:
     """Let every layer keep its input only, and run again in backward.
 
     Non-reentrant: a layer whose input needs no gradient, as below frozen embeddings, trains.
-
-    Raises:
-        ConfigError: If the network has no layers for it.
-
     """
     if not getattr(network, "supports_gradient_checkpointing", False):
         raise ConfigError(
@@ -167,8 +196,16 @@ def enable_gradient_checkpointing(network: Any, name: str) -> None:
     # Its name before transformers 5.20
     enable = getattr(network, "activation_checkpointing_enable", None)
     (enable or network.gradient_checkpointing_enable)({"use_reentrant": False})
-    # Layers refuse a cache with a warning; generation asks for one by itself.
-    network.config.use_cache = False
+    # transformers lets embeddings require gradients for the reentrant kind, which breaks a graph.
+    network.disable_input_require_grads()
+
+
+def _compile(network: Any, options: dict[str, Any]) -> None:
+    """Compile the base in place: no wrapper, so all names stay, and adapters may grow later.
+
+    Heads stay outside: what computes a loss may call them in pieces.
+    """
+    network.base_model.compile(**{"dynamic": True, **options})
 
 
 def _dtype(options: ModelOptions) -> Any:

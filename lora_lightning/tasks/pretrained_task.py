@@ -16,7 +16,6 @@ from lora_lightning.tasks.model_options import (
     Dtype,
     ModelOptions,
     Quantization,
-    enable_gradient_checkpointing,
     load_network,
 )
 from lora_lightning.tasks.optimization import (
@@ -41,8 +40,8 @@ class PretrainedTask(LightningModule):
         model: Hub id, local folder, or `package:import_name/sub/folder` (an installed package's).
         learning_rate: Learning rate at its peak. The default suits LoRA; full fine-tuning wants
             about a tenth of it.
-        weight_decay: AdamW's decoupled weight decay.
-            Biases, norms and vectors of adapters are spared.
+        weight_decay: AdamW's decoupled weight decay, of all but biases, norms and vectors
+            of adapters.
         lr_schedule: How the learning rate goes on after its peak: `linear` or `cosine` to 0 at the
             last step of the run, or `constant`.
         warmup_fraction: Share of all steps, 0 <= fraction <= 1, in which the learning rate rises
@@ -58,6 +57,8 @@ class PretrainedTask(LightningModule):
             them. 4-bit layers compute in the dtype of the Trainer's precision.
         gradient_checkpointing: Keep only each layer's input for the backward pass and run the layer
             again there: less memory, about a third more time, the same gradients.
+        compile: Let torch.compile make one graph of the network below its head, for inputs of any
+            length; or the options that `torch.compile` is given, such as `{mode: max-autotune}`.
         pretrained: False: random weights in the shape that the model's `config.json` says, to be
             trained in full.
         revision: Branch, tag or commit of a model on the hub.
@@ -80,6 +81,7 @@ class PretrainedTask(LightningModule):
         attn_implementation: str | None = None,
         quantize: Quantization | None = None,
         gradient_checkpointing: bool = False,
+        compile: bool | dict[str, Any] = False,
         pretrained: bool = True,
         revision: str | None = None,
         trust_remote_code: bool = False,
@@ -92,6 +94,7 @@ class PretrainedTask(LightningModule):
             attn_implementation=attn_implementation,
             quantize=quantize,
             gradient_checkpointing=gradient_checkpointing,
+            compile=compile,
             pretrained=pretrained,
             revision=revision,
             trust_remote_code=trust_remote_code,
@@ -114,8 +117,6 @@ class PretrainedTask(LightningModule):
             self.auto_class, self.model_name, self.options, self._trainer, **self.network_options()
         )
         self.new_parameters = {f"network.{key}" for key in new}
-        if self.options.gradient_checkpointing:
-            enable_gradient_checkpointing(self.network, self.model_name)
 
     def network_options(self) -> dict[str, Any]:
         """What else `from_pretrained` is given; a task's own."""
