@@ -87,7 +87,7 @@ def tiny_tokenizer(
     template: str | None = None,
     *,
     bos: str | None = None,
-    eos: str = "</s>",
+    eos: str | None = "</s>",
     pad: str | None = "<pad>",
     special: tuple[str, ...] = (),
     manner: str = "gpt2",
@@ -99,7 +99,7 @@ def tiny_tokenizer(
         template: "chatml", "llama3" or "gemma", which also set all other arguments; a chat template
             in Jinja; or None for a tokenizer without one.
         bos: Put before every text.
-        eos: Not put after it.
+        eos: Not put after it. May be None.
         pad: May be None.
         special: Further special tokens.
         manner: How text is split: "gpt2" (bytes; "\\n\\n" is one token at the end of a text and two

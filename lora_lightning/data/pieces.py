@@ -86,15 +86,14 @@ class PieceTokenizer:
         plain = self._ids(parts)
         if not self._adds_a_blank:
             return plain
-        before = "\n"
-        marked = self._ids([before, *(before + part for part in plain)])
-        mark = marked[before]
-        return {
-            part: marked[before + part][len(mark) :]
-            if marked[before + part][: len(mark)] == mark
-            else ids
-            for part, ids in plain.items()
-        }
+        result = dict(plain)
+        for before in ("a", "\n"):  # what one of them merges with, the other does not
+            joint = self._ids([before, *(before + part for part in plain)])
+            mark = joint[before]
+            for part in plain:
+                if joint[before + part][: len(mark)] == mark:
+                    result[part] = joint[before + part][len(mark) :]
+        return result
 
 
 def finder_of_added_tokens(tokenizer: Any) -> Callable[[str], Iterable[int]]:

@@ -42,15 +42,18 @@ class Seq2SeqEncoder(SampleEncoder):
 
     def encode_prompts(self, samples: Sequence[Sample]) -> list[Ids]:
         """What the encoder reads to generate. Not limited in length."""
-        return self.tokenizer([_pair(s)[0] for s in samples], verbose=False)["input_ids"]
+        prompts = [_pair(sample)[0] for sample in samples]
+        return self.tokenizer(prompts, verbose=False)["input_ids"] if prompts else []
 
     def _examples(
         self, samples: Sequence[Sample], report: EncodingReport
     ) -> Iterable[list[Example]]:
-        prompts = self.encode_prompts(samples)
+        if not samples:
+            return
         targets = self.tokenizer(text_target=[_pair(s)[1] for s in samples], verbose=False)
         eos = end_of_sequence(self.tokenizer)
-        for prompt, target in zip(prompts, targets["input_ids"], strict=True):
+        pairs = zip(self.encode_prompts(samples), targets["input_ids"], strict=True)
+        for prompt, target in pairs:
             ended = target if target[-1:] == [eos] else [*target, eos]
             yield [Example(prompt, ended)]
 
