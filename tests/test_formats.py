@@ -246,12 +246,13 @@ def test_a_chat_without_a_question():
     assert sample(row, prompts_only=True, chat=True) == Chat((asked,), PLACE)
 
 
-def test_what_is_read_and_what_is_not_is_said_once(caplog):
+def test_a_recognised_format_and_what_is_not_read_are_said_once(caplog):
     rows = [Row({"text": "one", "id": 1, "meta": ""}, f"a, line {n}") for n in (1, 2)]
     with caplog.at_level(logging.INFO):
         list(read_samples(rows))
         list(read_samples([Row({"q": "2", "a": "4"}, PLACE)],
                           columns={"prompt": "q", "completion": "a"}))  # fmt: skip
+        list(read_samples(rows, format="text"))
     assert caplog.messages == [
         "a, line 1: the format is 'text' (data.format); keys not read: id, meta",
         f"{PLACE}: the format is 'prompt-completion' (data.format)",

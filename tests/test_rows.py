@@ -243,6 +243,11 @@ def test_long_csv_fields(write):
     assert values(write("a.csv", f"text\n{text}\n")) == [{"text": text}]
 
 
+def test_a_csv_header_that_names_a_column_twice(write):
+    path = write("a.csv", "\ntext,label,text\na,b,c\n")
+    assert message(path) == f"{path}, line 2: the header names the column 'text' twice."
+
+
 def test_a_broken_gzip(write, tmp_path):
     path = write("a.jsonl.gz", jsonl(VALUES))
     whole = (tmp_path / "a.jsonl.gz").read_bytes()
@@ -308,6 +313,13 @@ def test_class_names_also_in_lists_and_parquet(tmp_path):
             {"label": None, "tags": [], "number": 0},
             {"label": None, "tags": ["pos"], "number": 1},
         ]
+
+
+def test_a_dataset_saved_as_tensors_is_read_as_values(tmp_path):
+    datasets = pytest.importorskip("datasets", reason="dataset folders are written by datasets")
+    dataset = datasets.Dataset.from_dict({"tags": [[0, 1]]}).with_format("torch")
+    dataset.save_to_disk(str(tmp_path / "saved"))
+    assert values(tmp_path / "saved") == [{"tags": [0, 1]}]
 
 
 def test_names_of_hub_datasets(hub):

@@ -82,3 +82,10 @@ def test_the_side_of_a_text_is_fixed():
     """Written down: a new version must not move texts from training into validation."""
     sides = "".join("tv"[is_held_out(f"Text {number}", 0.3)] for number in range(24))
     assert sides == "ttttttvvtttvvvvttvtvvvtt"
+
+
+def test_the_order_of_keys_does_not_count():
+    chat = samples(0, "")[2]
+    turned = tuple(dict(reversed(message.items())) for message in chat.messages)
+    assert list(turned[0]) != list(chat.messages[0])
+    assert sample_content(Chat(turned, "")) == sample_content(chat)

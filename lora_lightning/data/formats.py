@@ -201,6 +201,8 @@ def read_samples(
 ) -> Iterator[Sample]:
     """What there is to learn in `rows`, one sample a row.
 
+    A format that is recognised is said, and which columns are not read.
+
     Args:
         rows: All of one format.
         format: A name out of `FORMATS`. Default: the one whose columns the first row has.
@@ -217,9 +219,9 @@ def read_samples(
     """
     columns = columns or {}
     check_format(format, columns)
-    for number, row in enumerate(rows):
-        format = format or recognised_format(row, columns, prompts_only)
-        if number == 0:
+    for row in rows:
+        if format is None:
+            format = recognised_format(row, columns, prompts_only)
             _announce(row, format, columns)
         yield FORMATS[format].read(Fields(row, format, columns, chat, prompts_only))
 

@@ -80,6 +80,7 @@ def hub_dataset(source: str, key: str, streaming: bool, hint: str = "") -> Any:
 
 def dataset_rows(dataset: Any, source: str, skip: Skip, columns: Columns) -> Iterator[Row]:
     """The rows of a loaded dataset; of a streamed one, too."""
+    dataset = dataset.with_format(None)  # tensors, if it was saved so
     names, features = dataset.column_names, dataset.features
     if columns and names is not None:  # unknown in a stream of files without a schema
         require_columns(names, columns, source)

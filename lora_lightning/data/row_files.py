@@ -73,6 +73,8 @@ def csv_rows(path: Path, skip: Skip, columns: Columns) -> Iterator[Row]:
                 continue
             if header is None:
                 header = fields
+                if twice := [name for name in header if header.count(name) > 1]:
+                    raise RecordError(f"{where}: the header names the column {twice[0]!r} twice.")
                 require_columns(header, columns, where)
                 continue
             if skip.take():
