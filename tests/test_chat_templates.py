@@ -99,14 +99,23 @@ def test_a_marked_turn_that_begins_with_a_blank():
 
 def test_a_turn_without_mark_is_an_error():
     block = (
-        "{% if loop.last %}{% generation %}{{ message.content + '<|im_end|>' }}{% endgeneration %}"
+        "{% if message.content != 'I am fine.' %}{% generation %}{{ message.content }}"
+        "{{ '<|im_end|>' }}{% endgeneration %}"
         "{% else %}{{ message.content + '<|im_end|>' }}{% endif %}"
     )
     assert refusal(marked(block), TALK) == (
-        "my.jsonl, line 3: the chat template marks 1 of the 2 assistant turns with {% generation "
-        "%}. Mark all of them, or take the marks out: then every assistant turn is learned. "
+        "my.jsonl, line 3, message 2: the chat template has {% generation %} blocks, but none "
+        "marks this turn. Mark every assistant turn, or take the blocks out: then all are learned. "
         "(data.chat_template)"
     )
+
+
+def test_a_template_that_marks_the_last_turn_only():
+    block = (
+        "{% if loop.last %}{% generation %}{{ message.content + '<|im_end|>\\n' }}"
+        "{% endgeneration %}{% else %}{{ message.content + '<|im_end|>\\n' }}{% endif %}"
+    )
+    assert encoded(marked(block), TALK) == encoded(None, TALK)
 
 
 def test_marks_do_not_overrule_turns_that_are_only_read():

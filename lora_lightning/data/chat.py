@@ -61,18 +61,15 @@ class ChatTemplate:
         messages = _without_nulls(chat)
         spoken = [number for number, m in enumerate(messages) if m.get("role") == "assistant"]
         turns = [number for number in spoken if number not in chat.unlearned]
-        if not turns:
-            return []
-        # Blocks do not say which turn they are of.
-        if _GENERATION_BLOCK.search(self._source(chat)) and turns == spoken:
-            return [self._by_blocks(chat, messages[: turns[-1] + 1], len(turns))]
+        marked = bool(turns) and _GENERATION_BLOCK.search(self._source(chat))
+        find = self._marked_turn if marked else self._turn
         texts: list[Marked] = []
         for turn in turns:
-            text, span = self._turn(chat, messages, turn)
+            text, spans = find(chat, messages, turn)
             if texts and text.startswith(texts[-1][0]):
-                texts[-1] = text, [*texts[-1][1], span]
+                texts[-1] = text, [*texts[-1][1], *spans]
             else:
-                texts.append((text, [span]))
+                texts.append((text, spans))
         return texts
 
     def prompt(self, chat: Chat) -> str:
@@ -84,16 +81,15 @@ class ChatTemplate:
         """Whether `text` ends in a token that can tell the model to stop."""
         return text.endswith(self._added)
 
-    def _turn(self, chat: Chat, messages: list[Message], turn: int) -> tuple[str, Span]:
-        """The text up to the end of message number `turn`, and the span of that message."""
+    def _turn(self, chat: Chat, messages: list[Message], turn: int) -> Marked:
+        """The text up to the end of message number `turn`, and where that message is in it."""
         text = self._render(chat, messages[: turn + 1])
         if turn:
             prompt = self._render(chat, messages[:turn], add_generation_prompt=True)
         else:
             prompt = self._prompt_of_first_turn(chat, text)
         if not text.startswith(prompt):
-            pairs = zip(prompt, text + "\0", strict=False)
-            common = next(n for n, (written, found) in enumerate(pairs) if written != found)
+            common = _common_start(prompt, text)
             raise RecordError(
                 f"{chat.where}, message {turn + 1}: the chat template lets the model write this "
                 f"turn after {prompt[common:][:40]!r}, but the turn itself begins with "
@@ -102,7 +98,24 @@ class ChatTemplate:
                 "template. (data.chat_template)"
             )
         end = self._end_of_turn(text, (len(prompt), len(text)))
-        return text[:end], (len(prompt), end)
+        return text[:end], [(len(prompt), end)]
+
+    def _marked_turn(self, chat: Chat, messages: list[Message], turn: int) -> Marked:
+        """As `_turn`, by the blocks of the template that are not of earlier messages."""
+        text, blocks = self._render_blocks(chat, messages[: turn + 1])
+        earlier = _common_start(self._render(chat, messages[:turn]), text) if turn else 0
+        spans = [
+            (start, self._end_of_turn(text, (start, end)))
+            for start, end in blocks
+            if start >= earlier
+        ]
+        if not spans:
+            raise RecordError(
+                f"{chat.where}, message {turn + 1}: the chat template has {{% generation %}} "
+                "blocks, but none marks this turn. Mark every assistant turn, or take the blocks "
+                "out: then all are learned. (data.chat_template)"
+            )
+        return text[: spans[-1][1]], spans
 
     def _prompt_of_first_turn(self, chat: Chat, text: str) -> str:
         """The start of a chat that the assistant opens: no template writes an empty chat."""
@@ -117,17 +130,6 @@ class ChatTemplate:
                 "user message. (data.chat_template)"
             )
         return text[: start + len(header)]
-
-    def _by_blocks(self, chat: Chat, messages: list[Message], turns: int) -> Marked:
-        text, blocks = self._render_blocks(chat, messages)
-        if len(blocks) < turns:
-            raise RecordError(
-                f"{chat.where}: the chat template marks {len(blocks)} of the {turns} assistant "
-                "turns with {% generation %}. Mark all of them, or take the marks out: then every "
-                "assistant turn is learned. (data.chat_template)"
-            )
-        spans = [(start, self._end_of_turn(text, (start, end))) for start, end in blocks]
-        return text[: spans[-1][1]], spans
 
     def _end_of_turn(self, text: str, span: Span) -> int:
         """Where the token that ends the turn ends; where `span` does if there is no such token."""
@@ -178,6 +180,12 @@ class ChatTemplate:
 def _without_nulls(chat: Chat) -> list[Message]:
     # As apply_chat_template does; many templates would write "None".
     return [{key: v for key, v in m.items() if v is not None} for m in chat.messages]
+
+
+def _common_start(text: str, other: str) -> int:
+    """How many characters both begin with."""
+    pairs = enumerate(zip(text, other, strict=False))
+    return next((n for n, (a, b) in pairs if a != b), min(len(text), len(other)))
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from typing import Any
@@ -49,13 +49,19 @@ class PieceTokenizer:
         cut = [self._sections(pieces) for pieces in texts]
         sections = [section for text in cut for section in text]
         ids = self._ids(head for section in sections for head in section.heads())
-        apart = [section for section in sections if not _prefixes(section, ids)]
-        later = self._continuations([part for section in apart for part in section.parts[1:]])
+        torn = [
+            part
+            for section in sections
+            for part, before, head in _steps(section, ids)
+            if not _adds(before, head)
+        ]
+        later = self._continuations(torn)
         result: list[list[Ids]] = [[[] for _ in pieces] for pieces in texts]
         for found, text in zip(result, cut, strict=True):
             for section in text:
-                for piece, part in zip(section.pieces, _parts(section, ids, later), strict=True):
-                    found[piece] += part
+                for piece, step in zip(section.pieces, _steps(section, ids), strict=True):
+                    part, before, head = step
+                    found[piece] += head[len(before) :] if _adds(before, head) else later[part]
         return result
 
     def _sections(self, pieces: Sequence[str]) -> list[_Section]:
@@ -114,14 +120,13 @@ def finder_of_added_tokens(tokenizer: Any) -> Callable[[str], Iterable[int]]:
     return lambda text: (m.start() for m in pattern.finditer(text) if m.group() in tokens)
 
 
-def _prefixes(section: _Section, ids: dict[str, Ids]) -> bool:
-    *heads, whole = (ids[head] for head in section.heads())
-    return all(whole[: len(head)] == head for head in heads)
+def _steps(section: _Section, ids: dict[str, Ids]) -> Iterator[tuple[str, Ids, Ids]]:
+    """Each part, with the ids of what is before it and of what is up to its end."""
+    heads = [[], *(ids[head] for head in section.heads())]
+    for part, (before, head) in zip(section.parts, pairwise(heads), strict=True):
+        yield part, before, head
 
 
-def _parts(section: _Section, ids: dict[str, Ids], later: dict[str, Ids]) -> list[Ids]:
-    if _prefixes(section, ids):
-        heads = [ids[head] for head in section.heads()]
-        return [heads[-1][a:b] for a, b in pairwise([0, *map(len, heads)])]
-    first, *others = section.parts
-    return [ids[first], *(later[part] for part in others)]
+def _adds(before: Ids, head: Ids) -> bool:
+    """Whether the part between leaves the ids before it as they are."""
+    return head[: len(before)] == before
