@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from lora_lightning.combine import add_weighted_adapter as add_weighted_adapter
     from lora_lightning.config import AdapterConfig as AdapterConfig
     from lora_lightning.data.docstrings import StdlibDocstrings as StdlibDocstrings
+    from lora_lightning.data.images import ImageDataModule as ImageDataModule
     from lora_lightning.data.text_classification import (
         TextClassificationDataModule as TextClassificationDataModule,
     )
@@ -61,6 +62,9 @@ if TYPE_CHECKING:
     from lora_lightning.switching import disable_adapter as disable_adapter
     from lora_lightning.switching import scale_adapter as scale_adapter
     from lora_lightning.switching import set_adapter as set_adapter
+    from lora_lightning.tasks.image_classification import (
+        ImageClassification as ImageClassification,
+    )
     from lora_lightning.tasks.sequence_classification import (
         SequenceClassification as SequenceClassification,
     )
@@ -108,6 +112,8 @@ _HOME = {
     "load_adapter_state_dict": "checkpoint",
     "SequenceClassification": "tasks.sequence_classification",
     "TextClassificationDataModule": "data.text_classification",
+    "ImageClassification": "tasks.image_classification",
+    "ImageDataModule": "data.images",
     "TokenClassification": "tasks.token_classification",
     "TokenClassificationDataModule": "data.token_classification",
     "StdlibDocstrings": "data.docstrings",

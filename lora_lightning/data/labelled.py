@@ -62,6 +62,10 @@ class LabelledDataModule(SplitDataModule):
         """The labels of one record."""
         return [record.label]
 
+    def label_place(self, record: Any) -> str:
+        """Where the label of `record` stands."""
+        return f"{record.where}, column {self.label_column!r}"
+
     def setup(self, stage: str | None = None) -> None:
         """Read, check and prepare what `stage` needs and no earlier stage has prepared."""
         # The classes are the training labels, so these are read first, for every stage.
@@ -82,7 +86,7 @@ class LabelledDataModule(SplitDataModule):
                 near = did_you_mean(label, self.label_names)
                 hint = f" Did you mean {near!r}?" if near else ""
                 raise RecordError(
-                    f"{record.where}, column {self.label_column!r}: label {label!r} is unknown: "
+                    f"{self.label_place(record)}: label {label!r} is unknown: "
                     f"the training data have none such. Known labels: "
                     f"{first_few(self.label_names, 20)}.{hint} (data.label_names)"
                 )

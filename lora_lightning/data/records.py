@@ -40,7 +40,7 @@ def read_records(
             text=_text(row.values[text_column], f"{row.where}, column {text_column!r}"),
             label=None
             if label_column is None
-            else _label(row.values[label_column], f"{row.where}, column {label_column!r}"),
+            else label_text(row.values[label_column], f"{row.where}, column {label_column!r}"),
             where=row.where,
         )
         for row in read_rows(path, key=key, columns=columns)
@@ -58,7 +58,12 @@ def _text(value: Any, where: str) -> str:
     return value
 
 
-def _label(value: Any, where: str) -> str:
+def label_text(value: Any, where: str) -> str:
+    """A label as it is written.
+
+    Raises:
+        RecordError: If it is neither a string nor an integer, or empty.
+    """
     if value is None or value == "":
         raise RecordError(f"{where}: the label is missing. Remove the record or fill it in.")
     if not isinstance(value, (str, int)) or isinstance(value, bool):

@@ -5,6 +5,9 @@ from typing import TYPE_CHECKING
 from lora_lightning.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from lora_lightning.tasks.image_classification import (
+        ImageClassification as ImageClassification,
+    )
     from lora_lightning.tasks.sequence_classification import (
         SequenceClassification as SequenceClassification,
     )
@@ -15,6 +18,7 @@ if TYPE_CHECKING:
 _HOME = {
     "SequenceClassification": "sequence_classification",
     "TokenClassification": "token_classification",
+    "ImageClassification": "image_classification",
 }
 __all__ = list(_HOME)
 __getattr__, __dir__ = lazy_names(__name__, _HOME)

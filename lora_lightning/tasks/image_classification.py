@@ -1,0 +1,30 @@
+"""Image classification: one class for each image, with any Hugging Face vision model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lora_lightning.tasks.classification import Classification
+from lora_lightning.tasks.pretrained_task import Batch
+
+
+class ImageClassification(Classification):
+    """A pretrained vision model (ViT, Swin, ConvNeXt, ResNet, ...) with a classification head.
+
+    Logs `train_loss` and `train_accuracy`; `val_loss`, `val_accuracy` and `val_f1` (macro), and the
+    same of a test. Predicts one label for each image, and the probabilities of all classes.
+
+    Args:
+        **options: Those of every classification, and of every task.
+    """
+
+    auto_class = "AutoModelForImageClassification"
+    not_inputs = ("labels", "where")
+
+    def __init__(self, model: str, **options: Any) -> None:
+        super().__init__(model, **options)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        """Where each image was found, its most probable class, the probabilities of all classes."""
+        where = {"where": batch["where"]} if "where" in batch else {}
+        return {**where, **super().predict_step(batch, batch_idx)}
