@@ -6,7 +6,7 @@ import math
 from typing import Any, ClassVar
 
 import torch
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback
 from torch import Tensor, nn
 
 from lora_lightning.callbacks.training_progress import TrainingProgress
@@ -26,12 +26,13 @@ from lora_lightning.tasks.optimization import (
     count_steps,
     decay_groups,
 )
+from lora_lightning.tasks.token_mean import TokenMean
 from lora_lightning.training.binding import callbacks_of
 
 Batch = dict[str, Tensor]
 
 
-class PretrainedTask(LightningModule):
+class PretrainedTask(TokenMean):
     """A pretrained network of Hugging Face transformers as a LightningModule.
 
     The network is loaded in `configure_model`, and is the attribute `network`.
@@ -129,6 +130,7 @@ class PretrainedTask(LightningModule):
 
     def on_fit_start(self) -> None:
         """Refuse to train with new weights that would stay random."""
+        super().on_fit_start()
         frozen = _frozen_for_good(self, self.new_parameters)
         if frozen:
             names = sorted({name.removeprefix("network.").rpartition(".")[0] for name in frozen})

@@ -1,0 +1,112 @@
+"""One update is the mean over all learned tokens of its accumulation window, however uneven."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from lora_lightning.errors import ConfigError
+from lora_lightning.sharding import is_sharded
+
+KEY = "token_mean"  # in checkpoints
+
+
+class TokenMean(LightningModule):
+    """Accumulation over batches and processes that is exactly one large batch.
+
+    The loss of a window of micro-batches j, over all processes r, is
+    L = sum_jr s_jr / sum_jr n_jr: s the summed loss, n the number of tokens (or examples, or the
+    sum of their weights). Means of means, which Lightning's own accumulation and DDP make, weight a
+    token the more the fewer tokens its batch has.
+
+    The window's number of tokens is not known before its last micro-batch. So the gradient is kept
+    right at every moment: with N_j the tokens of all processes up to micro-batch j, gradients so
+    far are multiplied by N_(j-1) / N_j before s_j / N_j adds its own. What hooks, gradient clipping
+    and optimizers see is the mean over the window, and a window that the end of an epoch cuts short
+    is nothing special. Of each micro-batch, two numbers are reduced over the processes.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Of the window so far, over all processes: weight, and summed loss. No buffers, which a
+        # module in bfloat16 would round.
+        self._window_weight = torch.zeros((), dtype=torch.float64)
+        self._window_total = torch.zeros((), dtype=torch.float64)
+
+    def batch_weight(self, batch: Any) -> Tensor:
+        """The number of tokens (or what else is averaged over) that a batch trains on; may be 0."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Let gradients so far be those of the mean over the window that is about to grow.
+
+        Before the step, not within it: FSDP shows gradients only outside of its forward.
+        """
+        weight = self._sum_over_processes(self.batch_weight(batch))
+        gradients = self._gradients() if batch_idx % self.trainer.accumulate_grad_batches else []
+        # No gradients: a window begins, or a resumed run has none of what was accumulated.
+        before = self._window_weight.to(weight) if gradients else torch.zeros_like(weight)
+        self._window_total = self._window_total.to(weight) if gradients else torch.zeros_like(weight)
+        self._window_weight = before + weight
+        if gradients:
+            torch._foreach_mul_(gradients, before / _not_zero(self._window_weight))
+
+    def window_loss(self, total: Tensor) -> Tensor:
+        """What `training_step` is to return, so that the update is the mean over the window.
+
+        Args:
+            total: Summed loss of this process's micro-batch, of float32 or wider.
+        """
+        self._window_total = self._window_total + self._sum_over_processes(total.detach())
+        # Lightning divides by the one; strategies average gradients over the other.
+        parts = self.trainer.accumulate_grad_batches * self.trainer.world_size
+        return total * (parts / _not_zero(self._window_weight)).to(total)
+
+    @property
+    def window_mean(self) -> Tensor:
+        """Mean loss of the window so far, over all processes."""
+        return self._window_total / _not_zero(self._window_weight)
+
+    def on_fit_start(self) -> None:
+        """Refuse strategies that keep accumulated gradients to themselves."""
+        super().on_fit_start()
+        strategy, accumulate = self.trainer.strategy, self.trainer.accumulate_grad_batches
+        if strategy.handles_gradient_accumulation and accumulate > 1:
+            raise ConfigError(
+                f"{type(strategy).__name__} accumulates gradients by itself and would take the "
+                f"mean of {accumulate} means, in which tokens of short batches count more. Use "
+                "accumulate_grad_batches=1 with larger batches, or strategy='ddp' or 'fsdp'. "
+                "(trainer.accumulate_grad_batches)"
+            )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what the window has so far: gradients may be kept, too (`LoraCallback`)."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint[KEY] = {"weight": float(self._window_weight), "total": float(self._window_total)}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on within the window."""
+        super().on_load_checkpoint(checkpoint)
+        saved = checkpoint.get(KEY, {"weight": 0.0, "total": 0.0})
+        self._window_weight = torch.tensor(saved["weight"], dtype=torch.float64)
+        self._window_total = torch.tensor(saved["total"], dtype=torch.float64)
+
+    def _sum_over_processes(self, value: Tensor) -> Tensor:
+        # Of what float32 cannot count, MPS has nothing wider.
+        wide = value.to(torch.float32 if value.device.type == "mps" else torch.float64, copy=True)
+        return self.trainer.strategy.reduce(wide, reduce_op="sum")
+
+    def _gradients(self) -> list[Tensor]:
+        held = [
+            p for o in self.trainer.optimizers for group in o.param_groups for p in group["params"]
+        ]
+        gradients: list[Any] = [p.grad for p in held if p.grad is not None]
+        return [g.to_local() if is_sharded(g) else g for g in gradients]
+
+
+def _not_zero(weight: Tensor) -> Tensor:
+    return weight.where(weight > 0, 1)
