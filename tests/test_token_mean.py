@@ -16,6 +16,7 @@ from modules import run
 from processes import on_processes
 from resuming import Run, Spots
 from test_fsdp1 import on_cpu
+from tiny_bert import save_tiny_bert
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
 from torch.nn.functional import cross_entropy
@@ -25,6 +26,7 @@ from lora_lightning import AdaLoraConfig, LoraCallback
 from lora_lightning.compiled import named_parameters
 from lora_lightning.errors import ConfigError
 from lora_lightning.sharding import whole
+from lora_lightning.tasks import SequenceClassification
 from lora_lightning.tasks.token_mean import TokenMean
 
 summoned = FullyShardedDataParallel.summon_full_params
@@ -58,7 +60,7 @@ class Tokens(TokenMean):
         return cross_entropy(wide, batch[:, 1], reduction="sum")
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        loss = self.window_loss(self.summed_loss(batch))
+        loss = self.window_loss(self.summed_loss(batch), batch)
         self.log("train_loss", self.window_mean)
         return loss
 
@@ -317,6 +319,34 @@ def test_two_processes(tmp_path: Path) -> None:
             assert error(module, truth) < 1e-5
             module.load_state_dict(plain)
             assert error(module, truth) > 1e-2  # so that the test can fail
+
+
+def test_weighted_classes(tmp_path: Path) -> None:
+    """Classification's own weights: what a class counts."""
+    model = str(save_tiny_bert(tmp_path / "model"))
+    ids = torch.randint(4, 17, (8, 6), generator=torch.Generator().manual_seed(1))
+    data = [{"input_ids": row, "labels": torch.tensor(i % 3 == 1).long()} for i, row in enumerate(ids)]  # fmt: skip
+
+    def head(batch_size: int, accumulate: int, kind: Any = SequenceClassification) -> Tensor:
+        seed_everything(1, verbose=False)
+        module = kind(model, label_names=["a", "b"], class_weights={"b": 7.0})
+        module.configure_model()
+        module.eval()
+        options: dict[str, Any] = {"accumulate_grad_batches": accumulate, "max_epochs": 1}
+        run(tmp_path, **options).fit(module, DataLoader(data, batch_size))  # type: ignore[arg-type]
+        return module.network.classifier.weight.detach()
+
+    class SGD(SequenceClassification):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.5)
+
+    class PlainMeanSGD(SGD):
+        def window_loss(self, total: Tensor, batch: Any) -> Tensor:
+            return total / self._window_weight
+
+    whole_batch = head(4, 1, SGD)
+    assert torch.allclose(head(1, 4, SGD), whole_batch, rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(head(1, 4, PlainMeanSGD), whole_batch, rtol=1e-2)
 
 
 def test_strategies_that_accumulate_by_themselves_are_refused(tmp_path: Path) -> None:

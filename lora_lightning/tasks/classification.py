@@ -86,7 +86,7 @@ class Classification(PretrainedTask):
         return self.network(**inputs).logits.float()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Cross-entropy of one batch."""
+        """Cross-entropy, as the update's mean over its whole window wants it."""
         return self._step("train", batch)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -110,8 +110,8 @@ class Classification(PretrainedTask):
     def _step(self, stage: str, batch: Batch) -> Tensor:
         scores, labels = self(batch).flatten(0, -2), batch["labels"].flatten()
         training, shown = stage == "train", stage != "test"
-        loss, weight = self._loss_sum(scores, labels, training)
-        loss = loss / weight.clamp(min=torch.finfo(loss.dtype).tiny)  # 0 where nothing is labelled
+        total, weight = self._loss_sum(scores, labels, training), self._weight_of(labels, training)
+        loss = total / weight.clamp(min=torch.finfo(total.dtype).tiny)  # 0: nothing is labelled
         # Lightning weights the mean of an epoch by it, over all processes.
         size = len(labels) if training else int(weight)
         self.log(f"{stage}_loss", loss, prog_bar=shown, batch_size=size, sync_dist=not training)
@@ -120,12 +120,16 @@ class Classification(PretrainedTask):
                 metric(scores, labels)
                 accuracy = name.endswith("_accuracy")
                 self.log(name, metric, prog_bar=shown and accuracy, batch_size=size)  # type: ignore[arg-type]
-        return loss
+        return self.window_loss(total, batch) if training else loss
 
-    def _loss_sum(self, scores: Tensor, labels: Tensor, training: bool) -> tuple[Tensor, Tensor]:
-        """The sum of weighted losses, and that of the weights."""
+    def batch_weight(self, batch: Batch) -> Tensor:
+        """The weights of all that is labelled."""
+        return self._weight_of(batch["labels"].flatten(), training=True)
+
+    def _loss_sum(self, scores: Tensor, labels: Tensor, training: bool) -> Tensor:
+        """The sum of weighted losses."""
         weights = self._weights.to(scores.device) if training and self.class_weights else None
-        loss = nn.functional.cross_entropy(
+        return nn.functional.cross_entropy(
             scores,
             labels,
             weight=weights,
@@ -133,9 +137,13 @@ class Classification(PretrainedTask):
             ignore_index=IGNORED,
             reduction="sum",
         )
-        labelled = labels != IGNORED
-        counted = labelled if weights is None else weights[labels.clamp(min=0)] * labelled
-        return loss, counted.sum().to(loss.dtype)
+
+    def _weight_of(self, labels: Tensor, training: bool) -> Tensor:
+        """The sum of the weights that `_loss_sum` takes losses by."""
+        labelled = (labels != IGNORED).float()
+        if training and self.class_weights:
+            labelled = labelled * self._weights.to(labels.device)[labels.clamp(min=0)]
+        return labelled.sum()
 
     def network_options(self) -> dict[str, Any]:
         """The classes; a head that was trained for others gives way to a new one."""

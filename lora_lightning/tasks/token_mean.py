@@ -50,17 +50,22 @@ class TokenMean(LightningModule):
         gradients = self._gradients() if batch_idx % self.trainer.accumulate_grad_batches else []
         # No gradients: a window begins, or a resumed run has none of what was accumulated.
         before = self._window_weight.to(weight) if gradients else torch.zeros_like(weight)
-        self._window_total = self._window_total.to(weight) if gradients else torch.zeros_like(weight)
+        self._window_total = (
+            self._window_total.to(weight) if gradients else torch.zeros_like(weight)
+        )
         self._window_weight = before + weight
         if gradients:
             torch._foreach_mul_(gradients, before / _not_zero(self._window_weight))
 
-    def window_loss(self, total: Tensor) -> Tensor:
+    def window_loss(self, total: Tensor, batch: Any) -> Tensor:
         """What `training_step` is to return, so that the update is the mean over the window.
 
         Args:
             total: Summed loss of this process's micro-batch, of float32 or wider.
+            batch: The micro-batch. Without a Trainer, the mean over it is returned.
         """
+        if self._trainer is None:
+            return total / _not_zero(self.batch_weight(batch)).to(total)
         self._window_total = self._window_total + self._sum_over_processes(total.detach())
         # Lightning divides by the one; strategies average gradients over the other.
         parts = self.trainer.accumulate_grad_batches * self.trainer.world_size
@@ -74,6 +79,8 @@ class TokenMean(LightningModule):
     def on_fit_start(self) -> None:
         """Refuse strategies that keep accumulated gradients to themselves."""
         super().on_fit_start()
+        if self._trainer is None:
+            return
         strategy, accumulate = self.trainer.strategy, self.trainer.accumulate_grad_batches
         if strategy.handles_gradient_accumulation and accumulate > 1:
             raise ConfigError(
