@@ -36,9 +36,12 @@ class TokenMean(LightningModule):
         self._window_weight = torch.zeros((), dtype=torch.float64)
         self._window_total = torch.zeros((), dtype=torch.float64)
 
-    def batch_weight(self, batch: Any) -> Tensor:
-        """The number of tokens (or what else is averaged over) that a batch trains on; may be 0."""
-        raise NotImplementedError
+    def batch_weight(self, batch: Any) -> Tensor | None:
+        """The number of tokens (or what else is averaged over) that a batch trains on; may be 0.
+
+        None, of a module that does not say: its loss is its own affair.
+        """
+        return None
 
     @torch.no_grad()
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -46,7 +49,10 @@ class TokenMean(LightningModule):
 
         Before the step, not within it: FSDP shows gradients only outside of its forward.
         """
-        weight = self._sum_over_processes(self.batch_weight(batch))
+        own = self.batch_weight(batch)
+        if own is None:
+            return
+        weight = self._sum_over_processes(own)
         gradients = self._gradients() if batch_idx % self.trainer.accumulate_grad_batches else []
         # No gradients: a window begins, or a resumed run has none of what was accumulated.
         before = self._window_weight.to(weight) if gradients else torch.zeros_like(weight)
@@ -65,7 +71,9 @@ class TokenMean(LightningModule):
             batch: The micro-batch. Without a Trainer, the mean over it is returned.
         """
         if self._trainer is None:
-            return total / _not_zero(self.batch_weight(batch)).to(total)
+            weight = self.batch_weight(batch)
+            assert weight is not None
+            return total / _not_zero(weight).to(total)
         self._window_total = self._window_total + self._sum_over_processes(total.detach())
         # Lightning divides by the one; strategies average gradients over the other.
         parts = self.trainer.accumulate_grad_batches * self.trainer.world_size
