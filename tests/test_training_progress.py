@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
 from lightning.pytorch.loggers import CSVLogger
 from modules import Data, Net, run
 from processes import on_processes
@@ -142,7 +143,7 @@ def test_tokens_per_second(tmp_path: Path, clock: Clock, capsys: Any) -> None:
     trainer = fit(tmp_path, module)
     assert column(tmp_path, "tokens_per_second") == [50.0] * 4
     assert "trained on 400 tokens in 8.0 s, 50.0 tokens/s" in capsys.readouterr().out
-    assert trainer.progress_bar_metrics["tokens_per_second"] == 50
+    assert trainer.progress_bar_metrics["tokens/s"] == "50"
 
 
 def test_batches_that_do_not_say_their_size(tmp_path: Path, clock: Clock) -> None:
@@ -181,8 +182,8 @@ def test_the_learning_rate_is_that_of_the_step(tmp_path: Path, clock: Clock) -> 
     assert column(tmp_path, "lr") == [1.0, 0.5, 0.25, 0.125]
     assert column(tmp_path, "lr_2") == [2.0, 1.0, 0.5, 0.25]
     assert column(tmp_path, "lr_embed") == [3.0, 1.5, 0.75, 0.375]
-    assert {"lr", "samples_per_second"} <= trainer.progress_bar_metrics.keys()
-    assert "lr_2" not in trainer.progress_bar_metrics  # the bar has room for one
+    assert trainer.progress_bar_metrics["lr"] == "1.2e-01"  # the bar has room for one
+    assert trainer.progress_bar_metrics.keys() == {"samples/s", "lr", "peak memory"}
 
 
 def test_peak_memory(tmp_path: Path) -> None:
@@ -237,7 +238,15 @@ def test_our_tasks_bring_it_once(tmp_path: Path) -> None:
         found = [c for c in trainer.callbacks if isinstance(c, TrainingProgress)]
         assert len(found) == 1
         assert found == own or not own
-        assert "samples_per_second" in trainer.progress_bar_metrics
+        assert "samples/s" in trainer.progress_bar_metrics
+
+
+@pytest.mark.parametrize("theme", [None, RichProgressBarTheme(metrics_format=".1f")])
+def test_the_bar_has_a_line_for_each_metric(tmp_path: Path, theme: Any, capsys: Any) -> None:
+    bar = RichProgressBar(**({} if theme is None else {"theme": theme}))
+    fit(tmp_path, Net(), bar, enable_progress_bar=True)
+    assert bar.theme.metrics_text_delimiter == ("\n" if theme is None else " ")
+    assert "lr: 1.0e-02" in capsys.readouterr().out
 
 
 def on_two(folder: str) -> list[float]:
@@ -252,7 +261,7 @@ def on_two(folder: str) -> list[float]:
 
     trainer = run(Path(folder), TrainingProgress(), strategy="ddp", devices=2, logger=False)
     trainer.fit(Ranked(clock), Data())
-    return [trainer.progress_bar_metrics["tokens_per_second"]]  # type: ignore[list-item]
+    return [float(trainer.callback_metrics["tokens_per_second"])]
 
 
 @pytest.mark.slow

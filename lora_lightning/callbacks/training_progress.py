@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
 from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -32,6 +34,8 @@ class TrainingProgress(Callback):
       device; on a CPU, the most main memory that the process has had (not known on Windows). The
       largest of all processes.
 
+    The bar shows them as `tokens/s`, `lr` and `peak memory`; rich's own bar gets a line for each
+    metric, unless it has a theme.
     Measured in each of the first ten batches, in every tenth, and whenever the Trainer logs
     (`log_every_n_steps`): only then it waits for the device. At the end a line sums the run up.
     """
@@ -47,6 +51,12 @@ class TrainingProgress(Callback):
         self._last = (0.0, 0.0)  # its own count, and the time, at the last measurement
         self._peak = 0.0
         self._rates: list[tuple[str | None, Any]] = []  # name, learning rate of each group
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the bar's metrics a line each: what it has beside them is broken anywhere."""
+        bar: Any = trainer.progress_bar_callback
+        if isinstance(bar, RichProgressBar) and bar.theme == RichProgressBarTheme():
+            bar.theme = RichProgressBarTheme(metrics_text_delimiter="\n")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
@@ -75,13 +85,16 @@ class TrainingProgress(Callback):
         logs = logs or trainer.fast_dev_run  # type: ignore[attr-defined]
         if not (logs or self._batches < _EVERY or self._batches % _EVERY == 0):
             return
-        rate = self._measure(trainer)
-        options: Any = {"on_step": True, "on_epoch": False, "batch_size": 1}
-        pl_module.log(f"{self._unit}_per_second", rate, prog_bar=True, **options)
-        for index, (name, value) in enumerate(self._learning_rates().items()):
-            pl_module.log(name, float(value), prog_bar=index == 0, **options)
+        values = {f"{self._unit}_per_second": self._measure(trainer), **self._learning_rates()}
         if self._peak:
-            pl_module.log("peak_memory_gb", self._peak / 1e9, prog_bar=True, **options)
+            values["peak_memory_gb"] = self._peak / 1e9
+        for name, value in values.items():
+            pl_module.log(name, value, on_step=True, on_epoch=False, batch_size=1)
+        # As text: the bar shows numbers with three digits after the point, a rate of 1e-4 as 0.000.
+        shown = {f"{self._unit}/s": f"{values[f'{self._unit}_per_second']:,.0f}"}
+        shown.update({"lr": f"{values['lr']:.1e}"} if "lr" in values else {})
+        shown.update({"peak memory": report.readable_bytes(self._peak)} if self._peak else {})
+        trainer.progress_bar_metrics.update(shown)  # type: ignore[arg-type]
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop the clock."""
@@ -144,11 +157,11 @@ class TrainingProgress(Callback):
         self._total += fresh
         return fresh / max(passed, 1e-9)
 
-    def _learning_rates(self) -> dict[str, Any]:
-        rates: dict[str, Any] = {}
+    def _learning_rates(self) -> dict[str, float]:
+        rates: dict[str, float] = {}
         for number, (name, rate) in enumerate(self._rates, 1):
             key = "lr" if number == 1 else f"lr_{name or number}"
-            rates[f"lr_{number}" if key in rates else key] = rate
+            rates[f"lr_{number}" if key in rates else key] = float(rate)
         return rates
 
 
