@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from lora_lightning.adapters.shira import ShiraConfig as ShiraConfig
     from lora_lightning.adapters.vera import VeraConfig as VeraConfig
     from lora_lightning.callback import LoraCallback as LoraCallback
+    from lora_lightning.callbacks.comparison import compare_with_base as compare_with_base
     from lora_lightning.callbacks.training_progress import TrainingProgress as TrainingProgress
     from lora_lightning.checkpoint import adapter_state_dict as adapter_state_dict
     from lora_lightning.checkpoint import load_adapter_state_dict as load_adapter_state_dict
@@ -118,6 +119,7 @@ _HOME = {
     "TokenClassificationDataModule": "data.token_classification",
     "StdlibDocstrings": "data.docstrings",
     "TrainingProgress": "callbacks.training_progress",
+    "compare_with_base": "callbacks.comparison",
     "LoraError": "errors",
 }
 

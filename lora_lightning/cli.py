@@ -23,6 +23,7 @@ from lightning.pytorch.plugins.environments import LightningEnvironment
 
 from lora_lightning.adapters import config_types
 from lora_lightning.callback import LoraCallback
+from lora_lightning.callbacks.comparison import compare_with_base
 from lora_lightning.config import AdapterConfig
 from lora_lightning.errors import CheckpointError, ConfigError, LoraError, did_you_mean, first_few
 from lora_lightning.report import show
@@ -126,6 +127,12 @@ class LoraCLI(LightningCLI):
             sub_configs=True,
         )
         parser.callback_keys.append("lora")
+        parser.add_argument(  # of every subcommand, so that they can share a config file
+            "--compare_with_base",
+            type=bool,
+            default=True,
+            help="After fit, validate without and with the adapter and say whether it helped.",
+        )
 
     # -- before anything is built ----------------------------------------------------------------
 
@@ -237,9 +244,22 @@ class LoraCLI(LightningCLI):
         return not isinstance(environment, (LightningEnvironment, type(None)))
 
     def after_fit(self) -> None:
-        """Print the commands that resume and evaluate this run."""
-        if not self.found_checkpoints() or not self.trainer.is_global_zero:
+        """Print the commands that resume and evaluate this run, and whether it helped."""
+        if self.found_checkpoints() and self.trainer.is_global_zero:
+            self._show_commands()
+        if not self._options()["compare_with_base"]:
             return
+        try:
+            # By all processes together.
+            comparison = compare_with_base(self.trainer, self.model, self.datamodule)
+        except ConfigError as reason:
+            lines: list[Any] = [f"not compared with the base: {reason}"]
+        else:
+            lines = comparison.lines()
+        if self.trainer.is_global_zero:
+            show(*lines)
+
+    def _show_commands(self) -> None:
         arguments = _without_ckpt_path(sys.argv[1:])
         evaluate = ["validate" if argument == "fit" else argument for argument in arguments]
         if self._launched_from_outside():

@@ -111,6 +111,24 @@ def test_fit_resume_validate(cli: Any, folder: Path) -> None:
     assert "no --ckpt_path given: this evaluates the model before any fine-tuning" in text
 
 
+def test_fit_says_whether_it_helped(cli: Any, folder: Path) -> None:
+    out = cli("fit", "--config", "my.yaml", "--trainer.max_epochs", "8")
+    title = "validation without and with the adapter, weights in memory (step 32)"
+    assert title in out
+    assert out.rstrip().splitlines()[-1].startswith("the adapter lowers val_loss by ")
+    assert "base: with head (modules_to_save) as before training" in out
+    logged = (folder / "runs/a/logs/version_0/metrics.csv").read_text()
+    assert "base/val_loss" in logged.splitlines()[0]
+
+    run = ["--trainer.default_root_dir", "runs/b"]
+    assert title not in cli("fit", "--config", "my.yaml", *run, "--compare_with_base", "false")
+    run = ["--trainer.default_root_dir", "runs/c", "--trainer.limit_val_batches", "0"]
+    out = cli("fit", "--config", "my.yaml", *run)
+    assert "not compared with the base: the validation data are left out. (trainer.limit" in out
+    config = "runs/a/logs/version_0/config.yaml"  # of a fit, which says compare_with_base
+    assert title not in cli("validate", "--config", config, "--ckpt_path", "best")
+
+
 def test_resume_from_the_middle_of_an_epoch(cli: Any, folder: Path) -> None:
     saver = {"filename": "{step}", "every_n_train_steps": 3, "save_last": True, "save_top_k": -1}
     entry = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": saver}

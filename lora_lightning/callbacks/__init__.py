@@ -5,9 +5,13 @@ from typing import TYPE_CHECKING
 from lora_lightning.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from lora_lightning.callbacks.comparison import Comparison as Comparison
+    from lora_lightning.callbacks.comparison import compare_with_base as compare_with_base
     from lora_lightning.callbacks.training_progress import TrainingProgress as TrainingProgress
 
 _HOME = {
+    "Comparison": "comparison",
+    "compare_with_base": "comparison",
     "TrainingProgress": "training_progress",
 }
 __all__ = list(_HOME)

@@ -1,0 +1,291 @@
+"""Did it help? Validation without and with the adapters, side by side."""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+from rich.table import Table
+
+from lora_lightning import report
+from lora_lightning.adapters.trained_copy import TrainedCopy
+from lora_lightning.errors import ConfigError, first_few
+from lora_lightning.hosts.base import named_hosts
+from lora_lightning.rng import random_state, seed_all, set_random_state
+from lora_lightning.switching import adapter_names, disable_adapter
+from lora_lightning.training.binding import callbacks_of
+
+_SMALLER_IS_BETTER = ("loss", "perplexity", "error", "nll", "mse", "mae", "wer")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Metrics of the validation data with the adapters off and on.
+
+    Attributes:
+        base: Metrics of the base alone, by name.
+        tuned: Metrics with the adapters.
+        headline: The metric that decides: what a ModelCheckpoint monitors, else `val_loss`, else
+            the first loss, else the first metric.
+        mode: Whether a small ("min") or large ("max") headline is good; None: not known.
+        noise: Standard error of the headline's difference (tuned - base), from the differences of
+            single batches; None: fewer than four batches, or they were in other processes.
+        title: What was compared.
+        copies: Modules that train as a whole (`modules_to_save`); the base has their original.
+    """
+
+    base: dict[str, float]
+    tuned: dict[str, float]
+    headline: str
+    mode: str | None = None
+    noise: float | None = None
+    title: str = "base and tuned"
+    copies: list[str] = field(default_factory=list)
+
+    @property
+    def helped(self) -> bool | None:
+        """Whether the headline became better by more than twice its noise; None: cannot be said."""
+        change = self.tuned[self.headline] - self.base[self.headline]
+        if self.mode is None or not math.isfinite(change) or abs(change) <= 2 * (self.noise or 0.0):
+            return None
+        return (change < 0) == (self.mode == "min")
+
+    @property
+    def verdict(self) -> str:
+        """One sentence."""
+        base, tuned = self.base[self.headline], self.tuned[self.headline]
+        change = tuned - base
+        size = _percent(abs(change), base) or f"{abs(change):.4g}"
+        noise = ""
+        if self.noise is not None:
+            noise = f" +- {_percent(2 * self.noise, base) or f'{2 * self.noise:.4g}'}"
+        if not math.isfinite(change):
+            return f"{self.headline} is not finite: {base:.4g} before, {tuned:.4g} after"
+        if change == 0:
+            return f"the adapter changes nothing: {self.headline} stays {base:.4g}"
+        if abs(change) <= 2 * (self.noise or 0.0):
+            return f"no clear difference: {self.headline} changes by {size}{noise}"
+        verb = "lowers" if change < 0 else "raises"
+        worse = ", which is worse" if self.helped is False else ""
+        return f"the adapter {verb} {self.headline} by {size}{noise}{worse}"
+
+    def table(self) -> Table:
+        """Metric, base, tuned, change."""
+        table = Table(title=self.title, title_justify="left")
+        table.add_column("metric")
+        for column in ("base", "tuned", "change"):
+            table.add_column(column, justify="right")
+        for name in [n for n in self.tuned if n in self.base]:
+            base, tuned = self.base[name], self.tuned[name]
+            relative = _percent(tuned - base, base, signed=True)
+            change = f"{tuned - base:+.4g}" + (f" ({relative})" if relative else "")
+            table.add_row(name, f"{base:.4g}", f"{tuned:.4g}", change)
+        return table
+
+    def lines(self) -> list[Table | str]:
+        """The table, what to know of it, and the verdict."""
+        notes = [
+            f"base: with {first_few(self.copies)} (modules_to_save) as before training, which is "
+            "random where it was newly initialised"
+        ]
+        return [self.table(), *(notes if self.copies else []), self.verdict]
+
+    def show(self) -> None:
+        """Print `lines`."""
+        report.show(*self.lines())
+
+
+def compare_with_base(
+    trainer: Trainer, module: LightningModule | None = None, data: Any = None
+) -> Comparison:
+    """Validate twice, with all adapters disabled and as they are, on the same data.
+
+        trainer.fit(module, data)
+        compare_with_base(trainer).show()
+
+    It works with every LightningModule that has a `validation_step`; all metrics it logs are
+    compared. Compared are the weights in memory. Both passes start from the same random state,
+    which is restored afterwards. Loggers see nothing of the two passes, then `base/<metric>` and
+    `tuned/<metric>` once (not where the Trainer starts processes for each call: spawn and fork).
+    `trainer.callback_metrics` are those of the second pass.
+
+    Args:
+        trainer: A Trainer; every process of the run has to call.
+        module: Default: that of the Trainer's last run.
+        data: A data module or validation loaders. Default: those of the Trainer's last fit, unless
+            it started processes of its own for it.
+
+    Raises:
+        ConfigError: If there is nothing to compare: no adapter, no `validation_step`, no validation
+            data, or nothing that it logs.
+
+    """
+    module = module or trainer.lightning_module
+    data = _check_comparable(trainer, module, data)
+    loggers, state = trainer.loggers, random_state()
+    seed = int(torch.randint(2**62, ()))
+    passes = _Pass(seed, disabled=True), _Pass(seed, disabled=False)
+    trainer.loggers = [DummyLogger() for _ in loggers]
+    results = []
+    try:
+        for one in passes:
+            trainer.callbacks.insert(0, one)  # type: ignore[attr-defined]
+            try:
+                outputs = trainer.validate(module, data, verbose=False)
+            finally:
+                trainer.callbacks.remove(one)  # type: ignore[attr-defined]
+            results.append({name: float(v) for output in outputs for name, v in output.items()})
+    finally:
+        trainer.loggers = loggers
+        set_random_state(state)
+    base, tuned = results
+    if not base.keys() & tuned.keys():
+        raise ConfigError(
+            "the validation data are empty, or nothing is logged of them, so base and adapter "
+            "cannot be compared. (data.val)"
+        )
+    headline, mode = _headline(trainer, list(tuned))
+    noise = _noise(*(one.values.get(headline, []) for one in passes))
+    step = f" (step {trainer.global_step})" if trainer.global_step else ""
+    comparison = Comparison(
+        base,
+        tuned,
+        headline,
+        mode,
+        # Every process has a share of the batches.
+        noise=None if noise is None else noise / math.sqrt(trainer.world_size),
+        title=f"validation without and with the adapter, weights in memory{step}",
+        copies=[path for path, host in named_hosts(module) if _has_copy(host)],
+    )
+    if not isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        _log(trainer, comparison)
+    return comparison
+
+
+class _Pass(Callback):
+    """One of the two validations: from a random state of its own, and what single batches say."""
+
+    def __init__(self, seed: int, disabled: bool) -> None:
+        self.seed = seed
+        self.disabled = disabled
+        self.values: dict[str, list[tuple[float, float]]] = {}  # value, weight of each batch
+        self._sums: dict[str, tuple[float, float]] = {}
+        self._off: AbstractContextManager[None] | None = None
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        seed_all(self.seed)
+        if self.disabled:
+            if not adapter_names(pl_module):
+                raise ConfigError(f"{type(pl_module).__name__} has no adapter to compare. (lora)")
+            self._off = disable_adapter(pl_module)
+            with torch.inference_mode(False):
+                self._off.__enter__()
+
+    def on_validation_batch_end(
+        self, trainer: Any, pl_module: LightningModule, *args: Any, **kwargs: Any
+    ) -> None:
+        for key, result in trainer._results.items():
+            if result.is_tensor:
+                if not (result.meta.is_mean_reduction and result.meta.on_epoch):
+                    continue
+                total = float(result.value), float(result.cumulated_batch_size)
+                before = self._sums.get(key, (0.0, 0.0))
+                self._sums[key] = total
+                weight = total[1] - before[1]
+                value = (total[0] - before[0]) / weight if weight else None
+            else:
+                value, weight = result._forward_cache, 1.0
+            if isinstance(value, (float, torch.Tensor)):
+                entry = float(value), weight
+                self.values.setdefault(result.meta.name, []).append(entry)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._restore()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
+        off, self._off = self._off, None
+        if off is not None:
+            with torch.inference_mode(False):
+                off.__exit__(None, None, None)
+
+
+def _check_comparable(trainer: Any, module: LightningModule | None, data: Any) -> Any:
+    """The validation data, None where the module itself has them."""
+    if module is None:
+        raise ConfigError("give a module: this Trainer has run none. (module)")
+    name = type(module).__name__
+    if not adapter_names(module) and not callbacks_of(module):
+        raise ConfigError(f"{name} has no adapter to compare with its base. (lora)")
+    if not _defines(module, "validation_step"):
+        raise ConfigError(f"{name} has no validation_step to compare with its base by. (model)")
+    if trainer.limit_val_batches == 0:
+        raise ConfigError("the validation data are left out. (trainer.limit_val_batches)")
+    if data is None:
+        source = trainer.fit_loop.epoch_loop.val_loop._data_source
+        data = trainer.datamodule or (None if source.is_module() else source.instance)
+    owner = module if data is None else data
+    if hasattr(owner, "val_dataloader") and not _defines(owner, "val_dataloader"):
+        raise ConfigError(
+            "there are no validation data to compare base and adapter by. (data.val; from Python "
+            "the argument `data`)"
+        )
+    return data
+
+
+def _defines(owner: Any, hook: str) -> bool:
+    """Whether a module or data module has a hook of its own, rather than Lightning's."""
+    home = str(getattr(owner, hook).__module__)
+    return not home.startswith(("lightning.pytorch.core.", "pytorch_lightning.core."))
+
+
+def _headline(trainer: Any, names: list[str]) -> tuple[str, str | None]:
+    for callback in trainer.checkpoint_callbacks:
+        if getattr(callback, "monitor", None) in names:
+            return callback.monitor, callback.mode
+    losses = [name for name in names if "loss" in name]
+    chosen = "val_loss" if "val_loss" in names else (losses or names)[0]
+    small = any(word in chosen.lower() for word in _SMALLER_IS_BETTER)
+    large = any(word in chosen.lower() for word in ("acc", "f1", "auc", "bleu", "rouge"))
+    return chosen, "min" if small else "max" if large else None
+
+
+def _noise(base: list[tuple[float, float]], tuned: list[tuple[float, float]]) -> float | None:
+    """Standard error of the weighted mean of paired differences."""
+    if len(base) != len(tuned) or len(base) < 4:
+        return None
+    weights = [weight for _, weight in tuned]
+    differences = [t - b for (b, _), (t, _) in zip(base, tuned, strict=True)]
+    total, count = sum(weights), len(weights)
+    mean = sum(w * d for w, d in zip(weights, differences, strict=True)) / total
+    squares = sum((w * (d - mean)) ** 2 for w, d in zip(weights, differences, strict=True))
+    return math.sqrt(squares * count / (count - 1)) / total
+
+
+def _has_copy(host: Any) -> bool:
+    return any(isinstance(adapter, TrainedCopy) for adapter in host.adapters.values())
+
+
+def _log(trainer: Any, comparison: Comparison) -> None:
+    metrics = {f"base/{name}": value for name, value in comparison.base.items()}
+    metrics.update({f"tuned/{name}": value for name, value in comparison.tuned.items()})
+    for logger in trainer.loggers:
+        logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+        logger.save()
+
+
+def _percent(part: float, whole: float, signed: bool = False) -> str:
+    if not whole or not math.isfinite(part / whole):
+        return ""
+    share = 100 * part / abs(whole)
+    return f"{share:+.1f} %" if signed else f"{share:.1f} %"
