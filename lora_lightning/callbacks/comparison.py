@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -137,7 +138,10 @@ def compare_with_base(
         for one in passes:
             trainer.callbacks.insert(0, one)  # type: ignore[attr-defined]
             try:
-                outputs = trainer.validate(module, data, verbose=False)
+                with warnings.catch_warnings():
+                    # That examples may count twice to fill the last batches: in both passes then.
+                    warnings.filterwarnings("ignore", message="Using `DistributedSampler`")
+                    outputs = trainer.validate(module, data, verbose=False)
             finally:
                 trainer.callbacks.remove(one)  # type: ignore[attr-defined]
             results.append({name: float(v) for output in outputs for name, v in output.items()})
