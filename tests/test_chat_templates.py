@@ -173,7 +173,8 @@ def test_a_generation_prompt_that_the_turn_does_not_begin_with_is_an_error():
     assert refusal(opens_thinking, TALK) == (
         "my.jsonl, line 3, message 2: the chat template lets the model write this turn after '<think>', but the turn itself "
         "begins with 'I am fine.<|im_end|>\\n' there, so it cannot be learned as it would be "
-        "generated. Put into the message what belongs there (such as its thinking), or give "
+        "generated. Put into the message what belongs there (reasoning_content), set what the "
+        "template reads (data.chat_template_kwargs, such as enable_thinking: false), or give "
         "another template. (data.chat_template)"
     )
     ((_, parts),) = encoded(opens_thinking, [user("Hello"), assistant("<think>one</think>I am")])
@@ -211,6 +212,28 @@ def test_tool_calls_are_learned_and_their_results_are_not():
     ((text, parts),) = encoded(TOOLS, messages, tools=(tool,))
     assert '"name": "sum"' in text
     assert parts == ["<call>sum</call><|im_end|>", "It is five.<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("template", "message", "lost"),
+    [
+        (CHATML, assistant("", tool_calls=[{"function": {"name": "sum"}}]), "tool calls"),
+        (CHATML, assistant("Hello", reasoning_content="one"), "thinking"),
+        (CHATML.replace("+ message['content'] +", "+"), assistant("Hello"), "content"),
+    ],
+)
+def test_what_a_template_leaves_out_is_an_error(template, message, lost):
+    assert refusal(template, [user("Hello"), message]) == (
+        f"my.jsonl, line 3, message 2: the chat template does not write this turn's {lost}, so it "
+        "cannot be learned. Take it out of the message, or give a template that writes it. "
+        "(data.chat_template)"
+    )
+
+
+def test_what_a_template_trims_or_takes_out_of_the_content_is_not_lost():
+    trims = CHATML.replace("message['content']", "message['content'].split('</think>')[-1] | trim")
+    ((_, parts),) = encoded(trims, [user("Hello"), assistant("one</think>\n\nHello\nworld \n")])
+    assert parts == ["Hello\nworld<|im_end|>"]
 
 
 def test_an_assistant_that_speaks_first():

@@ -3,7 +3,7 @@
 import pytest
 from tiny_lm import CHATML, tiny_tokenizer
 
-from lora_lightning.data.chat import ChatTemplate
+from lora_lightning.data.chat import ChatTurns
 from lora_lightning.data.encoding import Encoder
 from lora_lightning.data.samples import IGNORED, Chat, Document, PromptCompletion
 
@@ -96,8 +96,8 @@ def without_end_of_turn(texts):
 @pytest.mark.parametrize("style", BY_HAND)
 @pytest.mark.parametrize("broken", [shifted, last_turn_only, without_end_of_turn])
 def test_that_check_can_fail(style, broken, monkeypatch):
-    right = ChatTemplate.texts
-    monkeypatch.setattr(ChatTemplate, "texts", lambda self, chat: broken(right(self, chat)))
+    right = ChatTurns.texts
+    monkeypatch.setattr(ChatTurns, "texts", lambda self, chat: broken(right(self, chat)))
     tokenizer = tiny_tokenizer(style)
     (example,) = Encoder(tokenizer, 512).encode(two_turns(style))
     assert learned(tokenizer, example) != BY_HAND[style]

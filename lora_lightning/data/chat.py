@@ -1,53 +1,38 @@
-"""Chats as text: what the tokenizer's template writes, and which parts of it are learned."""
+"""Which parts of a chat's text are learned."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
+from lora_lightning.data.chat_template import ChatTemplate, Message, Span
 from lora_lightning.data.samples import Chat
-from lora_lightning.errors import ConfigError, RecordError, did_you_mean
+from lora_lightning.errors import RecordError
 
-Message = dict[str, Any]
-Span = tuple[int, int]
 # A text, and the spans of it that are learned.
 Marked = tuple[str, list[Span]]
-
-# Around what the model generates, in templates that say so themselves.
-_GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_THINKING = ("reasoning_content", "reasoning", "thinking")
 
 
-class ChatTemplate:
-    """Writes chats by a template and finds what the model itself writes in them.
+class ChatTurns:
+    """Finds what the model itself writes in the text of a chat.
 
     That is every assistant turn, but for those that the chat says are only read: from where the
     generation prompt ends (`add_generation_prompt`) to the token that ends the turn, this token
-    included and white space after it not. A template with `{% generation %}` blocks says where
-    turns begin and end; the token that ends a turn is learned also where a block leaves it out.
+    included and white space after it not. In a template with `{% generation %}` blocks these say
+    what of a turn is learned; the token that ends it is, also where a block leaves it out.
 
     Some templates rewrite earlier turns (Qwen3's takes their thinking away). Then a later turn's
     context is not what the model wrote, and each turn becomes a text of its own with the context
     that it has when the model writes it.
 
     Args:
-        tokenizer: A Hugging Face tokenizer.
-        template: A file with Jinja or the Jinja itself, the name of one of the tokenizer's
-            templates, or None for its default.
-        options: What else the template reads (`enable_thinking`).
+        tokenizer: The tokenizer, whose added tokens can end a turn.
+        template: Writes the text.
     """
 
-    def __init__(
-        self,
-        tokenizer: Any,
-        template: str | None = None,
-        options: Mapping[str, Any] | None = None,
-    ) -> None:
-        self._tokenizer = tokenizer
-        self._template = template and _read_template(template, tokenizer)
-        self._options = dict(options or {})
+    def __init__(self, tokenizer: Any, template: ChatTemplate) -> None:
+        self._template = template
         added = tokenizer.added_tokens_decoder.values()
         self._added = tuple(token.content for token in added)
         special = {token.content for token in added if token.special}
@@ -60,12 +45,11 @@ class ChatTemplate:
         """
         messages = _without_nulls(chat)
         spoken = [number for number, m in enumerate(messages) if m.get("role") == "assistant"]
-        turns = [number for number in spoken if number not in chat.unlearned]
-        marked = bool(turns) and _GENERATION_BLOCK.search(self._source(chat))
-        find = self._marked_turn if marked else self._turn
         texts: list[Marked] = []
-        for turn in turns:
-            text, spans = find(chat, messages, turn)
+        for turn in spoken:
+            if turn in chat.unlearned:
+                continue
+            text, spans = self._turn(chat, messages[:turn], messages[turn])
             if texts and text.startswith(texts[-1][0]):
                 texts[-1] = text, [*texts[-1][1], *spans]
             else:
@@ -74,54 +58,68 @@ class ChatTemplate:
 
     def prompt(self, chat: Chat) -> str:
         """What the model reads to write the next turn."""
-        self._source(chat)
-        return self._render(chat, _without_nulls(chat), add_generation_prompt=True)
+        return self._template.render(chat, _without_nulls(chat), ask=True)
 
     def ends_a_turn(self, text: str) -> bool:
         """Whether `text` ends in a token that can tell the model to stop."""
         return text.endswith(self._added)
 
-    def _turn(self, chat: Chat, messages: list[Message], turn: int) -> Marked:
-        """The text up to the end of message number `turn`, and where that message is in it."""
-        text = self._render(chat, messages[: turn + 1])
-        if turn:
-            prompt = self._render(chat, messages[:turn], add_generation_prompt=True)
+    def _turn(self, chat: Chat, before: list[Message], message: Message) -> Marked:
+        """The text up to the end of `message`, and what of it the model writes."""
+        where = f"{chat.where}, message {len(before) + 1}"
+        if self._template.marks_turns(chat):
+            text, spans = self._by_blocks(chat, before, message, where)
         else:
-            prompt = self._prompt_of_first_turn(chat, text)
+            text, spans = self._by_prompt(chat, before, message, where)
+        *others, (start, end) = spans
+        end = self._end_of_turn(text, start, end)
+        for lost in _lost(message, text[spans[0][0] :]):
+            raise RecordError(
+                f"{where}: the chat template does not write this turn's {lost}, so it cannot be "
+                "learned. Take it out of the message, or give a template that writes it. "
+                "(data.chat_template)"
+            )
+        return text[:end], [*others, (start, end)]
+
+    def _by_prompt(self, chat: Chat, before: list[Message], message: Message, where: str) -> Marked:
+        text = self._template.render(chat, [*before, message])
+        prompt = self._prompt_of_turn(chat, before, text)
         if not text.startswith(prompt):
             common = _common_start(prompt, text)
             raise RecordError(
-                f"{chat.where}, message {turn + 1}: the chat template lets the model write this "
-                f"turn after {prompt[common:][:40]!r}, but the turn itself begins with "
+                f"{where}: the chat template lets the model write this turn after "
+                f"{prompt[common:][:40]!r}, but the turn itself begins with "
                 f"{text[common:][:40]!r} there, so it cannot be learned as it would be generated. "
-                "Put into the message what belongs there (such as its thinking), or give another "
-                "template. (data.chat_template)"
+                "Put into the message what belongs there (reasoning_content), set what the "
+                "template reads (data.chat_template_kwargs, such as enable_thinking: false), or "
+                "give another template. (data.chat_template)"
             )
-        end = self._end_of_turn(text, (len(prompt), len(text)))
-        return text[:end], [(len(prompt), end)]
+        return text, [(len(prompt), len(text))]
 
-    def _marked_turn(self, chat: Chat, messages: list[Message], turn: int) -> Marked:
-        """As `_turn`, by the blocks of the template that are not of earlier messages."""
-        text, blocks = self._render_blocks(chat, messages[: turn + 1])
-        earlier = _common_start(self._render(chat, messages[:turn]), text) if turn else 0
-        spans = [
-            (start, self._end_of_turn(text, (start, end)))
-            for start, end in blocks
-            if start >= earlier
-        ]
+    def _by_blocks(self, chat: Chat, before: list[Message], message: Message, where: str) -> Marked:
+        text, blocks = self._template.render_blocks(chat, [*before, message])
+        start = 0
+        if before:
+            prompt = self._template.render(chat, before, ask=True)
+            if not text.startswith(prompt):  # then blocks alone say where the turn begins
+                prompt = self._template.render(chat, before)
+            start = _common_start(prompt, text)
+        spans = [(max(first, start), end) for first, end in blocks if end > start]
         if not spans:
             raise RecordError(
-                f"{chat.where}, message {turn + 1}: the chat template has {{% generation %}} "
-                "blocks, but none marks this turn. Mark every assistant turn, or take the blocks "
-                "out: then all are learned. (data.chat_template)"
+                f"{where}: the chat template has {{% generation %}} blocks, but none marks this "
+                "turn. Mark every assistant turn, or take the blocks out: then all are learned. "
+                "(data.chat_template)"
             )
-        return text[: spans[-1][1]], spans
+        return text, spans
 
-    def _prompt_of_first_turn(self, chat: Chat, text: str) -> str:
-        """The start of a chat that the assistant opens: no template writes an empty chat."""
+    def _prompt_of_turn(self, chat: Chat, before: list[Message], text: str) -> str:
+        if before:
+            return self._template.render(chat, before, ask=True)
+        # No template writes an empty chat, so the header is found in another.
         user = [{"role": "user", "content": "?"}]
-        asked = self._render(chat, user)
-        header = self._render(chat, user, add_generation_prompt=True).removeprefix(asked)
+        asked = self._template.render(chat, user)
+        header = self._template.render(chat, user, ask=True).removeprefix(asked)
         start = text.find(header)
         if not header or start < 0:
             raise RecordError(
@@ -131,50 +129,13 @@ class ChatTemplate:
             )
         return text[: start + len(header)]
 
-    def _end_of_turn(self, text: str, span: Span) -> int:
-        """Where the token that ends the turn ends; where `span` does if there is no such token."""
-        start, end = span
+    def _end_of_turn(self, text: str, start: int, end: int) -> int:
+        """Where the token that ends the turn ends; `end` if there is no such token."""
         body = text[start:end].rstrip()
         if body.endswith(self._added):
             return start + len(body)
         after = next((token for token in self._special if text.startswith(token, end)), "")
         return end + len(after)
-
-    def _source(self, chat: Chat) -> str:
-        try:
-            return self._tokenizer.get_chat_template(self._template, list(chat.tools) or None)
-        except ValueError as error:
-            raise ConfigError(
-                f"{chat.where} is a chat, but the tokenizer of "
-                f"{self._tokenizer.name_or_path!r} has no chat template that is used by default. "
-                "Name a file with one, or take a model that was trained on chats (often named "
-                "-Instruct or -it). (data.chat_template)"
-            ) from error
-
-    def _render(self, chat: Chat, messages: list[Message], **options: Any) -> str:
-        with _template_errors(chat.where):
-            return self._tokenizer.apply_chat_template(
-                messages,
-                tools=list(chat.tools) or None,
-                chat_template=self._template,
-                tokenize=False,
-                **{**self._options, **options},
-            )
-
-    def _render_blocks(self, chat: Chat, messages: list[Message]) -> tuple[str, Sequence[Span]]:
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        with _template_errors(chat.where):
-            # apply_chat_template gives a mask of tokens only, and an empty one for some blanks.
-            rendered: Any = render_jinja_template(
-                [messages],
-                tools=list(chat.tools) or None,
-                chat_template=self._source(chat),
-                return_assistant_tokens_mask=True,
-                **{**self._tokenizer.special_tokens_map, **self._options},
-            )
-        texts, blocks = rendered
-        return texts[0], blocks[0]
 
 
 def _without_nulls(chat: Chat) -> list[Message]:
@@ -188,43 +149,17 @@ def _common_start(text: str, other: str) -> int:
     return next((n for n, (a, b) in pairs if a != b), min(len(text), len(other)))
 
 
-@contextmanager
-def _template_errors(where: str) -> Iterator[None]:
-    from jinja2 import TemplateError, TemplateSyntaxError
-
-    try:
-        yield
-    except TemplateSyntaxError as error:
-        raise ConfigError(
-            f"the chat template is no valid Jinja, line {error.lineno}: {error.message}. "
-            "(data.chat_template)"
-        ) from error
-    except (TemplateError, TypeError, ValueError, KeyError) as error:
-        advice = (
-            "Write the system message's text at the start of the first user message"
-            if "system" in str(error).lower()
-            else "Change the messages"
-        )
-        raise RecordError(
-            f"{where}: the chat template refuses this chat: {error}. {advice}, or give a template "
-            "that takes it. (data.chat_template)"
-        ) from error
-
-
-def _read_template(template: str, tokenizer: Any) -> str:
-    """Jinja, or the name of one of the tokenizer's templates."""
-    own = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
-    if "{" in template or template in own:
-        return template
-    path = Path(template).expanduser()
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    beside = (
-        [str(path.parent / p.name) for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    )
-    near = did_you_mean(template, [*beside, *own])
-    hint = f" Did you mean {near!r}?" if near else ""
-    raise ConfigError(
-        f"chat_template {template!r} is no file, no Jinja, and no template of the tokenizer.{hint} "
-        "(data.chat_template)"
-    )
+def _lost(message: Message, written: str) -> Iterator[str]:
+    """What of a turn is not in what the template wrote; not all templates know all keys."""
+    content = message.get("content")
+    if isinstance(content, str):
+        # Templates write or drop the thinking in it, which may also begin in the prompt, and trim.
+        answer = content.rpartition("</think>")[2].strip()
+        if answer.rpartition("\n")[2] not in written:
+            yield "content"
+    thoughts = (message.get(key) for key in _THINKING)
+    if any(isinstance(t, str) and t.strip() not in written for t in thoughts):
+        yield "thinking"
+    calls = (call.get("function", call) for call in message.get("tool_calls", ()))
+    if any(call.get("name", "") not in written for call in calls):
+        yield "tool calls"

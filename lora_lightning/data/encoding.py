@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from lora_lightning.data.chat import ChatTemplate, Marked
+from lora_lightning.data.chat import ChatTurns, Marked
+from lora_lightning.data.chat_template import ChatTemplate
 from lora_lightning.data.encoding_report import EncodingReport
 from lora_lightning.data.pieces import Ids, PieceTokenizer
 from lora_lightning.data.sample_encoder import SampleEncoder
@@ -24,7 +25,7 @@ class Encoder(SampleEncoder):
     * A document is learned as a whole, and so is the end-of-sequence token that is put after it.
     * Of a prompt and its completion, the completion and the end-of-sequence token after it are
       learned. The prompt's ids are those that it has alone, as when the model is asked.
-    * Of a chat, every assistant turn and the token that ends it are learned; see `ChatTemplate`.
+    * Of a chat, every assistant turn and the token that ends it are learned; see `ChatTurns`.
 
     The beginning-of-sequence token is there where the tokenizer or the chat template puts it, once.
     The first token is never learned: there is nothing before it to predict it from.
@@ -51,7 +52,8 @@ class Encoder(SampleEncoder):
         super().__init__(tokenizer, max_length, **options)
         self.train_on_prompt = train_on_prompt
         self._pieces = PieceTokenizer(tokenizer)
-        self._chats = ChatTemplate(tokenizer, chat_template, chat_template_kwargs)
+        template = ChatTemplate(tokenizer, chat_template, chat_template_kwargs)
+        self._chats = ChatTurns(tokenizer, template)
         self._before, _ = ids_around(tokenizer)
 
     def encode_prompts(self, samples: Sequence[Sample]) -> list[Ids]:
@@ -116,7 +118,7 @@ class Encoder(SampleEncoder):
         return Example(example.input_ids[: self.max_length], example.labels[: self.max_length])
 
 
-def _prompt(sample: Sample, chats: ChatTemplate) -> str:
+def _prompt(sample: Sample, chats: ChatTurns) -> str:
     if isinstance(sample, Chat):
         return chats.prompt(sample)
     return sample.text if isinstance(sample, Document) else sample.prompt

@@ -1,0 +1,126 @@
+"""A chat template: which one it is, and what it writes, with errors that name the record."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lora_lightning.data.samples import Chat
+from lora_lightning.errors import ConfigError, RecordError, did_you_mean
+
+Message = dict[str, Any]
+Span = tuple[int, int]
+
+# Around what the model generates, in templates that say so themselves.
+_GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+class ChatTemplate:
+    """Writes messages as text.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer.
+        template: A file with Jinja or the Jinja itself, the name of one of the tokenizer's
+            templates, or None for its default.
+        options: What else the template reads (`enable_thinking`).
+    """
+
+    def __init__(
+        self, tokenizer: Any, template: str | None = None, options: Mapping[str, Any] | None = None
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._template = template and _read(template, tokenizer)
+        self._options = dict(options or {})
+
+    def marks_turns(self, chat: Chat) -> bool:
+        """Whether the template of this chat has `{% generation %}` blocks."""
+        return _GENERATION_BLOCK.search(self._source(chat)) is not None
+
+    def render(self, chat: Chat, messages: list[Message], *, ask: bool = False) -> str:
+        """`messages` as text.
+
+        Args:
+            chat: Where they are from.
+            messages: A part of the chat's messages.
+            ask: End in what lets the model write the next turn (`add_generation_prompt`).
+        """
+        self._source(chat)
+        with _template_errors(chat.where):
+            return self._tokenizer.apply_chat_template(
+                messages,
+                tools=list(chat.tools) or None,
+                chat_template=self._template,
+                add_generation_prompt=ask,
+                tokenize=False,
+                **self._options,
+            )
+
+    def render_blocks(self, chat: Chat, messages: list[Message]) -> tuple[str, list[Span]]:
+        """`messages` as text, and where in it are `{% generation %}` blocks."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        with _template_errors(chat.where):
+            # apply_chat_template gives a mask of tokens only, and an empty one for some blanks.
+            rendered: Any = render_jinja_template(
+                [messages],
+                tools=list(chat.tools) or None,
+                chat_template=self._source(chat),
+                return_assistant_tokens_mask=True,
+                **{**self._tokenizer.special_tokens_map, **self._options},
+            )
+        texts, blocks = rendered
+        return texts[0], [(start, end) for start, end in blocks[0] if start < end]
+
+    def _source(self, chat: Chat) -> str:
+        try:
+            return self._tokenizer.get_chat_template(self._template, list(chat.tools) or None)
+        except ValueError as error:
+            raise ConfigError(
+                f"{chat.where} is a chat, but the tokenizer of "
+                f"{self._tokenizer.name_or_path!r} has no chat template that is used by default. "
+                "Name a file with one, or take a model that was trained on chats (often named "
+                "-Instruct or -it). (data.chat_template)"
+            ) from error
+
+
+@contextmanager
+def _template_errors(where: str) -> Iterator[None]:
+    from jinja2 import TemplateError, TemplateSyntaxError
+
+    try:
+        yield
+    except TemplateSyntaxError as error:
+        raise ConfigError(
+            f"the chat template is no valid Jinja, line {error.lineno}: {error.message}. "
+            "(data.chat_template)"
+        ) from error
+    except (TemplateError, TypeError, ValueError, KeyError) as error:
+        advice = (
+            "Write the system message's text at the start of the first user message"
+            if "system" in str(error).lower()
+            else "Change the messages"
+        )
+        raise RecordError(
+            f"{where}: the chat template refuses this chat: {error}. {advice}, or give a template "
+            "that takes it. (data.chat_template)"
+        ) from error
+
+
+def _read(template: str, tokenizer: Any) -> str:
+    """Jinja, or the name of one of the tokenizer's templates."""
+    own = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
+    if "{" in template or template in own:
+        return template
+    path = Path(template).expanduser()
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    beside = map(str, path.parent.iterdir()) if path.parent.is_dir() else ()
+    near = did_you_mean(template, [*beside, *own])
+    hint = f" Did you mean {near!r}?" if near else ""
+    raise ConfigError(
+        f"chat_template {template!r} is no file, no Jinja, and no template of the tokenizer.{hint} "
+        "(data.chat_template)"
+    )
