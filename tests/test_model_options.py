@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from collections import Counter
@@ -18,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from lora_lightning import LoraCallback, LoraConfig, inject_adapter
 from lora_lightning.errors import ConfigError, ModelError
-from lora_lightning.tasks import SequenceClassification, model_options
+from lora_lightning.tasks import SequenceClassification
 from lora_lightning.tasks.pretrained_task import PretrainedTask
 
 pytestmark = [
@@ -156,7 +157,7 @@ def test_what_the_hub_is_asked_for(monkeypatch: Any, pretrained: bool) -> None:
         asked.update(options, auto_class=auto_class)
         raise InterruptedError
 
-    monkeypatch.setattr(model_options, "load_pretrained", load)
+    monkeypatch.setattr("lora_lightning.tasks.network.load_pretrained", load)
     with pytest.raises(InterruptedError):
         built("org/model", revision="v2", trust_remote_code=True, pretrained=pretrained)
     assert asked["auto_class"] == ("AutoModelForCausalLM" if pretrained else "AutoConfig")
@@ -264,11 +265,11 @@ def test_a_quantised_network_is_not_trained_in_full(tmp_path: Path, llama: str) 
 
 
 def test_quantize_without_bitsandbytes(llama: str, monkeypatch: Any) -> None:
-    monkeypatch.setattr(model_options, "_installed", lambda name: name != "bitsandbytes")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError) as error:
         LanguageModel(llama, quantize="nf4")
     assert str(error.value) == (
-        "quantize='nf4' needs bitsandbytes. Install what is missing with: "
+        "quantize='nf4' needs bitsandbytes, which is not installed. Install it with: "
         'pip install "lora_lightning[quant]" (model.quantize)'
     )
 

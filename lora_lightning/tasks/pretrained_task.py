@@ -16,8 +16,8 @@ from lora_lightning.tasks.model_options import (
     Dtype,
     ModelOptions,
     Quantization,
-    load_network,
 )
+from lora_lightning.tasks.network import build_network
 from lora_lightning.tasks.optimization import (
     Schedule,
     Shape,
@@ -26,6 +26,7 @@ from lora_lightning.tasks.optimization import (
     count_steps,
     decay_groups,
 )
+from lora_lightning.tasks.sharding import data_parallel_mesh
 from lora_lightning.tasks.token_mean import TokenMean
 from lora_lightning.training.binding import callbacks_of
 
@@ -114,8 +115,13 @@ class PretrainedTask(TokenMean):
             return
         if self._trainer is not None:
             self.options.check_run(self._trainer, bool(callbacks_of(self)))
-        self.network, new = load_network(
-            self.auto_class, self.model_name, self.options, self._trainer, **self.network_options()
+        self.network, new = build_network(
+            self.auto_class,
+            self.model_name,
+            self.options,
+            self._trainer,
+            data_parallel_mesh(self),
+            **self.network_options(),
         )
         self.new_parameters = {f"network.{key}" for key in new}
 

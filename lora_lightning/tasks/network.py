@@ -1,0 +1,169 @@
+"""A task's network as its options say: loaded or random, quantised, compiled, shared out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_lightning.errors import ConfigError, ModelError
+from lora_lightning.tasks.model_options import ModelOptions
+from lora_lightning.tasks.pretrained import load_pretrained, resolve_model_path
+from lora_lightning.tasks.sharding import repeated_layers, share_out
+
+_AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+
+
+def build_network(
+    auto_class: str,
+    name: str,
+    options: ModelOptions,
+    trainer: Any = None,
+    mesh: Any = None,
+    **network_options: Any,
+) -> tuple[Any, set[str]]:
+    """The network in train mode, and the names of its parameters that no file had values for.
+
+    Args:
+        auto_class: Its class in transformers.
+        name: The model's name.
+        options: How it is built.
+        trainer: The Trainer that it is for, whose precision and device count.
+        mesh: The processes that it is shared out over; None: each has all of it.
+        **network_options: A task's own for `from_pretrained`.
+
+    """
+    if options.revision is not None and Path(resolve_model_path(name)).is_dir():
+        raise ConfigError(
+            f"revision={options.revision!r} names a state of a model on the hub, but {name!r} is a "
+            "local folder, which has one state only. Leave it out. (model.revision)"
+        )
+    how: dict[str, Any] = {**options.hub(), **network_options, "dtype": _dtype(options)}
+    if options.attn_implementation is not None:
+        how["attn_implementation"] = options.attn_implementation
+    if options.quantize:
+        how |= _quantized(auto_class, name, options, trainer, how)
+
+    def load() -> tuple[Any, set[str]]:
+        if not options.pretrained:
+            return _from_config(auto_class, name, how), set()
+        network, info = load_pretrained(auto_class, name, output_loading_info=True, **how)
+        return network, {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
+
+    new: set[str] = set()
+    with _attention_named(options.attn_implementation):
+        if mesh is None:
+            network, new = load()
+        else:
+            network = _skeleton(auto_class, name, how)
+    network.train()  # from_pretrained returns eval mode, which the Trainer would keep
+    # A cache is of no use but to generation, which asks for one by itself. Where there is one,
+    # transformers takes a packed row for a single sequence, and checkpointing warns of it.
+    network.config.use_cache = False
+    if options.gradient_checkpointing:
+        _checkpoint_layers(network, name)
+    if options.compile:
+        # In place: no wrapper, so all names stay, and adapters may grow later. Heads stay outside:
+        # what computes a loss may call them in pieces. FSDP acts between layers.
+        parts = [network.base_model] if mesh is None else repeated_layers(network)
+        chosen = {} if options.compile is True else options.compile
+        for part in parts:
+            part.compile(**{"dynamic": True, **chosen})
+    if mesh is not None:
+        new = share_out(load, network, mesh, trainer.strategy.root_device)
+    return network, new
+
+
+@contextmanager
+def _attention_named(name: str | None) -> Iterator[None]:
+    """Say that it is the attention where that is what transformers cannot have."""
+    try:
+        yield
+    except (ModelError, ImportError, ValueError) as error:
+        reason = str(error.__cause__ or error).split("\n")[0]
+        if name is None or not re.search("attn_implementation|attention", reason, re.IGNORECASE):
+            raise
+        raise ConfigError(
+            f"attn_implementation={name!r} cannot be had: {reason} (model.attn_implementation)"
+        ) from error
+
+
+def _skeleton(auto_class: str, name: str, how: dict[str, Any]) -> Any:
+    """The network without memory."""
+    with torch.device("meta"):
+        return _from_config(auto_class, name, how)
+
+
+def _from_config(auto_class: str, name: str, how: dict[str, Any]) -> Any:
+    """The network with random weights, of the shape that its `config.json` says."""
+    import transformers
+
+    own = {"dtype", "attn_implementation", "trust_remote_code"}
+    for_config = {k: v for k, v in how.items() if k not in own | {"ignore_mismatched_sizes"}}
+    trust = {"trust_remote_code": how["trust_remote_code"]}
+    config = load_pretrained("AutoConfig", name, **for_config, **trust)
+    passed_on = {key: value for key, value in how.items() if key in own}
+    if passed_on["dtype"] == "auto":
+        passed_on["dtype"] = config.dtype or torch.get_default_dtype()
+    return getattr(transformers, auto_class).from_config(config, **passed_on)
+
+
+def _checkpoint_layers(network: Any, name: str) -> None:
+    """Let every layer keep its input only, and run again in backward.
+
+    Non-reentrant: a layer whose input needs no gradient, as below frozen embeddings, trains.
+    """
+    if not getattr(network, "supports_gradient_checkpointing", False):
+        raise ConfigError(
+            f"{name!r} is a {type(network).__name__}, which does not support gradient "
+            "checkpointing. (model.gradient_checkpointing)"
+        )
+    # Its name before transformers 5.20
+    enable = getattr(network, "activation_checkpointing_enable", None)
+    (enable or network.gradient_checkpointing_enable)({"use_reentrant": False})
+    # transformers lets embeddings require gradients for the reentrant kind, which breaks a graph.
+    network.disable_input_require_grads()
+
+
+def _dtype(options: ModelOptions) -> Any:
+    # By default that of the Trainer's precision, not the one that the file was saved in.
+    if options.dtype is None:
+        return torch.get_default_dtype()
+    return "auto" if options.dtype == "auto" else getattr(torch, options.dtype)
+
+
+def _quantized(
+    auto_class: str, name: str, options: ModelOptions, trainer: Any, how: dict[str, Any]
+) -> dict[str, Any]:
+    """What makes `from_pretrained` round the Linears of the base."""
+    from transformers import BitsAndBytesConfig
+
+    skeleton = _skeleton(auto_class, name, how)
+    weights = next(skeleton.parameters()).dtype
+    compute = _AUTOCAST.get(getattr(trainer, "precision", ""), weights)
+    kind: dict[str, Any] = {"load_in_8bit": True}
+    if options.quantize != "int8":
+        kind = {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": options.quantize,
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": compute,
+        }
+    config = BitsAndBytesConfig(**kind, llm_int8_skip_modules=_heads(skeleton))
+    # Each process onto its own device, and never by way of another.
+    place = {} if trainer is None else {"device_map": {"": trainer.strategy.root_device}}
+    return {"quantization_config": config, **place}
+
+
+def _heads(network: Any) -> list[str]:
+    """The paths of what stands on top of the pretrained base: it stays as precise as it is."""
+    output = network.get_output_embeddings()  # None where there are none
+    found = [path for path, module in network.named_modules() if module is output]
+    if network.base_model is not network:
+        children = network.named_children()
+        found += [path for path, module in children if module is not network.base_model]
+    return list(dict.fromkeys(found))
