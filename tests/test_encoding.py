@@ -1,5 +1,7 @@
 """What a causal LM learns of documents, prompts with completions, and chats: token by token."""
 
+import pickle
+
 import pytest
 from tiny_lm import CHATML, tiny_tokenizer
 
@@ -244,3 +246,9 @@ def test_blocks_change_nothing(monkeypatch):
     monkeypatch.setattr("lora_lightning.data.sample_encoder.BLOCK", 2)
     assert list(encoder.encode_all(iter(samples))) == one_by_one
     assert encoder.encode_block([]) == []
+
+
+def test_an_encoder_reaches_other_processes():
+    encoder = Encoder(tiny_tokenizer("llama3"), 512)
+    copy = pickle.loads(pickle.dumps(encoder))
+    assert copy.encode(two_turns("llama3")) == encoder.encode(two_turns("llama3"))

@@ -101,9 +101,10 @@ class ChatTurns:
         start = 0
         if before:
             prompt = self._template.render(chat, before, ask=True)
-            if not text.startswith(prompt):  # then blocks alone say where the turn begins
-                prompt = self._template.render(chat, before)
-            start = _common_start(prompt, text)
+            if text.startswith(prompt):
+                start = len(prompt)
+            else:  # then the blocks say where the turn begins
+                start = _common_start(self._template.render(chat, before), text)
         spans = [(max(first, start), end) for first, end in blocks if end > start]
         if not spans:
             raise RecordError(

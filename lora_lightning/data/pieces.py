@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from typing import Any
@@ -40,7 +40,7 @@ class PieceTokenizer:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._find_added = finder_of_added_tokens(tokenizer)
+        self._added = _AddedTokens(tokenizer)
         # Llama 2's manner: every text is given a blank at its start.
         self._adds_a_blank = tokenizer.decode(2 * self._ids(["a"])["a"]) != "aa"
 
@@ -66,7 +66,7 @@ class PieceTokenizer:
 
     def _sections(self, pieces: Sequence[str]) -> list[_Section]:
         text, ends = "".join(pieces), list(accumulate(map(len, pieces)))
-        starts = {0, *self._find_added(text)}
+        starts = {0, *self._added.starts(text)}
         sections = []
         for start, end in pairwise(sorted({*starts, *ends})):
             if start in starts:
@@ -102,22 +102,23 @@ class PieceTokenizer:
         return result
 
 
-def finder_of_added_tokens(tokenizer: Any) -> Callable[[str], Iterable[int]]:
-    """A function that finds where in a text the tokenizer's added tokens begin.
+class _AddedTokens:
+    """Where a text holds tokens that are cut out of it before all else (`<|im_end|>`)."""
 
-    Such a token (`<|im_end|>`) is cut out of a text before all else, so no other token crosses it.
-    """
-    tokens = {
-        token.content
-        for token in tokenizer.added_tokens_decoder.values()
-        if not (token.normalized or token.lstrip or token.single_word)
-    }
-    # There are thousands like <unused17>: one pattern finds all numbers.
-    forms = {re.sub(r"\d+", r"\\d+", re.escape(token)) for token in tokens}
-    if not forms:
-        return lambda text: ()
-    pattern = re.compile("|".join(sorted(forms, key=len, reverse=True)))
-    return lambda text: (m.start() for m in pattern.finditer(text) if m.group() in tokens)
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokens = {
+            token.content
+            for token in tokenizer.added_tokens_decoder.values()
+            if not (token.normalized or token.lstrip or token.single_word)
+        }
+        # There are thousands like <unused17>: one pattern finds all numbers.
+        forms = {re.sub(r"\d+", r"\\d+", re.escape(token)) for token in self._tokens}
+        self._pattern = re.compile("|".join(sorted(forms, key=len, reverse=True)) or "(?!)")
+
+    def starts(self, text: str) -> Iterator[int]:
+        """Where they begin; no other token crosses these places."""
+        matches = self._pattern.finditer(text)
+        return (match.start() for match in matches if match.group() in self._tokens)
 
 
 def _steps(section: _Section, ids: dict[str, Ids]) -> Iterator[tuple[str, Ids, Ids]]:
