@@ -75,6 +75,33 @@ def test_marked_turns(block):
     assert encoded(marked(block), TALK) == plain
 
 
+def test_a_turn_of_several_blocks():
+    block = (
+        "{% generation %}{% endgeneration %}{% generation %}{{ message.content }}{% endgeneration %}"
+        "{{ ' ' }}{% generation %}{{ '<|im_end|>\\n' }}{% endgeneration %}"
+    )
+    ((text, parts),) = encoded(marked(block), TALK[:2])
+    assert text.endswith("assistant\nI am fine. <|im_end|>")
+    assert parts == ["I am fine.", "<|im_end|>"]
+
+
+def test_what_is_given_to_the_model_is_not_learned_though_marked():
+    template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}"
+        "{{ '<|im_start|>assistant\\n' + m.content + '<|im_end|>\\n' }}{% endgeneration %}"
+        "{% else %}{{ '<|im_start|>user\\n' + m.content + '<|im_end|>\\n' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
+    assert encoded(template, TALK) == encoded(None, TALK)
+
+
+def test_blocks_say_what_is_learned_where_the_generation_prompt_is_another():
+    block = "{% generation %}{{ message.content + '<|im_end|>' }}{% endgeneration %}"
+    opens_thinking = marked(block).replace("assistant\\n' }}", "assistant\\n<think>' }}")
+    ((_, parts),) = encoded(opens_thinking, TALK)
+    assert parts == LEARNED
+
+
 def test_marks_say_what_is_learned():
     block = (
         "{{ 'Answer: ' }}{% generation %}{{ message.content + '<|im_end|>' }}{% endgeneration %}"

@@ -3,6 +3,8 @@
 import pickle
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny_lm import CHATML, tiny_tokenizer
 
 from lora_lightning.data.chat import ChatTurns
@@ -125,6 +127,35 @@ def test_a_chat_is_what_transformers_makes_of_it(style):
         )
         assert ids[:start] == asked
         assert encoder.encode_prompts([chat(*messages[:turn])]) == [asked]
+
+
+contents = st.text(alphabet="aé🙂 \n\t1.'", max_size=12)
+TOKENIZERS = {style: tiny_tokenizer(style) for style in BY_HAND}
+
+
+@pytest.mark.parametrize("style", BY_HAND)
+@settings(max_examples=100, deadline=None)
+@given(question=contents, answer=contents, other=contents)
+def test_any_content(style, question, answer, other):
+    tokenizer = TOKENIZERS[style]
+    messages = [
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": answer},
+        {"role": "user", "content": other},
+        {"role": "assistant", "content": "Hello"},
+    ]
+    (example,) = Encoder(tokenizer, 512).encode(chat(*messages))
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert tokenizer.decode(example.input_ids) == text.removesuffix("\n")
+    asked = tokenizer.apply_chat_template(
+        messages[:1], add_generation_prompt=True, return_dict=False
+    )
+    assert example.input_ids[: len(asked)] == asked
+    assert set(example.labels[: len(asked)]) == {IGNORED} != {example.labels[len(asked)]}
+    runs = "".join("L" if y != IGNORED else " " for y in example.labels).split()
+    assert len(runs) == 2
+    end = tokenizer.convert_tokens_to_ids(BY_HAND[style][-1][0])
+    assert sum(y == end for y in example.labels) == 2
 
 
 def test_a_turn_that_is_only_read():
