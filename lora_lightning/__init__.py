@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from lora_lightning.adapters.vera import VeraConfig as VeraConfig
     from lora_lightning.callback import LoraCallback as LoraCallback
     from lora_lightning.callbacks.comparison import compare_with_base as compare_with_base
+    from lora_lightning.callbacks.text_samples import TextSamples as TextSamples
     from lora_lightning.callbacks.training_progress import TrainingProgress as TrainingProgress
     from lora_lightning.checkpoint import adapter_state_dict as adapter_state_dict
     from lora_lightning.checkpoint import load_adapter_state_dict as load_adapter_state_dict
@@ -118,6 +119,7 @@ _HOME = {
     "TokenClassification": "tasks.token_classification",
     "TokenClassificationDataModule": "data.token_classification",
     "StdlibDocstrings": "data.docstrings",
+    "TextSamples": "callbacks.text_samples",
     "TrainingProgress": "callbacks.training_progress",
     "compare_with_base": "callbacks.comparison",
     "LoraError": "errors",

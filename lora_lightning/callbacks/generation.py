@@ -1,0 +1,163 @@
+"""Text from the network of a LightningModule while it trains, and nothing of the training moved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import nn
+
+from lora_lightning.compiled import plain_name
+from lora_lightning.errors import ConfigError, did_you_mean, first_few
+from lora_lightning.hosts.base import walk
+from lora_lightning.rng import random_state, seed_all, set_random_state
+from lora_lightning.sharding import is_sharded
+
+# What changes the form of what `generate` returns.
+_OTHER_FORM = {"return_dict_in_generate", "num_return_sequences", "max_new_tokens", "max_length"}
+
+
+class TextGenerator:
+    """Continues token ids with a network that can `generate`, one prompt at a time.
+
+    Args:
+        network: A Hugging Face model.
+        tokenizer: Its tokenizer.
+        max_new_tokens: The most tokens of one text.
+        options: What else `generate` is given. Without `do_sample` it is greedy.
+
+    Raises:
+        ConfigError: If `generate` knows no such option.
+    """
+
+    def __init__(
+        self, network: Any, tokenizer: Any, max_new_tokens: int, options: Mapping[str, Any]
+    ) -> None:
+        _check_options(options)
+        self.network = network
+        self.tokenizer = tokenizer
+        self.max_new_tokens = max_new_tokens
+        greedy: dict[str, Any] = {"do_sample": False}
+        if not options.get("do_sample", False):  # what the model brings for sampling
+            greedy.update(dict.fromkeys(("temperature", "top_p", "top_k"), None))
+        padding = tokenizer.pad_token_id
+        ends = {"pad_token_id": tokenizer.eos_token_id if padding is None else padding}
+        if tokenizer.eos_token_id is not None and not _ends_itself(network):
+            ends["eos_token_id"] = tokenizer.eos_token_id
+        self.options = {**greedy, **ends, **options}
+
+    def fits(self, ids: Sequence[int]) -> bool:
+        """Whether the network has positions for a prompt and the text after it."""
+        limit = getattr(self.network.config.get_text_config(), "max_position_embeddings", None)
+        new = self.max_new_tokens
+        needed = max(len(ids), new) if self.is_encoder_decoder else len(ids) + new
+        return not isinstance(limit, int) or needed <= limit
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """Whether the prompt is read apart from what is written."""
+        return bool(self.network.config.is_encoder_decoder)
+
+    def texts(self, module: LightningModule, prompts: Sequence[Sequence[int]]) -> list[str]:
+        """What the network writes after each prompt; the same at every call where it draws."""
+        sharded = any(is_sharded(p) for p in module.parameters())
+        with training_kept(module), self._whole(module):
+            texts = []
+            for ids in prompts:
+                inputs = torch.tensor([list(ids)], device=module.device)
+                output = self.network.generate(
+                    input_ids=inputs,
+                    attention_mask=torch.ones_like(inputs),
+                    max_new_tokens=self.max_new_tokens,
+                    use_cache=True,
+                    synced_gpus=sharded,
+                    **self.options,
+                )[0]
+                new = output if self.is_encoder_decoder else output[len(ids) :]
+                texts.append(self.tokenizer.decode(new, skip_special_tokens=True))
+        return texts
+
+    @contextmanager
+    def _whole(self, module: LightningModule) -> Iterator[None]:
+        """Gather what FSDP2 has laid into units around the network, which are not called here."""
+        outer = [m for m in module.modules() if _holds(m, self.network)]
+        around: list[Any] = [m for m in outer if hasattr(m, "unshard")]
+        for unit in around:
+            unit.unshard()
+        try:
+            yield
+        finally:
+            for unit in around:
+                unit.reshard()
+
+
+@contextmanager
+def training_kept(module: LightningModule) -> Iterator[None]:
+    """Inside: eval mode, no gradients, the Trainer's precision, random numbers of its own."""
+    modes = [(m, m.training) for m in module.modules()]
+    state = random_state(cuda="own")
+    precision: Any = module.trainer.strategy.precision_plugin
+    with ExitStack() as stack:
+        stack.callback(set_random_state, state)
+        stack.callback(_set_modes, modes)
+        # Validation runs in inference mode, whose tensors a module must not keep for training.
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        # Every step has another length: no graph for each.
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(precision.forward_context())
+        module.eval()
+        seed_all(0)
+        yield
+
+
+def generating_network(module: LightningModule) -> nn.Module:
+    """The one submodule that can generate text.
+
+    Raises:
+        ConfigError: If there is none, or several.
+    """
+    from transformers import GenerationMixin
+
+    found: dict[str, nn.Module] = {}
+    for path, part in walk(module):
+        if isinstance(part, GenerationMixin) and not any(
+            path.startswith(f"{outer}.") for outer in found
+        ):
+            found[path] = part
+    if len(found) != 1:
+        names = first_few(map(plain_name, found)) or "none"
+        raise ConfigError(
+            f"TextSamples needs a module with exactly one Hugging Face model that generates text; "
+            f"{type(module).__name__} has {names}. (trainer.callbacks)"
+        )
+    return next(iter(found.values()))
+
+
+def _ends_itself(network: Any) -> bool:
+    return getattr(network.generation_config, "eos_token_id", None) is not None
+
+
+def _holds(outer: nn.Module, inner: nn.Module) -> bool:
+    return outer is not inner and any(m is inner for m in outer.modules())
+
+
+def _set_modes(modes: list[tuple[nn.Module, bool]]) -> None:
+    for part, training in modes:
+        part.training = training
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    from transformers import GenerationConfig
+
+    known = [name for name in GenerationConfig().to_dict() if not name.startswith("_")]
+    for name in options:
+        if name in _OTHER_FORM:
+            raise ConfigError(f"{name!r} is no option for samples. (generation)")
+        if name not in known:
+            near = did_you_mean(name, known)
+            hint = f" Did you mean {near!r}?" if near else ""
+            raise ConfigError(f"generate has no option {name!r}.{hint} (generation)")

@@ -1,0 +1,227 @@
+"""Generated text for fixed prompts while a model trains: the base beside the adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lora_lightning import report
+from lora_lightning.callbacks.generation import TextGenerator, generating_network
+from lora_lightning.callbacks.text_loggers import Row, log_texts
+from lora_lightning.callbacks.training_progress import left_out
+from lora_lightning.data.encoding import Encoder
+from lora_lightning.data.samples import Chat, Document, PromptCompletion, Sample
+from lora_lightning.data.seq2seq_encoding import Seq2SeqEncoder
+from lora_lightning.errors import ConfigError
+from lora_lightning.sharding import is_sharded
+from lora_lightning.switching import adapter_names, disable_adapter
+from lora_lightning.tasks.pretrained import load_pretrained
+
+Prompt = str | list[dict[str, Any]]
+
+_SHOWN = 400  # characters of a prompt on the console, from its end
+
+
+class TextSamples(Callback):
+    """Text that the model writes after fixed prompts, the base's beside the adapter's.
+
+    It goes to the console and into every logger: TensorBoard, W&B, MLflow and Comet as text,
+    any other (CSVLogger) as lines of `samples.jsonl` beside its metrics. The base's text is
+    written once, with the adapters disabled, and kept. Training goes on as if nothing had been
+    written: random numbers, train and eval mode stay as they are.
+
+    It works with the language models of this package and with every LightningModule that holds
+    exactly one Hugging Face model that generates. Under DDP the first process writes; under FSDP2
+    all do.
+
+    Args:
+        prompts: Texts, or chats as lists of messages (`role`, `content`), which are written by the
+            chat template up to where the assistant answers. Default: the first prompts of the
+            validation data, from the data module's `sample_prompts`.
+        num_prompts: How many of the validation data.
+        every_n_steps: Optimizer steps between two samples. Default: after each validation. At the
+            end of training there is always one.
+        max_new_tokens: The most tokens of one text.
+        tokenizer: Model name or folder of the tokenizer, or a tokenizer. Default: that of the data
+            module, else of the module's `model_name`.
+        generation: What else Hugging Face's `generate` is given, such as
+            `{do_sample: true, temperature: 0.7}`. Default: greedy.
+
+    Raises:
+        ConfigError: Before training: no prompts, no tokenizer, no or several models that generate,
+            an option that `generate` does not know, a prompt too long for the model.
+    """
+
+    def __init__(
+        self,
+        prompts: list[str | list[dict[str, Any]]] | None = None,
+        num_prompts: int = 2,
+        every_n_steps: int | None = None,
+        max_new_tokens: int = 60,
+        tokenizer: Any = None,
+        generation: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        numbers = {"num_prompts": num_prompts, "max_new_tokens": max_new_tokens}
+        for name, number in {**numbers, "every_n_steps": every_n_steps or 1}.items():
+            if number < 1:
+                raise ConfigError(f"{name} must be at least 1, found {number}. ({name})")
+        if prompts is not None and not prompts:
+            raise ConfigError("prompts is an empty list; leave it out or name some. (prompts)")
+        self.prompts = prompts
+        self.num_prompts = num_prompts
+        self.every_n_steps = every_n_steps
+        self.max_new_tokens = max_new_tokens
+        self.tokenizer = tokenizer
+        self.generation = generation or {}
+        self._generator: TextGenerator | None = None
+        self._asked: list[tuple[str, list[int]]] = []  # each prompt as shown, and its ids
+        self._base: list[str] | None = None
+        self._last_step = -1
+
+    def on_fit_start(self, trainer: Any, pl_module: LightningModule) -> None:
+        """Find model, tokenizer and prompts before any work."""
+        names = {kind.__name__ for kind in type(trainer.strategy).__mro__}
+        if "FSDPStrategy" in names or getattr(trainer.strategy, "zero_stage_3", False):
+            raise ConfigError(
+                f"TextSamples cannot generate under {type(trainer.strategy).__name__}, which "
+                "gathers the weights only in the module's own forward. Use ModelParallelStrategy "
+                "(FSDP2) or leave it out. (trainer.callbacks)"
+            )
+        network = generating_network(pl_module)
+        tokenizer = self._find_tokenizer(trainer, pl_module)
+        generator = TextGenerator(network, tokenizer, self.max_new_tokens, self.generation)
+        self._generator, self._base, self._last_step = generator, None, -1
+        prompts = self._find_prompts(trainer)
+        encoded = self._encode(trainer, prompts)
+        asked = list(zip(map(_in_words, prompts), encoded, strict=True))
+        self._asked = [(words, ids) for words, ids in asked if generator.fits(ids)]
+        if not self._asked or (self.prompts and len(self._asked) < len(asked)):
+            longest = max(map(len, encoded))
+            raise ConfigError(
+                f"a prompt has {longest:,} tokens, and with max_new_tokens={self.max_new_tokens} "
+                "more the model has no positions for it. Shorten one of the two. "
+                "(prompts, max_new_tokens)"
+            )
+
+    def on_validation_end(self, trainer: Any, pl_module: LightningModule) -> None:
+        """Write, unless it goes by steps."""
+        if self.every_n_steps is None and not trainer.sanity_checking:
+            self._write(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Write after every `every_n_steps` steps."""
+        if self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0:
+            self._write(trainer, pl_module)
+
+    def on_train_end(self, trainer: Any, pl_module: LightningModule) -> None:
+        """Write a last time."""
+        self._write(trainer, pl_module)
+
+    def _write(self, trainer: Any, pl_module: LightningModule) -> None:
+        step, generator = trainer.global_step, self._generator
+        if trainer.state.fn != "fit" or generator is None or step in (0, self._last_step):
+            return
+        self._last_step = step
+        # Weights that are spread over processes are gathered by all of them.
+        if not (trainer.is_global_zero or any(is_sharded(p) for p in pl_module.parameters())):
+            return
+        ids = [ids for _, ids in self._asked]
+        with left_out(trainer):
+            if self._base is None and adapter_names(pl_module):
+                with torch.inference_mode(False), disable_adapter(pl_module):
+                    self._base = generator.texts(pl_module, ids)
+            tuned = generator.texts(pl_module, ids)
+        if trainer.is_global_zero:
+            columns: dict[str, Sequence[str]] = {"prompt": [words for words, _ in self._asked]}
+            if self._base is not None:
+                columns["base"] = self._base
+            columns["tuned"] = tuned
+            rows = [
+                dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)
+            ]
+            report.show(as_table(rows, f"samples at step {step}"))
+            for logger in trainer.loggers:
+                log_texts(logger, "samples", rows, step)
+
+    def _find_tokenizer(self, trainer: Any, pl_module: LightningModule) -> Any:
+        if self.tokenizer is not None and not isinstance(self.tokenizer, str):
+            return self.tokenizer
+        encoder = getattr(trainer.datamodule, "encoder", None)
+        if self.tokenizer is None and encoder is not None:
+            return encoder.tokenizer
+        name, key = self.tokenizer or getattr(pl_module, "model_name", None), "tokenizer"
+        if name is None:
+            raise ConfigError(
+                f"TextSamples needs a tokenizer: {type(pl_module).__name__} has no `model_name` to "
+                f"take it from, so name one. ({key})"
+            )
+        return load_pretrained("AutoTokenizer", name, key)
+
+    def _find_prompts(self, trainer: Any) -> list[Prompt]:
+        if self.prompts is not None:
+            return list(self.prompts)
+        ask = getattr(trainer.datamodule, "sample_prompts", None)
+        # The same for all processes, however the data are spread.
+        prompts = trainer.strategy.broadcast(list(ask(self.num_prompts)) if ask else [])
+        if not prompts:
+            raise ConfigError(
+                "TextSamples has no prompts: the validation data give none, so name some. (prompts)"
+            )
+        return prompts
+
+    def _encode(self, trainer: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """As the data module encodes its own prompts."""
+        assert self._generator is not None
+        encoder = getattr(trainer.datamodule, "encoder", None)
+        samples: list[Sample]
+        if self._generator.is_encoder_decoder:
+            texts = [_text(prompt) for prompt in prompts]
+            samples = [PromptCompletion(text, "", "prompts") for text in texts]
+            encoder = encoder or Seq2SeqEncoder(self._generator.tokenizer, 2)
+        else:
+            samples = [
+                Document(p, "prompts") if isinstance(p, str) else Chat(tuple(p), "prompts")
+                for p in prompts
+            ]
+            encoder = encoder or Encoder(self._generator.tokenizer, 2)
+        return encoder.encode_prompts(samples)
+
+
+def as_table(rows: Sequence[Row], title: str) -> str:
+    """Rows of texts as wide as the console, at most 100 characters, a block for each row."""
+    console = Console()
+    table = Table(
+        title=title, title_justify="left", show_header=False, width=min(console.width, 100)
+    )
+    table.add_column(no_wrap=True)
+    table.add_column(ratio=1)
+    for row in rows:
+        for column, text in row.items():
+            if column == "prompt" and len(text) > _SHOWN:
+                text = f"[...]{text[-_SHOWN:]}"
+            table.add_row(column, Text(text, overflow="fold"))
+        table.add_section()
+    with console.capture() as captured:
+        console.print(table, highlight=False)
+    return captured.get().rstrip("\n")
+
+
+def _text(prompt: Prompt) -> str:
+    if not isinstance(prompt, str):
+        raise ConfigError("an encoder-decoder reads texts, and a prompt is a chat. (prompts)")
+    return prompt
+
+
+def _in_words(prompt: Prompt) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
