@@ -62,8 +62,8 @@ def test_an_example_that_teaches_nothing_is_an_error():
     monologue = Chat(({"role": "user", "content": "Hello"},), "my.jsonl, line 9")
     chats = Encoder(tiny_tokenizer("chatml"), 512)
     assert message(lambda: chats.encode(monologue)) == (
-        "my.jsonl, line 9: nothing of this example would be learned: it has no assistant turn. "
-        "Remove it, or leave such examples out: untrainable: drop. (data.untrainable)"
+        "my.jsonl, line 9: nothing of this example would be learned: it has no text, or no turn of "
+        "the assistant, to learn. Remove it, or leave such examples out: untrainable: drop. (data.untrainable)"
     )
 
 

@@ -56,3 +56,18 @@ def test_thousands_of_reserved_tokens():
     ((found, _),) = pieces([[text, "Hello"]])
     assert found == ids_of(tokenizer, text)
     assert sum(t >= tokenizer.convert_tokens_to_ids("<unused0>") for t in found) >= 2
+
+
+@pytest.mark.parametrize("side", ["lstrip", "rstrip"])
+def test_added_tokens_that_swallow_white_space(side):
+    """As Phi-3's, which take the line break after them."""
+    from tokenizers import AddedToken
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens(
+        {"extra_special_tokens": [AddedToken("<|end|>", special=True, normalized=False, **{side: True})]}
+    )  # fmt: skip
+    pieces, text = PieceTokenizer(tokenizer), ["Hello <|end|>\n", "\tdog", " <|end|> \n", "the"]
+    (found,) = pieces([text])
+    assert [token for part in found for token in part] == ids_of(tokenizer, "".join(text))
+    assert found[0] == ids_of(tokenizer, text[0])

@@ -127,7 +127,7 @@ class SampleEncoder:
     def _nothing_learned(self, example: Example, where: str) -> str:
         read_only = next((n for n, label in enumerate(example.labels) if label != IGNORED), None)
         if read_only is None:
-            reason = "it has no assistant turn. Remove it"
+            reason = "it has no text, or no turn of the assistant, to learn. Remove it"
         else:
             reason = (
                 f"its first {read_only:,} tokens are only read, and it is cut to {self.limit}. "
