@@ -64,9 +64,11 @@ if TYPE_CHECKING:
     from lora_lightning.switching import disable_adapter as disable_adapter
     from lora_lightning.switching import scale_adapter as scale_adapter
     from lora_lightning.switching import set_adapter as set_adapter
+    from lora_lightning.tasks.causal_lm import CausalLM as CausalLM
     from lora_lightning.tasks.image_classification import (
         ImageClassification as ImageClassification,
     )
+    from lora_lightning.tasks.seq2seq_lm import Seq2SeqLM as Seq2SeqLM
     from lora_lightning.tasks.sequence_classification import (
         SequenceClassification as SequenceClassification,
     )
@@ -112,6 +114,8 @@ _HOME = {
     "hotswap_adapter": "hotswap",
     "adapter_state_dict": "checkpoint",
     "load_adapter_state_dict": "checkpoint",
+    "CausalLM": "tasks.causal_lm",
+    "Seq2SeqLM": "tasks.seq2seq_lm",
     "SequenceClassification": "tasks.sequence_classification",
     "TextClassificationDataModule": "data.text_classification",
     "ImageClassification": "tasks.image_classification",

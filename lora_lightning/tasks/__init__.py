@@ -5,9 +5,11 @@ from typing import TYPE_CHECKING
 from lora_lightning.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from lora_lightning.tasks.causal_lm import CausalLM as CausalLM
     from lora_lightning.tasks.image_classification import (
         ImageClassification as ImageClassification,
     )
+    from lora_lightning.tasks.seq2seq_lm import Seq2SeqLM as Seq2SeqLM
     from lora_lightning.tasks.sequence_classification import (
         SequenceClassification as SequenceClassification,
     )
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
     )
 
 _HOME = {
+    "CausalLM": "causal_lm",
+    "Seq2SeqLM": "seq2seq_lm",
     "SequenceClassification": "sequence_classification",
     "TokenClassification": "token_classification",
     "ImageClassification": "image_classification",

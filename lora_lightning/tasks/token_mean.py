@@ -63,21 +63,23 @@ class TokenMean(LightningModule):
         if gradients:
             torch._foreach_mul_(gradients, before / _not_zero(self._window_weight))
 
-    def window_loss(self, total: Tensor, batch: Any) -> Tensor:
+    def window_loss(self, total: Tensor, batch: Any, penalty: Tensor | None = None) -> Tensor:
         """What `training_step` is to return, so that the update is the mean over the window.
 
         Args:
             total: Summed loss of this process's micro-batch, of float32 or wider.
             batch: The micro-batch. Without a Trainer, the mean over it is returned.
+            penalty: A mean that is added to the micro-batch's mean; no part of `window_mean`.
         """
+        weight = self.batch_weight(batch)
+        assert weight is not None, "`batch_weight` says what the mean is over"
+        summed = total if penalty is None else total + penalty * weight
         if self._trainer is None:
-            weight = self.batch_weight(batch)
-            assert weight is not None
-            return total / _not_zero(weight).to(total)
+            return summed / _not_zero(weight).to(total)
         self._window_total = self._window_total + self._sum_over_processes(total.detach())
         # Lightning divides by the one; strategies average gradients over the other.
         parts = self.trainer.accumulate_grad_batches * self.trainer.world_size
-        return total * (parts / _not_zero(self._window_weight)).to(total)
+        return summed * (parts / _not_zero(self._window_weight)).to(total)
 
     @property
     def window_mean(self) -> Tensor:

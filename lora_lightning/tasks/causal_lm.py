@@ -1,0 +1,49 @@
+"""Causal language models: each token is predicted from those before it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from lora_lightning.tasks.language_model import LanguageModel
+from lora_lightning.tasks.lm_loss import next_tokens
+from lora_lightning.tasks.pretrained_task import Batch
+
+
+class CausalLM(LanguageModel):
+    """A causal language model, such as a Llama, trained to predict each learned token.
+
+    The loss is -1/N sum_t log p(x_t | x_<t) in float32 over the N learned tokens of an update, of
+    all accumulated batches and all processes: one large batch and many small ones give the same
+    update. Scores are computed for learned tokens only, in chunks, forward and backward, so that
+    memory holds no matrix of tokens x vocabulary.
+
+    Logs `train_loss`; `val_loss`, `val_perplexity` (e to the loss) and `val_accuracy` (share of
+    tokens that have the highest score), means over all learned tokens of the set; and the same of a
+    test. Predicting writes a continuation for each prompt.
+
+    Args:
+        **options: Those of every language model, and of every task.
+    """
+
+    auto_class = "AutoModelForCausalLM"
+
+    def __init__(self, model: str, **options: Any) -> None:
+        super().__init__(model, **options)
+
+    def targets(self, batch: Batch) -> Tensor:
+        """The label after each position; none where another packed sequence begins."""
+        return next_tokens(batch["labels"], batch.get("position_ids"))
+
+    def prompts(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
+        """With all padding on the left: the next token follows the last."""
+        order = attention_mask.argsort(dim=1, stable=True)
+        return {
+            "input_ids": input_ids.gather(1, order),
+            "attention_mask": attention_mask.gather(1, order),
+        }
+
+    def written(self, generated: Tensor, input_ids: Tensor) -> Tensor:
+        """What follows the prompt."""
+        return generated[:, input_ids.shape[1] :]

@@ -1,0 +1,192 @@
+"""What the tasks that learn to write text share: loss, metrics, generation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import SumMetric
+
+from lora_lightning.data.samples import IGNORED
+from lora_lightning.errors import ConfigError, did_you_mean
+from lora_lightning.tasks.lm_loss import LMLoss, TokenLoss
+from lora_lightning.tasks.pretrained import load_pretrained
+from lora_lightning.tasks.pretrained_task import Batch, PretrainedTask
+
+_SUMS = ("loss", "tokens", "correct")
+
+
+class LanguageModel(PretrainedTask):
+    """A pretrained network that writes text, trained on cross-entropy of the next token.
+
+    Args:
+        model: Hub id, local folder, or `package:import_name/sub/folder` (an installed package's).
+        learning_rate: Learning rate at its peak. The default suits LoRA; full fine-tuning wants
+            about a tenth of it.
+        max_new_tokens: Most tokens that are generated for a prompt when predicting.
+        generation: Further options of transformers' `generate`, such as
+            `{do_sample: true, temperature: 0.7}`. Default: what the model's files say.
+        **options: Those of every task.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        learning_rate: float = 2e-4,
+        max_new_tokens: int = 128,
+        generation: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(model, learning_rate=learning_rate, **options)
+        _check_generation(generation or {}, max_new_tokens)
+        self.max_new_tokens = max_new_tokens
+        self.generation = generation or {}
+        # Tokens that this process has been trained on in this run, padding left out.
+        self.tokens_seen = 0
+        self.lm_loss = LMLoss()
+        # Sums in float64 whatever the precision is; Apple's devices have nothing wider than 32.
+        dtype = torch.float32 if torch.backends.mps.is_available() else torch.float64
+        self.sums = nn.ModuleDict(
+            {
+                f"{stage}_{what}": SumMetric(nan_strategy="disable").set_dtype(dtype)
+                for stage in ("val", "test")
+                for what in _SUMS
+            }
+        )
+        self._tokenizer: Any = None
+
+    def inputs(self, batch: Batch) -> dict[str, Any]:
+        """What the network is given."""
+        return {name: tensor for name, tensor in batch.items() if name != "labels"}
+
+    def targets(self, batch: Batch) -> Tensor:
+        """The token that each position of the output is to predict, or `IGNORED`."""
+        raise NotImplementedError
+
+    def batch_weight(self, batch: Batch) -> Tensor:
+        """How many tokens are learned."""
+        return (self.targets(batch) != IGNORED).sum()
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Scores (batch, length, vocabulary) of the next token."""
+        assert self.network is not None, "configure_model builds the network"
+        return self.network(**self.inputs(batch)).logits
+
+    def token_loss(self, batch: Batch) -> TokenLoss:
+        """Summed cross-entropy of the learned tokens, and how many of them are guessed."""
+        assert self.network is not None, "configure_model builds the network"
+        return self.lm_loss(self.network, self.inputs(batch), self.targets(batch))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Cross-entropy, as the update's mean over its whole window wants it."""
+        self.tokens_seen += self.count_tokens(batch)
+        found = self.token_loss(batch)
+        loss = self.window_loss(found.total, batch, found.balance)
+        if self._trainer is not None:
+            self.log("train_loss", self.window_mean.float(), prog_bar=True, batch_size=1)
+        return loss
+
+    def count_tokens(self, batch: Batch) -> int:
+        """How many tokens the network reads, padding left out."""
+        mask = batch.get("attention_mask")
+        return batch["input_ids"].numel() if mask is None else int(mask.sum())
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Sum up the loss and the guessed tokens."""
+        self._evaluate("val", batch)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Sum up the loss and the guessed tokens."""
+        self._evaluate("test", batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log loss, perplexity and accuracy: means over all tokens of all batches and processes."""
+        self._log_means("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log loss, perplexity and accuracy: means over all tokens of all batches and processes."""
+        self._log_means("test")
+
+    def _evaluate(self, stage: str, batch: Batch) -> None:
+        found = self.token_loss(batch)
+        assert found.correct is not None, "evaluation computes no gradients"
+        values = (found.total, self.batch_weight(batch), found.correct)
+        for metric, value in zip(self._sums(stage), values, strict=True):
+            metric.update(value)
+
+    def _log_means(self, stage: str) -> None:
+        total, tokens, correct = (metric.compute() for metric in self._sums(stage))
+        for metric in self._sums(stage):
+            metric.reset()
+        loss, shown = total / tokens, stage == "val"
+        # They are the same on all processes already.
+        self.log(f"{stage}_loss", loss.float(), prog_bar=shown)
+        self.log(f"{stage}_perplexity", loss.exp().float(), prog_bar=shown)
+        self.log(f"{stage}_accuracy", (correct / tokens).float())
+
+    def _sums(self, stage: str) -> list[Any]:
+        return [self.sums[f"{stage}_{what}"] for what in _SUMS]
+
+    # -- generation --------------------------------------------------------------------------------
+
+    @property
+    def tokenizer(self) -> Any:
+        """The data module's tokenizer where it has one, else the model's own."""
+        data = getattr(self._trainer, "datamodule", None)
+        theirs = getattr(data, "tokenizer", None)
+        if theirs is not None and not isinstance(theirs, str):
+            return theirs
+        if self._tokenizer is None:
+            self._tokenizer = load_pretrained("AutoTokenizer", self.model_name)
+        return self._tokenizer
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[str]:
+        """The text that the model writes for each prompt of a batch."""
+        return self.generate(batch["input_ids"], batch.get("attention_mask"))
+
+    @torch.no_grad()
+    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[str]:
+        """The text that the model writes for each prompt, padded on either side.
+
+        Args:
+            input_ids: (B, T).
+            attention_mask: (B, T), 0 where there is padding.
+        """
+        network: Any = self.network
+        tokenizer = self.tokenizer
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        ids = network.generate(
+            **self.prompts(input_ids, mask),
+            **{"max_new_tokens": self.max_new_tokens, "pad_token_id": pad, **self.generation},
+        )
+        return tokenizer.batch_decode(self.written(ids, input_ids), skip_special_tokens=True)
+
+    def prompts(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
+        """What `generate` is given."""
+        return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+    def written(self, generated: Tensor, input_ids: Tensor) -> Tensor:
+        """What of the generated ids (B, L) is not the prompt."""
+        return generated
+
+
+def _check_generation(generation: dict[str, Any], max_new_tokens: int) -> None:
+    if max_new_tokens < 1:
+        raise ConfigError(
+            f"max_new_tokens must be at least 1, found {max_new_tokens}. (model.max_new_tokens)"
+        )
+    if not generation:
+        return
+    from transformers import GenerationConfig
+
+    known = vars(GenerationConfig())
+    for name in generation:
+        if name not in known or name.startswith("_"):
+            near = did_you_mean(name, known)
+            hint = f" Did you mean {near!r}?" if near else ""
+            raise ConfigError(
+                f"generation: transformers' generate has no option {name!r}.{hint} "
+                f"(model.generation.{name})"
+            )
