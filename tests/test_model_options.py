@@ -19,8 +19,12 @@ from torch.utils.data import DataLoader
 
 from lora_lightning import LoraCallback, LoraConfig, inject_adapter
 from lora_lightning.errors import ConfigError, ModelError
+from lora_lightning.hosts.base import named_hosts
 from lora_lightning.tasks import SequenceClassification
+from lora_lightning.tasks.model_options import ModelOptions
+from lora_lightning.tasks.network import build_network
 from lora_lightning.tasks.pretrained_task import PretrainedTask
+from lora_lightning.tasks.sharding import repeated_layers
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning"),  # bitsandbytes
@@ -347,6 +351,51 @@ def test_gradient_checkpointing_in_training(tmp_path: Path, llama: str) -> None:
     assert all(torch.equal(found[name], tensor) for name, tensor in without.items())
 
 
+SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
+KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "bert": ("BertConfig", "AutoModelForTokenClassification", {**SIZES, "num_attention_heads": 2}),
+    "gpt2": ("GPT2Config", "AutoModelForCausalLM", {"n_embd": 16, "n_layer": 2, "n_head": 2}),
+    "t5": (
+        "T5Config",
+        "AutoModelForSeq2SeqLM",
+        {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+        | {"decoder_start_token_id": 0, "pad_token_id": 0},
+    ),
+    "vit": (
+        "ViTConfig",
+        "AutoModelForImageClassification",
+        {**SIZES, "num_attention_heads": 2, "image_size": 16, "patch_size": 8},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradient_checkpointing_of_other_kinds(tmp_path: Path, kind: str) -> None:
+    """Every layer of every stack runs twice, and every adapter has a gradient."""
+    import transformers
+
+    config, auto_class, sizes = KINDS[kind]
+    options = {} if kind == "vit" else {"vocab_size": 200}
+    getattr(transformers, config)(**sizes, **options).save_pretrained(tmp_path)
+    checkpointed = ModelOptions(pretrained=False, gradient_checkpointing=True)
+    network, _ = build_network(auto_class, str(tmp_path), checkpointed)
+    inject_adapter(network, LoraConfig(r=2, target_modules="all-linear"))
+    layers = repeated_layers(network)
+    calls = [0] * len(layers)
+    for place, layer in enumerate(layers):
+        _, first = next(named_hosts(layer))
+        first.register_forward_hook(
+            lambda *_, place=place: calls.__setitem__(place, calls[place] + 1)
+        )
+    inputs = {"pixel_values": torch.ones(2, 3, 16, 16)} if kind == "vit" else {"input_ids": ids()}
+    extra = {"labels": ids()} if kind == "t5" else {}
+    network(**inputs, **extra).logits.sum().backward()
+    assert calls == [2, 2]
+    trained = [p for p in network.parameters() if p.requires_grad]
+    assert len(trained) > 10
+    assert all(p.grad is not None for p in trained)
+
+
 def test_a_network_without_layers_to_checkpoint(llama: str, monkeypatch: Any) -> None:
     from transformers import LlamaForCausalLM
 
@@ -395,6 +444,26 @@ def test_one_graph_for_all_lengths(llama: str, checkpointing: bool) -> None:
             if two.grad is not None:
                 assert torch.allclose(one.grad, two.grad, atol=1e-4), name
     assert backend.graphs == 1
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo
+def test_heads_are_not_part_of_the_graph(tmp_path: Path) -> None:
+    """A loss may take them in pieces, also where the base is not one module: T5's two stacks."""
+    import transformers
+
+    torch._dynamo.reset()
+    config, auto_class, sizes = KINDS["t5"]
+    getattr(transformers, config)(**sizes, vocab_size=200).save_pretrained(tmp_path)
+    backend = Counting()
+    options = ModelOptions(pretrained=False, compile={"backend": backend, "fullgraph": True})
+    network, _ = build_network(auto_class, str(tmp_path), options)
+    seen = []
+    network.lm_head.register_forward_pre_hook(lambda _, args: seen.append(type(args[0])))
+    for length in (7, 12):
+        network(input_ids=ids(2, length), labels=ids(2, length + 3)).loss.backward()
+    assert backend.graphs == 2
+    assert seen == [Tensor, Tensor]  # not once, while a graph was made
 
 
 def test_twin_that_is_compiled_for_each_length(llama: str) -> None:

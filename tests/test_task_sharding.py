@@ -13,12 +13,15 @@ from lightning.pytorch import seed_everything
 from lightning.pytorch.strategies import ModelParallelStrategy
 from modules import run
 from processes import on_processes
+from test_fsdp1 import OnCpu
 from tiny_bert import save_tiny_bert
 from tiny_lm import tiny_llama
 from torch import Tensor
 from torch.utils.data import DataLoader
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from lora_lightning import LoraCallback
+from lora_lightning.compiled import named_parameters
 from lora_lightning.errors import LoraError
 from lora_lightning.sharding import is_sharded, whole
 from lora_lightning.tasks import SequenceClassification, network
@@ -33,6 +36,7 @@ class LanguageModel(PretrainedTask):
         return self.network(input_ids=batch, labels=batch).loss
 
 
+LAYERS = {LlamaDecoderLayer}
 CASES: dict[str, tuple[str, bool, dict[str, Any]]] = {
     "adapters": ("tied", True, {}),
     "all": ("tied", False, {}),
@@ -42,7 +46,9 @@ CASES: dict[str, tuple[str, bool, dict[str, Any]]] = {
 }
 
 
-def fit(folder: Path, model: str, lora: bool, devices: int, **options: Any) -> dict[str, Tensor]:
+def fit(
+    folder: Path, model: str, lora: bool, devices: int, strategy: Any = None, **options: Any
+) -> dict[str, Tensor]:
     """What is trained, whole, after three steps of 4 rows in all."""
     seed_everything(7, verbose=False)
     torch._dynamo.reset()
@@ -50,18 +56,17 @@ def fit(folder: Path, model: str, lora: bool, devices: int, **options: Any) -> d
     own = list(range(int(os.environ.get("RANK", 0)), 12, devices))
     loader = DataLoader(rows, 4 // devices, sampler=own)
     callbacks = [LoraCallback(r=2)] if lora else []
-    strategy = "auto" if devices == 1 else ModelParallelStrategy(2, 1)
-    trainer = run(
-        folder, *callbacks, devices=devices, strategy=strategy, use_distributed_sampler=False
-    )
+    way = strategy or ("auto" if devices == 1 else ModelParallelStrategy(2, 1))
+    trainer = run(folder, *callbacks, devices=devices, strategy=way, use_distributed_sampler=False)
     # SGD: Adam makes a step of full length of a gradient that is 0 but for rounding.
     module = LanguageModel(str(folder.parent / model), **options)
     module.configure_optimizers = lambda: torch.optim.SGD(  # type: ignore[method-assign]
         [p for p in module.parameters() if p.requires_grad], lr=0.1
     )
     trainer.fit(module, loader)
-    assert all(is_sharded(p) for p in module.parameters()) == (devices == 2)
-    return {n: whole(p).detach().clone() for n, p in module.named_parameters() if p.requires_grad}
+    fsdp2 = devices == 2 and strategy is None
+    assert all(is_sharded(p) for p in module.parameters()) == fsdp2
+    return {n: whole(p).detach().clone() for n, p in named_parameters(module) if p.requires_grad}
 
 
 def on_two(folder: Path) -> dict[str, Any]:
@@ -69,6 +74,7 @@ def on_two(folder: Path) -> dict[str, Any]:
         name: fit(folder / name, model, lora, 2, **options)
         for name, (model, lora, options) in CASES.items()
     }
+    found["fsdp1"] = fit(folder / "fsdp1", "untied", True, 2, OnCpu(auto_wrap_policy=LAYERS))
     return {
         "runs": found,
         "head": new_head(folder),
@@ -143,9 +149,9 @@ def found(place: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*CASES, "fsdp1"])
 def test_two_processes_are_one(place: Path, found: Any, name: str) -> None:
-    model, lora, options = CASES[name]
+    model, lora, options = CASES.get(name, ("untied", True, {}))
     alone = fit(place / f"{name} alone", model, lora, 1, **options)
     for rank in found:
         there = rank["runs"][name]

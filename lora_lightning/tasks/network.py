@@ -67,11 +67,10 @@ def build_network(
     if options.gradient_checkpointing:
         _checkpoint_layers(network, name)
     if options.compile:
-        # In place: no wrapper, so all names stay, and adapters may grow later. Heads stay outside:
-        # what computes a loss may call them in pieces. FSDP acts between layers.
-        parts = [network.base_model] if mesh is None else repeated_layers(network)
         chosen = {} if options.compile is True else options.compile
-        for part in parts:
+        # In place: no wrapper, so all names stay, and adapters may grow later. FSDP acts between
+        # layers.
+        for part in _below_head(network) if mesh is None else repeated_layers(network):
             part.compile(**{"dynamic": True, **chosen})
     if mesh is not None:
         new = share_out(load, network, mesh, trainer.strategy.root_device)
@@ -127,6 +126,13 @@ def _checkpoint_layers(network: Any, name: str) -> None:
     (enable or network.gradient_checkpointing_enable)({"use_reentrant": False})
     # transformers lets embeddings require gradients for the reentrant kind, which breaks a graph.
     network.disable_input_require_grads()
+
+
+def _below_head(network: Any) -> list[Any]:
+    """What a network consists of without its heads, which a loss may call in pieces."""
+    if network.base_model is not network:
+        return [network.base_model]
+    return [child for child in network.children() if repeated_layers(child)]  # T5's two stacks
 
 
 def _dtype(options: ModelOptions) -> Any:
