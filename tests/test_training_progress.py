@@ -259,7 +259,8 @@ def on_two(folder: str) -> list[float]:
             self.tokens_seen += 200 * self.global_rank
             return super().training_step(batch, batch_idx)
 
-    trainer = run(Path(folder), TrainingProgress(), strategy="ddp", devices=2, logger=False)
+    options: Any = {"strategy": "ddp", "devices": 2, "log_every_n_steps": 1}
+    trainer = run(Path(folder), TrainingProgress(), **options)
     trainer.fit(Ranked(clock), Data())
     return [float(trainer.callback_metrics["tokens_per_second"])]
 

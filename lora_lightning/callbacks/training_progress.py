@@ -85,14 +85,15 @@ class TrainingProgress(Callback):
         logs = logs or trainer.fast_dev_run  # type: ignore[attr-defined]
         if not (logs or self._batches < _EVERY or self._batches % _EVERY == 0):
             return
-        values = {f"{self._unit}_per_second": self._measure(trainer), **self._learning_rates()}
-        if self._peak:
-            values["peak_memory_gb"] = self._peak / 1e9
-        for name, value in values.items():
-            pl_module.log(name, value, on_step=True, on_epoch=False, batch_size=1)
+        throughput, rates = self._measure(trainer), self._learning_rates()
+        if logs:
+            values = {f"{self._unit}_per_second": throughput, **rates}
+            values.update({"peak_memory_gb": self._peak / 1e9} if self._peak else {})
+            for name, value in values.items():
+                pl_module.log(name, value, on_step=True, on_epoch=False, batch_size=1)
         # As text: the bar shows numbers with three digits after the point, a rate of 1e-4 as 0.000.
-        shown = {f"{self._unit}/s": f"{values[f'{self._unit}_per_second']:,.0f}"}
-        shown.update({"lr": f"{values['lr']:.1e}"} if "lr" in values else {})
+        shown = {f"{self._unit}/s": f"{throughput:,.0f}"}
+        shown.update({"lr": f"{rates['lr']:.1e}"} if rates else {})
         shown.update({"peak memory": report.readable_bytes(self._peak)} if self._peak else {})
         trainer.progress_bar_metrics.update(shown)  # type: ignore[arg-type]
 
