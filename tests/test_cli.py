@@ -111,6 +111,26 @@ def test_fit_resume_validate(cli: Any, folder: Path) -> None:
     assert "no --ckpt_path given: this evaluates the model before any fine-tuning" in text
 
 
+def test_samples_and_progress(cli: Any, folder: Path) -> None:
+    """Prompts of both kinds from YAML, and an error before any work."""
+    samples = {
+        "class_path": "lora_lightning.TextSamples",
+        "init_args": {
+            "prompts": ["Hello", [{"role": "user", "content": "Hi"}]],
+            "max_new_tokens": 5,
+        },
+    }
+    trainer = {**CONFIG["trainer"], "callbacks": [samples]}
+    write(folder / "my.yaml", {**CONFIG, "trainer": trainer})
+    out = cli("fit", "--config", "my.yaml", fails=1)
+    assert "exactly one Hugging Face model that generates text; Net has none." in out
+    trainer["callbacks"] = [{"class_path": "lora_lightning.TrainingProgress"}]
+    write(folder / "my.yaml", {**CONFIG, "trainer": trainer})
+    run = ["--trainer.default_root_dir", "runs/b"]
+    out = cli("fit", "--config", "my.yaml", *run)
+    assert "trained on 64 samples in " in out
+
+
 def test_fit_says_whether_it_helped(cli: Any, folder: Path) -> None:
     out = cli("fit", "--config", "my.yaml", "--trainer.max_epochs", "8")
     title = "validation without and with the adapter, weights in memory (step 32)"

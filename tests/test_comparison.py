@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
 from modules import BuiltInConfigureModel, Data, Net, run
 from processes import on_processes
 from rich.console import Console
@@ -294,6 +295,32 @@ def test_ddp(tmp_path: Path) -> None:
     assert tuned["val_loss"] < 0.95 * base["val_loss"]
     (path,) = tmp_path.rglob("metrics.csv")
     assert path.read_text().splitlines()[0].count("base/val_loss") == 1
+
+
+def compared_sharded(folder: str, meta: bool) -> list[Any]:
+    from sharded_modules import BuiltAndSharded, OnMeta
+
+    strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+    lora = LoraCallback(r=4, target_modules=["2", "embed"])
+    options: Any = {"strategy": strategy, "devices": 2, "max_epochs": 10}
+    trainer = run(Path(folder), lora, **options)
+    module = OnMeta() if meta else BuiltAndSharded()
+    trainer.fit(module, Data())
+    compared = compare_with_base(trainer)
+    last = trainer.callback_metrics["val_loss"]
+    return [compared.base["val_loss"], compared.tuned["val_loss"], float(last)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("meta", [False, True])
+def test_fsdp2(tmp_path: Path, meta: bool) -> None:
+    from sharded_modules import Quiet
+
+    first, second = on_processes(2, compared_sharded, str(tmp_path), meta)
+    # The module does not reduce over processes: the mean over them is that of all data.
+    base, tuned = ((a + b) / 2 for a, b in zip(first[:2], second[:2], strict=True))
+    assert base == pytest.approx(truth(Quiet())["val_loss"], rel=1e-5)
+    assert tuned < 0.95 * base
 
 
 @pytest.mark.slow
