@@ -2,11 +2,13 @@
 
 import itertools
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch import seed_everything
 from modules import run
+from processes import on_processes
 from resuming import Run
 from tiny_bert import save_tiny_bert
 from torch import nn
@@ -212,3 +214,78 @@ def test_unlabelled_subtokens_get_no_gradient(model, file):
         loss.backward()
         gradients.append([p.grad.clone() for p in module.parameters() if p.grad is not None])
     assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(*gradients, strict=True))
+
+
+def sgd_update(folder, model, path, batch_size, accumulate, kind=TokenClassification):
+    """What one update of plain SGD does to the head, in float64."""
+
+    class Sgd(kind):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    module = Sgd(model)
+    data = data_of(path, batch_size=batch_size)
+    data.train_dataloader = lambda: data._loader(data.prepared("train"))  # in order
+    options = {"accumulate_grad_batches": accumulate, "max_steps": 1, "limit_val_batches": 0}
+    start = {}
+
+    def on_train_start():
+        module.network.eval()  # dropout would draw for each batch anew
+        start["weight"] = module.network.classifier.weight.clone()
+
+    module.on_train_start = on_train_start
+    run(folder, **options).fit(module, data)
+    return (module.network.classifier.weight - start["weight"]).detach().double()
+
+
+class MeanOfMeans(TokenClassification):
+    """The broken twin: what Lightning's accumulation makes of mean losses."""
+
+    def batch_weight(self, batch):
+        return (batch["labels"] != -100).any().float()
+
+    def _loss_sum(self, scores, labels, training):
+        return super()._loss_sum(scores, labels, training) / (labels != -100).sum()
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory):
+    """Sentences of 1 to 8 words."""
+    path = tmp_path_factory.mktemp("uneven") / "words.jsonl"
+    rows = [sentence(*["good", "film", "was", "bad"][n % 4 :], *["not", "good"] * (n // 4)) for n in range(8)]  # fmt: skip
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return str(path)
+
+
+def test_accumulation_weights_words_not_batches(tmp_path, uneven):
+    model = str(save_tiny_bert(tmp_path / "model", head_labels=4))
+    whole = sgd_update(tmp_path, model, uneven, 8, 1)
+    parts = sgd_update(tmp_path, model, uneven, 1, 8)
+    assert (parts - whole).norm() / whole.norm() < 1e-5
+    twin = sgd_update(tmp_path, model, uneven, 1, 8, MeanOfMeans)
+    assert (twin - whole).norm() / whole.norm() > 1e-2
+
+
+def validated(folder, model, path, devices):
+    options = {"devices": devices, "strategy": "ddp"} if devices > 1 else {}
+    module = TokenClassification(model)
+    trainer = run(Path(folder), num_nodes=1, **options)
+    logged = trainer.validate(module, data_of(path, batch_size=3), verbose=False)[0]
+    own = {}
+    if devices > 1:  # this process's part alone
+        loader = trainer.validate_loop._combined_loader.flattened[0]
+        batches = list(loader)
+        with torch.no_grad():
+            scores = torch.cat([module(batch).flatten(0, 1) for batch in batches])
+        labels = torch.cat([batch["labels"].flatten() for batch in batches])
+        own = {"val_loss": nn.functional.cross_entropy(scores, labels).item()}
+    return logged, own
+
+
+@pytest.mark.slow
+def test_two_processes_measure_what_one_does(tmp_path, uneven):
+    model = str(save_tiny_bert(tmp_path / "model", head_labels=4))
+    alone, _ = validated(tmp_path, model, uneven, 1)
+    for logged, own in on_processes(2, validated, str(tmp_path), model, uneven, 2):
+        assert logged == pytest.approx(alone, rel=1e-5)
+        assert own["val_loss"] != pytest.approx(alone["val_loss"], rel=1e-3)

@@ -18,9 +18,10 @@ class Classification(PretrainedTask):
     """A pretrained network with a classification head, trained on cross-entropy.
 
     Logs `train_loss` and `train_accuracy`; `val_loss`, `val_accuracy` and `val_f1` (macro: the mean
-    of the classes' F1), and the same of a test. Losses are means over all that is labelled; those
-    of validation and test are plain cross-entropy, whatever `label_smoothing` and `class_weights`
-    are, so that runs can be compared.
+    of the classes' F1), and the same of a test. Losses are means over all that is labelled, on all
+    processes: in the update's batches so far, and in the whole of an evaluation. Those of
+    validation and test are plain cross-entropy, whatever `label_smoothing` and `class_weights` are,
+    so that runs can be compared.
 
     Args:
         model: Hub id, local folder, or `package:import_name/sub/folder` (an installed package's).
@@ -110,17 +111,27 @@ class Classification(PretrainedTask):
     def _step(self, stage: str, batch: Batch) -> Tensor:
         scores, labels = self(batch).flatten(0, -2), batch["labels"].flatten()
         training, shown = stage == "train", stage != "test"
-        total, weight = self._loss_sum(scores, labels, training), self._weight_of(labels, training)
-        loss = total / weight.clamp(min=torch.finfo(total.dtype).tiny)  # 0: nothing is labelled
-        # Lightning weights the mean of an epoch by it, over all processes.
-        size = len(labels) if training else int(weight)
-        self.log(f"{stage}_loss", loss, prog_bar=shown, batch_size=size, sync_dist=not training)
+        total = self._loss_sum(scores, labels, training)
+        if training:
+            loss = self.window_loss(total, batch)
+            size, shown_loss = len(labels), loss if self._trainer is None else self.window_mean
+        else:
+            # Lightning weights the mean of an epoch by the size, over all processes.
+            size = int(self._weight_of(labels, training))
+            loss = shown_loss = total / max(size, 1)
+        self.log(
+            f"{stage}_loss",
+            shown_loss.float(),
+            prog_bar=shown,
+            batch_size=size,
+            sync_dist=not training,
+        )
         for name, metric in self.metrics.items():
             if name.startswith(stage):
                 metric(scores, labels)
                 accuracy = name.endswith("_accuracy")
                 self.log(name, metric, prog_bar=shown and accuracy, batch_size=size)  # type: ignore[arg-type]
-        return self.window_loss(total, batch) if training else loss
+        return loss
 
     def batch_weight(self, batch: Batch) -> Tensor:
         """The weights of all that is labelled."""
