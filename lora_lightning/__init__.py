@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from lora_lightning.config import AdapterConfig as AdapterConfig
     from lora_lightning.data.docstrings import StdlibDocstrings as StdlibDocstrings
     from lora_lightning.data.images import ImageDataModule as ImageDataModule
+    from lora_lightning.data.text import TextDataModule as TextDataModule
     from lora_lightning.data.text_classification import (
         TextClassificationDataModule as TextClassificationDataModule,
     )
@@ -122,6 +123,7 @@ _HOME = {
     "ImageDataModule": "data.images",
     "TokenClassification": "tasks.token_classification",
     "TokenClassificationDataModule": "data.token_classification",
+    "TextDataModule": "data.text",
     "StdlibDocstrings": "data.docstrings",
     "TextSamples": "callbacks.text_samples",
     "TrainingProgress": "callbacks.training_progress",

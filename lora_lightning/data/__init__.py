@@ -7,6 +7,7 @@ from lora_lightning.lazy import lazy_names
 if TYPE_CHECKING:
     from lora_lightning.data.docstrings import StdlibDocstrings as StdlibDocstrings
     from lora_lightning.data.images import ImageDataModule as ImageDataModule
+    from lora_lightning.data.text import TextDataModule as TextDataModule
     from lora_lightning.data.text_classification import (
         TextClassificationDataModule as TextClassificationDataModule,
     )
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     )
 
 _HOME = {
+    "TextDataModule": "text",
     "TextClassificationDataModule": "text_classification",
     "TokenClassificationDataModule": "token_classification",
     "ImageDataModule": "images",

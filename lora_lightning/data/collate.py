@@ -41,6 +41,29 @@ class PadRows:
 
 
 @dataclass(frozen=True)
+class PadPrompts:
+    """Prompts to go on from: `input_ids` and `attention_mask` (B, T).
+
+    Args:
+        pad_id: Any id; it is masked.
+        left: Whether padding is before the prompts.
+    """
+
+    pad_id: int = 0
+    left: bool = True
+
+    def __call__(self, prompts: Sequence[Sequence[int]]) -> Batch:
+        """The batch of these token ids."""
+        ids = [torch.tensor(prompt) for prompt in prompts]
+        masks = [torch.ones_like(i) for i in ids]
+        side = "left" if self.left else "right"
+        return {
+            "input_ids": _padded(ids, self.pad_id, side),
+            "attention_mask": _padded(masks, 0, side),
+        }
+
+
+@dataclass(frozen=True)
 class PackRows:
     """Several examples a row, kept apart by their positions.
 
@@ -87,5 +110,6 @@ def _end_to_end(row: Row) -> Batch:
     }
 
 
-def _padded(sequences: list[Tensor], value: int) -> Tensor:
-    return pad_sequence([s.long() for s in sequences], batch_first=True, padding_value=value)
+def _padded(sequences: list[Tensor], value: int, side: str = "right") -> Tensor:
+    longs = [sequence.long() for sequence in sequences]
+    return pad_sequence(longs, batch_first=True, padding_value=value, padding_side=side)

@@ -198,6 +198,7 @@ def read_samples(
     columns: Mapping[str, str] | None = None,
     chat: bool = False,
     prompts_only: bool = False,
+    announce: bool = True,
 ) -> Iterator[Sample]:
     """What there is to learn in `rows`, one sample a row.
 
@@ -212,6 +213,7 @@ def read_samples(
             setting them in Alpaca's own layout.
         prompts_only: For prediction: the columns of answers need not be there and are not read
             (completions are empty), and a chat ends where it is the assistant's turn to speak.
+        announce: Say which format it is, and what is not read.
 
     Raises:
         ConfigError: If `format` or `columns` name what there is not.

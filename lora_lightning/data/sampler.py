@@ -33,11 +33,21 @@ class LengthGroupedSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         # torch's global random state: seed_everything and a restored checkpoint govern it
-        shuffled = torch.randperm(len(self)).tolist()
-        size = self.batch_size * BATCHES_PER_POOL
-        pools = (shuffled[start : start + size] for start in range(0, len(self), size))
-        order = [index for pool in pools for index in sorted(pool, key=self.lengths.__getitem__)]
-        full_batches = len(self) // self.batch_size
-        for batch in torch.randperm(full_batches).tolist():
-            yield from order[batch * self.batch_size : (batch + 1) * self.batch_size]
-        yield from order[full_batches * self.batch_size :]
+        yield from length_grouped(self.lengths, self.batch_size)
+
+
+def length_grouped(
+    lengths: list[int], batch_size: int, generator: torch.Generator | None = None
+) -> list[int]:
+    """The order of one epoch, as `LengthGroupedSampler` says."""
+    shuffled = torch.randperm(len(lengths), generator=generator).tolist()
+    size = batch_size * BATCHES_PER_POOL
+    pools = (shuffled[start : start + size] for start in range(0, len(shuffled), size))
+    order = [index for pool in pools for index in sorted(pool, key=lengths.__getitem__)]
+    full_batches = len(order) // batch_size
+    batches = torch.randperm(full_batches, generator=generator).tolist()
+    starts = [batch * batch_size for batch in batches]
+    return [
+        *(index for start in starts for index in order[start : start + batch_size]),
+        *order[full_batches * batch_size :],
+    ]

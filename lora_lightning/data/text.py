@@ -1,0 +1,341 @@
+"""Text for language models as batches of token ids, from any file or dataset."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from itertools import islice
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch.utils.data import DataLoader
+
+from lora_lightning.data.collate import PackRows, PadPrompts, PadRows
+from lora_lightning.data.encoding_report import EncodingReport
+from lora_lightning.data.epoch_sampler import EpochSampler
+from lora_lightning.data.example_store import BatchRows, ExampleStore
+from lora_lightning.data.formats import check_format
+from lora_lightning.data.packing import best_fit_decreasing
+from lora_lightning.data.packing_check import check_packing, needs_one_row, transformers_network
+from lora_lightning.data.samples import Sample
+from lora_lightning.data.split import sample_content, split_records
+from lora_lightning.data.splits import SplitDataModule
+from lora_lightning.data.stream import TextStream
+from lora_lightning.data.text_encoding import BlockEncoder, Encoding, encoding_for, held_out
+from lora_lightning.data.text_source import TextSource
+from lora_lightning.errors import ConfigError, ModelError, RecordError
+
+
+class TextDataModule(SplitDataModule):
+    """Text for language models: documents, prompts with completions, chats.
+
+    Reads JSONL, JSON, CSV, Parquet and text files, folders and patterns of them, Hugging Face
+    datasets by name (`NAME:SPLIT`) or saved folder. The format is recognised by its columns: `text`
+    | `prompt`, `completion` | `instruction`, `input`, `output` (Alpaca) | `messages` |
+    `conversations` (ShareGPT). Completions and every assistant turn of a chat are learned, prompts
+    are not.
+
+    Args:
+        train: Training data.
+        val: Validation data, or the share of the training data held out for it, from 0 (none) to
+            below 1. A hash of each example's text decides, so the split is the same in every run,
+            and equal examples never fall on both sides.
+        test: Test data.
+        predict: Prompts to answer; columns of answers need not be there.
+        format: `text`, `prompt-completion`, `alpaca`, `messages` or `sharegpt`. Default: the one
+            that the first row's columns fit.
+        columns: What the format's columns are called in the data, where they are called otherwise:
+            `{prompt: question, completion: answer}`.
+        tokenizer: Name of the tokenizer's model. Default: the LightningModule's `model_name`.
+        chat_template: Jinja or a file of it, in place of the tokenizer's own.
+        chat_template_kwargs: What else the template reads, such as `{enable_thinking: false}`.
+        train_on_prompt: Learn prompts too.
+        max_length: The most tokens of an example. Default: what the model has positions for, at
+            most 1,024.
+        max_target_length: The most tokens of an encoder-decoder's target. Default: `max_length`.
+        too_long: What becomes of longer examples: `truncate` keeps their beginning, `drop` leaves
+            them out, `error` stops. How many there are is reported.
+        untrainable: What becomes of examples of which nothing is learned, such as those whose
+            prompt alone fills `max_length`: `error` stops, `drop` leaves them out.
+        packing: Put several examples into each row of `max_length` tokens, so that nearly nothing
+            is padding. They do not see each other; models that cannot do that are refused.
+        streaming: Read the training data while training, `shuffle_buffer` rows at a time. Nothing
+            but these is in memory; other splits (also what is held out) are. Needs `max_steps`.
+        shuffle_buffer: With `streaming`, the order is random within so many rows, per worker.
+        batch_size: Rows per batch and process. Without packing, a row is an example, and examples
+            of about equal length share a batch.
+        num_workers: Worker processes per data loader; 0 loads in the main process.
+    """
+
+    def __init__(
+        self,
+        train: str | None = None,
+        val: float | str = 0.1,
+        test: str | None = None,
+        predict: str | None = None,
+        format: str | None = None,
+        columns: dict[str, str] | None = None,
+        tokenizer: str | None = None,
+        chat_template: str | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        train_on_prompt: bool = False,
+        max_length: int | None = None,
+        max_target_length: int | None = None,
+        too_long: Literal["truncate", "drop", "error"] = "truncate",
+        untrainable: Literal["error", "drop"] = "error",
+        packing: bool = False,
+        streaming: bool = False,
+        shuffle_buffer: int = 1000,
+        batch_size: int = 8,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__(train, val, test, predict, batch_size, num_workers)
+        check_format(format, columns or {})
+        if shuffle_buffer < 1:
+            raise ConfigError(
+                f"shuffle_buffer must be at least 1 row, found {shuffle_buffer}. "
+                "(data.shuffle_buffer)"
+            )
+        self.format = format
+        self.columns = columns
+        self.tokenizer_name = tokenizer
+        self._encoder_options = {
+            "chat_template": chat_template,
+            "chat_template_kwargs": chat_template_kwargs,
+            "train_on_prompt": train_on_prompt,
+            "max_length": max_length,
+            "max_target_length": max_target_length,
+            "too_long": too_long,
+            "untrainable": untrainable,
+        }
+        self.packing = packing
+        self.streaming = streaming
+        self.shuffle_buffer = shuffle_buffer
+        self._encoding: Encoding | None = None
+        self._packing_checked = False
+        self._seed: int | None = None  # of the order, once training has begun
+
+    # -- what there is -----------------------------------------------------------------------------
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer, loaded when it is first used."""
+        return self.encoding.tokenizer
+
+    @property
+    def encoding(self) -> Encoding:
+        """How samples become examples for the model; made when it is first used."""
+        self._encoding = self._encoding or self._make_encoding()
+        return self._encoding
+
+    def source(self, split: str) -> TextSource:
+        """Where the rows of a split are; those of `train` for what is held out of them."""
+        path = self.paths[split]
+        encoding = self.encoding
+        template = self._encoder_options["chat_template"] or encoding.tokenizer.chat_template
+        return TextSource(
+            path or "",
+            f"data.{split}",
+            self.format,
+            self.columns,
+            chat=template is not None and not encoding.encoder_decoder,
+            prompts_only=split == "predict",
+            streaming=self.streaming and split == "train",
+        )
+
+    def read(self, split: str, path: str) -> list[Sample]:
+        """The samples of one split."""
+        samples = list(self.source(split).samples())
+        if not samples:
+            raise RecordError(f"{path}: no rows; it is empty. (data.{split})")
+        return samples
+
+    def hold_out(self, records: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
+        """Training and validation samples."""
+        return split_records(records, self.val_fraction, sample_content)
+
+    def records(self, split: str) -> Sequence[Sample]:
+        """The samples of `split`; of a stream, only what is held out is kept."""
+        if self.streaming and split == "val" and self.paths["val"] is None and self.val_fraction:
+            if "val" not in self._records:
+                samples = self.source("train").samples()
+                self._records["val"] = [s for s in samples if held_out(s, self.val_fraction)]
+            if not self._records["val"]:
+                raise ConfigError(
+                    f"val={self.val_fraction} holds out none of the training data. Change it, or "
+                    "name a file. (data.val)"
+                )
+            return self._records["val"]
+        return super().records(split)
+
+    def prepared(self, split: str) -> Any:
+        """Rows for batches; of a stream, the stream."""
+        if self.streaming and split in ("train", "val") and split not in self._prepared:
+            if split == "train" and self.paths["train"] is not None:
+                self._prepared["train"] = self._stream()
+            elif self.paths["val"] is None and not self.val_fraction:
+                self._prepared["val"] = []
+        prepared = super().prepared(split)
+        if split == "train":  # from here on their token ids are what is needed
+            self._records.pop("train", None)
+        return prepared
+
+    def prepare(self, split: str, records: Sequence[Sample]) -> Any:
+        """Token ids and labels, packed where that is asked for; of prompts, token ids only."""
+        encoder = self.encoding.encoder
+        if split == "predict":
+            return encoder.encode_prompts(records)
+        report = EncodingReport()
+        store = ExampleStore(encoder.encode_all(records, report))
+        line = report.line(split, encoder.limit)
+        if not len(store):
+            raise RecordError(f"{line}: there is nothing left. (data.{split})")
+        rows = None
+        if self.packing:
+            rows = best_fit_decreasing(store.lengths, encoder.max_length)
+            full = report.tokens / (len(rows) * encoder.max_length)
+            line += (
+                f"; packed into {len(rows):,} rows of {encoder.max_length:,} tokens, "
+                f"{100 * full:.0f} % full (data.packing)"
+            )
+        rank_zero_info(line)
+        return BatchRows(store, rows)
+
+    # -- loaders -----------------------------------------------------------------------------------
+
+    def train_dataloader(self) -> Any:
+        """Training batches in a random order."""
+        rows = self.prepared("train")
+        if self._seed is None:
+            seed = torch.initial_seed() % 2**63
+            self._seed = self.trainer.strategy.broadcast(seed) if self.trainer else seed
+        if self.streaming:
+            rows.seed, sampler = self._seed, None
+        else:
+            sampler = self._sampler(rows, shuffle=True, seed=self._seed)
+        try:
+            from lora_lightning.data.text_loader import TextLoader
+        except ImportError as error:
+            if self.streaming:
+                raise ConfigError(
+                    "streaming needs the package 'torchdata'. Install it with: "
+                    'pip install "lora_lightning[data]" (data.streaming)'
+                ) from error
+            return self._loader(rows, sampler)  # whose position LoraCallback finds again
+        loader = self._loader(rows, sampler, TextLoader)
+        loader.trainer, loader.streams = self.trainer, self.streaming
+        return loader
+
+    def val_dataloader(self) -> Any:
+        """Validation batches; no loader where nothing is held out."""
+        rows = self.prepared("val")
+        return self._loader(rows, self._sampler(rows, shuffle=False)) if rows else []
+
+    def test_dataloader(self) -> Any:
+        """Test batches."""
+        rows = self.prepared("test")
+        return self._loader(rows, self._sampler(rows, shuffle=False))
+
+    def predict_dataloader(self) -> Any:
+        """Prompts in the order of the file."""
+        return DataLoader(
+            self.prepared("predict"),
+            self.batch_size,
+            num_workers=self.num_workers,
+            # on the left, where the answer is to go on behind the prompt
+            collate_fn=PadPrompts(self._pad_id, left=not self.encoding.encoder_decoder),
+        )
+
+    def _sampler(self, rows: BatchRows, *, shuffle: bool, seed: int = 0) -> EpochSampler:
+        group = not self.packing
+        shares = self._shares()
+        return EpochSampler(
+            rows.lengths, self.batch_size, shuffle=shuffle, group=group, seed=seed, **shares
+        )
+
+    def _shares(self) -> dict[str, int]:
+        return (self.trainer.distributed_sampler_kwargs if self.trainer else None) or {}
+
+    def _loader(self, rows: Any, sampler: Any, kind: type[DataLoader[Any]] = DataLoader) -> Any:
+        return kind(
+            rows,
+            self.batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            collate_fn=self._collator(),
+        )
+
+    def _collator(self) -> Any:
+        if not self.packing:
+            return PadRows(self._pad_id)
+        flat = False
+        if self.trainer:
+            if not self._packing_checked:
+                check_packing(self.trainer)
+                self._packing_checked = True
+            network = transformers_network(self.trainer.lightning_module)
+            flat = network is not None and needs_one_row(network)
+        return PackRows(self.encoding.encoder.max_length, flat, self._pad_id)
+
+    @property
+    def _pad_id(self) -> int:
+        return self.tokenizer.pad_token_id or 0
+
+    # -- streaming ---------------------------------------------------------------------------------
+
+    def _stream(self) -> TextStream:
+        if self.num_workers:
+            # Tokenizers that have worked in parallel warn of being forked, and stop doing so.
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        source = self.source("train").recognised()
+        fraction = 0.0 if self.paths["val"] else self.val_fraction
+        encode = BlockEncoder(source, self.encoding, fraction)
+        first, report = list(islice(source.rows(), self.shuffle_buffer)), EncodingReport()
+        list(encode(first, report))
+        line = report.line("train", self.encoding.encoder.limit)
+        rank_zero_info(f"{line}: of the first {len(first):,} rows; all are read while training")
+        shares = self._shares()
+        return TextStream(
+            source.rows,
+            encode,
+            block=self.shuffle_buffer,
+            batch_size=self.batch_size,
+            pack_length=self.encoding.encoder.max_length if self.packing else None,
+            rank=shares.get("rank", 0),
+            processes=shares.get("num_replicas", 1),
+        )
+
+    # -- what the model says -----------------------------------------------------------------------
+
+    def _make_encoding(self) -> Encoding:
+        tokenizer, name, _ = self.load_processor(
+            "AutoTokenizer", self.tokenizer_name, "data.tokenizer"
+        )
+        encoding = encoding_for(tokenizer, self._model_config(), self._encoder_options)
+        if encoding.encoder_decoder and self.packing:
+            raise ConfigError(
+                f"packing: {name!r} is an encoder-decoder, whose examples cannot share a row. "
+                "Leave it out: batches hold examples of about equal length. (data.packing)"
+            )
+        return encoding
+
+    def _model_config(self) -> Any:
+        """The config of the model that is trained, or of the one that the tokenizer is of."""
+        module = self.trainer.lightning_module if self.trainer else None
+        network = transformers_network(module) if module is not None else None
+        if network is not None:
+            return network.config
+        name = None if hasattr(module, "model_name") else self.tokenizer_name
+        try:
+            return self.load_processor("AutoConfig", name, "data.tokenizer")[0]
+        except ModelError:  # a tokenizer alone
+            return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The seed of the order."""
+        return {} if self._seed is None else {"seed": self._seed}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Have the order of the run that goes on."""
+        self._seed = state_dict["seed"]

@@ -1,0 +1,113 @@
+"""How text becomes examples of the model that is trained, as settings a worker can be given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from lora_lightning.data.encoding import Encoder
+from lora_lightning.data.encoding_report import EncodingReport
+from lora_lightning.data.row import Row
+from lora_lightning.data.sample_encoder import SampleEncoder
+from lora_lightning.data.samples import Example, Sample
+from lora_lightning.data.seq2seq_encoding import Seq2SeqEncoder
+from lora_lightning.data.split import is_held_out, sample_content
+from lora_lightning.data.text_source import TextSource
+from lora_lightning.errors import ConfigError
+
+# Where nothing else limits it: what fits most files and most memories.
+MAX_LENGTH = 1024
+
+
+@dataclass
+class Encoding:
+    """A tokenizer and how samples are encoded; the encoder itself is made where it is used.
+
+    Attributes:
+        tokenizer: Of Hugging Face.
+        encoder_decoder: Whether the model is one.
+        options: Arguments of `Encoder` or `Seq2SeqEncoder`.
+    """
+
+    tokenizer: Any
+    encoder_decoder: bool
+    options: dict[str, Any]
+    _encoder: SampleEncoder | None = field(default=None, repr=False)
+
+    @property
+    def encoder(self) -> Any:
+        """Made at first use."""
+        if self._encoder is None:
+            kind = Seq2SeqEncoder if self.encoder_decoder else Encoder
+            self._encoder = kind(self.tokenizer, **self.options)
+        return self._encoder
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_encoder": None}
+
+
+@dataclass
+class BlockEncoder:
+    """The training examples of some rows of a stream.
+
+    Attributes:
+        source: What the rows mean.
+        encoding: How they are encoded.
+        val_fraction: The share of them that is held out.
+    """
+
+    source: TextSource
+    encoding: Encoding
+    val_fraction: float = 0.0
+
+    def __call__(
+        self, rows: Iterable[Row], report: EncodingReport | None = None
+    ) -> Iterator[Example]:
+        """The examples in order, and counts of them in `report`."""
+        samples = (s for s in self.source.samples(rows) if not held_out(s, self.val_fraction))
+        return self.encoding.encoder.encode_all(samples, report)
+
+
+def held_out(sample: Sample, fraction: float) -> bool:
+    """Whether a sample is among the `fraction` held out for validation."""
+    return fraction > 0 and is_held_out(sample_content(sample), fraction)
+
+
+def encoding_for(tokenizer: Any, config: Any, options: dict[str, Any]) -> Encoding:
+    """How to encode for a model.
+
+    Args:
+        tokenizer: The model's.
+        config: Of Hugging Face; None where there is a tokenizer only.
+        options: Those of `TextDataModule` that encoders take, by name.
+
+    Raises:
+        ConfigError: If one of them does not suit the model.
+    """
+    encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
+    kind = "an encoder-decoder" if encoder_decoder else "a causal LM"
+    foreign = (
+        ("chat_template", "chat_template_kwargs", "train_on_prompt")
+        if encoder_decoder
+        else ("max_target_length",)
+    )
+    for name in foreign:
+        if options[name]:
+            raise ConfigError(f"{name} has no meaning for {kind}. Leave it out. (data.{name})")
+    own = {name: value for name, value in options.items() if name not in foreign}
+    own["max_length"] = _length(config, options["max_length"])
+    return Encoding(tokenizer, encoder_decoder, own)
+
+
+def _length(config: Any, length: int | None) -> int:
+    text_config = config.get_text_config() if config is not None else None
+    positions = getattr(text_config, "max_position_embeddings", None)
+    if length is None:
+        return min(positions or MAX_LENGTH, MAX_LENGTH)
+    if positions and length > positions:
+        raise ConfigError(
+            f"max_length={length} is more than the {positions} positions that the model has "
+            "(max_position_embeddings in its config.json). (data.max_length)"
+        )
+    return length

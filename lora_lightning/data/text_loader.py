@@ -1,0 +1,64 @@
+"""A training loader that knows its position, the epoch, and when the other processes end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from lora_lightning.training.agreement import any_process
+from lora_lightning.training.resume.resumable_loader import LazyLoader
+
+
+class TextLoader(StatefulDataLoader[Any]):
+    """torchdata's loader, whose state is the position, of batches whose order the epoch says.
+
+    What is `ordered` is told the epoch when a pass begins, of a sampler or a stream. A pass over a
+    stream ends where the first process has no batch left: shares of a stream are seldom equally
+    long, and a process without a batch would leave the others waiting for its gradients for ever.
+    """
+
+    trainer: Any = None  # its current epoch is that of the order; without one, passes are counted
+    streams: bool = False
+    _passes = 0
+    _before: dict[str, Any] | None = None
+
+    @property
+    def ordered(self) -> Any:
+        """What has the order: the sampler, or the stream."""
+        return self.dataset if self.streams else self.sampler
+
+    def __iter__(self) -> Iterator[Any]:
+        self.ordered.set_epoch(self.trainer.current_epoch if self.trainer else self._passes)
+        self._passes += 1
+        batches = super().__iter__()
+        return _StreamedBatches(self, batches) if self.streams else batches
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position; of a stream that Lightning reads one batch ahead, before that batch."""
+        return super().state_dict() if self._before is None else self._before
+
+    def next_of(self, batches: Iterator[Any]) -> Any:
+        """The next batch of a stream; None where one of the processes has none."""
+        # Under LoraCallback, which makes it a LazyLoader, it is the callback that looks back.
+        if self.trainer is not None and not isinstance(self, LazyLoader):
+            self._before = super().state_dict()
+        batch = next(batches, None)
+        ended = batch is None
+        if self.trainer is not None:
+            ended = any_process(self.trainer, ended)
+        if ended:
+            self._before = batch = None
+        return batch
+
+
+class _StreamedBatches(Iterator[Any]):
+    def __init__(self, loader: TextLoader, batches: Iterator[Any]) -> None:
+        self._loader, self._batches = loader, batches
+
+    def __next__(self) -> Any:
+        batch = self._loader.next_of(self._batches)
+        if batch is None:
+            raise StopIteration
+        return batch

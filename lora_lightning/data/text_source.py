@@ -1,0 +1,57 @@
+"""Where samples come from, as settings that a worker process can be given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from lora_lightning.data.formats import read_samples, recognised_format
+from lora_lightning.data.row import Row
+from lora_lightning.data.rows import read_rows
+from lora_lightning.data.samples import Sample
+from lora_lightning.errors import RecordError
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """Where rows are, and what they mean.
+
+    Attributes:
+        path: As `read_rows` takes it.
+        key: The config key of `path`.
+        format: As for `read_samples`, like those below.
+        columns: What the format's columns are called.
+        chat: Make conversations of Alpaca rows.
+        prompts_only: Leave answers unread.
+        streaming: Read a dataset of the hub as rows are asked for.
+    """
+
+    path: str
+    key: str
+    format: str | None = None
+    columns: Mapping[str, str] | None = None
+    chat: bool = False
+    prompts_only: bool = False
+    streaming: bool = False
+
+    def rows(self, skip: int = 0) -> Iterator[Row]:
+        """The rows, without the first `skip`."""
+        return read_rows(self.path, key=self.key, skip=skip, streaming=self.streaming)
+
+    def samples(self, rows: Iterable[Row] | None = None) -> Iterator[Sample]:
+        """What all rows say, or some of them."""
+        return read_samples(
+            self.rows() if rows is None else rows,
+            format=self.format,
+            columns=self.columns,
+            chat=self.chat,
+            prompts_only=self.prompts_only,
+            announce=rows is None,
+        )
+
+    def recognised(self) -> TextSource:
+        """The same with the format that the first row has."""
+        for row in self.rows():
+            form = self.format or recognised_format(row, self.columns or {}, self.prompts_only)
+            return replace(self, format=form)
+        raise RecordError(f"{self.path}: no rows; it is empty. ({self.key})")
