@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,21 @@ import pytest
 import torch
 from lightning.pytorch import seed_everything
 from modules import run
+from processes import on_processes
+from resuming import Run
+from test_fsdp1 import on_cpu
+from test_token_mean import fully_sharded
 from tiny_lm import tiny_llama, tiny_tokenizer
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from lora_lightning import CausalLM, LoraCallback, Seq2SeqLM
+from lora_lightning.compiled import plain_name
 from lora_lightning.data.samples import IGNORED
+from lora_lightning.errors import ConfigError
+from lora_lightning.sharding import whole
 
 LENGTHS = (9, 4, 12, 7, 5, 12, 3, 8)
 PROMPT = 2
@@ -131,3 +140,170 @@ def test_steps_work_without_a_trainer(task: Any) -> None:
     loss = module.training_step(batch, 0).detach()
     scores, labels = scores_and_labels(module, collate)
     assert float(loss) == pytest.approx(float(cross_entropy(scores, labels)), rel=1e-6)
+
+
+# -- exactness -------------------------------------------------------------------------------------
+
+
+class WithSGD(CausalLM):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.5)
+
+
+class MeanOfMeans(WithSGD):
+    """As everyone writes it."""
+
+    def window_loss(self, total: Tensor, batch: Any, penalty: Any = None) -> Tensor:
+        return total / self.batch_weight(batch)
+
+
+def adapters(module: Any) -> dict[str, Tensor]:
+    return {n: whole(p).detach().clone() for n, p in module.named_parameters() if p.requires_grad}
+
+
+def trained(folder: Path, kind: Any, model: str, batch_size: int, **options: Any) -> Any:
+    seed_everything(0, verbose=False)
+    module = kind(model)
+    run(folder, LoraCallback(r=4), **options).fit(module, loader(causal, batch_size))
+    return adapters(module)
+
+
+def difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+    """Relative, of all that B has learned (it starts at 0)."""
+    assert ours.keys() == theirs.keys()
+    names = [name for name in ours if "lora_B" in name]
+    first, second = (torch.cat([of[n].flatten() for n in names]) for of in (ours, theirs))
+    return float((first - second).norm() / second.norm())
+
+
+def test_accumulation_is_one_large_batch(tmp_path: Path, llama: str) -> None:
+    large = trained(tmp_path, WithSGD, llama, 8)
+    accumulated = trained(tmp_path, WithSGD, llama, 1, accumulate_grad_batches=8)
+    assert difference(accumulated, large) < 1e-5
+    usual = trained(tmp_path, MeanOfMeans, llama, 1, accumulate_grad_batches=8)
+    assert difference(usual, large) > 1e-2
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path: Path, llama: str) -> None:
+    class Checkpointed(WithSGD):
+        def __init__(self, model: str) -> None:
+            super().__init__(model, gradient_checkpointing=True)
+
+    without = trained(tmp_path, WithSGD, llama, 8)
+    assert difference(trained(tmp_path, Checkpointed, llama, 8), without) < 1e-6
+
+
+def test_resumed_in_mid_epoch_and_within_a_window(tmp_path: Path, llama: str) -> None:
+    """With warm-up, dropout and shuffling: bit for bit what the uninterrupted run gives."""
+    Run(
+        lambda: CausalLM(llama, warmup_steps=4),
+        lambda: DataLoader(texts(), 1, shuffle=True, collate_fn=causal),  # type: ignore[arg-type]
+        lambda: [LoraCallback(r=2, lora_dropout=0.2)],
+        options=lambda: {"accumulate_grad_batches": 3},
+        spots=("batch4", "batch8", "batch13"),
+    ).check(tmp_path)
+
+
+SAVED = {"r": 4, "modules_to_save": ["lm_head"]}
+# (strategy, module, options of LoraCallback)
+WAYS: list[tuple[Any, Any, dict[str, Any]]] = [
+    (lambda: "ddp", WithSGD, SAVED),
+    (lambda: "ddp", MeanOfMeans, SAVED),
+    (fully_sharded, WithSGD, SAVED),
+    (lambda: on_cpu(auto_wrap_policy={LlamaDecoderLayer, torch.nn.Linear}), WithSGD, {"r": 4}),
+]
+
+
+def on_rank(folder: Path, model: str) -> list[dict[str, Tensor]]:
+    """Rank 0 has the first half of each 4 texts, rank 1 the second."""
+    rank, states = int(os.environ["RANK"]), []
+    rows = [row for i in (0, 4) for row in texts()[i + 2 * rank : i + 2 * rank + 2]]
+    for strategy, kind, options in WAYS:
+        seed_everything(0, verbose=False)
+        module = kind(model)
+        trainer = run(folder, LoraCallback(**options), accumulate_grad_batches=2, devices=2, strategy=strategy(), use_distributed_sampler=False)  # fmt: skip
+        trainer.fit(module, loader(causal, 1, rows))
+        states.append(adapters(module))
+    return states
+
+
+@pytest.mark.slow
+def test_two_processes(tmp_path: Path, llama: str) -> None:
+    """DDP, FSDP2 and FSDP1 with two processes give what one process does."""
+    one = {}
+    for saved in (None, ["lm_head"]):
+        seed_everything(0, verbose=False)
+        module = WithSGD(llama)
+        trainer = run(tmp_path, LoraCallback(r=4, modules_to_save=saved))
+        trainer.fit(module, loader(causal, 4))
+        one[saved is None] = adapters(module)
+    for states in on_processes(2, on_rank, tmp_path, llama):
+        for (_, kind, options), state in zip(WAYS, states, strict=True):
+            error = difference(plain_names(state), one["modules_to_save" not in options])
+            assert error > 1e-2 if kind is MeanOfMeans else error < 1e-5, kind
+
+
+def plain_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {plain_name(name): value for name, value in state.items()}
+
+
+# -- precision -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "16-true"])
+def test_metrics_in_half_precision(tmp_path: Path, llama: str, precision: Any) -> None:
+    """Sums are float64: as near to the truth as the network's own rounding lets them be."""
+    module = CausalLM(llama)
+    trainer = run(tmp_path, precision=precision)
+    [logged] = trainer.validate(module, loader(causal), verbose=False)
+    scores, labels = scores_and_labels(module, causal)
+    assert logged["val_loss"] == pytest.approx(float(cross_entropy(scores, labels)), rel=3e-3)
+    assert math.log(logged["val_perplexity"]) == pytest.approx(logged["val_loss"], rel=1e-6)
+
+
+def test_a_hopeless_loss_has_a_perplexity(tmp_path: Path, llama: str) -> None:
+    """e^30 overflows float16; the loss is 30 all the same."""
+
+    class Hopeless(CausalLM):
+        def token_loss(self, batch: Any) -> Any:
+            found = super().token_loss(batch)
+            return type(found)(30 * self.batch_weight(batch), found.correct)
+
+    [logged] = run(tmp_path, precision="16-true").validate(
+        Hopeless(llama), loader(causal), verbose=False
+    )
+    assert logged["val_loss"] == 30
+    assert logged["val_perplexity"] == pytest.approx(math.exp(30), rel=1e-6)
+
+
+# -- generation ------------------------------------------------------------------------------------
+
+
+def test_causal_prompts_are_continued(tmp_path: Path, llama: str) -> None:
+    """As transformers continues each alone, whichever side is padded."""
+    module = CausalLM(llama, max_new_tokens=5)
+    right = causal(texts()[:3])
+    left = {k: v.flip(1) for k, v in causal([row[::-1] for row in texts()[:3]]).items()}
+    data = DataLoader([right, left], batch_size=None)  # type: ignore[arg-type]
+    first, second = run(tmp_path).predict(module, data)  # type: ignore[misc]
+    tokenizer = module.tokenizer
+    for row, a, b in zip(texts(), first, second, strict=False):
+        ids = torch.tensor([row])
+        ids = module.network.generate(ids, max_new_tokens=5, attention_mask=torch.ones_like(ids))  # type: ignore[union-attr,operator]
+        alone = tokenizer.decode(ids[0, len(row) :], skip_special_tokens=True)
+        assert a == b == alone
+
+
+def test_targets_are_written(tmp_path: Path, t5: str) -> None:
+    module = Seq2SeqLM(t5, max_new_tokens=4, generation={"num_beams": 2})
+    [written] = run(tmp_path).predict(module, loader(seq2seq, 8))  # type: ignore[misc]
+    batch = seq2seq(texts())
+    ids = module.network.generate(batch["input_ids"], max_new_tokens=4, num_beams=2)  # type: ignore[union-attr,operator]
+    assert written == module.tokenizer.batch_decode(ids, skip_special_tokens=True)
+
+
+def test_generation_options_are_checked(llama: str) -> None:
+    with pytest.raises(ConfigError, match=r"no option 'temprature'\. Did you mean 'temperature'\?"):
+        CausalLM(llama, generation={"temprature": 0.5})
+    with pytest.raises(ConfigError, match="max_new_tokens must be at least 1, found 0"):
+        CausalLM(llama, max_new_tokens=0)

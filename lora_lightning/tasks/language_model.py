@@ -5,16 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torchmetrics import SumMetric
+from torch import Tensor
 
 from lora_lightning.data.samples import IGNORED
 from lora_lightning.errors import ConfigError, did_you_mean
 from lora_lightning.tasks.lm_loss import LMLoss, TokenLoss
 from lora_lightning.tasks.pretrained import load_pretrained
 from lora_lightning.tasks.pretrained_task import Batch, PretrainedTask
-
-_SUMS = ("loss", "tokens", "correct")
+from lora_lightning.tasks.token_mean import widest
 
 
 class LanguageModel(PretrainedTask):
@@ -45,15 +43,9 @@ class LanguageModel(PretrainedTask):
         # Tokens that this process has been trained on in this run, padding left out.
         self.tokens_seen = 0
         self.lm_loss = LMLoss()
-        # Sums in float64 whatever the precision is; Apple's devices have nothing wider than 32.
-        dtype = torch.float32 if torch.backends.mps.is_available() else torch.float64
-        self.sums = nn.ModuleDict(
-            {
-                f"{stage}_{what}": SumMetric(nan_strategy="disable").set_dtype(dtype)
-                for stage in ("val", "test")
-                for what in _SUMS
-            }
-        )
+        # Of what is evaluated: loss, tokens, guessed tokens. No torchmetrics, which a module in
+        # bfloat16 takes along: sums are float64.
+        self._sums = torch.zeros(3, dtype=torch.float64)
         self._tokenizer: Any = None
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
@@ -94,11 +86,19 @@ class LanguageModel(PretrainedTask):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Sum up the loss and the guessed tokens."""
-        self._evaluate("val", batch)
+        self._evaluate(batch)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Sum up the loss and the guessed tokens."""
-        self._evaluate("test", batch)
+        self._evaluate(batch)
+
+    def on_validation_epoch_start(self) -> None:
+        """Begin to sum up."""
+        self._sums = torch.zeros_like(self._sums)
+
+    def on_test_epoch_start(self) -> None:
+        """Begin to sum up."""
+        self._sums = torch.zeros_like(self._sums)
 
     def on_validation_epoch_end(self) -> None:
         """Log loss, perplexity and accuracy: means over all tokens of all batches and processes."""
@@ -108,25 +108,18 @@ class LanguageModel(PretrainedTask):
         """Log loss, perplexity and accuracy: means over all tokens of all batches and processes."""
         self._log_means("test")
 
-    def _evaluate(self, stage: str, batch: Batch) -> None:
+    def _evaluate(self, batch: Batch) -> None:
         found = self.token_loss(batch)
         assert found.correct is not None, "evaluation computes no gradients"
-        values = (found.total, self.batch_weight(batch), found.correct)
-        for metric, value in zip(self._sums(stage), values, strict=True):
-            metric.update(value)
+        values = torch.stack([found.total, self.batch_weight(batch), found.correct])
+        self._sums = self._sums.to(device=values.device, dtype=widest(values)) + values
 
     def _log_means(self, stage: str) -> None:
-        total, tokens, correct = (metric.compute() for metric in self._sums(stage))
-        for metric in self._sums(stage):
-            metric.reset()
+        total, tokens, correct = self.sum_over_processes(self._sums)
         loss, shown = total / tokens, stage == "val"
-        # They are the same on all processes already.
         self.log(f"{stage}_loss", loss.float(), prog_bar=shown)
         self.log(f"{stage}_perplexity", loss.exp().float(), prog_bar=shown)
         self.log(f"{stage}_accuracy", (correct / tokens).float())
-
-    def _sums(self, stage: str) -> list[Any]:
-        return [self.sums[f"{stage}_{what}"] for what in _SUMS]
 
     # -- generation --------------------------------------------------------------------------------
 

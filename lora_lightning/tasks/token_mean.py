@@ -52,7 +52,7 @@ class TokenMean(LightningModule):
         own = self.batch_weight(batch)
         if own is None:
             return
-        weight = self._sum_over_processes(own)
+        weight = self.sum_over_processes(own)
         gradients = self._gradients() if batch_idx % self.trainer.accumulate_grad_batches else []
         # No gradients: a window begins, or a resumed run has none of what was accumulated.
         before = self._window_weight.to(weight) if gradients else torch.zeros_like(weight)
@@ -76,7 +76,7 @@ class TokenMean(LightningModule):
         summed = total if penalty is None else total + penalty * weight
         if self._trainer is None:
             return summed / _not_zero(weight).to(total)
-        self._window_total = self._window_total + self._sum_over_processes(total.detach())
+        self._window_total = self._window_total + self.sum_over_processes(total.detach())
         # Lightning divides by the one; strategies average gradients over the other.
         parts = self.trainer.accumulate_grad_batches * self.trainer.world_size
         return summed * (parts / _not_zero(self._window_weight)).to(total)
@@ -112,10 +112,9 @@ class TokenMean(LightningModule):
         self._window_weight = torch.tensor(saved["weight"], dtype=torch.float64)
         self._window_total = torch.tensor(saved["total"], dtype=torch.float64)
 
-    def _sum_over_processes(self, value: Tensor) -> Tensor:
-        # Of what float32 cannot count, MPS has nothing wider.
-        wide = value.to(torch.float32 if value.device.type == "mps" else torch.float64, copy=True)
-        return self.trainer.strategy.reduce(wide, reduce_op="sum")
+    def sum_over_processes(self, value: Tensor) -> Tensor:
+        """The sum of a number that each process has, in float64."""
+        return self.trainer.strategy.reduce(value.to(widest(value), copy=True), reduce_op="sum")
 
     def _gradients(self) -> list[Tensor]:
         held = [
@@ -123,6 +122,11 @@ class TokenMean(LightningModule):
         ]
         gradients: list[Any] = [p.grad for p in held if p.grad is not None]
         return [g.to_local() if is_sharded(g) else g for g in gradients]
+
+
+def widest(value: Tensor) -> torch.dtype:
+    """float64, but on Apple's GPUs, which have none."""
+    return torch.float32 if value.device.type == "mps" else torch.float64
 
 
 def _not_zero(weight: Tensor) -> Tensor:
