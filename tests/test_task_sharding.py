@@ -22,19 +22,11 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from lora_lightning import LoraCallback
 from lora_lightning.compiled import named_parameters
+from lora_lightning.data.samples import IGNORED
 from lora_lightning.errors import LoraError
 from lora_lightning.sharding import is_sharded, whole
-from lora_lightning.tasks import SequenceClassification, network
-from lora_lightning.tasks.pretrained_task import PretrainedTask
+from lora_lightning.tasks import CausalLM, SequenceClassification, network
 from lora_lightning.tasks.sharding import repeated_layers
-
-
-class LanguageModel(PretrainedTask):
-    auto_class = "AutoModelForCausalLM"
-
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        return self.network(input_ids=batch, labels=batch).loss
-
 
 LAYERS = {LlamaDecoderLayer}
 CASES: dict[str, tuple[str, bool, dict[str, Any]]] = {
@@ -49,17 +41,20 @@ CASES: dict[str, tuple[str, bool, dict[str, Any]]] = {
 def fit(
     folder: Path, model: str, lora: bool, devices: int, strategy: Any = None, **options: Any
 ) -> dict[str, Tensor]:
-    """What is trained, whole, after three steps of 4 rows in all."""
+    """What is trained, whole, after three steps of 4 rows in all with unequal prompts."""
     seed_everything(7, verbose=False)
     torch._dynamo.reset()
-    rows = torch.randint(0, 200, (12, 10), generator=torch.Generator().manual_seed(3))
+    ids = torch.randint(0, 200, (12, 10), generator=torch.Generator().manual_seed(3))
+    prompt = torch.arange(10) < torch.arange(12)[:, None] % 7
+    labels = ids.masked_fill(prompt, IGNORED)
+    rows = [{"input_ids": i, "labels": label} for i, label in zip(ids, labels, strict=True)]
     own = list(range(int(os.environ.get("RANK", 0)), 12, devices))
     loader = DataLoader(rows, 4 // devices, sampler=own)
     callbacks = [LoraCallback(r=2)] if lora else []
     way = strategy or ("auto" if devices == 1 else ModelParallelStrategy(2, 1))
     trainer = run(folder, *callbacks, devices=devices, strategy=way, use_distributed_sampler=False)
     # SGD: Adam makes a step of full length of a gradient that is 0 but for rounding.
-    module = LanguageModel(str(folder.parent / model), **options)
+    module = CausalLM(str(folder.parent / model), **options)
     module.configure_optimizers = lambda: torch.optim.SGD(  # type: ignore[method-assign]
         [p for p in module.parameters() if p.requires_grad], lr=0.1
     )
@@ -126,10 +121,10 @@ def refusals(folder: Path) -> dict[str, str]:
         "tensor parallel": (str(folder / "tied"), {}, ModelParallelStrategy()),
     }
     for name, (model, options, strategy) in attempts.items():
-        trainer, module = run(folder, devices=2, strategy=strategy), LanguageModel(model, **options)
+        trainer, module = run(folder, devices=2, strategy=strategy), CausalLM(model, **options)
         trainer.callbacks += [LoraCallback(r=2)] if name == "compiled" else []
         with pytest.raises(LoraError) as error:
-            trainer.fit(module, DataLoader(torch.ones(4, 4).long()))
+            trainer.fit(module, DataLoader([0, 1]))
         errors[name] = str(error.value)
     return errors
 

@@ -131,7 +131,9 @@ class LanguageModel(PretrainedTask):
         if theirs is not None and not isinstance(theirs, str):
             return theirs
         if self._tokenizer is None:
-            self._tokenizer = load_pretrained("AutoTokenizer", self.model_name)
+            self._tokenizer = load_pretrained(
+                "AutoTokenizer", self.model_name, **self.options.hub()
+            )
         return self._tokenizer
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[str]:
