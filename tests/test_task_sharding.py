@@ -74,6 +74,7 @@ def on_two(folder: Path) -> dict[str, Any]:
         "runs": found,
         "head": new_head(folder),
         "loads": loads(folder),
+        "texts": texts(folder, 2),
         "refusals": refusals(folder),
     }
 
@@ -87,6 +88,18 @@ def new_head(folder: Path) -> dict[str, Any]:
     trainer.fit(module, DataLoader(rows, 1))
     weight = whole(module.network.classifier.weight).detach()
     return {"new": sorted(module.new_parameters), "weight": weight, "rates": len(rates(trainer))}
+
+
+def texts(folder: Path, devices: int) -> list[str]:
+    """What is written for two prompts, of which one soon ends."""
+    seed_everything(7, verbose=False)
+    way = "auto" if devices == 1 else ModelParallelStrategy(2, 1)
+    prompts = [{"input_ids": torch.arange(place, place + 5)} for place in (20, 57)]
+    options = {"max_new_tokens": 9, "generation": {"eos_token_id": 5}}
+    module = CausalLM(str(folder / "untied"), **options)
+    trainer = run(folder / "texts", devices=devices, strategy=way)
+    written = trainer.predict(module, DataLoader(prompts, 1))
+    return [text for batch in written or [] for text in batch]
 
 
 def rates(trainer: Any) -> list[float]:
@@ -175,6 +188,13 @@ def test_a_new_head_starts_from_rank_0(found: Any) -> None:
 @pytest.mark.slow
 def test_one_process_alone_reads_the_files(found: Any) -> None:
     assert [rank["loads"] for rank in found] == [1, 0]
+
+
+@pytest.mark.slow
+def test_texts_are_written_together(place: Path, found: Any) -> None:
+    alone = texts(place, 1)
+    assert [text.endswith("$") for text in alone] == [False, True]  # token 5
+    assert [rank["texts"][0] for rank in found] == alone
 
 
 @pytest.mark.slow

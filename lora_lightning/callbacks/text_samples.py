@@ -22,6 +22,7 @@ from lora_lightning.errors import ConfigError
 from lora_lightning.sharding import is_sharded
 from lora_lightning.switching import adapter_names, disable_adapter
 from lora_lightning.tasks.pretrained import load_pretrained
+from lora_lightning.tasks.pretrained_task import PretrainedTask
 
 Prompt = str | list[dict[str, Any]]
 
@@ -164,7 +165,9 @@ class TextSamples(Callback):
                 f"TextSamples needs a tokenizer: {type(pl_module).__name__} has no `model_name` to "
                 f"take it from, so name one. ({key})"
             )
-        return load_pretrained("AutoTokenizer", name, key)
+        own = self.tokenizer is None and isinstance(pl_module, PretrainedTask)
+        options = pl_module.options.hub() if own else {}
+        return load_pretrained("AutoTokenizer", name, key, **options)
 
     def _find_prompts(self, trainer: Any) -> list[Prompt]:
         if self.prompts is not None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lora_lightning.data.samples import IGNORED
 from lora_lightning.errors import ConfigError, did_you_mean
+from lora_lightning.sharding import is_sharded
 from lora_lightning.tasks.lm_loss import LMLoss, TokenLoss
 from lora_lightning.tasks.pretrained import load_pretrained
 from lora_lightning.tasks.pretrained_task import Batch, PretrainedTask
@@ -152,8 +153,11 @@ class LanguageModel(PretrainedTask):
         tokenizer = self.tokenizer
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        # Processes that share the weights out gather them until the last has written its texts.
+        together = any(is_sharded(p) for p in network.parameters())
         ids = network.generate(
             **self.prompts(input_ids, mask),
+            synced_gpus=together,
             **{"max_new_tokens": self.max_new_tokens, "pad_token_id": pad, **self.generation},
         )
         return tokenizer.batch_decode(self.written(ids, input_ids), skip_special_tokens=True)
