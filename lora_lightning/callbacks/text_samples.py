@@ -165,8 +165,9 @@ class TextSamples(Callback):
                 f"TextSamples needs a tokenizer: {type(pl_module).__name__} has no `model_name` to "
                 f"take it from, so name one. ({key})"
             )
-        own = self.tokenizer is None and isinstance(pl_module, PretrainedTask)
-        options = pl_module.options.hub() if own else {}
+        options = {}
+        if self.tokenizer is None and isinstance(pl_module, PretrainedTask):
+            options = pl_module.options.hub()
         return load_pretrained("AutoTokenizer", name, key, **options)
 
     def _find_prompts(self, trainer: Any) -> list[Prompt]:
