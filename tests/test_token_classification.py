@@ -144,6 +144,31 @@ def test_words_are_predicted_with_probabilities(trained):
         assert [module.label_names[i] for i in p.argmax(dim=1)] == names
 
 
+def test_entities_are_measured_where_classes_write_them(tmp_path, model, trained):
+    assert "val_entity_f1" not in trained[0].callback_metrics
+    rows = [
+        {"tokens": ["the", "good", "book", "was", "a", "film"], "tags": ["O", "B", "I", "O", "O", "B"]},
+        {"tokens": ["bad", "film"], "tags": ["B", "I"]},
+    ]  # fmt: skip
+    for row in rows:
+        row["tags"] = [tag if tag == "O" else f"{tag}-WORK" for tag in row["tags"]]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    seed_everything(0, verbose=False)
+    module = TokenClassification(model, learning_rate=2e-2)
+    trainer = run(tmp_path, lora(), max_epochs=30)
+    trainer.fit(module, data_of(str(path)))
+    assert trainer.callback_metrics["val_accuracy"] == 1
+    assert trainer.callback_metrics["val_entity_f1"] == 1
+    assert trainer.test(module, data_of(str(path)), verbose=False)[0]["test_entity_f1"] == 1
+    other = tmp_path / "b.jsonl"  # as the model would say, but for the end of one entity
+    rows[0]["tags"][2] = "O"
+    other.write_text("\n".join(map(json.dumps, rows)))
+    tested = trainer.test(module, data_of(str(path), test=str(other)), verbose=False)[0]
+    assert tested["test_entity_f1"] == pytest.approx(2 / 3)  # 2 * 2 / (3 + 3)
+    assert tested["test_accuracy"] == pytest.approx(7 / 8)
+
+
 def test_words_that_were_cut_off_are_not_predicted(trained, file):
     trainer, module, _ = trained
     data = data_of(file, max_length=5)

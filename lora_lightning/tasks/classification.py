@@ -69,15 +69,15 @@ class Classification(PretrainedTask):
         if self.network is None:
             self._weights = _weights_of(self.class_weights, self.label_names)
             super().configure_model()
-            self._add_metrics(len(self.label_names))
+            self.add_metrics(self.label_names)
 
-    def _add_metrics(self, classes: int) -> None:
+    def add_metrics(self, names: list[str]) -> None:
         """Accuracy, and macro F1 of what is evaluated."""
         for stage in ("train", "val", "test"):
-            accuracy = MulticlassAccuracy(classes, average="micro", ignore_index=IGNORED)
+            accuracy = MulticlassAccuracy(len(names), average="micro", ignore_index=IGNORED)
             self.metrics[f"{stage}_accuracy"] = accuracy
             if stage != "train":
-                f1 = MulticlassF1Score(classes, average="macro", ignore_index=IGNORED)
+                f1 = MulticlassF1Score(len(names), average="macro", ignore_index=IGNORED)
                 self.metrics[f"{stage}_f1"] = f1
 
     def forward(self, batch: Batch) -> Tensor:
@@ -109,15 +109,15 @@ class Classification(PretrainedTask):
         return [self.label_names[index] for index in probabilities.argmax(dim=-1).tolist()]
 
     def _step(self, stage: str, batch: Batch) -> Tensor:
-        scores, labels = self(batch).flatten(0, -2), batch["labels"].flatten()
+        scores, labels = self(batch), batch["labels"]
         training, shown = stage == "train", stage != "test"
-        total = self._loss_sum(scores, labels, training)
+        total = self._loss_sum(scores.flatten(0, -2), labels.flatten(), training)
         if training:
             loss = self.window_loss(total, batch)
             size, shown_loss = len(labels), loss if self._trainer is None else self.window_mean
         else:
             # Lightning weights the mean of an epoch by the size, over all processes.
-            size = int(self._weight_of(labels, training))
+            size = int(self._weight_of(labels.flatten(), training))
             loss = shown_loss = total / max(size, 1)
         self.log(
             f"{stage}_loss",
@@ -126,12 +126,16 @@ class Classification(PretrainedTask):
             batch_size=size,
             sync_dist=not training,
         )
+        self.measure(stage, scores, labels)
+        return loss
+
+    def measure(self, stage: str, scores: Tensor, labels: Tensor) -> None:
+        """Log what is said of scores (..., classes) and labels (...) beside the loss."""
         for name, metric in self.metrics.items():
             if name.startswith(stage):
-                metric(scores, labels)
-                accuracy = name.endswith("_accuracy")
-                self.log(name, metric, prog_bar=shown and accuracy, batch_size=size)  # type: ignore[arg-type]
-        return loss
+                metric(scores.flatten(0, -2), labels.flatten())
+                shown = stage != "test" and name.endswith("_accuracy")
+                self.log(name, metric, prog_bar=shown, batch_size=len(labels))  # type: ignore[arg-type]
 
     def batch_weight(self, batch: Batch) -> Tensor:
         """The weights of all that is labelled."""

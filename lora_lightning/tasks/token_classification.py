@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor, nn
+
 from lora_lightning.data.samples import IGNORED
 from lora_lightning.tasks.classification import Classification
+from lora_lightning.tasks.entities import EntityF1, writes_entities
 from lora_lightning.tasks.pretrained_task import Batch
 
 
@@ -13,7 +16,9 @@ class TokenClassification(Classification):
     """A pretrained model with a classification head over its tokens: entities, parts of speech.
 
     Logs `train_loss` and `train_accuracy`; `val_loss`, `val_accuracy` and `val_f1` (macro), and the
-    same of a test; all are of words (their first sub-tokens), not of entities of several words.
+    same of a test; all are of words (their first sub-tokens). Where the classes are tags of
+    entities (`O`, `B-PER`, `I-PER`, ...: IOB, IOBES or BILOU), `val_entity_f1` and `test_entity_f1`
+    are of whole entities, which are right where all of their words and their type are.
     Predicts a label for each word, and the probabilities of all classes.
 
     Args:
@@ -25,6 +30,22 @@ class TokenClassification(Classification):
 
     def __init__(self, model: str, **options: Any) -> None:
         super().__init__(model, **options)
+        self.entity_metrics = nn.ModuleDict()
+
+    def add_metrics(self, names: list[str]) -> None:
+        """Those of every classification; F1 of entities where the classes write them."""
+        super().add_metrics(names)
+        if writes_entities(names):
+            self.entity_metrics.update({stage: EntityF1(names) for stage in ("val", "test")})
+
+    def measure(self, stage: str, scores: Tensor, labels: Tensor) -> None:
+        """Log what is said of scores (batch, tokens, classes) and labels (batch, tokens)."""
+        super().measure(stage, scores, labels)
+        if stage in self.entity_metrics:
+            metric = self.entity_metrics[stage]
+            metric(scores.argmax(dim=-1), labels)
+            shown = stage == "val"
+            self.log(f"{stage}_entity_f1", metric, prog_bar=shown, batch_size=len(labels))  # type: ignore[arg-type]
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """The most probable class name of each word, and the probabilities of all classes.
