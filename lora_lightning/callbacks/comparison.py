@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -192,7 +193,7 @@ class _Pass(Callback):
                 self._off.__enter__()
 
     def on_validation_batch_end(
-        self, trainer: Any, pl_module: LightningModule, *args: Any, **kwargs: Any
+        self, trainer: Any, pl_module: LightningModule, outputs: Any, *args: Any, **kwargs: Any
     ) -> None:
         for key, result in trainer._results.items():
             if result.is_tensor:
@@ -206,8 +207,12 @@ class _Pass(Callback):
             else:
                 value, weight = result._forward_cache, 1.0
             if isinstance(value, (float, torch.Tensor)):
-                entry = float(value), weight
-                self.values.setdefault(result.meta.name, []).append(entry)
+                self._note(result.meta.name, value, weight)
+        if isinstance(outputs, Mapping) and {"loss", "weight"} <= outputs.keys():
+            self._note("val_loss", outputs["loss"], outputs["weight"])
+
+    def _note(self, name: str, value: Any, weight: Any) -> None:
+        self.values.setdefault(name, []).append((float(value), float(weight)))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._restore()

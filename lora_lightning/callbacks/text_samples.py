@@ -156,19 +156,21 @@ class TextSamples(Callback):
     def _find_tokenizer(self, trainer: Any, pl_module: LightningModule) -> Any:
         if self.tokenizer is not None and not isinstance(self.tokenizer, str):
             return self.tokenizer
-        encoder = getattr(trainer.datamodule, "encoder", None)
-        if self.tokenizer is None and encoder is not None:
-            return encoder.tokenizer
-        name, key = self.tokenizer or getattr(pl_module, "model_name", None), "tokenizer"
+        if self.tokenizer is None:
+            for owner in (trainer.datamodule, pl_module):
+                theirs = getattr(owner, "tokenizer", None)
+                if hasattr(theirs, "decode"):
+                    return theirs
+        name = self.tokenizer or getattr(pl_module, "model_name", None)
         if name is None:
             raise ConfigError(
                 f"TextSamples needs a tokenizer: {type(pl_module).__name__} has no `model_name` to "
-                f"take it from, so name one. ({key})"
+                "take it from, so name one. (tokenizer)"
             )
         options = {}
         if self.tokenizer is None and isinstance(pl_module, PretrainedTask):
             options = pl_module.options.hub()
-        return load_pretrained("AutoTokenizer", name, key, **options)
+        return load_pretrained("AutoTokenizer", name, "tokenizer", **options)
 
     def _find_prompts(self, trainer: Any) -> list[Prompt]:
         if self.prompts is not None:
@@ -185,19 +187,21 @@ class TextSamples(Callback):
     def _encode(self, trainer: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
         """As the data module encodes its own prompts."""
         assert self._generator is not None
-        encoder = getattr(trainer.datamodule, "encoder", None)
+        generator = self._generator
+        theirs = getattr(getattr(trainer.datamodule, "encoding", None), "encoder", None)
         samples: list[Sample]
-        if self._generator.is_encoder_decoder:
-            texts = [_text(prompt) for prompt in prompts]
-            samples = [PromptCompletion(text, "", "prompts") for text in texts]
-            encoder = encoder or Seq2SeqEncoder(self._generator.tokenizer, 2)
+        if generator.is_encoder_decoder:
+            samples = [PromptCompletion(_text(prompt), "", "prompts") for prompt in prompts]
+            own: Any = Seq2SeqEncoder
         else:
             samples = [
                 Document(p, "prompts") if isinstance(p, str) else Chat(tuple(p), "prompts")
                 for p in prompts
             ]
-            encoder = encoder or Encoder(self._generator.tokenizer, 2)
-        return encoder.encode_prompts(samples)
+            own = Encoder
+        if self.tokenizer is not None or theirs is None:
+            theirs = own(generator.tokenizer, 2)
+        return theirs.encode_prompts(samples)
 
 
 def as_table(rows: Sequence[Row], title: str) -> str:

@@ -85,9 +85,14 @@ class LanguageModel(PretrainedTask):
         mask = batch.get("attention_mask")
         return batch["input_ids"].numel() if mask is None else int(mask.sum())
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Sum up the loss and the guessed tokens."""
-        self._evaluate(batch)
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """Sum up the loss and the guessed tokens.
+
+        Returns:
+            `loss`, the mean of this batch, and `weight`, its number of tokens: by them
+            `compare_with_base` knows how much batches differ.
+        """
+        return self._evaluate(batch)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Sum up the loss and the guessed tokens."""
@@ -109,11 +114,13 @@ class LanguageModel(PretrainedTask):
         """Log loss, perplexity and accuracy: means over all tokens of all batches and processes."""
         self._log_means("test")
 
-    def _evaluate(self, batch: Batch) -> None:
+    def _evaluate(self, batch: Batch) -> dict[str, Tensor]:
         found = self.token_loss(batch)
         assert found.correct is not None, "evaluation computes no gradients"
         values = torch.stack([found.total, self.batch_weight(batch), found.correct])
         self._sums = self._sums.to(device=values.device, dtype=widest(values)) + values
+        total, weight, _ = values
+        return {"loss": total / weight.clamp(min=1), "weight": weight}
 
     def _log_means(self, stage: str) -> None:
         total, tokens, correct = self.sum_over_processes(self._sums)
