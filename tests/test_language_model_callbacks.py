@@ -14,6 +14,9 @@ from tiny_lm import tiny_llama, tiny_tokenizer
 from torch.utils.data import DataLoader
 
 from lora_lightning import LoraCallback, TextSamples, compare_with_base
+from lora_lightning.data import TextDataModule
+from lora_lightning.data.samples import Chat, Document, prompt_and_answer
+from lora_lightning.errors import ConfigError
 from lora_lightning.tasks import CausalLM
 
 TEXTS = [
@@ -87,3 +90,70 @@ def test_a_causal_lm(tmp_path: Path, capsys: Any) -> None:
     assert compared.noise == pytest.approx(float(noise), rel=1e-4)
     assert compared.verdict.startswith("the adapter lowers val_loss by ")
     assert " +- " in compared.verdict
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    (path,) = folder.rglob("samples.jsonl")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+CHATS = [
+    {"messages": [{"role": "user", "content": f"What is {n}?"}, {"role": "assistant", "content": "One two three"}]}
+    for n in range(8)
+]  # fmt: skip
+PAIRS = [{"prompt": f"Question {n}: ", "completion": "It is five."} for n in range(8)]
+DOCUMENTS = [{"text": "Once upon a time there was a little girl and a big dog."}]
+
+
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # torchdata
+@pytest.mark.parametrize(
+    ("template", "records", "prompt", "expected"),
+    [
+        (None, PAIRS, "Question 0: ", "It is five."),
+        ("chatml", CHATS, "user: What is 0?", "One two three"),
+        (None, DOCUMENTS, "Once upon a time there was a little", " girl and a big dog."),
+    ],
+)
+def test_prompts_of_the_data_module(
+    tmp_path: Path, template: str | None, records: Any, prompt: str, expected: str
+) -> None:
+    folder = str(tiny_llama(tmp_path / "model", template))
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    data = TextDataModule(str(path), str(path), batch_size=4)
+    texts = TextSamples(max_new_tokens=3)
+    lora = LoraCallback(r=2)
+    options: Any = {"max_epochs": 1, "logger": CSVLogger(tmp_path)}
+    run(tmp_path, lora, texts, **options).fit(CausalLM(folder), data)
+    row = rows_of(tmp_path)[0]
+    assert row["prompt"] == prompt
+    assert row["expected"] == expected
+    # What the model reads is what it is trained to answer.
+    example = data.encoding.encoder.encode(data.records("val")[0])[0]
+    asked = texts._asked[0][1]
+    assert example.input_ids[: len(asked)] == asked
+    if records is not DOCUMENTS:
+        first = next(n for n, label in enumerate(example.labels) if label != -100)
+        assert first == len(asked)
+
+
+def test_prompt_and_answer() -> None:
+    chat = (
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+        {"role": "assistant", "content": "d"},
+    )
+    assert prompt_and_answer(Chat(chat, "")) == (Chat(chat[:3], ""), "d")
+    assert prompt_and_answer(Chat(chat, "", unlearned=(3,))) == (Chat(chat[:1], ""), "b")
+    assert prompt_and_answer(Chat(chat[:3], "", unlearned=(1,))) == (Chat(chat[:1], ""), "b")
+    assert prompt_and_answer(Chat(chat[:1], "")) == (Chat(chat[:1], ""), "")
+    assert prompt_and_answer(Document("a b", "")) == (Document("a b", ""), "")
+
+
+def test_no_validation_data_for_prompts(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in PAIRS))
+    folder = str(tiny_llama(tmp_path / "model"))
+    with pytest.raises(ConfigError, match="the validation data give none, so name some"):
+        run(tmp_path, TextSamples()).fit(CausalLM(folder), TextDataModule(str(path), 0))

@@ -16,7 +16,13 @@ from lora_lightning.callbacks.generation import TextGenerator, generating_networ
 from lora_lightning.callbacks.text_loggers import Row, log_texts
 from lora_lightning.callbacks.training_progress import left_out
 from lora_lightning.data.encoding import Encoder
-from lora_lightning.data.samples import Chat, Document, PromptCompletion, Sample
+from lora_lightning.data.samples import (
+    Chat,
+    Document,
+    PromptCompletion,
+    Sample,
+    prompt_and_answer,
+)
 from lora_lightning.data.seq2seq_encoding import Seq2SeqEncoder
 from lora_lightning.errors import ConfigError
 from lora_lightning.sharding import is_sharded
@@ -24,9 +30,9 @@ from lora_lightning.switching import adapter_names, disable_adapter
 from lora_lightning.tasks.pretrained import load_pretrained
 from lora_lightning.tasks.pretrained_task import PretrainedTask
 
-Prompt = str | list[dict[str, Any]]
+Prompt = str | list[dict[str, Any]] | Sample
 
-_SHOWN = 400  # characters of a prompt on the console, from its end
+_SHOWN = 400  # characters of a prompt's end and an expected answer's beginning, on the console
 
 
 class TextSamples(Callback):
@@ -43,8 +49,8 @@ class TextSamples(Callback):
 
     Args:
         prompts: Texts, or chats as lists of messages (`role`, `content`), which are written by the
-            chat template up to where the assistant answers. Default: the first prompts of the
-            validation data, from the data module's `sample_prompts`.
+            chat template up to where the assistant answers. Default: the first of the validation
+            data (the data module's `sample_prompts`), whose answers are shown as `expected`.
         num_prompts: How many of the validation data.
         every_n_steps: Optimizer steps between two samples. Default: after each validation. At the
             end of training there is always one.
@@ -82,7 +88,7 @@ class TextSamples(Callback):
         self.tokenizer = tokenizer
         self.generation = generation or {}
         self._generator: TextGenerator | None = None
-        self._asked: list[tuple[str, list[int]]] = []  # each prompt as shown, and its ids
+        self._asked: list[tuple[Row, list[int]]] = []  # each prompt as shown, and its ids
         self._base: list[str] | None = None
         self._last_step = -1
 
@@ -99,10 +105,14 @@ class TextSamples(Callback):
         tokenizer = self._find_tokenizer(trainer, pl_module)
         generator = TextGenerator(network, tokenizer, self.max_new_tokens, self.generation)
         self._generator, self._base, self._last_step = generator, None, -1
-        prompts = self._find_prompts(trainer)
-        encoded = self._encode(trainer, prompts)
-        asked = list(zip(map(_in_words, prompts), encoded, strict=True))
-        self._asked = [(words, ids) for words, ids in asked if generator.fits(ids)]
+        prompts = [_as_sample(prompt) for prompt in self._find_prompts(trainer)]
+        encoded = self._encode(trainer, [sample for sample, _ in prompts])
+        shown: list[Row] = [
+            {"prompt": _in_words(sample), **({"expected": answer} if answer else {})}
+            for sample, answer in prompts
+        ]
+        asked = list(zip(shown, encoded, strict=True))
+        self._asked = [(row, ids) for row, ids in asked if generator.fits(ids)]
         if not self._asked or (self.prompts and len(self._asked) < len(asked)):
             longest = max(map(len, encoded))
             raise ConfigError(
@@ -142,13 +152,10 @@ class TextSamples(Callback):
                     self._base = generator.texts(pl_module, ids)
             tuned = generator.texts(pl_module, ids)
         if trainer.is_global_zero:
-            columns: dict[str, Sequence[str]] = {"prompt": [words for words, _ in self._asked]}
-            if self._base is not None:
-                columns["base"] = self._base
-            columns["tuned"] = tuned
-            rows = [
-                dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)
-            ]
+            rows = []
+            for number, (row, _) in enumerate(self._asked):
+                base = {} if self._base is None else {"base": self._base[number]}
+                rows.append({**row, **base, "tuned": tuned[number]})
             report.show(as_table(rows, f"samples at step {step}"))
             for logger in trainer.loggers:
                 log_texts(logger, "samples", rows, step)
@@ -184,24 +191,16 @@ class TextSamples(Callback):
             )
         return prompts
 
-    def _encode(self, trainer: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
+    def _encode(self, trainer: Any, samples: Sequence[Sample]) -> list[list[int]]:
         """As the data module encodes its own prompts."""
         assert self._generator is not None
-        generator = self._generator
-        theirs = getattr(getattr(trainer.datamodule, "encoding", None), "encoder", None)
-        samples: list[Sample]
-        if generator.is_encoder_decoder:
-            samples = [PromptCompletion(_text(prompt), "", "prompts") for prompt in prompts]
-            own: Any = Seq2SeqEncoder
-        else:
-            samples = [
-                Document(p, "prompts") if isinstance(p, str) else Chat(tuple(p), "prompts")
-                for p in prompts
-            ]
-            own = Encoder
-        if self.tokenizer is not None or theirs is None:
-            theirs = own(generator.tokenizer, 2)
-        return theirs.encode_prompts(samples)
+        encoder = getattr(getattr(trainer.datamodule, "encoding", None), "encoder", None)
+        if self._generator.is_encoder_decoder:
+            samples = [PromptCompletion(_text(sample), "", sample.where) for sample in samples]
+        if self.tokenizer is not None or encoder is None:
+            kind: Any = Seq2SeqEncoder if self._generator.is_encoder_decoder else Encoder
+            encoder = kind(self._generator.tokenizer, 2)
+        return encoder.encode_prompts(samples)
 
 
 def as_table(rows: Sequence[Row], title: str) -> str:
@@ -216,6 +215,8 @@ def as_table(rows: Sequence[Row], title: str) -> str:
         for column, text in row.items():
             if column == "prompt" and len(text) > _SHOWN:
                 text = f"[...]{text[-_SHOWN:]}"
+            elif column == "expected" and len(text) > _SHOWN:
+                text = f"{text[:_SHOWN]}[...]"
             table.add_row(column, Text(text, overflow="fold"))
         table.add_section()
     with console.capture() as captured:
@@ -223,13 +224,22 @@ def as_table(rows: Sequence[Row], title: str) -> str:
     return captured.get().rstrip("\n")
 
 
-def _text(prompt: Prompt) -> str:
-    if not isinstance(prompt, str):
-        raise ConfigError("an encoder-decoder reads texts, and a prompt is a chat. (prompts)")
-    return prompt
-
-
-def _in_words(prompt: Prompt) -> str:
+def _as_sample(prompt: Prompt) -> tuple[Sample, str]:
+    """The sample whose prompt is asked, and the answer that is expected, if one is known."""
     if isinstance(prompt, str):
-        return prompt
-    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+        return Document(prompt, "prompts"), ""
+    if isinstance(prompt, list):
+        return Chat(tuple(prompt), "prompts"), ""
+    return prompt_and_answer(prompt)
+
+
+def _text(sample: Sample) -> str:
+    if isinstance(sample, Chat):
+        raise ConfigError("an encoder-decoder reads texts, and a prompt is a chat. (prompts)")
+    return sample.text if isinstance(sample, Document) else sample.prompt
+
+
+def _in_words(sample: Sample) -> str:
+    if isinstance(sample, Chat):
+        return "\n".join(f"{m.get('role')}: {m.get('content')}" for m in sample.messages)
+    return _text(sample)

@@ -169,6 +169,11 @@ class TextDataModule(SplitDataModule):
             return self._records["val"]
         return super().records(split)
 
+    def sample_prompts(self, count: int) -> list[Sample]:
+        """The first samples of the validation data; none where there are none."""
+        given = self.paths["val"] is not None or (self.paths["train"] and self.val_fraction)
+        return list(self.records("val")[:count]) if given else []
+
     def prepared(self, split: str) -> Any:
         """Rows for batches; of a stream, the stream."""
         if self.streaming and split in ("train", "val") and split not in self._prepared:
