@@ -224,6 +224,35 @@ def test_a_head_of_other_classes_is_replaced_by_a_new_one(tmp_path):
     assert module.new_parameters == {"network.classifier.weight", "network.classifier.bias"}
 
 
+def named_head(folder, names):
+    """A model with a trained head for classes that it names."""
+    save_tiny_bert(folder, head_labels=len(names))
+    config = json.loads((folder / "config.json").read_text())
+    config["id2label"] = {str(number): name for number, name in enumerate(names)}
+    config["label2id"] = {name: number for number, name in enumerate(names)}
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def test_a_trained_head_keeps_the_order_of_its_classes(tmp_path):
+    model = named_head(tmp_path, ["a", "b", "c"])
+    assert built(model).network.config.id2label == {0: "a", 1: "b", 2: "c"}
+    with pytest.raises(ConfigError) as error:
+        built(model, label_names=["c", "b", "a"])
+    assert str(error.value) == (
+        f"the head of {model!r} was trained for these classes in another order, ['a', 'b', 'c']; "
+        "found ['c', 'b', 'a']. Name them in the head's order. (data.label_names)"
+    )
+    built(model, label_names=["c", "b", "a"], pretrained=False)
+    built(model, label_names=["b", "a"])  # another number of classes: a new head
+
+
+def test_a_head_of_as_many_other_classes_is_said_to_be_taken_over(tmp_path):
+    model = named_head(tmp_path, ["x", "y", "c"])
+    with pytest.warns(UserWarning, match=r"trained for other classes, x, y, c: .* a, b, c\."):
+        built(model)
+
+
 def test_checkpoints_keep_the_order_of_the_classes(tmp_path, model, file):
     trainer = trainer_in(tmp_path)
     trainer.fit(SequenceClassification(model), data_of(file))

@@ -9,8 +9,14 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from lora_lightning.data.samples import IGNORED
-from lora_lightning.errors import ConfigError, did_you_mean, first_few
+from lora_lightning.errors import ConfigError
 from lora_lightning.hosts.base import adapter_owners
+from lora_lightning.tasks.class_names import (
+    agreed_label_names,
+    check_trained_head,
+    difference,
+    weights_of_classes,
+)
 from lora_lightning.tasks.pretrained_task import Batch, PretrainedTask, ancestors
 
 
@@ -65,10 +71,13 @@ class Classification(PretrainedTask):
 
     def configure_model(self) -> None:
         """Load the network and give it a head for the classes, once."""
-        self.label_names = self._agreed_label_names()
+        self.label_names = agreed_label_names(self.label_names, self._trainer)
         if self.network is None:
-            self._weights = _weights_of(self.class_weights, self.label_names)
+            self._weights = weights_of_classes(self.class_weights, self.label_names)
             super().configure_model()
+            # Without new weights, the head is that of the file.
+            if self.options.pretrained and not self.new_parameters:
+                check_trained_head(self.model_name, self.options.hub(), self.label_names)
             self.add_metrics(self.label_names)
 
     def add_metrics(self, names: list[str]) -> None:
@@ -201,56 +210,6 @@ class Classification(PretrainedTask):
         # None: not a checkpoint of this class; its weights are what gives it away.
         if saved is not None and saved != ours:
             raise ConfigError(
-                f"the checkpoint's classes are not this run's: {_difference(saved, ours)} "
+                f"the checkpoint's classes are not this run's: {difference(saved, ours)} "
                 "(model.label_names)"
             )
-
-    def _agreed_label_names(self) -> list[str]:
-        data = getattr(self._trainer, "datamodule", None)
-        theirs: list[str] | None = getattr(data, "label_names", None)
-        ours = self.label_names
-        if ours and theirs and ours != theirs:
-            raise ConfigError(
-                f"the model's classes are not the data's: {_difference(ours, theirs)} "
-                "(model.label_names, data.label_names)"
-            )
-        names = ours or theirs
-        if not names:
-            raise ConfigError(
-                "the classes are not known: the Trainer has no data module with `label_names`, "
-                "so name them in order. (model.label_names)"
-            )
-        if len(set(names)) < max(2, len(names)):
-            raise ConfigError(
-                f"label_names must be at least 2 different names, found {names}. "
-                "(model.label_names)"
-            )
-        return list(names)
-
-
-def _weights_of(weights: dict[str, float], names: list[str]) -> Tensor:
-    for name, weight in weights.items():
-        if name not in names:
-            near = did_you_mean(name, names)
-            hint = f" Did you mean {near!r}?" if near else ""
-            raise ConfigError(
-                f"class_weights: there is no class {name!r}. The classes are "
-                f"{first_few(names, 20)}.{hint} (model.class_weights)"
-            )
-        if not 0 < weight < float("inf"):
-            raise ConfigError(
-                f"class_weights: the weight of {name!r} must be positive and finite, found "
-                f"{weight}. (model.class_weights)"
-            )
-    return torch.tensor([float(weights.get(name, 1)) for name in names], dtype=torch.float32)
-
-
-def _difference(first: list[str], second: list[str]) -> str:
-    if set(first) == set(second):
-        return f"the same names in another order, {first} and {second}."
-    only_first = first_few([name for name in first if name not in second]) or "nothing"
-    only_second = first_few([name for name in second if name not in first]) or "nothing"
-    return (
-        f"{len(first)} and {len(second)} names; only in the first: {only_first}; "
-        f"only in the second: {only_second}."
-    )
