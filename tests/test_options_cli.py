@@ -123,7 +123,11 @@ def test_qlora(folder: Path, plain: Any, monkeypatch: Any) -> None:
 def test_compile_and_its_options(folder: Path, plain: Any, monkeypatch: Any) -> None:
     # Without dropout, of which a graph draws other numbers.
     options = ["--lora.lora_dropout=0", "--model.warmup_steps=2", "--data.packing=true"]
-    options += ["--data.max_length=24", "--data.batch_size=1", "--data.val=0"]  # one graph
+    options += [
+        "--data.max_length=24",
+        "--data.batch_size=1",
+        "--trainer.limit_val_batches=0",
+    ]  # one graph
     options.append("--trainer.accumulate_grad_batches=2")
     wanted = fit(folder, monkeypatch, "not compiled", *options)
     options.append("--model.compile={backend: eager, fullgraph: true}")
