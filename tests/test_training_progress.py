@@ -109,7 +109,7 @@ def fit(folder: Path, module: LightningModule, *callbacks: Any, **options: Any) 
 def test_samples_per_second(tmp_path: Path, clock: Clock, capsys: Any) -> None:
     fit(tmp_path, Slow(clock), Sampler(clock), SlowSaver(clock, every_n_train_steps=1))
     assert column(tmp_path, "samples_per_second") == [8.0] * 4  # 16 in 2 s
-    text = "trained on 64 samples in 8.0 s, 8.0 samples/s (without validation and checkpoints)"
+    text = "trained on 64 samples in 8.0 s, 8.0 samples/s, without validation and checkpoints\n"
     assert text in capsys.readouterr().out
 
 
@@ -135,6 +135,18 @@ def test_weights_only_checkpoints_are_left_out(tmp_path: Path, clock: Clock) -> 
 def test_validation_in_the_middle_of_an_epoch(tmp_path: Path, clock: Clock) -> None:
     fit(tmp_path, Slow(clock), max_epochs=2, val_check_interval=1)
     assert column(tmp_path, "samples_per_second") == [8.0] * 8
+
+
+def test_accumulation(tmp_path: Path, clock: Clock) -> None:
+    """A step counts as a whole: with what its first batches took."""
+
+    class Uneven(Slow):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            self.clock.now += 4 if batch_idx % 2 == 0 else 0
+            return super().training_step(batch, batch_idx)
+
+    fit(tmp_path, Uneven(clock), accumulate_grad_batches=2)
+    assert column(tmp_path, "samples_per_second") == [32 / 8] * 2
 
 
 def test_tokens_per_second(tmp_path: Path, clock: Clock, capsys: Any) -> None:
@@ -203,7 +215,7 @@ def test_few_measurements(tmp_path: Path, clock: Clock) -> None:
             self.measured: list[int] = []
 
         def _measure(self, trainer: Any) -> float:
-            self.measured.append(self._batches)
+            self.measured.append(self._steps)
             return super()._measure(trainer)
 
     progress = Watching()

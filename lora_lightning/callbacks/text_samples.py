@@ -217,11 +217,11 @@ def as_table(rows: Sequence[Row], title: str) -> str:
                 text = f"[...]{text[-_SHOWN:]}"
             elif column == "expected" and len(text) > _SHOWN:
                 text = f"{text[:_SHOWN]}[...]"
-            table.add_row(column, Text(text, overflow="fold"))
+            table.add_row(column, Text(text or "(nothing)", overflow="fold"))
         table.add_section()
     with console.capture() as captured:
         console.print(table, highlight=False)
-    return captured.get().rstrip("\n")
+    return "\n".join(line.rstrip() for line in captured.get().splitlines())
 
 
 def _as_sample(prompt: Prompt) -> tuple[Sample, str]:

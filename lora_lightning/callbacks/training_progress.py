@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lora_lightning import report
 from lora_lightning.callbacks.stopwatch import Stopwatch
 
-_EVERY = 10  # batches between two measurements; the first ones are measured each
+_EVERY = 10  # optimizer steps between two measurements; the first ones are measured each
 
 
 class TrainingProgress(Callback):
@@ -36,7 +36,7 @@ class TrainingProgress(Callback):
 
     The bar shows them as `tokens/s`, `lr` and `peak memory`; rich's own bar gets a line for each
     metric, unless it has a theme.
-    Measured in each of the first ten batches, in every tenth, and whenever the Trainer logs
+    Measured in each of the first ten optimizer steps, in every tenth, and whenever the Trainer logs
     (`log_every_n_steps`): only then it waits for the device. At the end a line sums the run up.
     """
 
@@ -45,6 +45,7 @@ class TrainingProgress(Callback):
         self.watch = Stopwatch()
         self._unit = "samples"
         self._batches = 0
+        self._steps = 0
         self._counted = 0.0  # by this process, since training began
         self._base = 0.0  # where the module's own count stood then
         self._total = 0.0  # by all processes, at the last measurement
@@ -63,7 +64,8 @@ class TrainingProgress(Callback):
         has_tokens = getattr(pl_module, "tokens_seen", None) is not None
         self._unit = "tokens" if has_tokens else "samples"
         self._base = float(pl_module.tokens_seen) if has_tokens else 0.0  # type: ignore[arg-type]
-        self._batches, self._counted, self._total, self._last = 0, 0.0, 0.0, (0.0, 0.0)
+        self._batches, self._steps = 0, 0
+        self._counted, self._total, self._last = 0.0, 0.0, (0.0, 0.0)
         self.watch.count_in(trainer, "save_checkpoint")  # of a run that failed
         self.watch.leave_out(trainer, "save_checkpoint")
         self.watch.start()
@@ -81,9 +83,12 @@ class TrainingProgress(Callback):
         """Count, and measure now and then."""
         self._batches += 1
         self._count(pl_module, batch)
+        if trainer.fit_loop._should_accumulate():
+            return  # an optimizer step is measured as a whole
+        self._steps += 1
         logs = trainer._logger_connector.should_update_logs
         logs = logs or trainer.fast_dev_run  # type: ignore[attr-defined]
-        if not (logs or self._batches < _EVERY or self._batches % _EVERY == 0):
+        if not (logs or self._steps < _EVERY or self._steps % _EVERY == 0):
             return
         throughput, rates = self._measure(trainer), self._learning_rates()
         if logs:
@@ -122,12 +127,16 @@ class TrainingProgress(Callback):
         """Sum the run up."""
         if self._batches and trainer.is_global_zero:
             seconds = self.watch.seconds()
-            memory = f"; peak memory {report.readable_bytes(self._peak)}" if self._peak else ""
-            report.show(
+            lines = [
                 f"trained on {self._total:,.0f} {self._unit} in {readable_time(seconds)}, "
-                f"{self._total / seconds:,.1f} {self._unit}/s (without validation and "
-                f"checkpoints){memory}"
-            )
+                f"{self._total / max(seconds, 1e-9):,.1f} {self._unit}/s, without validation and "
+                "checkpoints"
+            ]
+            if self._peak:
+                on_gpu = trainer.strategy.root_device.type == "cuda"
+                where = "allocated on the GPU" if on_gpu else "of the process"
+                lines.append(f"peak memory {where}: {report.readable_bytes(self._peak)}")
+            report.show(*lines)
 
     def _count(self, pl_module: LightningModule, batch: Any) -> None:
         if self._unit == "tokens":
@@ -145,7 +154,7 @@ class TrainingProgress(Callback):
     def _measure(self, trainer: Trainer) -> float:
         """Units per second since the last measurement; all processes take part."""
         device = trainer.strategy.root_device
-        if device.type != "cpu":
+        if device.type != "cpu" and torch.accelerator.is_available():
             torch.accelerator.synchronize(device)
         counted, seconds = self._counted, self.watch.seconds()
         fresh, peak = counted - self._last[0], peak_memory(device)
