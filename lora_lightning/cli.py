@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import logging
 import os
 import re
@@ -77,6 +79,7 @@ def _with_suggestion(message: str, known: list[str]) -> str:
     if inner:  # buried in a list of everything else that the value could have been
         section = {"lora_lightning.LoraCallback": "lora."}.get(inner.group(1), "")
         key = section + inner.group(2)
+        known = [*known, *_options_of(inner.group(1))]
         where = re.match(r"Parser key \"([\w.]+)\"", message)
         message = f"{inner.group(1)} does not accept option {inner.group(2)!r}"
         message += f" ({where.group(1)})." if where else "."
@@ -94,6 +97,14 @@ def _with_suggestion(message: str, known: list[str]) -> str:
         if near
         else message
     )
+
+
+def _options_of(class_path: str) -> set[str]:
+    """The arguments of a class, also those that it passes on to the classes it derives from."""
+    module, _, name = class_path.rpartition(".")
+    kind = getattr(importlib.import_module(module), name)
+    inits = [vars(base)["__init__"] for base in kind.__mro__ if "__init__" in vars(base)]
+    return {name for init in inits[:-1] for name in inspect.signature(init).parameters} - {"self"}
 
 
 class LoraCLI(LightningCLI):
@@ -353,6 +364,11 @@ def main(args: list[str] | None = None) -> None:
     sys.path.insert(0, os.getcwd())  # so that `class_path: my_module.MyModel` finds the user's file
     try:
         LoraCLI(args)
-    except LoraError as error:
-        sys.stderr.write(f"{PROGRAM}: {type(error).__name__}: {error}\n")
+    except (LoraError, ValueError) as error:
+        ours: BaseException | None = error
+        while ours is not None and not isinstance(ours, LoraError):
+            ours = ours.__cause__  # jsonargparse wraps what the constructor of a class raises
+        if ours is None:
+            raise
+        sys.stderr.write(f"{PROGRAM}: {type(ours).__name__}: {ours}\n")
         sys.exit(1)

@@ -188,7 +188,7 @@ def test_a_broken_image_is_named_before_training(model, own):
     )
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_cut_off_image_is_named_when_it_is_reached(model, own, workers):
     path = own / "green" / "003.png"
     image_of("green", 3, (200, 200)).save(path)

@@ -52,7 +52,8 @@ def read_images(
     elif path.suffix == ".parquet" and path.is_file():
         records = _of_dataset(_parquet(path), source, columns)
     elif not path.exists() and not path.suffix and is_hub_name(source):
-        records = _of_dataset(hub_dataset(source, key, streaming=False), source, columns)
+        hint = _did_you_mean(path)
+        records = _of_dataset(hub_dataset(source, key, False, hint), source, columns)
     else:
         records = _of_rows(path, key, columns)
     found = [checked(record) for record in records]
@@ -106,18 +107,18 @@ def _of_rows(path: Path, key: str, columns: dict[str, str]) -> Iterator[ImageRec
             raise RecordError(f"{where}: the path of an image is a string, found {name!r:.40}.")
         image = path.parent / Path(name).expanduser()
         if not image.is_file():
-            near = did_you_mean(image.name, _names_in(image.parent))
-            hint = f" Did you mean {str(image.parent / near)!r}?" if near else ""
             raise RecordError(
                 f"{where}: there is no file {str(image)!r}. Paths are relative to the folder of "
-                f"{path.name}.{hint}"
+                f"{path.name}.{_did_you_mean(image)}"
             )
         label = [label_text(row.values[c], f"{row.where}, column {c!r}") for c in label_columns]
         yield ImageRecord(image, label[0] if label else None, f"{row.where}: {image}")
 
 
-def _names_in(folder: Path) -> list[str]:
-    return [path.name for path in folder.iterdir()] if folder.is_dir() else []
+def _did_you_mean(path: Path) -> str:
+    names = [beside.name for beside in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = did_you_mean(path.name, names)
+    return f" Did you mean {str(path.parent / near)!r}?" if near else ""
 
 
 def _of_dataset(dataset: Any, source: str, columns: dict[str, str]) -> Iterator[ImageRecord]:
