@@ -116,10 +116,9 @@ class ImageDataModule(LabelledDataModule):
         """Training batches in random order."""
         return self._loader(self.prepared("train"), shuffle=True)
 
-    def val_dataloader(self) -> DataLoader[Example] | list[DataLoader[Example]]:
-        """Validation batches; no loader where nothing is held out."""
-        images = self.prepared("val")
-        return self._loader(images) if images else []
+    def val_dataloader(self) -> DataLoader[Example]:
+        """Validation batches."""
+        return self._loader(self.prepared("val"))
 
     def test_dataloader(self) -> DataLoader[Example]:
         """Test batches."""

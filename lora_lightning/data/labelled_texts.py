@@ -67,10 +67,9 @@ class LabelledTextDataModule(LabelledDataModule):
         sampler = LengthGroupedSampler([_length(e) for e in examples], self.batch_size)
         return self._loader(examples, sampler)
 
-    def val_dataloader(self) -> DataLoader[Example] | list[DataLoader[Example]]:
-        """Validation batches; no loader where nothing is held out."""
-        examples = self.prepared("val")
-        return self._loader(_by_length(examples)) if examples else []
+    def val_dataloader(self) -> DataLoader[Example]:
+        """Validation batches."""
+        return self._loader(_by_length(self.prepared("val")))
 
     def test_dataloader(self) -> DataLoader[Example]:
         """Test batches."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import MethodType
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
@@ -59,6 +60,10 @@ class SplitDataModule(LightningDataModule):
             "test": test,
             "predict": predict,
         }
+        if self.paths["val"] is None and not self.val_fraction:
+            # As if it were not defined: Lightning then leaves validation out. Of an empty loader
+            # it would make a validation of nothing, whose mean is no number.
+            self.val_dataloader = MethodType(LightningDataModule.val_dataloader, self)  # type: ignore[method-assign]
         self.batch_size = batch_size
         self.num_workers = num_workers
         self._records: dict[str, Any] = {}

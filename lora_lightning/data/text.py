@@ -233,9 +233,9 @@ class TextDataModule(SplitDataModule):
         return loader
 
     def val_dataloader(self) -> Any:
-        """Validation batches; no loader where nothing is held out."""
+        """Validation batches."""
         rows = self.prepared("val")
-        return self._loader(rows, self._sampler(rows, shuffle=False)) if rows else []
+        return self._loader(rows, self._sampler(rows, shuffle=False))
 
     def test_dataloader(self) -> Any:
         """Test batches."""

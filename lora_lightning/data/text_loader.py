@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,6 +24,11 @@ class TextLoader(StatefulDataLoader[Any]):
     streams: bool = False
     _passes = 0
     _before: dict[str, Any] | None = None
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".set_vital. is deprecated")  # torchdata calls it
+            super().__init__(*args, **options)
 
     @property
     def ordered(self) -> Any:
