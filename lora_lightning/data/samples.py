@@ -46,6 +46,21 @@ class Chat:
 
 Sample = Document | PromptCompletion | Chat
 
+# How much of a document is a prompt, where one is needed.
+PROMPT_WORDS = 8
+
+
+def prompt_of(sample: Sample) -> str | list[dict[str, Any]]:
+    """What is asked: a prompt, the head of a document, or the turns before the last answer."""
+    if isinstance(sample, PromptCompletion):
+        return sample.prompt
+    if isinstance(sample, Document):
+        return " ".join(sample.text.split(" ")[:PROMPT_WORDS])
+    turns = list(sample.messages)
+    while turns and turns[-1]["role"] == "assistant":
+        turns.pop()
+    return turns
+
 
 def prompt_and_answer(sample: Sample) -> tuple[Sample, str]:
     """What a model is asked to see how it answers, and what the data answer; "" where nothing.
