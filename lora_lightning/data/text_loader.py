@@ -36,7 +36,8 @@ class TextLoader(StatefulDataLoader[Any]):
         return self.dataset if self.streams else self.sampler
 
     def __iter__(self) -> Iterator[Any]:
-        self.ordered.set_epoch(self.trainer.current_epoch if self.trainer else self._passes)
+        if hasattr(self.ordered, "set_epoch"):  # not of a sampler that Lightning put there
+            self.ordered.set_epoch(self.trainer.current_epoch if self.trainer else self._passes)
         self._passes += 1
         batches = super().__iter__()
         return _StreamedBatches(self, batches) if self.streams else batches
