@@ -205,17 +205,9 @@ def test_prompts_are_padded_where_the_answer_does_not_go(model, tmp_path):
     assert set(batch) == {"input_ids", "attention_mask"}
 
 
-def test_prompts_to_show(model, chat_model, train, tmp_path):
+def test_samples_to_show(model, train):
     data = data_of(model, train=train)
-    assert len(data.sample_prompts(3)) == 3
-    assert all(prompt.startswith("What is") for prompt in data.sample_prompts(2))
-    talk = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello!"}]
-    chats = write(tmp_path / "c.jsonl", [{"messages": talk}])
-    assert data_of(chat_model, val=chats).sample_prompts(1) == [talk[:1]]
-    texts = write(tmp_path / "t.jsonl", [{"text": "one two three four five six seven eight nine"}])
-    assert data_of(model, val=texts).sample_prompts(1) == [
-        "one two three four five six seven eight"
-    ]
+    assert [sample.prompt[:7] for sample in data.sample_prompts(2)] == ["What is"] * 2
     assert data_of(model, train=train, val=0).sample_prompts(1) == []
     assert data_of(model, test=train).sample_prompts(1) == []
 

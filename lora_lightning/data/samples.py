@@ -46,39 +46,6 @@ class Chat:
 
 Sample = Document | PromptCompletion | Chat
 
-# How much of a document is a prompt, where one is needed.
-PROMPT_WORDS = 8
-
-
-def prompt_of(sample: Sample) -> str | list[dict[str, Any]]:
-    """What is asked: a prompt, the head of a document, or the turns before the last answer."""
-    if isinstance(sample, PromptCompletion):
-        return sample.prompt
-    if isinstance(sample, Document):
-        return " ".join(sample.text.split(" ")[:PROMPT_WORDS])
-    turns = list(sample.messages)
-    while turns and turns[-1]["role"] == "assistant":
-        turns.pop()
-    return turns
-
-
-def prompt_and_answer(sample: Sample) -> tuple[Sample, str]:
-    """What a model is asked to see how it answers, and what the data answer; "" where nothing.
-
-    Of a document the first eight words are asked, of a chat all before its last assistant turn.
-    """
-    if isinstance(sample, PromptCompletion):
-        return sample, sample.completion
-    if isinstance(sample, Document):
-        head = re.match(r"\s*(?:\S+\s+){0,7}\S+", sample.text)
-        text = head.group() if head else ""
-        return replace(sample, text=text), sample.text[len(text) :]
-    turns = [n for n, m in enumerate(sample.messages) if m.get("role") == "assistant"]
-    learned = [n for n in turns if n not in sample.unlearned]
-    end = (learned or turns or [len(sample.messages)])[-1]
-    answer = "".join(str(m.get("content") or "") for m in sample.messages[end : end + 1])
-    return replace(sample, messages=sample.messages[:end], unlearned=()), answer
-
 
 @dataclass(frozen=True)
 class Example:

@@ -19,7 +19,7 @@ from lora_lightning.data.example_store import BatchRows, ExampleStore
 from lora_lightning.data.formats import check_format
 from lora_lightning.data.packing import best_fit_decreasing
 from lora_lightning.data.packing_check import check_packing, needs_one_row, transformers_network
-from lora_lightning.data.samples import Sample, prompt_of
+from lora_lightning.data.samples import Sample
 from lora_lightning.data.split import sample_content, split_records
 from lora_lightning.data.splits import SplitDataModule
 from lora_lightning.data.stream import TextStream
@@ -134,11 +134,6 @@ class TextDataModule(SplitDataModule):
     def encoder(self) -> Any:
         """What makes examples, and prompts, of samples."""
         return self.encoding.encoder
-
-    def sample_prompts(self, count: int) -> list[Any]:
-        """The first prompts of the validation data: texts, or lists of messages."""
-        given = "val" in self.given_splits()
-        return [prompt_of(sample) for sample in self.records("val")[:count]] if given else []
 
     def source(self, split: str) -> TextSource:
         """Where the rows of a split are; those of `train` for what is held out of them."""
