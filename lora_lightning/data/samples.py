@@ -47,6 +47,24 @@ class Chat:
 Sample = Document | PromptCompletion | Chat
 
 
+def prompt_and_answer(sample: Sample) -> tuple[Sample, str]:
+    """What a model is asked to see how it answers, and what the data answer; "" where nothing.
+
+    Of a document the first eight words are asked, of a chat all before its last assistant turn.
+    """
+    if isinstance(sample, PromptCompletion):
+        return sample, sample.completion
+    if isinstance(sample, Document):
+        head = re.match(r"\s*(?:\S+\s+){0,7}\S+", sample.text)
+        text = head.group() if head else ""
+        return replace(sample, text=text), sample.text[len(text) :]
+    turns = [n for n, m in enumerate(sample.messages) if m.get("role") == "assistant"]
+    learned = [n for n in turns if n not in sample.unlearned]
+    end = (learned or turns or [len(sample.messages)])[-1]
+    answer = "".join(str(m.get("content") or "") for m in sample.messages[end : end + 1])
+    return replace(sample, messages=sample.messages[:end], unlearned=()), answer
+
+
 @dataclass(frozen=True)
 class Example:
     """Token ids.
