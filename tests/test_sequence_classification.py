@@ -298,6 +298,15 @@ def test_classes_of_model_and_data_must_agree(tmp_path, model, file):
     )
 
 
+def test_the_model_may_name_the_classes_of_what_is_predicted(tmp_path, model, file):
+    module = SequenceClassification(model, label_names=["neg", "none", "pos"])
+    data = data_of(file, train=None, val=0, test=None)
+    batches = trainer_in(tmp_path).predict(module, data)
+    assert sum(len(batch["labels"]) for batch in batches) == 72
+    with pytest.raises(ConfigError, match="the classes are not known: give data.train"):
+        trainer_in(tmp_path).predict(SequenceClassification(model), data)
+
+
 def test_classes_must_be_known(model):
     with pytest.raises(ConfigError) as error:
         SequenceClassification(model).configure_model()

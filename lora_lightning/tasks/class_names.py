@@ -19,7 +19,12 @@ def agreed_label_names(ours: list[str] | None, trainer: Any) -> list[str]:
         ConfigError: If they are not, or are not known, or are no classes.
     """
     data = getattr(trainer, "datamodule", None)
-    theirs: list[str] | None = getattr(data, "label_names", None)
+    try:
+        theirs: list[str] | None = getattr(data, "label_names", None)
+    except ConfigError:  # data without labels, to be predicted
+        if not ours:
+            raise
+        theirs = None
     if ours and theirs and ours != theirs:
         raise ConfigError(
             f"the model's classes are not the data's: {difference(ours, theirs)} "
