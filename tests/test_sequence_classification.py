@@ -303,7 +303,7 @@ def test_the_model_may_name_the_classes_of_what_is_predicted(tmp_path, model, fi
     data = data_of(file, train=None, val=0, test=None)
     batches = trainer_in(tmp_path).predict(module, data)
     assert sum(len(batch["labels"]) for batch in batches) == 72
-    with pytest.raises(ConfigError, match="the classes are not known: give data.train"):
+    with pytest.raises(ConfigError, match=r"the classes are not known: give data\.train"):
         trainer_in(tmp_path).predict(SequenceClassification(model), data)
 
 
