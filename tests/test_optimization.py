@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler, ModelCheckpoint
+from lightning.pytorch.tuner import Tuner
 from modules import run
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -151,7 +153,7 @@ def test_a_resumed_run_is_on_the_whole_runs_curve(tmp_path: Path, epochs: int, s
 def test_twin_whose_schedule_stays_where_the_shorter_run_ended(
     tmp_path: Path, monkeypatch: Any
 ) -> None:
-    def begin(self: Schedule, total_steps: float) -> None:
+    def begin(self: Schedule, total_steps: float, trial: bool) -> None:
         self.total_steps, self.warmup_steps = total_steps, round(0.1 * total_steps)
 
     monkeypatch.setattr(Schedule, "begin", begin)
@@ -225,6 +227,25 @@ def test_a_warmup_longer_than_the_run(tmp_path: Path) -> None:
         "warmup_steps=10, but the whole run has 3 optimizer steps: the learning rate would not "
         "reach its peak. (model.warmup_steps)"
     )
+
+
+def test_trials_may_end_in_warmup(tmp_path: Path) -> None:
+    class Sized(LightningDataModule):
+        batch_size = 1
+
+        def train_dataloader(self) -> Any:
+            return DataLoader(torch.arange(64.0)[:, None], batch_size=self.batch_size)
+
+    run(tmp_path, fast_dev_run=1).fit(Task(warmup_steps=9), loader())
+    task, data = Task(warmup_steps=9), Sized()
+    trainer = run(tmp_path, max_epochs=3)
+    Tuner(trainer).scale_batch_size(task, datamodule=data, max_trials=2, steps_per_trial=2)
+    assert data.batch_size == 4
+    found = Tuner(trainer).lr_find(task, datamodule=data, num_training=5, min_lr=1e-4)
+    assert found.results["lr"][0] == 1e-4  # the search's own schedule, not the task's
+    task.rates.clear()
+    trainer.fit(task, data)
+    assert task.rates == pytest.approx([task.learning_rate * r for r in curve("linear", 9, 48)])
 
 
 @pytest.mark.parametrize(

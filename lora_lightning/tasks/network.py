@@ -125,7 +125,8 @@ def _checkpoint_layers(network: Any, name: str) -> None:
     enable = getattr(network, "activation_checkpointing_enable", None)
     (enable or network.gradient_checkpointing_enable)({"use_reentrant": False})
     # transformers lets embeddings require gradients for the reentrant kind, which breaks a graph.
-    network.disable_input_require_grads()
+    if getattr(network, "_require_grads_hook", None) is not None:
+        network.disable_input_require_grads()
 
 
 def _below_head(network: Any) -> list[Any]:

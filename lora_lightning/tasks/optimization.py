@@ -60,17 +60,19 @@ class Schedule(LambdaLR):
             else max(0.0, 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
         )
 
-    def begin(self, total_steps: float) -> None:
+    def begin(self, total_steps: float, trial: bool = False) -> None:
         """Learn how long the run is, and set the learning rates of its next step.
 
         Args:
             total_steps: Optimizer steps of the whole run; infinite where nothing ends it.
+            trial: Whether these are a few steps for a try, which may end before warm-up does.
 
         Raises:
             ConfigError: If the curve has no place in the run.
 
         """
-        check_length(self.shape, self.asked_warmup, total_steps)
+        if not trial:
+            check_length(self.shape, self.asked_warmup, total_steps)
         self.total_steps = total_steps
         self.warmup_steps = (
             round(self.warmup_fraction * total_steps)
@@ -147,6 +149,11 @@ def count_steps(trainer: Any) -> float:
         if isinstance(callback, GradientAccumulationScheduler):
             windows = [callback.get_accumulate_grad_batches(epoch) for epoch in range(epochs)]
     return min(by_steps, sum(math.ceil(trainer.num_training_batches / w) for w in windows))
+
+
+def is_trial(trainer: Any) -> bool:
+    """Whether this is `fast_dev_run`, or a search, for which Lightning takes all callbacks away."""
+    return bool(trainer.fast_dev_run) or not trainer.callbacks
 
 
 def decay_groups(module: nn.Module, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -25,6 +25,7 @@ from lora_lightning.tasks.optimization import (
     check_schedule,
     count_steps,
     decay_groups,
+    is_trial,
 )
 from lora_lightning.tasks.sharding import data_parallel_mesh
 from lora_lightning.tasks.token_mean import TokenMean
@@ -164,7 +165,7 @@ class PretrainedTask(TokenMean):
         """Tell the schedule how long the run is."""
         for config in self.trainer.lr_scheduler_configs:
             if isinstance(config.scheduler, Schedule):
-                config.scheduler.begin(count_steps(self.trainer))
+                config.scheduler.begin(count_steps(self.trainer), is_trial(self.trainer))
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """What is trainable, with its peak learning rate."""
