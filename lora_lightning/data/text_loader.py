@@ -9,6 +9,7 @@ from typing import Any
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lora_lightning.training.agreement import any_process
+from lora_lightning.training.resume.loop_state import in_epoch
 from lora_lightning.training.resume.resumable_loader import LazyLoader
 
 
@@ -37,7 +38,7 @@ class TextLoader(StatefulDataLoader[Any]):
 
     def __iter__(self) -> Iterator[Any]:
         if hasattr(self.ordered, "set_epoch"):  # not of a sampler that Lightning put there
-            self.ordered.set_epoch(self.trainer.current_epoch if self.trainer else self._passes)
+            self.ordered.set_epoch(_coming_epoch(self.trainer) if self.trainer else self._passes)
         self._passes += 1
         batches = super().__iter__()
         return _StreamedBatches(self, batches) if self.streams else batches
@@ -58,6 +59,18 @@ class TextLoader(StatefulDataLoader[Any]):
         if ended:
             self._before = batch = None
         return batch
+
+
+def _coming_epoch(trainer: Any) -> int:
+    """The epoch whose batches come next.
+
+    While Lightning sets up the data of a resumed run, `current_epoch` is still the one that was
+    over when the checkpoint was written: at its end, or in the validation after its last batch.
+    """
+    fit_loop = trainer.fit_loop
+    over = fit_loop.restarting and in_epoch(trainer)
+    over = over and fit_loop.epoch_loop.batch_progress.is_last_batch
+    return fit_loop.epoch_progress.current.processed + over
 
 
 class _StreamedBatches(Iterator[Any]):
