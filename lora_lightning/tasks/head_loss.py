@@ -11,9 +11,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy
 
 Head = Callable[[Tensor], Tensor]
-# Scores of one chunk: 64 MiB in float32. That is 128 tokens of a vocabulary of 131,072 or 512 of
-# 32,768: enough for a matrix product to be worth reading the head's weight for.
-CHUNK = 2**24
+# Scores of one chunk on a CPU: 32 MiB in float32, where it is as fast as any (loss_cost.py).
+CHUNK = 2**23
+# Times as many on other devices, whose products want more rows for each time the weight is read.
+ELSEWHERE = 4
 
 
 def head_loss(head: Head, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -34,7 +35,8 @@ def head_loss(head: Head, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tenso
         The loss; and how many labels have the highest score, where no gradients are asked for.
     """
     one = head(hidden.detach()[:1])
-    rows = max(1, CHUNK // one.shape[-1])
+    numbers = CHUNK if hidden.device.type == "cpu" else ELSEWHERE * CHUNK
+    rows = max(1, numbers // one.shape[-1])
     chunks = list(zip(hidden.split(rows), labels.split(rows), strict=True))
     leaves = _leaves(one)
     if torch.is_grad_enabled() and (leaves or hidden.requires_grad):
@@ -58,14 +60,18 @@ class _HeadLoss(torch.autograd.Function):
         for part, wanted in chunks:
             with torch.enable_grad():
                 part = part.detach().requires_grad_(own is not None)
-                share = cross_entropy(_wide(head(part)), wanted, reduction="sum")
-                inputs = [*leaves, part] if own is not None else [*leaves]
-                gradients = list(torch.autograd.grad(share, inputs, materialize_grads=True))
+                scores = _wide(head(part))
+            logs = scores.detach().log_softmax(dim=-1)
+            wanted = wanted.unsqueeze(-1)
+            loss -= logs.gather(-1, wanted).sum()
+            # The loss's gradient at the scores: softmax, less 1 at the label.
+            slope = logs.exp_().scatter_add_(-1, wanted, -torch.ones_like(logs[:, :1]))
+            inputs = [*leaves, part] if own is not None else [*leaves]
+            gradients = list(torch.autograd.grad(scores, inputs, slope, materialize_grads=True))
             if own is not None:
                 own[place : place + len(part)] = gradients.pop()
             for total, gradient in zip(sums, gradients, strict=True):
                 total += gradient
-            loss += share.detach()
             place += len(part)
         ctx.gradients = [own, *sums]
         ctx.dtypes = [t.dtype for t in (hidden, *leaves)]
