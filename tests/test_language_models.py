@@ -24,7 +24,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from lora_lightning import CausalLM, LoraCallback, Seq2SeqLM
 from lora_lightning.compiled import plain_name
 from lora_lightning.data.samples import IGNORED
-from lora_lightning.errors import ConfigError
+from lora_lightning.errors import ConfigError, RecordError
 from lora_lightning.sharding import whole
 
 LENGTHS = (9, 4, 12, 7, 5, 12, 3, 8)
@@ -140,6 +140,15 @@ def test_steps_work_without_a_trainer(task: Any) -> None:
     loss = module.training_step(batch, 0).detach()
     scores, labels = scores_and_labels(module, collate)
     assert float(loss) == pytest.approx(float(cross_entropy(scores, labels)), rel=1e-6)
+
+
+def test_a_batch_without_labels(llama: str) -> None:
+    module = CausalLM(llama)
+    module.configure_model()
+    with pytest.raises(
+        RecordError, match=r"`input_ids` and `labels`.*found one with \['input_ids'\]"
+    ):
+        module.training_step({"input_ids": torch.ones(1, 3, dtype=torch.long)}, 0)
 
 
 # -- exactness -------------------------------------------------------------------------------------

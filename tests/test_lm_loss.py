@@ -155,6 +155,12 @@ def test_adapters(name: str, options: dict[str, Any]) -> None:
     check_equal(network)
 
 
+def test_a_network_without_a_head_to_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = build("Llama")
+    monkeypatch.setattr(network, "get_output_embeddings", lambda: None)
+    check_equal(network, by_chunks=False)
+
+
 def test_a_batch_without_learned_tokens() -> None:
     """A loss of 0, and gradients of 0 for all that other processes have gradients for."""
     network = build("Llama")

@@ -34,7 +34,7 @@ class CausalLM(LanguageModel):
 
     def targets(self, batch: Batch) -> Tensor:
         """The label after each position; none where another packed sequence begins."""
-        return next_tokens(batch["labels"], batch.get("position_ids"))
+        return next_tokens(self.labels(batch), batch.get("position_ids"))
 
     def prompts(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
         """With all padding on the left: the next token follows the last."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lora_lightning.data.samples import IGNORED
-from lora_lightning.errors import ConfigError, did_you_mean
+from lora_lightning.errors import ConfigError, RecordError, did_you_mean
 from lora_lightning.sharding import is_sharded
 from lora_lightning.tasks.lm_loss import LMLoss, TokenLoss
 from lora_lightning.tasks.pretrained import load_pretrained
@@ -56,6 +56,20 @@ class LanguageModel(PretrainedTask):
     def targets(self, batch: Batch) -> Tensor:
         """The token that each position of the output is to predict, or `IGNORED`."""
         raise NotImplementedError
+
+    def labels(self, batch: Batch) -> Tensor:
+        """The labels of a batch.
+
+        Raises:
+            RecordError: If it has none.
+        """
+        if "labels" not in batch:
+            raise RecordError(
+                f"{type(self).__name__} learns from batches with `input_ids` and `labels` (the ids "
+                f"of learned tokens, {IGNORED} elsewhere), and found one with {[*batch]}. "
+                "TextDataModule makes them. (data)"
+            )
+        return batch["labels"]
 
     def batch_weight(self, batch: Batch) -> Tensor:
         """How many tokens are learned."""
@@ -114,6 +128,7 @@ class LanguageModel(PretrainedTask):
         """Log loss, perplexity and accuracy: means over all tokens of all batches and processes."""
         self._log_means("test")
 
+    @torch.no_grad()
     def _evaluate(self, batch: Batch) -> dict[str, Tensor]:
         found = self.token_loss(batch)
         assert found.correct is not None, "evaluation computes no gradients"

@@ -89,6 +89,10 @@ class LMLoss:
 
     def _by_chunks(self, network: Any, inputs: dict[str, Any], targets: Tensor) -> TokenLoss | None:
         head = uncompiled(network.get_output_embeddings())
+        if head is None:
+            self.by_chunks = False
+            _say_so(network)
+            return None
         finish = Finish(network)
         calls: list[tuple[Any, ...]] = []
 

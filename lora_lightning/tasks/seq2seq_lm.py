@@ -41,11 +41,11 @@ class Seq2SeqLM(LanguageModel):
                 "(`prepare_decoder_input_ids_from_labels`), so it cannot be trained as a "
                 "sequence-to-sequence model. (model.model)"
             )
-        return {**super().inputs(batch), "decoder_input_ids": shift(batch["labels"])}
+        return {**super().inputs(batch), "decoder_input_ids": shift(self.labels(batch))}
 
     def targets(self, batch: Batch) -> Tensor:
         """The target's tokens, each at its place."""
-        return batch["labels"]
+        return self.labels(batch)
 
     def count_tokens(self, batch: Batch) -> int:
         """Those of the inputs and of the targets."""
