@@ -155,6 +155,34 @@ def test_adapters(name: str, options: dict[str, Any]) -> None:
     check_equal(network)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_whether_by_chunks_does_not_depend_on_the_precision(name: str, dtype: torch.dtype) -> None:
+    network, loss = build(name).to(dtype), LMLoss()
+    loss(network, *batch_of(network))
+    assert loss.by_chunks is NETWORKS[name][2]
+
+
+@pytest.mark.parametrize("name", ["soft cap", "scores multiplied", "scores divided", "BART"])
+def test_the_comparison_is_sharp_in_bfloat16(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Finish, "__call__", lambda self, scores: scores)
+    network, loss = build(name).bfloat16(), LMLoss()
+    loss(network, *batch_of(network))
+    assert loss.by_chunks is False
+
+
+def test_a_head_with_dropout() -> None:
+    """What it is compared with has the same dropout."""
+    network, loss = build("Llama"), LMLoss()
+    options = {"target_modules": ["lm_head"], "init_lora_weights": False}
+    inject_adapter(network, LoraConfig(r=2, lora_dropout=0.5, **options))
+    network.train()
+    inputs, targets = batch_of(network)
+    found = loss(network, inputs, targets)
+    assert loss.by_chunks
+    assert not torch.equal(found.total, loss(network, inputs, targets).total)
+
+
 def test_a_network_without_a_head_to_call(monkeypatch: pytest.MonkeyPatch) -> None:
     network = build("Llama")
     monkeypatch.setattr(network, "get_output_embeddings", lambda: None)
