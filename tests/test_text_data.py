@@ -224,6 +224,27 @@ def test_alpaca_rows_are_chats_where_there_is_a_template(model, chat_model, tmp_
     assert "<|im_start|>user\nWhat is two?<|im_end|>\n<|im_start|>assistant\nIt is" in texts[1]
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_predicting_answers_in_order(workers, model, tmp_path):
+    rows = [{"prompt": f"What is {n}?"} for n in range(6)]
+    prompts = write(tmp_path / "p.jsonl", rows)
+    data = TextDataModule(predict=prompts, batch_size=4, num_workers=workers)
+    module = CausalLM(model, max_new_tokens=3)
+    answers = run(tmp_path).predict(module, data)
+    assert [len(batch) for batch in answers] == [4, 2]
+    alone = []
+    for row in rows:
+        ids = torch.tensor([data.tokenizer(row["prompt"])["input_ids"]])
+        alone += module.generate(ids)
+    assert [text for batch in answers for text in batch] == alone
+
+
+@pytest.mark.filterwarnings("ignore:You requested to overfit")
+def test_overfitting_a_few_batches(model, train, tmp_path):
+    data = TextDataModule(train=train, max_length=64, batch_size=4)
+    assert fit(tmp_path, CausalLM(model), data, overfit_batches=2, max_steps=5).global_step == 5
+
+
 # -- encoder-decoders ------------------------------------------------------------------------------
 
 

@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, seed_everything
+from lightning.pytorch.strategies import ModelParallelStrategy
 from modules import run
 from processes import on_processes
+from test_fsdp1 import OnCpu
+from test_task_sharding import LAYERS
 from tiny_lm import tiny_llama
 
 from lora_lightning import LoraCallback, TextDataModule
@@ -53,10 +56,12 @@ def train(folder: Path, model: str, devices: int, strategy: str = "auto", **how:
         CausalLM(model, learning_rate=1e-2, lr_schedule="constant", warmup_steps=0),
         Steps(),
     )
-    options = {"max_epochs": 2, "devices": devices, "strategy": strategy}
+    options = {"max_epochs": 2, "devices": devices, "strategy": strategy_of(strategy)}
     trainer = run(folder, LoraCallback(r=2), steps, **options)
     trainer.fit(module, TextDataModule(max_length=64, **how))
     adapter = [p.detach() for p in module.parameters() if p.requires_grad]
+    if strategy == "fsdp2":
+        adapter = [getattr(p, "full_tensor", lambda p=p: p)() for p in adapter]
     metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val")}
     return steps.batches, steps.losses, metrics, torch.cat([p.flatten() for p in adapter])
 
@@ -64,13 +69,23 @@ def train(folder: Path, model: str, devices: int, strategy: str = "auto", **how:
 RUNS = {
     "map": {},
     "packed": {"packing": True},
+    "packed, FSDP2": {"packing": True, "strategy": "fsdp2"},
+    "packed, FSDP1": {"packing": True, "strategy": "fsdp1"},
     "streamed": {"streaming": True},
 }
 
 
+def strategy_of(name: str) -> Any:
+    if name == "fsdp2":
+        return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+    return OnCpu(auto_wrap_policy=LAYERS) if name == "fsdp1" else name
+
+
 def train_all(folder: Path, model: str, **how: Any) -> dict[str, Any]:
     """Every run, one after the other: processes take long to start."""
-    return {name: train(folder, model, 2, "ddp", **how, **run) for name, run in RUNS.items()}
+    return {
+        name: train(folder, model, 2, **{"strategy": "ddp", **how, **r}) for name, r in RUNS.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -78,12 +93,12 @@ def two(model, files, tmp_path_factory):
     return on_processes(2, train_all, tmp_path_factory.mktemp("two"), model, batch_size=2, **files)
 
 
-@pytest.mark.parametrize("name", ["map", "packed"])
+@pytest.mark.parametrize("name", [name for name in RUNS if name != "streamed"])
 def test_two_processes_train_as_one_does(name, two, model, files, tmp_path):
     batches, losses, metrics, adapter = train(
-        tmp_path, model, 1, batch_size=4, **files, **RUNS[name]
+        tmp_path, model, 1, batch_size=4, **files, packing="packed" in name
     )
-    assert len(losses) == 2 * {"map": 11, "packed": 4}[name]
+    assert len(losses) == 2 * (4 if "packed" in name else 11)
     for theirs in (ran[name] for ran in two):
         assert theirs[0] == batches
         assert theirs[1] == pytest.approx(losses, rel=1e-5)

@@ -254,7 +254,7 @@ class TextDataModule(SplitDataModule):
         """Prompts in the order of the file."""
         return DataLoader(
             self.prepared("predict"),
-            self.batch_size,
+            batch_size=self.batch_size,
             num_workers=self.num_workers,
             # on the left, where the answer is to go on behind the prompt
             collate_fn=PadPrompts(self._pad_id, left=not self.encoding.encoder_decoder),
@@ -273,7 +273,7 @@ class TextDataModule(SplitDataModule):
     def _loader(self, rows: Any, sampler: Any, kind: type[DataLoader[Any]] = DataLoader) -> Any:
         return kind(
             rows,
-            self.batch_size,
+            batch_size=self.batch_size,  # Lightning can repeat only what is given by its name
             sampler=sampler,
             num_workers=self.num_workers,
             collate_fn=self._collator(),
