@@ -39,26 +39,39 @@ def files(tmp_path_factory):
     return {name: str(folder / f"{name}.jsonl") for name in ("train", "val")}
 
 
+SPOT = 13  # in the middle of the second epoch
+
+
 class Steps(Callback):
-    def __init__(self) -> None:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.batches: list[int] = []
         self.losses: list[float] = []
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
         self.batches.append(trainer.fit_loop.batch_idx)
         self.losses.append(float(trainer.callback_metrics["train_loss"]))
+        if trainer.global_step == SPOT:
+            trainer.save_checkpoint(self.folder / "middle.ckpt")
 
 
-def train(folder: Path, model: str, devices: int, strategy: str = "auto", **how: Any):
+def train(
+    folder: Path,
+    model: str,
+    devices: int,
+    strategy: str = "auto",
+    checkpoint: Path | None = None,
+    **how: Any,
+):
     """Batches and losses of each step, the validation's results, and the adapter."""
-    seed_everything(1, verbose=False)
+    seed_everything(1 if checkpoint is None else 2, verbose=False)
     module, steps = (
         CausalLM(model, learning_rate=1e-2, lr_schedule="constant", warmup_steps=0),
-        Steps(),
+        Steps(folder),
     )
     options = {"max_epochs": 2, "devices": devices, "strategy": strategy_of(strategy)}
     trainer = run(folder, LoraCallback(r=2), steps, **options)
-    trainer.fit(module, TextDataModule(max_length=64, **how))
+    trainer.fit(module, TextDataModule(max_length=64, **how), ckpt_path=checkpoint)
     adapter = [p.detach() for p in module.parameters() if p.requires_grad]
     if strategy == "fsdp2":
         adapter = [getattr(p, "full_tensor", lambda p=p: p)() for p in adapter]
@@ -73,6 +86,7 @@ RUNS = {
     "packed, FSDP1": {"packing": True, "strategy": "fsdp1"},
     "streamed": {"streaming": True},
 }
+RESUMED = ("map", "streamed")
 
 
 def strategy_of(name: str) -> Any:
@@ -83,9 +97,14 @@ def strategy_of(name: str) -> Any:
 
 def train_all(folder: Path, model: str, **how: Any) -> dict[str, Any]:
     """Every run, one after the other: processes take long to start."""
-    return {
-        name: train(folder, model, 2, **{"strategy": "ddp", **how, **r}) for name, r in RUNS.items()
-    }
+    found = {}
+    for name, options in RUNS.items():
+        run_options = {"strategy": "ddp", **how, **options}
+        found[name] = train(folder / name, model, 2, **run_options)
+        if name in RESUMED:
+            run_options["checkpoint"] = folder / name / "middle.ckpt"
+            found[f"{name}, resumed"] = train(folder / name / "again", model, 2, **run_options)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -126,3 +145,12 @@ def test_a_stream_ends_on_all_processes_at_once(two, model, files):
         loader.dataset.rank, loader.dataset.processes = rank, 2
         lengths.append(len(list(loader)))
     assert lengths == [11, 10]
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_each_process_goes_on_where_it_was(name, two):
+    for ran in two:
+        straight, resumed = ran[name], ran[f"{name}, resumed"]
+        assert resumed[0] == straight[0][SPOT:]
+        assert resumed[1] == straight[1][SPOT:]
+        assert torch.equal(resumed[3], straight[3])

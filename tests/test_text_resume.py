@@ -66,7 +66,7 @@ class Reader(LightningModule):
 
 
 def fit(folder: Path, model: str, train: str, lora: bool, checkpoint: Path | None = None, **how):
-    """What was read."""
+    """What was read, and the weights in the end."""
     seed_everything(7 if checkpoint is None else 123, verbose=False)
     if checkpoint is not None:
         torch.rand(5)  # another process, with luck of its own
@@ -75,7 +75,7 @@ def fit(folder: Path, model: str, train: str, lora: bool, checkpoint: Path | Non
     trainer = run(folder, *callbacks, Spots(folder), max_epochs=2)
     module = Reader(model)
     trainer.fit(module, TextDataModule(train=train, **options), ckpt_path=checkpoint)
-    return module.read
+    return module.read, torch.cat([p.detach().flatten() for p in module.parameters()])
 
 
 MODES = {
@@ -93,11 +93,13 @@ def test_the_next_batch_is_the_one_that_would_have_come(
     mode, workers, lora, model, train, tmp_path
 ):
     how = {"num_workers": workers, **MODES[mode]}
-    straight = fit(tmp_path, model, train, lora, **how)
+    straight, weights = fit(tmp_path, model, train, lora, **how)
     check_epochs(straight)
     for spot in SPOTS:
-        resumed = fit(tmp_path / "resumed", model, train, lora, tmp_path / f"{spot}.ckpt", **how)
+        checkpoint = tmp_path / f"{spot}.ckpt"
+        resumed, theirs = fit(tmp_path / "resumed", model, train, lora, checkpoint, **how)
         assert resumed == {place: batch for place, batch in straight.items() if place > spot}
+        assert torch.equal(theirs, weights)
 
 
 def check_epochs(read: dict[tuple[int, int], Any]) -> None:
@@ -117,8 +119,9 @@ def forget(monkeypatch, mode):
 
 @pytest.mark.parametrize("mode", ["map", "streaming, packed"])
 def test_the_comparison_can_fail(mode, model, train, tmp_path, monkeypatch):
-    straight = fit(tmp_path, model, train, False, **MODES[mode])
+    straight, weights = fit(tmp_path, model, train, False, **MODES[mode])
     forget(monkeypatch, mode)
     checkpoint = tmp_path / f"{SPOTS[0]}.ckpt"
-    resumed = fit(tmp_path / "resumed", model, train, False, checkpoint, **MODES[mode])
+    resumed, theirs = fit(tmp_path / "resumed", model, train, False, checkpoint, **MODES[mode])
     assert resumed != {place: batch for place, batch in straight.items() if place in resumed}
+    assert not torch.equal(theirs, weights)
