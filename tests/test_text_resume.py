@@ -16,8 +16,6 @@ from lora_lightning import LoraCallback, TextDataModule
 from lora_lightning.data.stream import StreamPass
 from lora_lightning.tasks.pretrained import load_pretrained
 
-pytestmark = pytest.mark.filterwarnings("ignore:.set_vital. is deprecated")  # torchdata's
-
 # Epoch and batch after which checkpoints are written.
 SPOTS = ((0, 1), (1, 2))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Sequence
 from itertools import islice
 from typing import Any, Literal
@@ -234,9 +233,7 @@ class TextDataModule(SplitDataModule):
                     'pip install "lora_lightning[data]" (data.streaming)'
                 ) from error
             return self._loader(rows, sampler)  # whose position LoraCallback finds again
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # torchdata's
-            loader = self._loader(rows, sampler, TextLoader)
+        loader = self._loader(rows, sampler, TextLoader)
         loader.trainer, loader.streams = self.trainer, self.streaming
         return loader
 
