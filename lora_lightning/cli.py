@@ -19,7 +19,7 @@ import torch
 from jsonargparse import set_parsing_settings
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.environments import LightningEnvironment
 
@@ -260,6 +260,9 @@ class LoraCLI(LightningCLI):
             self._show_commands()
         if not self._options()["compare_with_base"]:
             return
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, SaveConfigCallback):
+                callback.already_saved = True  # which a process started for fit only knows itself
         try:
             # By all processes together.
             comparison = compare_with_base(self.trainer, self.model, self.datamodule)

@@ -116,6 +116,20 @@ eva(folder + "/4")
 
 
 @pytest.mark.slow
+def test_adapters_that_do_not_fit_a_pipe(tmp_path: Path) -> None:
+    """More than 64 kB, which the main process takes up only once its children have ended."""
+    code = """
+module = Net(width=512)
+trainer = run(folder, LoraCallback(r=64, target_modules=["2"]), devices=2, strategy="ddp_fork")
+trainer.fit(module, Data())
+state = adapters(module.state_dict())
+assert sum(t.numel() for t in state.values()) * 4 > 200_000
+assert state["body.2.adapters.default.lora_B"].any()
+"""
+    execute(tmp_path, indented(code))
+
+
+@pytest.mark.slow
 def test_adapters_come_back_from_spawned_processes(tmp_path: Path) -> None:
     execute(tmp_path, indented('main(folder, "ddp_spawn", Net)'))
 

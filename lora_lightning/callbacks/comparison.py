@@ -133,7 +133,7 @@ def compare_with_base(
     loggers, state = trainer.loggers, random_state()
     seed = int(torch.randint(2**62, ()))
     passes = _Pass(seed, disabled=True), _Pass(seed, disabled=False)
-    trainer.loggers = [DummyLogger() for _ in loggers]
+    trainer.loggers = [_Silent(logger.save_dir) for logger in loggers]
     results = []
     try:
         for one in passes:
@@ -171,6 +171,21 @@ def compare_with_base(
     if not isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
         _log(trainer, comparison)
     return comparison
+
+
+class _Silent(DummyLogger):
+    """Takes everything and keeps nothing; callbacks may still ask where logs are."""
+
+    def __init__(self, save_dir: str | None) -> None:
+        super().__init__()
+        self._save_dir = save_dir
+
+    @property
+    def save_dir(self) -> str | None:
+        return self._save_dir
+
+    def __reduce__(self) -> Any:  # DummyLogger's answers to pickle's questions cannot be pickled
+        return type(self), (self._save_dir,)
 
 
 class _Pass(Callback):

@@ -160,8 +160,8 @@ class TrainingProgress(Callback):
         fresh, peak = counted - self._last[0], peak_memory(device)
         if trainer.world_size > 1:
             own = torch.tensor([fresh, peak], device=device, dtype=torch.float32)
-            everyone = trainer.strategy.all_gather(own).reshape(-1, 2)
-            fresh, peak = float(everyone[:, 0].sum()), float(everyone[:, 1].max())
+            fresh = float(trainer.strategy.reduce(own[0], reduce_op="sum"))
+            peak = float(trainer.strategy.reduce(own[1], reduce_op="max"))
         passed = seconds - self._last[1]
         self._last, self._peak = (counted, seconds), peak
         self._total += fresh

@@ -9,7 +9,9 @@ on its class, once, when this file is imported; without a LoraCallback they do w
 
 from __future__ import annotations
 
-import io
+import os
+import shutil
+import tempfile
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -89,9 +91,10 @@ def _get_extra_results(self: Any, trainer: Any) -> dict[str, Any]:
     if callbacks and trainer.state.fn == "fit":
         checkpoint = {"state_dict": module.state_dict()}
         reduce_checkpoint(checkpoint, module, callbacks)
-        buffer = io.BytesIO()  # as Lightning does: tensors themselves would be shared memory
-        torch.save(checkpoint, buffer)
-        extra[KEY] = buffer.getvalue()
+        # By way of a file, as Lightning hands weights back. What goes through its queue must fit a
+        # pipe (64 kB on Linux): the main process reads it only once this process has ended.
+        extra[KEY] = os.path.join(tempfile.mkdtemp(), "adapters.ckpt")
+        torch.save(checkpoint, extra[KEY])
     return extra
 
 
@@ -100,7 +103,8 @@ def _update_main_process_results(self: Any, trainer: Any, extra: dict[str, Any])
     _original_update(self, trainer, extra)
     if KEY not in extra:
         return
-    checkpoint = torch.load(io.BytesIO(extra[KEY]), map_location="cpu", weights_only=True)
+    checkpoint = torch.load(extra[KEY], map_location="cpu", weights_only=True)
+    shutil.rmtree(os.path.dirname(extra[KEY]))
     module, state = trainer.lightning_module, checkpoint["state_dict"]
     adapters = checkpoint[KEY]["adapters"]
     owned = {key for entry in adapters.values() for key in entry["tensors"]}
