@@ -69,7 +69,14 @@ def on_two(folder: Path) -> dict[str, Any]:
         name: fit(folder / name, model, lora, 2, **options)
         for name, (model, lora, options) in CASES.items()
     }
-    found["fsdp1"] = fit(folder / "fsdp1", "untied", True, 2, OnCpu(auto_wrap_policy=LAYERS))
+    found["fsdp1"] = fit(
+        folder / "fsdp1",
+        "untied",
+        True,
+        2,
+        OnCpu(auto_wrap_policy=LAYERS),
+        gradient_checkpointing=True,
+    )
     return {
         "runs": found,
         "head": new_head(folder),
@@ -159,7 +166,7 @@ def found(place: Path) -> list[dict[str, Any]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*CASES, "fsdp1"])
 def test_two_processes_are_one(place: Path, found: Any, name: str) -> None:
-    model, lora, options = CASES.get(name, ("untied", True, {}))
+    model, lora, options = CASES.get(name, ("untied", True, {"gradient_checkpointing": True}))
     alone = fit(place / f"{name} alone", model, lora, 1, **options)
     for rank in found:
         there = rank["runs"][name]
