@@ -6,11 +6,13 @@ import importlib.util
 import json
 import shutil
 from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.plugins.precision import HalfPrecision
 from modules import run
 from tiny_bert import save_tiny_bert
 from tiny_lm import tiny_llama
@@ -252,6 +254,46 @@ def test_quantize(tmp_path: Path, llama: str, name: str, precision: str) -> None
     trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
     assert len(trained) == 28
     assert all(p.dtype == torch.float32 and p.any() for p in trained.values())
+
+
+@pytest.fixture
+def as_in_a_new_process() -> Iterator[Callable[[], None]]:
+    """Lets bitsandbytes forget the table that it rounds by."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    from bitsandbytes.backends.default.ops import _get_4bit_quantize_bounds
+    from bitsandbytes.backends.utils import _code_4bit_cache
+
+    def forget() -> None:
+        _code_4bit_cache.clear()
+        _get_4bit_quantize_bounds.cache_clear()
+
+    yield forget
+    forget()
+
+
+def indices_after(module: Any) -> Tensor:
+    """How a weight is rounded to NF4 once `module` has been loaded as `bf16-true` loads it."""
+    from bitsandbytes.functional import quantize_4bit
+
+    with HalfPrecision("bf16-true").module_init_context():
+        module.configure_model()
+    weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    return quantize_4bit(weight, quant_type="nf4")[0]
+
+
+def test_rounding_is_that_of_any_process(
+    llama: str, as_in_a_new_process: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not another one after a model under `bf16-true`, as on a twin that lets things be."""
+    as_in_a_new_process()
+    wanted = indices_after(LanguageModel(llama))
+    as_in_a_new_process()
+    assert torch.equal(indices_after(LanguageModel(llama, quantize="nf4")), wanted)
+
+    monkeypatch.setattr("lora_lightning.tasks.network.settle_rounding_table", lambda kind: None)
+    as_in_a_new_process()
+    twin = indices_after(LanguageModel(llama, quantize="nf4"))
+    assert not torch.equal(twin, wanted)
 
 
 def test_a_head_stays_as_precise_as_it_is(tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def test_quickstart(jupyter, tmp_path):
     config = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text())
     lora = {f"new_lora().config.{name}": value for name, value in config["lora"].items()}
     task = {"module.model_name": config["model"]["init_args"]["model"]}
-    task["module.lr"] = config["model"]["init_args"]["lr"]
+    task["module.learning_rate"] = config["model"]["init_args"]["learning_rate"]
     loop = {f"trainer.{key}": config["trainer"][key] for key in ("max_epochs", "gradient_clip_val")}
     loop["data.batch_size"] = config["data"]["init_args"]["batch_size"]
     same = {**lora, **task, **loop}

@@ -45,6 +45,27 @@ def _is_a(module: nn.Module, name: str) -> bool:
     )
 
 
+def settle_rounding_table(quant_type: str) -> None:
+    """Let bitsandbytes make the table that it rounds to 4 bits by on the CPU in float32.
+
+    It makes it once per process, in the default dtype of that moment, which under `bf16-true` is
+    bfloat16: every model after that would be rounded to other indices than in another process, and
+    a checkpoint's base would not be known again.
+
+    Args:
+        quant_type: `nf4` or `fp4`.
+
+    """
+    from bitsandbytes.functional import quantize_4bit
+
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        quantize_4bit(torch.ones(64), quant_type=quant_type)
+    finally:
+        torch.set_default_dtype(default)
+
+
 @dataclass(frozen=True)
 class Packed4bit:
     """The weight of a Linear4bit: packed indices, and bitsandbytes' `QuantState` of scales."""

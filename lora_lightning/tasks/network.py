@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from lora_lightning.errors import ConfigError, ModelError
+from lora_lightning.hosts.bitsandbytes import settle_rounding_table
 from lora_lightning.tasks.model_options import ModelOptions
 from lora_lightning.tasks.pretrained import load_pretrained, resolve_model_path
 from lora_lightning.tasks.sharding import repeated_layers, share_out
@@ -154,6 +155,7 @@ def _quantized(
     compute = _AUTOCAST.get(getattr(trainer, "precision", ""), weights)
     kind: dict[str, Any] = {"load_in_8bit": True}
     if options.quantize != "int8":
+        settle_rounding_table(options.quantize)  # type: ignore[arg-type]
         kind = {
             "load_in_4bit": True,
             "bnb_4bit_quant_type": options.quantize,
