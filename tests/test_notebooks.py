@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from nbformat.v4 import new_code_cell, new_notebook
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 QUICKSTART = ROOT / "notebooks" / "01_quickstart.ipynb"
+LANGUAGE_MODEL = ROOT / "notebooks" / "02_language_model.ipynb"
+E2E = Path(os.environ.get("E2E_FILE") or ROOT.parent / "shared" / "data" / "e2e" / "valid.txt")
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +78,7 @@ def test_stripped(path):
 
 
 def test_there_are_notebooks():
-    assert QUICKSTART in NOTEBOOKS
+    assert [QUICKSTART, LANGUAGE_MODEL] == NOTEBOOKS
 
 
 @pytest.mark.slow
@@ -100,6 +103,31 @@ def test_quickstart(jupyter, tmp_path):
     assert len(images(notebook)) == 3
     assert list(tmp_path.iterdir()) == []
     assert not values["folder.exists()"]
+
+
+@pytest.mark.slow
+def test_language_model(jupyter, tmp_path, monkeypatch):
+    if not E2E.is_file():
+        pytest.skip(f"the E2E data are not here: no {E2E.name} in E2E_FILE or beside the project")
+    monkeypatch.setenv("E2E_FILE", str(E2E))
+    notebook = nbformat.read(LANGUAGE_MODEL, as_version=4)
+    comparison = {key: f"comparison.{key}" for key in ("base", "tuned", "noise", "helped")}
+    curves = {name: f"losses({name})[1]" for name in ("pretraining", "tuning")}
+    found = execute(notebook, tmp_path, [*comparison.values(), *curves.values()])
+
+    for curve in curves.values():  # falling, all along
+        assert found[curve] == sorted(found[curve], reverse=True)
+    base, tuned = found["comparison.base"], found["comparison.tuned"]
+    assert base.keys() >= {"val_loss", "val_perplexity"}
+    assert base["val_loss"] - tuned["val_loss"] > 0.3 > 4 * found["comparison.noise"]
+    assert found["comparison.helped"] is True
+    assert tuned["val_loss"] == pytest.approx(found["losses(tuning)[1]"][-1], rel=1e-4)
+    # What it is about is new to the base, which does worse there than where it was trained.
+    assert base["val_loss"] > found["losses(pretraining)[1]"][-1] + 0.3
+    assert len(images(notebook)) == 1
+    shown = "".join(o.get("text", "") for cell in notebook.cells for o in cell.get("outputs", []))
+    assert "the adapter lowers val_loss by" in shown
+    assert "The Punter" in shown
 
 
 @pytest.mark.slow
