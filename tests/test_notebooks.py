@@ -119,11 +119,11 @@ def test_language_model(jupyter, tmp_path, monkeypatch):
         assert found[curve] == sorted(found[curve], reverse=True)
     base, tuned = found["comparison.base"], found["comparison.tuned"]
     assert base.keys() >= {"val_loss", "val_perplexity"}
-    assert base["val_loss"] - tuned["val_loss"] > 0.3 > 4 * found["comparison.noise"]
+    assert base["val_loss"] - tuned["val_loss"] > 1.0 > 4 * found["comparison.noise"]
     assert found["comparison.helped"] is True
     assert tuned["val_loss"] == pytest.approx(found["losses(tuning)[1]"][-1], rel=1e-4)
     # What it is about is new to the base, which does worse there than where it was trained.
-    assert base["val_loss"] > found["losses(pretraining)[1]"][-1] + 0.3
+    assert base["val_loss"] > found["losses(pretraining)[1]"][-1] + 1.0
     assert len(images(notebook)) == 1
     shown = "".join(o.get("text", "") for cell in notebook.cells for o in cell.get("outputs", []))
     assert "the adapter lowers val_loss by" in shown

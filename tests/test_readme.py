@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import sys
@@ -12,6 +13,7 @@ import lightning
 import pytest
 import yaml
 from modules import Data, Net
+from tiny_lm import tiny_llama
 
 from lora_lightning import (
     LoraCallback,
@@ -21,6 +23,8 @@ from lora_lightning import (
     inject_adapter,
     save_adapter,
 )
+from lora_lightning.cli import LoraCLI
+from lora_lightning.errors import CheckpointError
 
 REPOSITORY = Path(__file__).parent.parent
 README = (REPOSITORY / "README.md").read_text()
@@ -32,7 +36,9 @@ def blocks(language: str) -> list[str]:
 
 def test_python_runs(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
-    own_code, engine, many = (block for block in blocks("python") if "import" in block)
+    own_code, engine, many = (
+        block for block in blocks("python") if "import" in block and "CausalLM" not in block
+    )
     names: dict[str, Any] = {}
     exec(own_code, names)
     assert len(names["predictions"]) == 8
@@ -51,6 +57,23 @@ def test_python_runs(tmp_path: Path, monkeypatch: Any) -> None:
     ]
 
 
+def test_language_model(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"{i} plus {i} is", "completion": f" {2 * i}"} for i in range(60)]
+    Path("my.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (code,) = (block for block in blocks("python") if "CausalLM" in block)
+    name = "Qwen/Qwen2.5-0.5B-Instruct"
+    assert code.count(name) == code.count("L.Trainer(") == 1
+    code = code.replace(name, str(tiny_llama(tmp_path / "model", max_position_embeddings=1024)))
+    options = "accelerator='cpu', enable_progress_bar=False, "
+    exec(code.replace("L.Trainer(", f"L.Trainer({options}"), {})
+    shown = "".join(capsys.readouterr())
+    assert re.search(r"val_loss +│ +\d", shown)
+    assert "expected" in shown  # of TextSamples
+    (samples,) = Path("lightning_logs").rglob("samples.jsonl")
+    assert samples.read_text()
+
+
 def test_two_callbacks_of_the_text(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     base = Net()
@@ -65,18 +88,53 @@ def test_two_callbacks_of_the_text(tmp_path: Path, monkeypatch: Any) -> None:
     assert active_adapters(module) == ["style", "topic"]
 
 
-def test_commands_parse() -> None:
+class ParseOnly(LoraCLI):
+    """Takes the command's options, makes everything but the Trainer, and does nothing."""
+
+    def instantiate_classes(self) -> None:
+        self.parser.instantiate_classes(self.config)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+
+CALLS = [
+    line
+    for block in blocks("bash")
+    for line in block.splitlines()
+    if line.startswith("lora-lightning")
+]
+
+
+def test_there_are_calls() -> None:
+    assert len(CALLS) == 10
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_commands_parse(call: str, tmp_path: Path, monkeypatch: Any) -> None:
     """Every `lora-lightning` call in the README is one that the parser takes."""
-    commands = [line for block in blocks("bash") for line in block.splitlines()]
-    calls = [shlex.split(c)[1:] for c in commands if c.startswith("lora-lightning")]
-    assert len(calls) == 6
-    assert {call[0] for call in calls} <= {"fit", "validate", "test", "predict"}
+    words = shlex.split(call)
+    assert words[1] in {"fit", "validate", "test", "predict"}
+    (tmp_path / "configs").symlink_to(REPOSITORY / "configs")
+    (mine,) = (block for block in blocks("yaml") if "my_module" in block)
+    mine = mine.replace("my_module.MyModel", "modules.Net").replace(
+        "my_module.MyData", "modules.Data"
+    )
+    (tmp_path / "mine.yaml").write_text(mine)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", words)
+    if "--help" in words:
+        with pytest.raises(SystemExit, match=r"^0$"):
+            ParseOnly()
+    elif "--ckpt_path" in words:  # which is looked for once all else is known to be right
+        with pytest.raises(CheckpointError, match="holds no checkpoint"):
+            ParseOnly()
+    else:
+        ParseOnly()
 
 
 @pytest.mark.parametrize("config", blocks("yaml"))
 def test_yaml_is_accepted(config: str, tmp_path: Path, monkeypatch: Any) -> None:
-    from lora_lightning.cli import LoraCLI
-
     content = yaml.safe_load(config)
     for section in ("model", "data"):  # the user's own classes
         if "my_module" in content.get(section, {"class_path": "my_module"})["class_path"]:
@@ -86,14 +144,6 @@ def test_yaml_is_accepted(config: str, tmp_path: Path, monkeypatch: Any) -> None
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(content))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["lora-lightning", "fit", "--config", "c.yaml"])
-
-    class ParseOnly(LoraCLI):
-        def instantiate_classes(self) -> None:
-            self.parser.instantiate_classes(self.config)
-
-        def _run_subcommand(self, subcommand: str) -> None:
-            pass
-
     ParseOnly()
 
 
