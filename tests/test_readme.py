@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import shlex
@@ -15,6 +16,7 @@ import yaml
 from modules import Data, Net
 from tiny_lm import tiny_llama
 
+import lora_lightning
 from lora_lightning import (
     LoraCallback,
     LoraConfig,
@@ -24,7 +26,9 @@ from lora_lightning import (
     save_adapter,
 )
 from lora_lightning.cli import LoraCLI
+from lora_lightning.data import TextDataModule
 from lora_lightning.errors import CheckpointError
+from lora_lightning.tasks.pretrained_task import PretrainedTask
 
 REPOSITORY = Path(__file__).parent.parent
 README = (REPOSITORY / "README.md").read_text()
@@ -156,9 +160,28 @@ def test_setup_commands_are_one_line_each() -> None:
 
 
 def test_figures_and_names_are_current() -> None:
-    import lora_lightning
-
     for name in re.findall(r"from lora_lightning import (\w+)", README):
         assert name in lora_lightning.__all__
     for path in re.findall(r"`((?:tests|configs|notebooks|\.ci)/[\w./]+)`", README):
         assert (REPOSITORY / path).exists(), path
+
+
+@pytest.mark.parametrize(
+    ("head", "owner"),
+    [("option", PretrainedTask), ("`TextDataModule`", TextDataModule)],
+)
+def test_options_of_the_tables(head: str, owner: Any) -> None:
+    rows = README.split(f"| {head} |")[1].split("\n\n")[0].splitlines()[2:]
+    named = {name for row in rows for name in re.findall(r"`(\w+)", row.split("|")[1])}
+    assert len(named) >= 8
+    assert named <= set(inspect.signature(owner).parameters)
+
+
+def test_metrics_of_the_table() -> None:
+    rows = README.split("| `lora_lightning.tasks` |")[1].split("\n\n")[0].splitlines()[2:]
+    for row in rows:
+        task, data, metrics = (re.findall(r"`(\w+)`", cell) for cell in row.split("|")[1:4])
+        assert issubclass(getattr(lora_lightning.tasks, task[0]), PretrainedTask)
+        assert hasattr(lora_lightning.data, data[0])
+        text = getattr(lora_lightning.tasks, task[0]).__doc__
+        assert all(f"`{metric}`" in text for metric in metrics), metrics
