@@ -4,6 +4,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer, seed_everything
 from tiny_bert import save_tiny_bert
+from tiny_lm import tiny_llama
 from torch import nn
 
 from lora_lightning import LoraConfig, inject_adapter, set_adapter
@@ -41,9 +42,8 @@ def file(tmp_path_factory):
 
 def data_of(file, **options):
     return TextClassificationDataModule(
-        **{"train": file, "val": file, "test": file, "predict": file, **options},
+        **{"train": file, "val": file, "test": file, "predict": file, "batch_size": 8, **options},
         max_length=16,
-        batch_size=8,
     )
 
 
@@ -397,3 +397,14 @@ def test_a_warmup_out_of_range(fraction):
     assert str(error.value) == (
         f"warmup_fraction must be from 0 to 1, found {fraction}. (model.warmup_fraction)"
     )
+
+
+@pytest.mark.parametrize("other", [None, 9], ids=["none", "another"])
+def test_a_decoder_finds_the_end_of_padded_texts(tmp_path, file, other):
+    """By the token that the data pad with, whatever the model's config says."""
+    folder = tiny_llama(tmp_path / "llama", pad_token_id=other)
+    module, data = SequenceClassification(str(folder)), data_of(file)
+    whole = trainer_in(tmp_path).predict(module, data)
+    alone = trainer_in(tmp_path).predict(module, data_of(file, batch_size=1))
+    found, wanted = (torch.cat([b["probabilities"] for b in batches]) for batches in (whole, alone))
+    torch.testing.assert_close(found, wanted)

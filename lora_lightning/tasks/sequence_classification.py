@@ -21,3 +21,14 @@ class SequenceClassification(Classification):
 
     def __init__(self, model: str, **options: Any) -> None:
         super().__init__(model, **options)
+
+    def configure_model(self) -> None:
+        """Load the network, and say which token pads a text, in each run the data's own."""
+        super().configure_model()
+        tokenizer = getattr(getattr(self._trainer, "datamodule", None), "tokenizer", None)
+        padding = getattr(tokenizer, "pad_token_id", None)
+        if padding is not None:
+            # A decoder (GPT-2, Llama) is classified by its last token before any padding, which it
+            # finds by this id; its config has often none, or another than the tokenizer.
+            network: Any = self.network
+            network.config.get_text_config().pad_token_id = padding
