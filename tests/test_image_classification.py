@@ -157,6 +157,14 @@ def test_pixels_take_the_precision_of_the_run(tmp_path, models, folder, others):
     assert next(module.network.parameters()).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_pixels_take_the_dtype_of_the_weights(tmp_path, models, folder, others, kind):
+    module = ImageClassification(models[kind], dtype="bfloat16")
+    trainer = run(tmp_path, lora(kind), max_epochs=1)
+    trainer.fit(module, data_of(folder, others))
+    assert trainer.callback_metrics["val_loss"].isfinite()
+
+
 def test_the_image_processor_is_the_models_own(tmp_path, models, folder, others):
     for kind in KINDS:
         data = data_of(folder, others)

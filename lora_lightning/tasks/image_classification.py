@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from lora_lightning.tasks.classification import Classification
 from lora_lightning.tasks.pretrained_task import Batch
 
@@ -23,6 +25,12 @@ class ImageClassification(Classification):
 
     def __init__(self, model: str, **options: Any) -> None:
         super().__init__(model, **options)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Class scores (images, classes) in float32; labels in `batch` are left aside."""
+        # Images are float32, and with `dtype` weights may not be; not all networks see to that.
+        dtype: Any = self.network.dtype  # type: ignore[union-attr]
+        return super().forward({**batch, "pixel_values": batch["pixel_values"].to(dtype)})
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Where each image was found, its most probable class, the probabilities of all classes."""
