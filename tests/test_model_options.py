@@ -539,3 +539,16 @@ def test_the_default_backend(tmp_path: Path, llama: str) -> None:
     network, plain = built(llama, compile=True), built(llama)
     with torch.no_grad():  # a backward graph takes it 20 s more
         assert torch.allclose(network(ids()).logits, plain(ids()).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"mod": 1}, {"mode": "max"}, {"backend": "inducto"}])
+def test_options_that_torch_does_not_know(llama: str, options: dict[str, Any]) -> None:
+    with pytest.raises(
+        ConfigError, match=r"torch.compile cannot be given that: .*\(model.compile\)"
+    ):
+        built(llama, compile=options)
+
+
+def test_no_options_are_the_defaults(llama: str) -> None:
+    assert built(llama, compile={}).model._compiled_call_impl is not None
+    assert built(llama).model._compiled_call_impl is None

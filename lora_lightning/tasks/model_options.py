@@ -77,7 +77,7 @@ class ModelOptions:
                 "out. Each process holds all of them with strategy='ddp'. (model.quantize, "
                 "trainer.strategy)"
             )
-        if self.compile and adapters and is_model_parallel(trainer.strategy):
+        if self.compile is not False and adapters and is_model_parallel(trainer.strategy):
             raise ConfigError(
                 "compile cannot be had of layers that are shared out and carry adapters: these are "
                 "gathered one by one, and no graph would be left of a layer. Take one of the two "

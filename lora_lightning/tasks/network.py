@@ -67,12 +67,10 @@ def build_network(
     network.config.use_cache = False
     if options.gradient_checkpointing:
         _checkpoint_layers(network, name)
-    if options.compile:
-        chosen = {} if options.compile is True else options.compile
-        # In place: no wrapper, so all names stay, and adapters may grow later. FSDP acts between
-        # layers.
-        for part in _below_head(network) if mesh is None else repeated_layers(network):
-            part.compile(**{"dynamic": True, **chosen})
+    if options.compile is not False:
+        # FSDP acts between layers.
+        parts = _below_head(network) if mesh is None else repeated_layers(network)
+        _compile(parts, {} if options.compile is True else options.compile)
     if mesh is not None:
         new = share_out(load, network, mesh, trainer.strategy.root_device)
     return network, new
@@ -128,6 +126,18 @@ def _checkpoint_layers(network: Any, name: str) -> None:
     # transformers lets embeddings require gradients for the reentrant kind, which breaks a graph.
     if getattr(network, "_require_grads_hook", None) is not None:
         network.disable_input_require_grads()
+
+
+def _compile(parts: list[Any], options: dict[str, Any]) -> None:
+    """In place: no wrapper, so all names stay, and adapters may grow later."""
+    for part in parts:
+        try:
+            part.compile(**{"dynamic": True, **options})
+        except (TypeError, RuntimeError) as error:
+            reason = str(error).split("\n")[0]
+            raise ConfigError(
+                f"compile={options}: torch.compile cannot be given that: {reason} (model.compile)"
+            ) from error
 
 
 def _below_head(network: Any) -> list[Any]:
