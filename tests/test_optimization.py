@@ -150,6 +150,12 @@ def test_a_resumed_run_is_on_the_whole_runs_curve(tmp_path: Path, epochs: int, s
     assert len(rates) == (27 if stop == 13 else 20)
 
 
+def test_a_resumed_run_is_on_the_curve_that_it_asks_for(tmp_path: Path) -> None:
+    tasks = iter([Task(), Task(lr_schedule="cosine", warmup_steps=25)])
+    rates = resumed(tmp_path, 2, -1, lambda: next(tasks))
+    assert rates == pytest.approx(curve("cosine", 25, 40)[20:])
+
+
 def test_twin_whose_schedule_stays_where_the_shorter_run_ended(
     tmp_path: Path, monkeypatch: Any
 ) -> None:
@@ -260,9 +266,17 @@ def test_trials_may_end_in_warmup(tmp_path: Path) -> None:
             {"warmup_steps": -1},
             "warmup_steps must be 0 or more, found -1. (model.warmup_steps)",
         ),
+        (
+            {"learning_rate": -1e-4},
+            "learning_rate must be 0 or more, and finite, found -0.0001. (model.learning_rate)",
+        ),
+        (
+            {"weight_decay": math.inf},
+            "weight_decay must be 0 or more, and finite, found inf. (model.weight_decay)",
+        ),
     ],
 )
-def test_what_is_no_curve(options: Any, text: str) -> None:
+def test_what_is_no_curve_or_rate(options: Any, text: str) -> None:
     with pytest.raises(ConfigError) as error:
         Task(**options)
     assert str(error.value) == text

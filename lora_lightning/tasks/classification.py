@@ -17,6 +17,7 @@ from lora_lightning.tasks.class_names import (
     difference,
     weights_of_classes,
 )
+from lora_lightning.tasks.optimization import check_not_negative
 from lora_lightning.tasks.pretrained_task import Batch, PretrainedTask, ancestors
 
 
@@ -57,6 +58,7 @@ class Classification(PretrainedTask):
         **options: Any,
     ) -> None:
         super().__init__(model, learning_rate=learning_rate, **options)
+        check_not_negative(head_learning_rate=head_learning_rate)
         if not 0 <= label_smoothing < 1:
             raise ConfigError(
                 f"label_smoothing must be at least 0 and below 1, found {label_smoothing}. "

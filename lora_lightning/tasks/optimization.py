@@ -26,7 +26,8 @@ class Schedule(LambdaLR):
     T is asked for when training starts, not when optimizers are made: the data are set up by then,
     and Lightning would drop the position of a stateful data loader that is asked for its length
     while a checkpoint is still to be restored. And a run that goes on with another T, as
-    `max_epochs` was raised, is on the longer run's curve from its first step on.
+    `max_epochs` was raised, or with another shape or warm-up, is on its own curve from its first
+    step on.
 
     Args:
         optimizer: Whose groups are at their peak learning rates.
@@ -59,6 +60,11 @@ class Schedule(LambdaLR):
             if self.shape == "linear"
             else max(0.0, 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
         )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on at the step of a checkpoint, but on the curve that this run asks for."""
+        own = {name: getattr(self, name) for name in ("shape", "warmup_fraction", "asked_warmup")}
+        super().load_state_dict({**state_dict, **own})
 
     def begin(self, total_steps: float, trial: bool = False) -> None:
         """Learn how long the run is, and set the learning rates of its next step.
@@ -107,6 +113,20 @@ def check_schedule(shape: str, warmup_fraction: float, warmup_steps: int | None)
         raise ConfigError(
             f"warmup_steps must be 0 or more, found {warmup_steps}. (model.warmup_steps)"
         )
+
+
+def check_not_negative(**numbers: float) -> None:
+    """Refuse rates that would climb the loss, or are no numbers.
+
+    Raises:
+        ConfigError: Naming the option.
+
+    """
+    for name, number in numbers.items():
+        if not 0 <= number < math.inf:
+            raise ConfigError(
+                f"{name} must be 0 or more, and finite, found {number}. (model.{name})"
+            )
 
 
 def check_length(shape: str, warmup_steps: int | None, total_steps: float) -> None:

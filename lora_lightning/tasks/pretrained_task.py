@@ -22,6 +22,7 @@ from lora_lightning.tasks.optimization import (
     Schedule,
     Shape,
     check_length,
+    check_not_negative,
     check_schedule,
     count_steps,
     decay_groups,
@@ -59,7 +60,7 @@ class PretrainedTask(TokenMean):
             quantisation) or `int8`, with bitsandbytes, while they are loaded. Adapters train on
             them. 4-bit layers compute in the dtype of the Trainer's precision.
         gradient_checkpointing: Keep only each layer's input for the backward pass and run the layer
-            again there: less memory, about a third more time, the same gradients.
+            again there: less memory, a third to a half more time, the same gradients.
         compile: Let torch.compile make one graph of the network below its head, for inputs of any
             length; or the options that `torch.compile` is given, such as `{mode: max-autotune}`.
         pretrained: False: random weights in the shape that the model's `config.json` says, to be
@@ -90,6 +91,7 @@ class PretrainedTask(TokenMean):
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
+        check_not_negative(learning_rate=learning_rate, weight_decay=weight_decay)
         check_schedule(lr_schedule, warmup_fraction, warmup_steps)
         self.model_name = model
         self.options = ModelOptions(
