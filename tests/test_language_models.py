@@ -314,5 +314,20 @@ def test_targets_are_written(tmp_path: Path, t5: str) -> None:
 def test_generation_options_are_checked(llama: str) -> None:
     with pytest.raises(ConfigError, match=r"no option 'temprature'\. Did you mean 'temperature'\?"):
         CausalLM(llama, generation={"temprature": 0.5})
+    for name in ("max_length", "return_dict_in_generate"):
+        with pytest.raises(ConfigError, match=rf"no place here: .*\(model.generation.{name}\)"):
+            CausalLM(llama, generation={name: 5})
     with pytest.raises(ConfigError, match="max_new_tokens must be at least 1, found 0"):
         CausalLM(llama, max_new_tokens=0)
+
+
+def test_stop_strings_end_a_text(llama: str) -> None:
+    module = CausalLM(llama, max_new_tokens=8)
+    module.configure_model()
+    module.eval()
+    prompt = torch.tensor([texts()[0]])
+    [text] = module.generate(prompt)
+    module.generation = {"stop_strings": [text[1:3]]}
+    [stopped] = module.generate(prompt)
+    assert len(stopped) < len(text)
+    assert text.startswith(stopped)

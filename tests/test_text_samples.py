@@ -197,6 +197,17 @@ def test_sampling_is_the_same_at_every_call(tmp_path: Path, folder: str) -> None
     assert rows[0]["base"] != greedy(Talker(folder).lm.eval(), PROMPT, 8)
 
 
+def test_stop_strings_end_a_text(tmp_path: Path, folder: str) -> None:
+    options: dict[str, Any] = {"num_prompts": 1, "max_new_tokens": 8}
+    fit(folder, tmp_path / "a", TextSamples(**options), max_epochs=1)
+    text = samples(tmp_path / "a")[0]["base"]
+    generation = {"stop_strings": [text[1:3]]}
+    fit(folder, tmp_path / "b", TextSamples(**options, generation=generation), max_epochs=1)
+    stopped = samples(tmp_path / "b")[0]["base"]
+    assert len(stopped) < len(text)
+    assert text.startswith(stopped)
+
+
 def test_chats_without_adapter(tmp_path: Path) -> None:
     folder = str(tiny_llama(tmp_path / "model", "chatml"))
     chat = [{"role": "system", "content": "Hello"}, {"role": "user", "content": "How are you?"}]
@@ -294,6 +305,8 @@ def test_no_prompts(tmp_path: Path, folder: str) -> None:
         run(tmp_path, TextSamples(["a"])).fit(Net(), Talk(folder).train_dataloader())
     with pytest.raises(ConfigError, match=r"must be at least 1, found 0. \(max_new_tokens\)"):
         TextSamples(max_new_tokens=0)
+    with pytest.raises(ConfigError, match=r"must be at least 1, found 0. \(every_n_steps\)"):
+        TextSamples(every_n_steps=0)
     with pytest.raises(ConfigError, match="is an empty list"):
         TextSamples([])
 

@@ -74,6 +74,7 @@ class TextGenerator:
                     max_new_tokens=self.max_new_tokens,
                     use_cache=True,
                     synced_gpus=sharded,
+                    tokenizer=self.tokenizer,  # reads `stop_strings`
                     **self.options,
                 )[0]
                 new = output if self.is_encoder_decoder else output[len(ids) :]

@@ -75,9 +75,13 @@ class TextSamples(Callback):
         generation: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        numbers = {"num_prompts": num_prompts, "max_new_tokens": max_new_tokens}
-        for name, number in {**numbers, "every_n_steps": every_n_steps or 1}.items():
-            if number < 1:
+        numbers = {
+            "num_prompts": num_prompts,
+            "every_n_steps": every_n_steps,
+            "max_new_tokens": max_new_tokens,
+        }
+        for name, number in numbers.items():
+            if number is not None and number < 1:
                 raise ConfigError(f"{name} must be at least 1, found {number}. ({name})")
         if prompts is not None and not prompts:
             raise ConfigError("prompts is an empty list; leave it out or name some. (prompts)")

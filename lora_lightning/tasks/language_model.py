@@ -180,6 +180,7 @@ class LanguageModel(PretrainedTask):
         ids = network.generate(
             **self.prompts(input_ids, mask),
             synced_gpus=together,
+            tokenizer=tokenizer,  # reads `stop_strings`
             **{"max_new_tokens": self.max_new_tokens, "pad_token_id": pad, **self.generation},
         )
         return tokenizer.batch_decode(self.written(ids, input_ids), skip_special_tokens=True)
@@ -204,6 +205,11 @@ def _check_generation(generation: dict[str, Any], max_new_tokens: int) -> None:
 
     known = vars(GenerationConfig())
     for name in generation:
+        if name in ("return_dict_in_generate", "max_length"):
+            raise ConfigError(
+                f"generation: {name!r} has no place here: texts are what is returned, and "
+                f"max_new_tokens says how long they may be. (model.generation.{name})"
+            )
         if name not in known or name.startswith("_"):
             near = did_you_mean(name, known)
             hint = f" Did you mean {near!r}?" if near else ""
