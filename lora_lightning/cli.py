@@ -184,8 +184,7 @@ class LoraCLI(LightningCLI):
         trainer_options = self._get(self.config_init, "trainer", default={})
         if trainer_options.get("logger") in (None, True):
             kwargs["logger"] = CSVLogger(save_dir=str(self.run_directory), name="logs")
-        own = [c for c in trainer_options.get("callbacks") or [] if isinstance(c, LoraCallback)]
-        if own:
+        if any(isinstance(c, LoraCallback) for c in _as_list(trainer_options.get("callbacks"))):
             self._drop_section()
         trainer = super().instantiate_trainer(**kwargs)
         # First, so that wrong options are found before other callbacks write files.
@@ -210,7 +209,7 @@ class LoraCLI(LightningCLI):
         return sorted(filter(Path.exists, paths), key=lambda path: path.stat().st_mtime)
 
     def _folders(self) -> list[str]:
-        entries = self._options()["trainer"].get("callbacks") or []
+        entries = _as_list(self._options()["trainer"].get("callbacks"))
         named = [getattr(entry, "init_args", None) for entry in entries]
         folders = [
             str(options["dirpath"]) for options in named if options and options.get("dirpath")
@@ -285,12 +284,24 @@ class LoraCLI(LightningCLI):
         )
 
     def after_predict(self) -> None:
-        """Keep what was predicted, which LightningCLI would drop."""
-        predictions = self.trainer.predict_loop.predictions
-        if predictions and self.trainer.is_global_zero:
-            path = Path(self.trainer.log_dir or self.run_directory) / "predictions.pt"
-            torch.save(predictions, path)
-            show(f"predictions, batch by batch: {path} (torch.load)")
+        """Keep what was predicted, which LightningCLI would drop: a file for each process."""
+        trainer = self.trainer
+        folder = Path(trainer.log_dir or self.run_directory)  # all processes ask for it together
+        predictions = trainer.predict_loop.predictions
+        if not predictions:
+            return
+        number = f"_{trainer.global_rank}" if trainer.world_size > 1 else ""
+        path = folder / f"predictions{number}.pt"
+        folder.mkdir(parents=True, exist_ok=True)  # on a machine that does not share it
+        torch.save(predictions, path)
+        if trainer.is_global_zero:
+            others = f", of process 0 of {trainer.world_size}" if number else ""
+            show(f"predictions, batch by batch{others}: {path} (torch.load)")
+
+
+def _as_list(callbacks: Any) -> list[Any]:
+    """`trainer.callbacks`, which may also be a single one, or none."""
+    return callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []
 
 
 def requeued() -> bool:

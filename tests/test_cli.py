@@ -191,6 +191,31 @@ def test_section_and_callback_entry_are_the_same(cli: Any, folder: Path) -> None
     assert "LoRA options are given twice" in text
 
 
+@pytest.mark.parametrize("name", ["ModelCheckpoint", "LoraCallback"])
+def test_a_single_callback_needs_no_list(cli: Any, folder: Path, name: str) -> None:
+    lora = {"class_path": "lora_lightning.LoraCallback", "init_args": CONFIG["lora"]}
+    saver = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint"}
+    saver["init_args"] = {"dirpath": "elsewhere", "filename": "a"}
+    callback = lora if name == "LoraCallback" else saver
+    config = {key: value for key, value in CONFIG.items() if key != "lora" or callback is saver}
+    write(folder / "my.yaml", {**config, "trainer": {**CONFIG["trainer"], "callbacks": callback}})
+    assert "LoRA adapter 'default'" in cli("fit", "--config", "my.yaml")
+    assert (folder / "elsewhere/a.ckpt").exists() == (callback is saver)
+    assert "holds 1 checkpoints" in cli("fit", "--config", "my.yaml", fails=1)
+
+
+def test_each_process_keeps_what_it_predicts(cli: Any, folder: Path) -> None:
+    cli("predict", "--config", "my.yaml")
+    arguments = ["predict", "--config", "my.yaml", "--trainer.strategy", "ddp"]
+    text = process(folder, *arguments, "--trainer.devices", "2")
+    logs = folder / "runs/a/logs"
+    where = "runs/a/logs/version_1/predictions_0.pt"
+    assert f"predictions, batch by batch, of process 0 of 2: {where} (torch.load)" in text
+    shares = [torch.cat(torch.load(logs / f"version_1/predictions_{n}.pt")) for n in (0, 1)]
+    whole = torch.cat(torch.load(logs / "version_0/predictions.pt"))
+    torch.testing.assert_close(torch.stack(shares, dim=1).flatten(0, 1), whole)
+
+
 def test_options_on_the_command_line_win(cli: Any, folder: Path) -> None:
     cli("fit", "--config", "my.yaml", "--lora.r", "3", "--trainer.max_epochs", "2")
     assert final(folder)["embed.adapters.default.lora_A"].shape == (3, 8)
