@@ -1,5 +1,7 @@
 """Examples that are too long, that teach nothing, and how both are counted."""
 
+from itertools import pairwise
+
 import pytest
 from tiny_lm import tiny_tokenizer
 
@@ -47,10 +49,50 @@ def test_longer_examples_can_be_dropped_or_refused():
     )
     assert message(lambda: encoder(7, too_long="error").encode(LONG)) == (
         "my.jsonl, line 2: the example has 9 tokens, and 7 tokens are allowed. Allow more "
-        "(data.max_length), or say that longer ones are cut or dropped: too_long: truncate or "
-        "drop. (data.too_long)"
+        "(data.max_length), or say that longer ones are cut, split or dropped: too_long: truncate, "
+        "split or drop. (data.too_long)"
     )
     assert encoder(7, too_long="error").encode(SHORT)
+
+
+@pytest.mark.parametrize("words", [1, 5, 6, 7, 11, 12, 13, 18, 40])
+def test_documents_can_be_split(words):
+    """Each token but the first is learned once, from the token before it."""
+    document = Document(" ".join("abcdefghij"[i % 10] for i in range(words)), "my.txt, line 1")
+    (whole,) = encoder(512).encode(document)
+    report = EncodingReport()
+    parts = encoder(7, too_long="split").encode(document, report)
+    assert all(2 <= len(part.input_ids) <= 7 for part in parts)
+    assert all(len(part.input_ids) == 7 for part in parts[:-1])
+    learned = [
+        (before, label)
+        for part in parts
+        for before, label in zip(part.input_ids, part.labels[1:], strict=False)
+    ]
+    assert learned == [*pairwise(whole.input_ids)]
+    assert all(part.labels[0] == IGNORED for part in parts)
+    assert all(
+        label in (IGNORED, token)
+        for part in parts
+        for token, label in zip(part.input_ids, part.labels, strict=True)
+    )
+    assert report.split_documents == (len(whole.input_ids) > 7)
+    assert report.examples == len(parts)
+    assert report.learned == len(whole.input_ids) - 1
+
+
+def test_only_documents_can_be_split():
+    report = EncodingReport()
+    encoder(7, too_long="split").encode(Document("a b c d e f g h i", "my.txt, line 1"), report)
+    assert report.line("train", "7 tokens").endswith(
+        "1 documents, longer than 7 tokens, go on in further examples (data.too_long)"
+    )
+    assert message(lambda: encoder(7, too_long="split").encode(LONG)) == (
+        "my.jsonl, line 2: the example has 9 tokens, 7 tokens are allowed, and only documents "
+        "(format: text) can be split. Allow more (data.max_length), or choose truncate, drop or "
+        "error. (data.too_long)"
+    )
+    assert encoder(7, too_long="split").encode(SHORT)
 
 
 def test_an_example_that_teaches_nothing_is_an_error():
@@ -83,7 +125,7 @@ def test_options_that_cannot_be():
         "max_length must be at least 2 tokens, found 1. (data.max_length)"
     )
     assert message(lambda: encoder(too_long="trunc"), ConfigError) == (
-        "too_long must be one of truncate, drop, error; found 'trunc'. Did you mean 'truncate'? "
+        "too_long must be one of truncate, split, drop, error; found 'trunc'. Did you mean 'truncate'? "
         "(data.too_long)"
     )
     assert "(data.untrainable)" in message(lambda: encoder(untrainable="skip"), ConfigError)

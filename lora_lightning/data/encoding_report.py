@@ -14,6 +14,7 @@ class EncodingReport:
         tokens: Their tokens; of an encoder-decoder, those of the target too.
         learned: Those of them that are learned.
         truncated: Examples that were cut.
+        split_documents: Documents that became several examples, because they are too long.
         too_long: Examples dropped because they are too long.
         untrainable: Examples dropped because nothing of them is learned.
         split_chats: Chats that became several examples.
@@ -24,6 +25,7 @@ class EncodingReport:
     tokens: int = 0
     learned: int = 0
     truncated: int = 0
+    split_documents: int = 0
     too_long: int = 0
     untrainable: int = 0
     split_chats: int = 0
@@ -43,6 +45,11 @@ class EncodingReport:
         ]
         if self.truncated:
             parts.append(f"{self.truncated:,} cut to {limit} (data.max_length)")
+        if self.split_documents:
+            parts.append(
+                f"{self.split_documents:,} documents, longer than {limit}, go on in further "
+                "examples (data.too_long)"
+            )
         if self.too_long:
             parts.append(f"{self.too_long:,} dropped, longer than {limit} (data.too_long)")
         if self.untrainable:

@@ -7,12 +7,12 @@ from itertools import islice
 from typing import Any
 
 from lora_lightning.data.encoding_report import EncodingReport
-from lora_lightning.data.samples import IGNORED, Example, Sample
+from lora_lightning.data.samples import IGNORED, Document, Example, Sample
 from lora_lightning.errors import ConfigError, RecordError, did_you_mean
 
 # Samples that are tokenised in one call: a fast tokenizer works on a list in parallel.
 BLOCK = 1000
-TOO_LONG = ("truncate", "drop", "error")
+TOO_LONG = ("truncate", "split", "drop", "error")
 UNTRAINABLE = ("error", "drop")
 
 
@@ -22,8 +22,8 @@ class SampleEncoder:
     Args:
         tokenizer: A Hugging Face tokenizer.
         max_length: The most tokens of an example, at least 2.
-        too_long: What becomes of longer ones: "truncate" keeps their beginning, "drop" leaves
-            them out, "error" stops.
+        too_long: What becomes of longer ones: "truncate" keeps their beginning, "split" goes on
+            with a document in further examples, "drop" leaves them out, "error" stops.
         untrainable: What becomes of examples without a learned token, such as those whose prompt
             alone fills `max_length`: "error" stops, "drop" leaves them out.
     """
@@ -76,7 +76,12 @@ class SampleEncoder:
         """
         report = EncodingReport() if report is None else report
         return [
-            [kept for e in examples if (kept := self._kept(e, sample.where, report))]
+            [
+                part
+                for example in examples
+                for part in self._fitting(example, sample, report)
+                if self._learned(part, example, sample.where, report)
+            ]
             for sample, examples in zip(samples, self._examples(samples, report), strict=True)
         ]
 
@@ -98,31 +103,58 @@ class SampleEncoder:
         """The example within the limits."""
         raise NotImplementedError
 
-    def _kept(self, example: Example, where: str, report: EncodingReport) -> Example | None:
-        kept = example
+    def _split(self, example: Example, sample: Sample) -> list[Example]:
+        """A document in parts; each token of it but the first is learned in one of them.
+
+        A part begins with the last token of the one before, which its second is predicted from.
+        """
+        if not isinstance(sample, Document):
+            raise RecordError(
+                f"{sample.where}: the example has {_in_words(self._lengths(example))}, "
+                f"{self.limit} are allowed, and only documents (format: text) can be split. Allow "
+                "more (data.max_length), or choose truncate, drop or error. (data.too_long)"
+            )
+        ids, labels = example.input_ids, example.labels
+        return [
+            Example(
+                ids[start : start + self.max_length],
+                [IGNORED, *labels[start + 1 : start + self.max_length]],
+            )
+            for start in range(0, len(ids) - 1, self.max_length - 1)
+        ]
+
+    def _fitting(self, example: Example, sample: Sample, report: EncodingReport) -> list[Example]:
+        """The example within the limits."""
         lengths = self._lengths(example)
-        if any(length > limit for length, limit in zip(lengths, self._limits(), strict=True)):
-            if self.too_long == "drop":
-                report.too_long += 1
-                return None
-            if self.too_long == "error":
-                raise RecordError(
-                    f"{where}: the example has {_in_words(lengths)}, and {self.limit} are "
-                    "allowed. Allow more (data.max_length), or say that longer ones are cut or "
-                    "dropped: too_long: truncate or drop. (data.too_long)"
-                )
-            kept = self._cut(example)
-        learned = sum(label != IGNORED for label in kept.labels)
+        if all(length <= limit for length, limit in zip(lengths, self._limits(), strict=True)):
+            return [example]
+        if self.too_long == "error":
+            raise RecordError(
+                f"{sample.where}: the example has {_in_words(lengths)}, and {self.limit} are "
+                "allowed. Allow more (data.max_length), or say that longer ones are cut, split or "
+                "dropped: too_long: truncate, split or drop. (data.too_long)"
+            )
+        if self.too_long == "drop":
+            report.too_long += 1
+            return []
+        if self.too_long == "split":
+            report.split_documents += 1
+            return self._split(example, sample)
+        return [self._cut(example)]
+
+    def _learned(self, part: Example, whole: Example, where: str, report: EncodingReport) -> bool:
+        """Whether something of `part` is learned; counts it."""
+        learned = sum(label != IGNORED for label in part.labels)
         if not learned:
             if self.untrainable == "error":
-                raise RecordError(self._nothing_learned(example, where))
+                raise RecordError(self._nothing_learned(whole, where))
             report.untrainable += 1
-            return None
-        report.truncated += kept is not example
+            return False
+        report.truncated += part is not whole and self.too_long == "truncate"
         report.examples += 1
-        report.tokens += sum(self._lengths(kept))
+        report.tokens += sum(self._lengths(part))
         report.learned += learned
-        return kept
+        return True
 
     def _nothing_learned(self, example: Example, where: str) -> str:
         read_only = next((n for n, label in enumerate(example.labels) if label != IGNORED), None)

@@ -54,8 +54,9 @@ class TextDataModule(SplitDataModule):
         max_length: The most tokens of an example. Default: what the model has positions for, at
             most 1,024.
         max_target_length: The most tokens of an encoder-decoder's target. Default: `max_length`.
-        too_long: What becomes of longer examples: `truncate` keeps their beginning, `drop` leaves
-            them out, `error` stops. How many there are is reported.
+        too_long: What becomes of longer examples: `truncate` keeps their beginning, `split` goes on
+            with a document (format `text`) in further examples, `drop` leaves them out, `error`
+            stops. How many there are is reported.
         untrainable: What becomes of examples of which nothing is learned, such as those whose
             prompt alone fills `max_length`: `error` stops, `drop` leaves them out.
         packing: Put several examples into each row of `max_length` tokens, so that nearly nothing
@@ -82,7 +83,7 @@ class TextDataModule(SplitDataModule):
         train_on_prompt: bool = False,
         max_length: int | None = None,
         max_target_length: int | None = None,
-        too_long: Literal["truncate", "drop", "error"] = "truncate",
+        too_long: Literal["truncate", "split", "drop", "error"] = "truncate",
         untrainable: Literal["error", "drop"] = "error",
         packing: bool = False,
         streaming: bool = False,
