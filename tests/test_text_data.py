@@ -166,6 +166,15 @@ def test_a_stream_reads_as_it_goes(model, train, tmp_path):
         list(loader)
 
 
+def test_a_stream_that_gives_no_batch_is_an_error(model, tmp_path):
+    """Not a Trainer that waits for its steps for ever."""
+    path = write(tmp_path / "long.jsonl", [{"prompt": "What? " * 80, "completion": "x"}] * 5)
+    for lora in ([], [LoraCallback()]):
+        data = TextDataModule(train=path, val=0, max_length=64, streaming=True, untrainable="drop")
+        with pytest.raises(RecordError, match="gave no batch, at least on one of 1 processes"):
+            run(tmp_path, *lora, max_steps=2).fit(CausalLM(model), data)
+
+
 def test_the_state_of_a_stream_is_three_numbers(model, train):
     data = data_of(model, "fit", train=train, streaming=True)
     data.train_dataloader()

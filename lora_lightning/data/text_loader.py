@@ -8,6 +8,7 @@ from typing import Any
 
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from lora_lightning.errors import RecordError
 from lora_lightning.training.agreement import any_process
 from lora_lightning.training.resume.loop_state import in_epoch
 from lora_lightning.training.resume.resumable_loader import LazyLoader
@@ -25,6 +26,7 @@ class TextLoader(StatefulDataLoader[Any]):
     streams: bool = False
     _passes = 0
     _before: dict[str, Any] | None = None
+    _gives = False  # whether a batch has come out of it, in this run or the one that goes on
 
     def __init__(self, *args: Any, **options: Any) -> None:
         with warnings.catch_warnings():
@@ -47,8 +49,18 @@ class TextLoader(StatefulDataLoader[Any]):
         """The position; of a stream that Lightning reads one batch ahead, before that batch."""
         return super().state_dict() if self._before is None else self._before
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a position, behind which there may be no batch left."""
+        super().load_state_dict(state_dict)
+        self._gives = True
+
     def next_of(self, batches: Iterator[Any]) -> Any:
-        """The next batch of a stream; None where one of the processes has none."""
+        """The next batch of a stream; None where one of the processes has none.
+
+        Raises:
+            RecordError: If there is none at all: the Trainer, which waits for steps, would begin
+                one empty epoch after the other.
+        """
         # Under LoraCallback, which makes it a LazyLoader, it is the callback that looks back.
         if self.trainer is not None and not isinstance(self, LazyLoader):
             self._before = super().state_dict()
@@ -56,8 +68,16 @@ class TextLoader(StatefulDataLoader[Any]):
         ended = batch is None
         if self.trainer is not None:
             ended = any_process(self.trainer, ended)
+        if ended and not self._gives:
+            raise RecordError(
+                "streaming: a whole pass over the training data gave no batch, at least on one of "
+                f"{self.dataset.processes} processes: all rows were left out (data.too_long, "
+                "data.untrainable) or held out (data.val), or there are fewer rows than processes. "
+                "(data.train)"
+            )
         if ended:
             self._before = batch = None
+        self._gives = True
         return batch
 
 
