@@ -411,3 +411,47 @@ def test_every_worker_sees_all_rows_of_a_stream(hub):
     expected = sorted(row["text"] for row in VALUES)
     assert served(Streamed()) == sorted(2 * expected)
     assert served(StreamedByDatasets()) == expected
+
+
+def test_hidden_files_of_a_folder_are_none(write, tmp_path):
+    write("files/a.jsonl", '{"a": 1}\n')
+    write("files/._a.jsonl", b"\x00\x05\x16\x07\xff")  # macOS writes them beside the others
+    assert values(tmp_path / "files") == values(tmp_path / "files" / "*.jsonl") == [{"a": 1}]
+
+
+def test_a_file_of_several_that_cannot_be_read_is_not_left_out(write, tmp_path):
+    write("files/a.jsonl", '{"a": 1}\n')
+    (tmp_path / "files" / "b.jsonl").symlink_to(tmp_path / "gone.jsonl")
+    for source in (tmp_path / "files", tmp_path / "files" / "*.jsonl"):
+        assert message(source) == (
+            f"{tmp_path / 'files' / 'b.jsonl'}: cannot be read: No such file or directory. Make "
+            "sure that the file is there and that you may read it."
+        )
+
+
+def test_class_names_in_lists_of_lists(tmp_path):
+    datasets = pytest.importorskip("datasets", reason="class names are an idea of datasets")
+    tags = datasets.List(datasets.List(datasets.ClassLabel(names=["neg", "pos"])))
+    dataset = datasets.Dataset.from_dict(
+        {"tags": [[[0, 1], []]]}, features=datasets.Features(tags=tags)
+    )
+    dataset.save_to_disk(str(tmp_path / "saved"))
+    assert values(tmp_path / "saved") == [{"tags": [["neg", "pos"], []]}]
+
+
+@pytest.mark.parametrize("noted", ["{}", '{"info": {"features": null}}'])
+def test_a_parquet_file_of_which_datasets_noted_no_features(noted, tmp_path):
+    pyarrow = pytest.importorskip("pyarrow", reason="Parquet is read by pyarrow (extra `data`)")
+    table = pyarrow.Table.from_pylist(VALUES).replace_schema_metadata({"huggingface": noted})
+    assert values(write_parquet(tmp_path / "a.parquet", table)) == VALUES
+
+
+def test_saved_datasets_that_are_empty_or_damaged(tmp_path):
+    datasets = pytest.importorskip("datasets", reason="dataset folders are written by datasets")
+    datasets.Dataset.from_dict({"text": []}).save_to_disk(str(tmp_path / "empty"))
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "state.json").write_text("{")
+    for name in ("empty", "damaged"):
+        text = message(tmp_path / name)
+        assert f"{tmp_path / name}: this dataset has no rows, or its folder is damaged (" in text
+        assert text.endswith("Save it again, with rows. (data.train)")

@@ -13,20 +13,23 @@ def with_label_names(features: Mapping[str, Any]) -> Callable[[Values], Values]:
 
     Args:
         features: The columns as `datasets.Features.to_dict` describes them; a column may be a
-            ClassLabel or a list of them. A number without a name (-1: unlabelled) becomes None.
+            ClassLabel, a list of them, or a list of such lists. A number without a name (-1:
+            unlabelled) becomes None.
     """
     classes = {column: names for column, f in features.items() if (names := _names(f))}
 
     def named(values: Values) -> Values:
         for column in classes.keys() & values.keys():
-            value, names = values[column], classes[column]
-            if isinstance(value, list):
-                values[column] = [names.get(number) for number in value]
-            else:
-                values[column] = names.get(value)
+            values[column] = _name(values[column], classes[column])
         return values
 
     return named
+
+
+def _name(value: Any, names: Mapping[int, str]) -> Any:
+    if isinstance(value, list):
+        return [_name(number, names) for number in value]
+    return names.get(value)
 
 
 def _names(feature: Any) -> dict[int, str] | None:

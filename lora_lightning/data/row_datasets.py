@@ -35,7 +35,14 @@ def saved_dataset(folder: Path, key: str) -> Any:
             f"{folder}: holds several splits ({first_few(splits)}). "
             f"Name one of them, such as '{folder / splits[0]}'. ({key})"
         )
-    return _datasets(str(folder), "a dataset folder", key).load_from_disk(str(folder))
+    datasets = _datasets(str(folder), "a dataset folder", key)
+    try:
+        return datasets.load_from_disk(str(folder))
+    except Exception as error:  # anything: of a dataset without rows it is an IndexError
+        raise RecordError(
+            f"{folder}: this dataset has no rows, or its folder is damaged "
+            f"({type(error).__name__}: {error}). Save it again, with rows. ({key})"
+        ) from error
 
 
 def is_hub_name(source: str) -> bool:

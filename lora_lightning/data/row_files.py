@@ -179,7 +179,8 @@ def _array_elements(text: str, path: Path) -> Iterator[tuple[int, Any]]:
 def _features(schema: Any) -> dict[str, Any]:
     """What Hugging Face `datasets` noted of the columns when it wrote a Parquet file."""
     noted = (schema.metadata or {}).get(b"huggingface")
-    return cast(dict[str, Any], json.loads(noted)["info"]["features"]) if noted else {}
+    info = json.loads(noted).get("info", {}) if noted else {}
+    return info.get("features") or {}
 
 
 def _lines(path: Path) -> Iterator[str]:
@@ -196,6 +197,11 @@ def _lines(path: Path) -> Iterator[str]:
         ) from error
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise RecordError(f"{path}, after line {number}: broken gzip: {error}.") from error
+    except OSError as error:
+        raise RecordError(
+            f"{path}: cannot be read: {error.strerror or error}. Make sure that the file is there "
+            "and that you may read it."
+        ) from error
 
 
 def _opened(path: Path) -> Any:

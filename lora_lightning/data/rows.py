@@ -94,7 +94,13 @@ def _files(path: Path, key: str) -> list[Path]:
 
 
 def _files_of_folder(folder: Path, key: str) -> list[Path]:
-    files = sorted(file for file in folder.iterdir() if file.is_file() and _kind(file) in READERS)
+    # Hidden files, such as macOS's `._x.csv`, are none. A link that leads nowhere is one, and an
+    # error when it is read.
+    files = sorted(
+        file
+        for file in folder.iterdir()
+        if _kind(file) in READERS and not file.name.startswith(".") and not file.is_dir()
+    )
     kinds = sorted({_kind(file) for file in files})
     if not files:
         raise RecordError(
@@ -121,7 +127,7 @@ def _words(file: Path) -> list[str]:
 
 def _files_of_pattern(pattern: Path, key: str) -> list[Path]:
     matches = sorted(Path(match) for match in glob.glob(str(pattern), recursive=True))
-    files = [match for match in matches if match.is_file()]
+    files = [match for match in matches if not match.is_dir()]
     unknown = [str(file) for file in files if _kind(file) not in READERS]
     if not files:
         raise RecordError(f"{pattern}: no file matches this pattern. ({key})")
