@@ -250,6 +250,7 @@ def test_noise_is_that_of_paired_differences() -> None:
     change = torch.randn(50, generator=generator, dtype=torch.float64)
     pairs = [[(float(v), 8.0) for v in values] for values in (base, base + change)]
     assert comparison._noise(*pairs) == pytest.approx(float(change.std() / 50**0.5))
+    assert comparison._noise([(0.0, 0.0)] * 4, [(0.0, 0.0)] * 4) is None  # nothing counts
 
 
 def test_noise_of_a_run(tmp_path: Path) -> None:

@@ -291,6 +291,8 @@ def _noise(base: list[tuple[float, float]], tuned: list[tuple[float, float]]) ->
     weights = [weight for _, weight in tuned]
     differences = [t - b for (b, _), (t, _) in zip(base, tuned, strict=True)]
     total, count = sum(weights), len(weights)
+    if not total:  # no batch has anything that counts
+        return None
     mean = sum(w * d for w, d in zip(weights, differences, strict=True)) / total
     squares = sum((w * (d - mean)) ** 2 for w, d in zip(weights, differences, strict=True))
     return math.sqrt(squares * count / (count - 1)) / total
