@@ -16,11 +16,10 @@ class Stopwatch:
         self._from = 0.0
         self._left_out = 0.0
         self._stopped_at: list[float] = []
-        self.runs = False
 
     def start(self) -> None:
         """Begin at zero."""
-        self._from, self._left_out, self.runs = time.perf_counter(), 0.0, True
+        self._from, self._left_out = time.perf_counter(), 0.0
         self._stopped_at.clear()
 
     def stop(self) -> None:
