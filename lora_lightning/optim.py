@@ -137,6 +137,16 @@ def default_optimizer(model: nn.Module, lr: float, fused: bool = True) -> Optimi
     return torch.optim.AdamW(params, lr=lr, weight_decay=0.0, fused=fused)
 
 
+def may_be_fused(trainer: Any) -> bool:
+    """Whether Lightning can do with a fused optimizer what a run asks for.
+
+    It takes each for one that unscales gradients by itself, and refuses to clip for it under mixed
+    precision, with a gradient scaler or, in bfloat16, without.
+    """
+    clips_in_bfloat16 = trainer.precision == "bf16-mixed" and bool(trainer.gradient_clip_val)
+    return trainer.precision != "16-mixed" and not clips_in_bfloat16
+
+
 def find_optimizers(configured: Any) -> list[Optimizer]:
     """The optimizers in whatever `configure_optimizers` returned."""
     if isinstance(configured, Optimizer):

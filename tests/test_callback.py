@@ -271,6 +271,15 @@ def test_supplied_optimizer_is_fused_adamw(tmp_path: Path) -> None:
     assert optimizer.defaults["lr"] == 3e-3
 
 
+def test_supplied_optimizer_in_mixed_precision(tmp_path: Path) -> None:
+    """Lightning would not clip the gradients of a fused one."""
+    for clip in (None, 0.1):
+        options = {"precision": "bf16-mixed", "gradient_clip_val": clip}
+        trainer = run(tmp_path, LoraCallback(**OPTIONS), max_steps=1, **options)
+        trainer.fit(NetWithoutOptimizer(), Data())
+        assert bool(trainer.optimizers[0].defaults["fused"]) == (clip is None)
+
+
 def test_lora_dropout_acts_even_where_the_base_came_in_eval_mode(tmp_path: Path) -> None:
     module = Net()
     module.eval()

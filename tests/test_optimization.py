@@ -114,6 +114,14 @@ def test_max_steps_ends_the_curve(tmp_path: Path) -> None:
     assert task.rates == pytest.approx(curve("linear", 2, 7))
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+def test_gradients_are_clipped_in_any_precision(tmp_path: Path, precision: Any) -> None:
+    task = Task()
+    run(tmp_path, max_steps=2, precision=precision, gradient_clip_val=0.1).fit(task, loader())
+    norms = torch.stack([p.grad.norm() for p in task.parameters() if p.grad is not None])
+    assert norms.norm().item() == pytest.approx(0.1, rel=0.01)
+
+
 # -- resume ----------------------------------------------------------------------------------------
 
 

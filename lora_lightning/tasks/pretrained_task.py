@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lora_lightning.callbacks.training_progress import TrainingProgress
 from lora_lightning.errors import ConfigError, first_few
 from lora_lightning.hosts.base import adapter_owners
+from lora_lightning.optim import may_be_fused
 from lora_lightning.tasks.model_options import (
     Dtype,
     ModelOptions,
@@ -175,9 +176,7 @@ class PretrainedTask(TokenMean):
         return [{"params": trainable, "lr": self.learning_rate}]
 
     def _can_fuse(self) -> bool:
-        # Lightning cannot clip gradients under a gradient scaler with a fused optimizer.
-        scaled = self.trainer.precision == "16-mixed"
-        return self.device.type in ("cpu", "cuda", "mps") and not scaled
+        return self.device.type in ("cpu", "cuda", "mps") and may_be_fused(self.trainer)
 
 
 def _frozen_for_good(module: nn.Module, names: set[str]) -> set[str]:

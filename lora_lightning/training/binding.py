@@ -26,6 +26,7 @@ from lora_lightning.optim import (
     default_optimizer,
     find_optimizers,
     frozen_left_out,
+    may_be_fused,
 )
 from lora_lightning.switching import adapter_names, set_trainable
 
@@ -184,9 +185,7 @@ def configure_optimizers(self: LightningModule) -> Any:
             configured = _original(self, "configure_optimizers")()
     optimizers = find_optimizers(configured)
     if not optimizers:
-        # Lightning cannot clip gradients under a gradient scaler with a fused optimizer.
-        fused = self.trainer.precision != "16-mixed"
-        return default_optimizer(self, callbacks[0].lr, fused)
+        return default_optimizer(self, callbacks[0].lr, may_be_fused(self.trainer))
     cover_trainable(optimizers, self, meant_for)
     return configured
 
