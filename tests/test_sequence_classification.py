@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 from lightning.pytorch import Trainer, seed_everything
+from processes import on_processes
 from tiny_bert import save_tiny_bert
 from tiny_lm import tiny_llama
 from torch import nn
@@ -408,3 +409,46 @@ def test_a_decoder_finds_the_end_of_padded_texts(tmp_path, file, other):
     alone = trainer_in(tmp_path).predict(module, data_of(file, batch_size=1))
     found, wanted = (torch.cat([b["probabilities"] for b in batches]) for batches in (whole, alone))
     torch.testing.assert_close(found, wanted)
+
+
+class Unfilled(TextClassificationDataModule):
+    """The broken twin: Lightning shares out, and repeats a row where they do not go round."""
+
+    def order(self, lengths, *, shuffle, group):
+        return None
+
+
+def trained_and_validated(folder, model, path, devices, kind=TextClassificationDataModule):
+    """Metrics before and after training, and what has been trained."""
+    seed_everything(0, verbose=False)
+    module = SequenceClassification(model, learning_rate=1e-3)
+    data = kind(path, val=path, batch_size=8 // devices, max_length=16)
+    options = {"devices": devices, "strategy": "ddp"} if devices > 1 else {}
+    trainer = trainer_in(folder, max_epochs=2, **options)
+    before = trainer.validate(module, data, verbose=False)[0]
+    module.network.eval()  # dropout would draw for each process anew
+    trainer.fit(module, data)
+    after = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    return before, after, module.network.classifier.weight.detach().clone()
+
+
+@pytest.mark.slow
+def test_two_processes_do_what_one_does(tmp_path, model):
+    """Of 21 texts one process has 11 and the other 10: none counts twice, in loss and metrics."""
+    path = tmp_path / "odd.jsonl"
+    rows = [
+        {"text": " ".join(["film", *["very"] * (n % 5), *words]), "label": label}
+        for label, words in WORDS.items()
+        for n in range(7)
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    before, after, weight = trained_and_validated(tmp_path, model, str(path), 1)
+    both = on_processes(2, trained_and_validated, str(tmp_path), model, str(path), 2)
+    for found in both:
+        assert found[0] == pytest.approx(before, rel=1e-5)
+        names = ("train_loss", "val_loss", "val_accuracy", "val_f1")
+        assert [found[1][n] for n in names] == pytest.approx([after[n] for n in names], rel=1e-4)
+        assert (found[2] - weight).norm() < 1e-4 * weight.norm()
+    twin = on_processes(2, trained_and_validated, str(tmp_path), model, str(path), 2, Unfilled)
+    assert twin[0][0] != pytest.approx(before, rel=1e-3)
+    assert (twin[0][2] - weight).norm() > 1e-3 * weight.norm()

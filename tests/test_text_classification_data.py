@@ -7,8 +7,8 @@ from lightning.pytorch import seed_everything
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from tiny_bert import save_tiny_bert
 
+from lora_lightning.data.epoch_sampler import length_grouped
 from lora_lightning.data.records import Record
-from lora_lightning.data.sampler import LengthGroupedSampler
 from lora_lightning.data.split import normalised, split_records
 from lora_lightning.data.text_classification import TextClassificationDataModule
 from lora_lightning.errors import ConfigError, LoraError, ModelError, RecordError
@@ -90,10 +90,11 @@ def test_batches_are_padded_to_their_longest_text(model, write):
 
 
 def test_shuffling_follows_the_global_seed(model, write):
-    data = data_of(model, "fit", train=write("a.jsonl", MANY))
+    path = write("a.jsonl", MANY)
     orders = []
     for seed in (1, 1, 2):
         seed_everything(seed, verbose=False)
+        data = data_of(model, "fit", train=path)
         orders.append(torch.cat([batch["labels"] for batch in data.train_dataloader()]).tolist())
     assert orders[0] == orders[1] != orders[2]
 
@@ -107,11 +108,9 @@ def padded(lengths, order, batch_size):
 def test_texts_of_equal_length_share_a_batch():
     seed_everything(0, verbose=False)
     lengths = torch.randint(5, 65, (1003,)).tolist()
-    sampler = LengthGroupedSampler(lengths, batch_size=16)
-    order = list(sampler)
-    assert len(sampler) == 1003
+    order = length_grouped(lengths, batch_size=16)
     assert sorted(order) == list(range(1003))
-    assert order != list(sampler)
+    assert order != length_grouped(lengths, batch_size=16)
     assert padded(lengths, order, 16) < 1.1 * sum(lengths)
     assert padded(lengths, torch.randperm(1003).tolist(), 16) > 1.6 * sum(lengths)
 
@@ -119,7 +118,7 @@ def test_texts_of_equal_length_share_a_batch():
 def test_an_epoch_is_not_ordered_by_length():
     seed_everything(0, verbose=False)
     lengths = torch.randint(5, 65, (1600,)).tolist()
-    order = list(LengthGroupedSampler(lengths, batch_size=16))
+    order = length_grouped(lengths, batch_size=16)
     halves = [sum(lengths[index] for index in half) for half in (order[:800], order[800:])]
     assert halves[0] == pytest.approx(halves[1], rel=0.2)
 

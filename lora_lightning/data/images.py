@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from lora_lightning.data.augmentation import Augmentation
 from lora_lightning.data.image_record import ImageRecord, load_image
@@ -112,30 +112,9 @@ class ImageDataModule(LabelledDataModule):
             self.augmentation if split == "train" else None,
         )
 
-    def train_dataloader(self) -> DataLoader[Example]:
-        """Training batches in random order."""
-        return self._loader(self.prepared("train"), shuffle=True)
-
-    def val_dataloader(self) -> DataLoader[Example]:
-        """Validation batches."""
-        return self._loader(self.prepared("val"))
-
-    def test_dataloader(self) -> DataLoader[Example]:
-        """Test batches."""
-        return self._loader(self.prepared("test"))
-
-    def predict_dataloader(self) -> DataLoader[Example]:
-        """Batches without labels, in order."""
-        return self._loader(self.prepared("predict"))
-
-    def _loader(self, images: Dataset[Example], shuffle: bool = False) -> DataLoader[Example]:
-        return DataLoader(
-            images,
-            batch_size=self.batch_size,
-            shuffle=shuffle,
-            num_workers=self.num_workers,
-            collate_fn=collate_images,
-        )
+    def collator(self) -> Any:
+        """What makes a batch of images of one size."""
+        return collate_images
 
 
 class ImageDataset(Dataset[Example]):

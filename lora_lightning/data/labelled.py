@@ -6,6 +6,9 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any, ClassVar
 
+from torch.utils.data import DataLoader, Dataset
+
+from lora_lightning.data.samples import IGNORED
 from lora_lightning.data.splits import SplitDataModule
 from lora_lightning.errors import ConfigError, RecordError, did_you_mean, first_few
 
@@ -92,6 +95,44 @@ class LabelledDataModule(SplitDataModule):
                 )
         return [index[label] for label in labels]
 
+    def lengths(self, examples: Any) -> list[int]:
+        """How long each example is; by default all are alike."""
+        return [1] * len(examples)
+
+    def collator(self) -> Any:
+        """What makes a batch of examples."""
+        raise NotImplementedError
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Training batches in a random order; examples of about equal length share a batch."""
+        return self._loader("train", shuffle=True)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Validation batches, by length."""
+        return self._loader("val")
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Test batches, by length."""
+        return self._loader("test")
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """Batches without labels, in the order of the data."""
+        return self._batches(self.prepared("predict"))
+
+    def _loader(self, split: str, *, shuffle: bool = False) -> DataLoader[Any]:
+        examples = self.prepared(split)
+        order = self.order(self.lengths(examples), shuffle=shuffle, group=True)
+        return self._batches(Labelled(examples), order)
+
+    def _batches(self, examples: Any, sampler: Any = None) -> DataLoader[Any]:
+        return DataLoader(
+            examples,
+            batch_size=self.batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            collate_fn=self.collator(),
+        )
+
     @cached_property
     def _class_index(self) -> dict[str, int]:
         names = self.label_names
@@ -110,3 +151,26 @@ class LabelledDataModule(SplitDataModule):
                 "(data.label_column)"
             )
         return labels
+
+
+class Labelled(Dataset[Any]):
+    """Labelled examples, and one past the end the first without its label.
+
+    It fills up what processes share out, so that all have equally many, and counts for nothing.
+
+    Args:
+        examples: With class ids as `labels`, one or a list.
+    """
+
+    def __init__(self, examples: Any) -> None:
+        self.examples = examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> Any:
+        if index < len(self):
+            return self.examples[index]
+        labels = self.examples[0]["labels"]
+        unlabelled = [IGNORED] * len(labels) if isinstance(labels, list) else IGNORED
+        return {**self.examples[0], "labels": unlabelled}

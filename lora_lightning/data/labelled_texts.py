@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
-
-from torch.utils.data import DataLoader, Dataset, Sampler
+from typing import Any
 
 from lora_lightning.data.labelled import LabelledDataModule
-from lora_lightning.data.sampler import LengthGroupedSampler
 from lora_lightning.errors import ConfigError
 
 Example = dict[str, Any]
@@ -61,23 +58,9 @@ class LabelledTextDataModule(LabelledDataModule):
 
         return DataCollatorWithPadding(self.tokenizer)
 
-    def train_dataloader(self) -> DataLoader[Example]:
-        """Training batches, in a random order that puts texts of about equal length together."""
-        examples = self.prepared("train")
-        sampler = LengthGroupedSampler([_length(e) for e in examples], self.batch_size)
-        return self._loader(examples, sampler)
-
-    def val_dataloader(self) -> DataLoader[Example]:
-        """Validation batches."""
-        return self._loader(_by_length(self.prepared("val")))
-
-    def test_dataloader(self) -> DataLoader[Example]:
-        """Test batches."""
-        return self._loader(_by_length(self.prepared("test")))
-
-    def predict_dataloader(self) -> DataLoader[Example]:
-        """Batches without labels, in the order of the file."""
-        return self._loader(self.prepared("predict"))
+    def lengths(self, examples: list[Example]) -> list[int]:
+        """Tokens of each text."""
+        return [len(example["input_ids"]) for example in examples]
 
     def _load_tokenizer(self) -> Any:
         tokenizer, name, key = self.load_processor(
@@ -95,23 +78,3 @@ class LabelledTextDataModule(LabelledDataModule):
                 f"{name!r} takes; found {self.max_length}. (data.max_length)"
             )
         return tokenizer
-
-    def _loader(
-        self, examples: list[Example], sampler: Sampler[int] | None = None
-    ) -> DataLoader[Example]:
-        return DataLoader(
-            cast(Dataset[Example], examples),  # a list is a map-style dataset
-            batch_size=self.batch_size,
-            sampler=sampler,
-            num_workers=self.num_workers,
-            collate_fn=self.collator(),
-        )
-
-
-def _length(example: Example) -> int:
-    return len(example["input_ids"])
-
-
-def _by_length(examples: list[Example]) -> list[Example]:
-    """In an order that wastes little on padding; metrics do not depend on it."""
-    return sorted(examples, key=_length)

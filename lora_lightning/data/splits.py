@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from types import MethodType
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningDataModule
 
+from lora_lightning.data.epoch_sampler import EpochSampler
 from lora_lightning.data.split import split_records
 from lora_lightning.errors import ConfigError
 from lora_lightning.tasks.pretrained import load_pretrained
@@ -68,6 +70,7 @@ class SplitDataModule(LightningDataModule):
         self.num_workers = num_workers
         self._records: dict[str, Any] = {}
         self._prepared: dict[str, Any] = {}
+        self._seed: int | None = None  # of the order, once training has begun
 
     def read(self, split: str, path: str) -> Sequence[Any]:
         """The records of one split."""
@@ -115,6 +118,39 @@ class SplitDataModule(LightningDataModule):
             records = self.records(split)
             self._prepared[split] = self.prepare(split, records) if records else []
         return self._prepared[split]
+
+    @property
+    def order_seed(self) -> int:
+        """The seed of the random order, the same on all processes, and in a run that is resumed."""
+        if self._seed is None:
+            seed = torch.initial_seed() % 2**63
+            self._seed = self.trainer.strategy.broadcast(seed) if self.trainer else seed
+        return self._seed
+
+    def order(self, lengths: list[int], *, shuffle: bool, group: bool) -> EpochSampler:
+        """This process's share of the rows, in the order in which they are served.
+
+        Args:
+            lengths: Tokens of each row.
+            shuffle: A random order, another one in each epoch.
+            group: Rows of about equal length share a batch.
+        """
+        seed = self.order_seed if shuffle else 0
+        return EpochSampler(
+            lengths, self.batch_size, shuffle=shuffle, group=group, seed=seed, **self.shares()
+        )
+
+    def shares(self) -> dict[str, int]:
+        """Which of how many processes this is: `rank`, `num_replicas`; nothing of a single one."""
+        return (self.trainer.distributed_sampler_kwargs if self.trainer else None) or {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The seed of the order."""
+        return {} if self._seed is None else {"seed": self._seed}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Have the order of the run that goes on."""
+        self._seed = state_dict["seed"]
 
     def load_processor(self, auto_class: str, name: str | None, key: str) -> tuple[Any, str, str]:
         """A tokenizer or image processor, by default that of the Trainer's LightningModule.

@@ -9,11 +9,10 @@ from itertools import islice
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from lora_lightning.data.epoch_sampler import mixed
+from lora_lightning.data.epoch_sampler import length_grouped, mixed
 from lora_lightning.data.example_store import Tokens
 from lora_lightning.data.packing import best_fit_decreasing
 from lora_lightning.data.row import Row
-from lora_lightning.data.sampler import length_grouped
 from lora_lightning.data.samples import Example
 
 

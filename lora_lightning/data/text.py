@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
@@ -115,7 +114,6 @@ class TextDataModule(SplitDataModule):
         self.shuffle_buffer = shuffle_buffer
         self._encoding: Encoding | None = None
         self._packing_checked = False
-        self._seed: int | None = None  # of the order, once training has begun
 
     # -- what there is -----------------------------------------------------------------------------
 
@@ -218,13 +216,10 @@ class TextDataModule(SplitDataModule):
     def train_dataloader(self) -> Any:
         """Training batches in a random order."""
         rows = self.prepared("train")
-        if self._seed is None:
-            seed = torch.initial_seed() % 2**63
-            self._seed = self.trainer.strategy.broadcast(seed) if self.trainer else seed
         if self.streaming:
-            rows.seed, sampler = self._seed, None
+            rows.seed, sampler = self.order_seed, None
         else:
-            sampler = self._sampler(rows, shuffle=True, seed=self._seed)
+            sampler = self._sampler(rows, shuffle=True)
         try:
             from lora_lightning.data.text_loader import TextLoader
         except ImportError as error:
@@ -258,15 +253,8 @@ class TextDataModule(SplitDataModule):
             collate_fn=PadPrompts(self._pad_id, left=not self.encoding.encoder_decoder),
         )
 
-    def _sampler(self, rows: BatchRows, *, shuffle: bool, seed: int = 0) -> EpochSampler:
-        group = not self.packing
-        shares = self._shares()
-        return EpochSampler(
-            rows.lengths, self.batch_size, shuffle=shuffle, group=group, seed=seed, **shares
-        )
-
-    def _shares(self) -> dict[str, int]:
-        return (self.trainer.distributed_sampler_kwargs if self.trainer else None) or {}
+    def _sampler(self, rows: BatchRows, *, shuffle: bool) -> EpochSampler:
+        return self.order(rows.lengths, shuffle=shuffle, group=not self.packing)
 
     def _loader(self, rows: Any, sampler: Any, kind: type[DataLoader[Any]] = DataLoader) -> Any:
         return kind(
@@ -306,7 +294,7 @@ class TextDataModule(SplitDataModule):
         list(encode(first, report))
         line = report.line("train", self.encoding.encoder.limit)
         rank_zero_info(f"{line}: of the first {len(first):,} rows; all are read while training")
-        shares = self._shares()
+        shares = self.shares()
         return TextStream(
             source.rows,
             encode,
@@ -342,11 +330,3 @@ class TextDataModule(SplitDataModule):
             return self.load_processor("AutoConfig", name, "data.tokenizer")[0]
         except ModelError:  # a tokenizer alone
             return None
-
-    def state_dict(self) -> dict[str, Any]:
-        """The seed of the order."""
-        return {} if self._seed is None else {"seed": self._seed}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Have the order of the run that goes on."""
-        self._seed = state_dict["seed"]

@@ -99,15 +99,25 @@ class Classification(PretrainedTask):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Cross-entropy, as the update's mean over its whole window wants it."""
-        return self._step("train", batch)
+        scores, labels = self(batch), batch["labels"]
+        total = self._loss_sum(scores.flatten(0, -2), labels.flatten(), training=True)
+        loss = self.window_loss(total, batch)
+        shown = loss if self._trainer is None else self.window_mean
+        self.log("train_loss", shown.float(), prog_bar=True, batch_size=len(labels))
+        self.measure("train", scores, labels)
+        return loss
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Log loss, accuracy and macro F1."""
-        self._step("val", batch)
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """Log accuracy and macro F1; sum up the loss."""
+        return self._evaluate("val", batch)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Log loss, accuracy and macro F1."""
-        self._step("test", batch)
+        """Log accuracy and macro F1; sum up the loss."""
+        self._evaluate("test", batch)
+
+    def log_means(self, stage: str, total: Tensor, weight: Tensor, *others: Tensor) -> None:
+        """Log the mean loss."""
+        self.log(f"{stage}_loss", (total / weight).float(), prog_bar=stage == "val")
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """The most probable class name of each row, and the probabilities of all classes."""
@@ -119,26 +129,11 @@ class Classification(PretrainedTask):
         assert self.label_names is not None, "configure_model sets the names"
         return [self.label_names[index] for index in probabilities.argmax(dim=-1).tolist()]
 
-    def _step(self, stage: str, batch: Batch) -> Tensor:
+    def _evaluate(self, stage: str, batch: Batch) -> dict[str, Tensor]:
         scores, labels = self(batch), batch["labels"]
-        training, shown = stage == "train", stage != "test"
-        total = self._loss_sum(scores.flatten(0, -2), labels.flatten(), training)
-        if training:
-            loss = self.window_loss(total, batch)
-            size, shown_loss = len(labels), loss if self._trainer is None else self.window_mean
-        else:
-            # Lightning weights the mean of an epoch by the size, over all processes.
-            size = int(self._weight_of(labels.flatten(), training))
-            loss = shown_loss = total / max(size, 1)
-        self.log(
-            f"{stage}_loss",
-            shown_loss.float(),
-            prog_bar=shown,
-            batch_size=size,
-            sync_dist=not training,
-        )
         self.measure(stage, scores, labels)
-        return loss
+        total = self._loss_sum(scores.flatten(0, -2), labels.flatten(), training=False)
+        return self.add_up(total, self._weight_of(labels.flatten(), training=False))
 
     def measure(self, stage: str, scores: Tensor, labels: Tensor) -> None:
         """Log what is said of scores (..., classes) and labels (...) beside the loss."""

@@ -13,7 +13,6 @@ from lora_lightning.sharding import is_sharded
 from lora_lightning.tasks.lm_loss import LMLoss, TokenLoss
 from lora_lightning.tasks.pretrained import load_pretrained
 from lora_lightning.tasks.pretrained_task import Batch, PretrainedTask
-from lora_lightning.tasks.token_mean import widest
 
 
 class LanguageModel(PretrainedTask):
@@ -44,9 +43,6 @@ class LanguageModel(PretrainedTask):
         # Tokens that this process has been trained on in this run, padding left out.
         self.tokens_seen = 0
         self.lm_loss = LMLoss()
-        # Of what is evaluated: loss, tokens, guessed tokens. No torchmetrics, which a module in
-        # bfloat16 takes along: sums are float64.
-        self._sums = torch.zeros(3, dtype=torch.float64)
         self._tokenizer: Any = None
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
@@ -100,49 +96,26 @@ class LanguageModel(PretrainedTask):
         return batch["input_ids"].numel() if mask is None else int(mask.sum())
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        """Sum up the loss and the guessed tokens.
-
-        Returns:
-            `loss`, the mean of this batch, and `weight`, its number of tokens: by them
-            `compare_with_base` knows how much batches differ.
-        """
+        """Sum up the loss and the guessed tokens."""
         return self._evaluate(batch)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Sum up the loss and the guessed tokens."""
         self._evaluate(batch)
 
-    def on_validation_epoch_start(self) -> None:
-        """Begin to sum up."""
-        self._sums = torch.zeros_like(self._sums)
-
-    def on_test_epoch_start(self) -> None:
-        """Begin to sum up."""
-        self._sums = torch.zeros_like(self._sums)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log loss, perplexity and accuracy: means over all tokens of all batches and processes."""
-        self._log_means("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Log loss, perplexity and accuracy: means over all tokens of all batches and processes."""
-        self._log_means("test")
-
     @torch.no_grad()
     def _evaluate(self, batch: Batch) -> dict[str, Tensor]:
         found = self.token_loss(batch)
         assert found.correct is not None, "evaluation computes no gradients"
-        values = torch.stack([found.total, self.batch_weight(batch), found.correct])
-        self._sums = self._sums.to(device=values.device, dtype=widest(values)) + values
-        total, weight, _ = values
-        return {"loss": total / weight.clamp(min=1), "weight": weight}
+        return self.add_up(found.total, self.batch_weight(batch), found.correct)
 
-    def _log_means(self, stage: str) -> None:
-        total, tokens, correct = self.sum_over_processes(self._sums)
-        loss, shown = total / tokens, stage == "val"
+    def log_means(self, stage: str, total: Tensor, weight: Tensor, *others: Tensor) -> None:
+        """Log loss, perplexity and accuracy: means over all learned tokens."""
+        (correct,) = others
+        loss, shown = total / weight, stage == "val"
         self.log(f"{stage}_loss", loss.float(), prog_bar=shown)
         self.log(f"{stage}_perplexity", loss.exp().float(), prog_bar=shown)
-        self.log(f"{stage}_accuracy", (correct / tokens).float())
+        self.log(f"{stage}_accuracy", (correct / weight).float())
 
     # -- generation --------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from lora_lightning.callbacks.training_progress import TrainingProgress
 from lora_lightning.errors import ConfigError, first_few
 from lora_lightning.hosts.base import adapter_owners
 from lora_lightning.optim import may_be_fused
+from lora_lightning.tasks.evaluation import Evaluation
 from lora_lightning.tasks.model_options import (
     Dtype,
     ModelOptions,
@@ -30,13 +31,12 @@ from lora_lightning.tasks.optimization import (
     is_trial,
 )
 from lora_lightning.tasks.sharding import data_parallel_mesh
-from lora_lightning.tasks.token_mean import TokenMean
 from lora_lightning.training.binding import callbacks_of
 
 Batch = dict[str, Tensor]
 
 
-class PretrainedTask(TokenMean):
+class PretrainedTask(Evaluation):
     """A pretrained network of Hugging Face transformers as a LightningModule.
 
     The network is loaded in `configure_model`, and is the attribute `network`.
