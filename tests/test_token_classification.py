@@ -250,7 +250,7 @@ def sgd_update(folder, model, path, batch_size, accumulate, kind=TokenClassifica
 
     module = Sgd(model)
     data = data_of(path, batch_size=batch_size)
-    data.train_dataloader = lambda: data._loader(data.prepared("train"))  # in order
+    data.train_dataloader = lambda: data._loader("train")  # in order of length
     options = {"accumulate_grad_batches": accumulate, "max_steps": 1, "limit_val_batches": 0}
     start = {}
 
