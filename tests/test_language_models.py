@@ -331,3 +331,32 @@ def test_stop_strings_end_a_text(llama: str) -> None:
     [stopped] = module.generate(prompt)
     assert len(stopped) < len(text)
     assert text.startswith(stopped)
+
+
+@pytest.mark.parametrize("kind", ["GPT2", "OPT", "Llama"])
+def test_a_text_ends_where_a_table_of_positions_does(tmp_path: Path, kind: str) -> None:
+    """And not with an index out of range, or an assertion on the GPU."""
+    import transformers as hf
+
+    tiny_tokenizer().save_pretrained(tmp_path)
+    sizes = {"vocab_size": 640, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    own = {"OPT": {"ffn_dim": 32, "word_embed_proj_dim": 32}, "Llama": {"intermediate_size": 32}}
+    ids = {"pad_token_id": 1, "bos_token_id": None, "eos_token_id": None}
+    options = {"max_position_embeddings": 16, **sizes, **ids, **own.get(kind, {})}
+    config = getattr(hf, f"{kind}Config")(**options)
+    hf.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+
+    class Watched(CausalLM):
+        def written(self, generated: Tensor, input_ids: Tensor) -> Tensor:
+            lengths.append(generated.shape[1])
+            return super().written(generated, input_ids)
+
+    lengths: list[int] = []
+    module = Watched(str(tmp_path), max_new_tokens=20)
+    module.configure_model()
+    for length in (1, 9, 16):
+        module.generate(torch.full((2, length), 7))
+    assert lengths == ([21, 29, 36] if kind == "Llama" else [17, 17, 17])
+    if kind != "Llama":
+        with pytest.raises(RecordError, match=r"17 tokens, and the model has no more than 16 pos"):
+            module.generate(torch.full((2, 17), 7))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_lightning.data.samples import IGNORED
 from lora_lightning.errors import ConfigError, RecordError, did_you_mean
@@ -22,7 +23,8 @@ class LanguageModel(PretrainedTask):
         model: Hub id, local folder, or `package:import_name/sub/folder` (an installed package's).
         learning_rate: Learning rate at its peak. The default suits LoRA; full fine-tuning wants
             about a tenth of it.
-        max_new_tokens: Most tokens that are generated for a prompt when predicting.
+        max_new_tokens: Most tokens that are generated for a prompt when predicting; fewer where the
+            network's table of positions (GPT-2, OPT, BART) ends before.
         generation: Further options of transformers' `generate`, such as
             `{do_sample: true, temperature: 0.7}`. Default: what the model's files say.
         **options: Those of every task.
@@ -140,21 +142,29 @@ class LanguageModel(PretrainedTask):
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[str]:
         """The text that the model writes for each prompt, padded on either side.
 
+        Outside of a Trainer call `eval()` before: in train mode dropout acts.
+
         Args:
             input_ids: (B, T).
             attention_mask: (B, T), 0 where there is padding.
+
+        Raises:
+            RecordError: If a prompt is longer than the network's table of positions.
         """
         network: Any = self.network
+        assert network is not None, "configure_model builds the network"
         tokenizer = self.tokenizer
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         # Processes that share the weights out gather them until the last has written its texts.
         together = any(is_sharded(p) for p in network.parameters())
+        options = {"max_new_tokens": self.max_new_tokens, "pad_token_id": pad, **self.generation}
+        room = _room(network, input_ids.shape[1])
         ids = network.generate(
             **self.prompts(input_ids, mask),
             synced_gpus=together,
             tokenizer=tokenizer,  # reads `stop_strings`
-            **{"max_new_tokens": self.max_new_tokens, "pad_token_id": pad, **self.generation},
+            **{**options, "max_new_tokens": min(options["max_new_tokens"], room)},
         )
         return tokenizer.batch_decode(self.written(ids, input_ids), skip_special_tokens=True)
 
@@ -165,6 +175,23 @@ class LanguageModel(PretrainedTask):
     def written(self, generated: Tensor, input_ids: Tensor) -> Tensor:
         """What of the generated ids (B, L) is not the prompt."""
         return generated
+
+
+def _room(network: Any, length: int) -> float:
+    """How many tokens there are positions for after a prompt of this length."""
+    config = network.config.get_text_config(decoder=True)
+    limit = getattr(config, "max_position_embeddings", None)
+    tables = {m.num_embeddings for m in network.modules() if isinstance(m, nn.Embedding)}
+    # OPT and BART have two rows more than positions. Rotary positions have no table, and no end.
+    if not isinstance(limit, int) or tables.isdisjoint((limit, limit + 2)):
+        return math.inf
+    if length > limit:
+        raise RecordError(
+            f"a prompt has {length:,} tokens, and the model has no more than {limit:,} positions "
+            "(max_position_embeddings in its config.json). Shorten it. (data.predict)"
+        )
+    # The last token that is written is not read.
+    return limit if network.config.is_encoder_decoder else limit - length + 1
 
 
 def _check_generation(generation: dict[str, Any], max_new_tokens: int) -> None:
