@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -145,6 +145,19 @@ def test_what_a_checkpoint_monitors_decides(tmp_path: Path) -> None:
     assert compared.mode == "max"
     assert compared.helped
     assert compared.verdict.startswith("the adapter raises val_accuracy by ")
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        (["f1", "val_loss", "b_loss"], ("val_loss", "min")),
+        (["val_wer"], ("val_wer", "min")),
+        (["answer_accuracy"], ("answer_accuracy", "max")),  # its letters hold "wer"
+        (["exact"], ("exact", None)),
+    ],
+)
+def test_the_metric_that_decides(names: list[str], found: Any) -> None:
+    assert comparison._headline(Trainer(logger=False, enable_checkpointing=False), names) == found
 
 
 def test_an_error_leaves_the_adapter_on(tmp_path: Path) -> None:

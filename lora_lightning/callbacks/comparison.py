@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -23,7 +24,9 @@ from lora_lightning.rng import random_state, seed_all, set_random_state
 from lora_lightning.switching import adapter_names, disable_adapter
 from lora_lightning.training.binding import callbacks_of
 
-_SMALLER_IS_BETTER = ("loss", "perplexity", "error", "nll", "mse", "mae", "wer")
+# Word error rate as a word: "answer_accuracy" has its letters, too.
+_SMALLER_IS_BETTER = re.compile(r"loss|perplexity|error|nll|mse|mae|(?<![a-z])wer(?![a-z])")
+_LARGER_IS_BETTER = re.compile(r"acc|f1|auc|bleu|rouge")
 
 
 @dataclass(frozen=True)
@@ -279,9 +282,9 @@ def _headline(trainer: Any, names: list[str]) -> tuple[str, str | None]:
             return callback.monitor, callback.mode
     losses = [name for name in names if "loss" in name]
     chosen = "val_loss" if "val_loss" in names else (losses or names)[0]
-    small = any(word in chosen.lower() for word in _SMALLER_IS_BETTER)
-    large = any(word in chosen.lower() for word in ("acc", "f1", "auc", "bleu", "rouge"))
-    return chosen, "min" if small else "max" if large else None
+    if _SMALLER_IS_BETTER.search(chosen.lower()):
+        return chosen, "min"
+    return chosen, "max" if _LARGER_IS_BETTER.search(chosen.lower()) else None
 
 
 def _noise(base: list[tuple[float, float]], tuned: list[tuple[float, float]]) -> float | None:
