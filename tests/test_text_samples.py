@@ -286,7 +286,11 @@ class Nameless(Talker):
             r"Nameless has no `model_name` to take it from, so name one\. \(tokenizer\)",
         ),
         (Talker, {"generation": {"temprature": 1}}, r"Did you mean 'temperature'\? \(generation\)"),
-        (Talker, {"generation": {"max_length": 9}}, r"'max_length' is no option for samples\."),
+        (
+            Talker,
+            {"generation": {"max_length": 9}},
+            r"'max_length' cannot be had: .* \(generation\)",
+        ),
         (Talker, {"prompts": ["a " * 600]}, r"tokens, and with max_new_tokens=60 more the model"),
     ],
 )

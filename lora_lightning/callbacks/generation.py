@@ -11,13 +11,14 @@ from lightning.pytorch import LightningModule
 from torch import nn
 
 from lora_lightning.compiled import plain_name
-from lora_lightning.errors import ConfigError, did_you_mean, first_few
+from lora_lightning.errors import ConfigError, first_few
 from lora_lightning.hosts.base import walk
 from lora_lightning.rng import random_state, seed_all, set_random_state
 from lora_lightning.sharding import is_sharded
+from lora_lightning.tasks.generation_options import check_generation_options
 
-# What changes the form of what `generate` returns.
-_OTHER_FORM = {"return_dict_in_generate", "num_return_sequences", "max_new_tokens", "max_length"}
+# Generation options that return more than one text, or something else, or are options of their own.
+_REFUSED = ("return_dict_in_generate", "num_return_sequences", "max_new_tokens", "max_length")
 
 
 class TextGenerator:
@@ -36,7 +37,7 @@ class TextGenerator:
     def __init__(
         self, network: Any, tokenizer: Any, max_new_tokens: int, options: Mapping[str, Any]
     ) -> None:
-        _check_options(options)
+        check_generation_options(options, _REFUSED, "generation")
         self.network = network
         self.tokenizer = tokenizer
         self.max_new_tokens = max_new_tokens
@@ -149,16 +150,3 @@ def _holds(outer: nn.Module, inner: nn.Module) -> bool:
 def _set_modes(modes: list[tuple[nn.Module, bool]]) -> None:
     for part, training in modes:
         part.training = training
-
-
-def _check_options(options: Mapping[str, Any]) -> None:
-    from transformers import GenerationConfig
-
-    known = [name for name in GenerationConfig().to_dict() if not name.startswith("_")]
-    for name in options:
-        if name in _OTHER_FORM:
-            raise ConfigError(f"{name!r} is no option for samples. (generation)")
-        if name not in known:
-            near = did_you_mean(name, known)
-            hint = f" Did you mean {near!r}?" if near else ""
-            raise ConfigError(f"generate has no option {name!r}.{hint} (generation)")

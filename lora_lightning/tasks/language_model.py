@@ -9,11 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.data.samples import IGNORED
-from lora_lightning.errors import ConfigError, RecordError, did_you_mean
+from lora_lightning.errors import ConfigError, RecordError
 from lora_lightning.sharding import is_sharded
+from lora_lightning.tasks.generation_options import check_generation_options
 from lora_lightning.tasks.lm_loss import LMLoss, TokenLoss
 from lora_lightning.tasks.pretrained import load_pretrained
 from lora_lightning.tasks.pretrained_task import Batch, PretrainedTask
+
+# Generation options that return something else than texts, or have no effect.
+_REFUSED = ("return_dict_in_generate", "max_length")
 
 
 class LanguageModel(PretrainedTask):
@@ -39,7 +43,11 @@ class LanguageModel(PretrainedTask):
         **options: Any,
     ) -> None:
         super().__init__(model, learning_rate=learning_rate, **options)
-        _check_generation(generation or {}, max_new_tokens)
+        if max_new_tokens < 1:
+            raise ConfigError(
+                f"max_new_tokens must be at least 1, found {max_new_tokens}. (model.max_new_tokens)"
+            )
+        check_generation_options(generation or {}, _REFUSED, "model.generation")
         self.max_new_tokens = max_new_tokens
         self.generation = generation or {}
         # Tokens that this process has been trained on in this run, padding left out.
@@ -192,28 +200,3 @@ def _room(network: Any, length: int) -> float:
         )
     # The last token that is written is not read.
     return limit if network.config.is_encoder_decoder else limit - length + 1
-
-
-def _check_generation(generation: dict[str, Any], max_new_tokens: int) -> None:
-    if max_new_tokens < 1:
-        raise ConfigError(
-            f"max_new_tokens must be at least 1, found {max_new_tokens}. (model.max_new_tokens)"
-        )
-    if not generation:
-        return
-    from transformers import GenerationConfig
-
-    known = vars(GenerationConfig())
-    for name in generation:
-        if name in ("return_dict_in_generate", "max_length"):
-            raise ConfigError(
-                f"generation: {name!r} has no place here: texts are what is returned, and "
-                f"max_new_tokens says how long they may be. (model.generation.{name})"
-            )
-        if name not in known or name.startswith("_"):
-            near = did_you_mean(name, known)
-            hint = f" Did you mean {near!r}?" if near else ""
-            raise ConfigError(
-                f"generation: transformers' generate has no option {name!r}.{hint} "
-                f"(model.generation.{name})"
-            )
