@@ -327,3 +327,16 @@ def test_decay_acts_in_training(tmp_path: Path) -> None:
         matrix = name in ("network.0.weight", "network.2.weight")
         factor = math.pow(1 - 0.1 * 0.5, 2) if matrix else 1.0
         assert torch.allclose(parameter, before[name] * factor), name
+
+
+@pytest.mark.parametrize(("saved", "asked"), [(0.0, 0.1), (0.2, 0.1), (0.1, 0.0)])
+def test_a_resumed_run_keeps_its_weight_decay(tmp_path: Path, saved: float, asked: float) -> None:
+    first = run(tmp_path, max_epochs=1)
+    first.fit(Task(weight_decay=saved), loader())
+    first.save_checkpoint(tmp_path / "a.ckpt")
+    again: Any = {"train_dataloaders": loader(), "ckpt_path": tmp_path / "a.ckpt"}
+    text = rf"weight_decay={asked:g} would have .* is {saved:g}\. .* \(model.weight_decay\)"
+    second = run(tmp_path, max_epochs=2)
+    with pytest.raises(ConfigError, match=text):
+        second.fit(Task(weight_decay=asked), **again)
+    run(tmp_path, max_epochs=2).fit(Task(weight_decay=saved), **again)

@@ -170,6 +170,24 @@ class PretrainedTask(Evaluation):
             if isinstance(config.scheduler, Schedule):
                 config.scheduler.begin(count_steps(self.trainer), is_trial(self.trainer))
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the weight decay, which parameters are grouped by."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["weight_decay"] = self.weight_decay
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse to train on with another weight decay: the optimizer goes on with its own."""
+        super().on_load_checkpoint(checkpoint)
+        saved = checkpoint.get("weight_decay", self.weight_decay)  # older checkpoints: not known
+        trains = self._trainer is not None and self.trainer.state.fn == "fit"
+        if trains and saved != self.weight_decay:
+            raise ConfigError(
+                f"weight_decay={self.weight_decay:g} would have no effect: the run goes on with "
+                f"the checkpoint's optimizer, whose weight decay is {saved:g}. Set it to that; or, "
+                "to train these adapters with another, start a new run from them (lora.init_from). "
+                "(model.weight_decay)"
+            )
+
     def parameter_groups(self) -> list[dict[str, Any]]:
         """What is trainable, with its peak learning rate."""
         trainable = [p for p in self.parameters() if p.requires_grad]
