@@ -467,6 +467,13 @@ def test_message(options, kind, sentences):
     assert gradients == [p.requires_grad for p in model.parameters()]
 
 
+def test_advice_for_a_layer_that_is_called_by_a_number():
+    model = nn.ModuleDict({"body": nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 1))})
+    with pytest.raises(RankError, match=r"rank_pattern: \{'body.1': 1\}.*\['body.1'\]"):
+        inject_adapter(model, LoraConfig(r=8))
+    inject_adapter(model, LoraConfig(r=8, rank_pattern={"body.1": 1}))
+
+
 def test_all_linear_without_a_linear():
     with pytest.raises(TargetError) as caught:
         inject_adapter(nn.Sequential(nn.LayerNorm(3), nn.Embedding(4, 3)), LoraConfig())

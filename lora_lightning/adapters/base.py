@@ -108,6 +108,8 @@ class Site:
         r = int(self._by_pattern(config.rank_pattern, config.r))
         if self.check_rank and largest is not None and r > largest:
             last = self.path.rpartition(".")[2]
+            if last.isdigit():  # which YAML reads as a number, and which other modules end in, too
+                last = repr(self.path)
             key = "rank_pattern" if r != config.r else "r"
             raise RankError(
                 f"r={r} is larger than {self.path!r} (weight {tuple(self.shape)}) allows: at most "
