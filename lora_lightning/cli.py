@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import logging
 import os
 import re
 import shlex
 import shutil
 import signal
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,7 @@ from lora_lightning.callback import LoraCallback
 from lora_lightning.callbacks.comparison import compare_with_base
 from lora_lightning.config import AdapterConfig
 from lora_lightning.errors import CheckpointError, ConfigError, LoraError, did_you_mean, first_few
+from lora_lightning.noise import less_noise
 from lora_lightning.report import show
 from lora_lightning.training.checkpoints.files import (
     check_checkpoint_file,
@@ -357,24 +356,12 @@ def _without_ckpt_path(arguments: list[str]) -> list[str]:
     return kept
 
 
-class _LessNoise(logging.Filter):
-    """Drops what Lightning says about hardware that is not there, and its advertisements."""
-
-    NOISE = ("GPU available: False", "TPU available: False", "💡 Tip")
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith(self.NOISE)
-
-
 def main(args: list[str] | None = None) -> None:
     """Entry point of the command `lora-lightning`.
 
     Exit codes: 0 done, 1 error, 2 unknown option, 130 Ctrl-C, 143 SIGTERM (saved before).
     """
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch"):
-        logging.getLogger(name).addFilter(_LessNoise())
-    for text in ("`isinstance", "Checkpoint directory .* exists"):  # said on every run and resume
-        warnings.filterwarnings("ignore", message=text)
+    less_noise()
     sys.path.insert(0, os.getcwd())  # so that `class_path: my_module.MyModel` finds the user's file
     try:
         LoraCLI(args)

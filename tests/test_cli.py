@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import os
 import shutil
 import subprocess
@@ -376,6 +378,19 @@ def test_fast_dev_run_leaves_nothing(cli: Any, folder: Path) -> None:
     assert "LoRA adapter 'default'" in out
     assert "--ckpt_path" not in out  # there is nothing to resume from
     assert not list(folder.rglob("*.ckpt"))
+
+
+def test_messages_of_others(cli: Any, monkeypatch: Any, capfd: Any) -> None:
+    """Lightning's go to the stderr of the moment, which is a live progress bar's; noise nowhere."""
+    logger = logging.getLogger("lightning.pytorch")
+    monkeypatch.setattr(logger, "handlers", [logging.StreamHandler()])  # as without pytest's
+    cli("fit", "--config", "my.yaml", "--trainer.fast_dev_run", "true")
+    monkeypatch.setattr(sys, "stderr", live := io.StringIO())
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").info("`Trainer.fit` stopped")
+    logging.getLogger("torchao").warning("Failed to load _C_mxfp8.so: no GPU")
+    logging.getLogger("torch.utils._pytree").warning("%s is an Enum", "<enum 'KernelPreference'>")
+    assert live.getvalue() == "`Trainer.fit` stopped\n"
+    assert capfd.readouterr().err == ""
 
 
 def test_help_explains_every_option(cli: Any, folder: Path) -> None:
