@@ -24,7 +24,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from lora_lightning import CausalLM, LoraCallback, Seq2SeqLM
 from lora_lightning.compiled import plain_name
 from lora_lightning.data.samples import IGNORED
-from lora_lightning.errors import ConfigError, RecordError
+from lora_lightning.errors import ConfigError, ModelError, RecordError
 from lora_lightning.sharding import whole
 
 LENGTHS = (9, 4, 12, 7, 5, 12, 3, 8)
@@ -283,6 +283,23 @@ def test_a_hopeless_loss_has_a_perplexity(tmp_path: Path, llama: str) -> None:
     )
     assert logged["val_loss"] == 30
     assert logged["val_perplexity"] == pytest.approx(math.exp(30), rel=1e-6)
+
+
+def test_an_encoder_would_copy(tmp_path: Path) -> None:
+    """BERT with a language model's head sees the next token, unless it is said to be a decoder."""
+    from transformers import AutoModelForCausalLM, BertConfig
+
+    sizes: dict[str, Any] = {"vocab_size": 30, "hidden_size": 32, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "intermediate_size": 32}
+    ids = torch.tensor([[5, 6, 7], [5, 6, 8]])
+    for causal in (True, False):
+        network = AutoModelForCausalLM.from_config(BertConfig(**sizes, is_decoder=causal)).eval()
+        first, second = network(ids).logits[:, 0]
+        assert torch.equal(first, second) == causal
+        network.save_pretrained(tmp_path / str(causal))
+    CausalLM(str(tmp_path / "True")).configure_model()
+    with pytest.raises(ModelError, match=r"is an encoder \(BertLMHeadModel\): .*\(model.model\)"):
+        CausalLM(str(tmp_path / "False")).configure_model()
 
 
 # -- generation ------------------------------------------------------------------------------------

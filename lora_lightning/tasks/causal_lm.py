@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lora_lightning.errors import ModelError
 from lora_lightning.tasks.language_model import LanguageModel
 from lora_lightning.tasks.lm_loss import next_tokens
 from lora_lightning.tasks.pretrained_task import Batch
@@ -31,6 +32,22 @@ class CausalLM(LanguageModel):
 
     def __init__(self, model: str, **options: Any) -> None:
         super().__init__(model, **options)
+
+    def configure_model(self) -> None:
+        """Load the network, and refuse one that sees what it is to predict."""
+        super().configure_model()
+        # An encoder such as BERT is loaded with a language model's head, but reads both ways unless
+        # its config says that it is a decoder. transformers only warns of it.
+        from transformers import MODEL_FOR_MASKED_LM_MAPPING
+
+        network: Any = self.network
+        causal = any(getattr(network.config, name, False) for name in ("is_decoder", "causal"))
+        if type(network.config) in MODEL_FOR_MASKED_LM_MAPPING and not causal:
+            raise ModelError(
+                f"{self.model_name!r} is an encoder ({type(network).__name__}): it sees the tokens "
+                "after each, and would learn to copy the next one. Name a decoder, such as a "
+                "Llama; or set `is_decoder: true` in a copy's config.json. (model.model)"
+            )
 
     def targets(self, batch: Batch) -> Tensor:
         """The label after each position; none where another packed sequence begins."""
