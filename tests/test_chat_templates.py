@@ -358,3 +358,10 @@ def test_no_template():
         "default. Name a file with one, or take a model that was trained on chats (often named "
         "-Instruct or -it). (data.chat_template)"
     )
+
+
+def test_half_an_emoji_in_what_only_the_template_reads():
+    template = CHATML.replace("message['content']", "(message.thinking or '') + message['content']")
+    assert f"{WHERE}, as the chat template writes it: character" in refusal(
+        template, [user("Hello"), assistant("x", thinking="\ud83d")]
+    )

@@ -154,3 +154,28 @@ def test_text_that_is_no_json():
     with pytest.raises(RecordError) as error:
         read_messages("user: 2+2?", PLACE)
     assert str(error.value) == (f"{PLACE}: broken JSON in a string, column 1: Expecting value.")
+
+
+@pytest.mark.parametrize(
+    ("calls", "problem"),
+    [
+        (5, "'tool_calls' must be a list of calls, found int 5."),
+        ({"name": "add"}, "'tool_calls' must be a list of calls, found dict {'name': 'add'}."),
+        (["add"], "a tool call must say {"),
+        ([{"function": "add"}], "a tool call must say {"),
+        ([{"function": {"name": 5}}], "a tool call must say {"),
+    ],
+)
+def test_unusable_tool_calls(calls, problem):
+    given = {"role": "assistant", "content": "x", "tool_calls": calls}
+    assert message(ASKED, given).startswith(f"{PLACE}, message 2: {problem}")
+
+
+def test_tool_calls_in_other_spellings():
+    """As JSON in a string, and without the level `function`: templates read both levels."""
+    wrapped = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    assert read({**wrapped, "tool_calls": json.dumps([CALL])}) == [wrapped]
+    flat = {"name": "add", "arguments": '{"a": 2, "b": 2}'}
+    assert read({**wrapped, "tool_calls": [flat]}) == [
+        {**wrapped, "tool_calls": [CALL["function"]]}
+    ]

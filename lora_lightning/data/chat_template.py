@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lora_lightning.data.row import check_characters
 from lora_lightning.data.samples import Chat
 from lora_lightning.errors import ConfigError, RecordError, did_you_mean
 
@@ -49,7 +50,7 @@ class ChatTemplate:
         """
         self._source(chat)
         with _template_errors(chat.where):
-            return self._tokenizer.apply_chat_template(
+            text = self._tokenizer.apply_chat_template(
                 messages,
                 tools=list(chat.tools) or None,
                 chat_template=self._template,
@@ -57,6 +58,8 @@ class ChatTemplate:
                 tokenize=False,
                 **self._options,
             )
+        check_characters(text, f"{chat.where}, as the chat template writes it")
+        return text
 
     def render_blocks(self, chat: Chat, messages: list[Message]) -> tuple[str, list[Span]]:
         """`messages` as text, and where in it are `{% generation %}` blocks."""
@@ -72,6 +75,7 @@ class ChatTemplate:
                 **{**self._tokenizer.special_tokens_map, **self._options},
             )
         texts, blocks = rendered
+        check_characters(texts[0], f"{chat.where}, as the chat template writes it")
         return texts[0], [(start, end) for start, end in blocks[0] if start < end]
 
     def _source(self, chat: Chat) -> str:

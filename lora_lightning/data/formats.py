@@ -20,13 +20,11 @@ from torch.utils.data import get_worker_info
 
 from lora_lightning.data.messages import (
     Message,
-    check_characters,
-    described,
     read_messages,
     read_tools,
     without_weight,
 )
-from lora_lightning.data.row import Row
+from lora_lightning.data.row import Row, check_characters, described
 from lora_lightning.data.samples import Chat, Document, PromptCompletion, Sample
 from lora_lightning.errors import ConfigError, RecordError, did_you_mean, first_few
 

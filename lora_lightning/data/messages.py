@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from lora_lightning.data.row import check_characters, described
 from lora_lightning.errors import RecordError, did_you_mean
 
 Message = dict[str, Any]
@@ -63,22 +64,6 @@ def without_weight(message: Message) -> Message:
     return {key: value for key, value in message.items() if key != "weight"}
 
 
-def check_characters(text: str, place: str) -> None:
-    """Refuse half an emoji: JSON can write it, and no tokenizer reads it."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise RecordError(
-            f"{place}: character {error.start + 1} is {text[error.start]!a}, half of a surrogate "
-            "pair. Remove it or restore the character."
-        ) from error
-
-
-def described(value: Any) -> str:
-    """The type of `value` and how it begins, for error messages."""
-    return f"{type(value).__name__} {value!r:.40}"
-
-
 def _message(message: Any, place: str) -> Message:
     if not isinstance(message, dict):
         raise RecordError(f"{place}: must be an object, found {described(message)}.")
@@ -90,7 +75,7 @@ def _message(message: Any, place: str) -> Message:
         message = _called(message, place)
     message["role"] = _role(message, place)
     if calls := message.get("tool_calls"):
-        message["tool_calls"] = [_tool_call(call, place) for call in calls]
+        message["tool_calls"] = _tool_calls(calls, place)
     message["content"] = _content(message, place)
     if (weight := message.get("weight", 1)) not in (0, 1):
         raise RecordError(
@@ -153,13 +138,28 @@ def _text_of_part(part: Any, place: str) -> str:
     )
 
 
+def _tool_calls(value: Any, place: str) -> list[Any]:
+    calls = _parsed(value, place)
+    if not isinstance(calls, list):
+        raise RecordError(
+            f"{place}: 'tool_calls' must be a list of calls, found {described(value)}."
+        )
+    return [_tool_call(call, place) for call in calls]
+
+
 def _tool_call(call: Any, place: str) -> Any:
     """OpenAI's files write arguments as JSON in a string; templates write JSON themselves."""
-    function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise RecordError(
+            f'{place}: a tool call must say {{"function": {{"name": ..., "arguments": ...}}}}, '
+            f"found {described(call)}."
+        )
+    if not isinstance(function.get("arguments"), str):
         return call
     arguments = _parsed(function["arguments"], f"{place}, arguments of a tool call")
-    return {**call, "function": {**function, "arguments": arguments}}
+    function = {**function, "arguments": arguments}
+    return {**call, "function": function} if "function" in call else function
 
 
 def _parsed(value: Any, place: str) -> Any:

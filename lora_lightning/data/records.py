@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from lora_lightning.data.row import check_characters, described
 from lora_lightning.data.rows import read_rows
 from lora_lightning.errors import RecordError
 
@@ -52,7 +53,8 @@ def read_records(
 
 def _text(value: Any, where: str) -> str:
     if not isinstance(value, str):
-        raise RecordError(f"{where}: the text must be a string, found {_described(value)}.")
+        raise RecordError(f"{where}: the text must be a string, found {described(value)}.")
+    check_characters(value, where)
     if not value.strip():
         raise RecordError(f"{where}: the text is empty. Remove the record or fill it in.")
     return value
@@ -68,10 +70,6 @@ def label_text(value: Any, where: str) -> str:
         raise RecordError(f"{where}: the label is missing. Remove the record or fill it in.")
     if not isinstance(value, (str, int)) or isinstance(value, bool):
         raise RecordError(
-            f"{where}: the label must be a string or an integer, found {_described(value)}."
+            f"{where}: the label must be a string or an integer, found {described(value)}."
         )
     return str(value)
-
-
-def _described(value: Any) -> str:
-    return f"{type(value).__name__} {value!r:.40}"

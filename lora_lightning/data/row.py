@@ -41,3 +41,19 @@ def require_columns(found: Iterable[str], columns: Mapping[str, str], where: str
                 f"{where}: no column {column!r}. Columns found: {first_few(found, 20)}.{hint} "
                 f"({key})"
             )
+
+
+def check_characters(text: str, place: str) -> None:
+    """Refuse half an emoji: JSON can write it, and no tokenizer reads it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RecordError(
+            f"{place}: character {error.start + 1} is {text[error.start]!a}, half of a surrogate "
+            "pair. Remove it or restore the character."
+        ) from error
+
+
+def described(value: Any) -> str:
+    """The type of `value` and how it begins, for error messages."""
+    return f"{type(value).__name__} {value!r:.40}"

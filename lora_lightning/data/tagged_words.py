@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lora_lightning.data.row import check_characters, described
 from lora_lightning.data.rows import read_rows
 from lora_lightning.errors import RecordError, first_few
 
@@ -60,7 +61,9 @@ def read_sentences(
 def find_label_column(path: str, key: str) -> str:
     """The column of `path` that is called as columns of word labels are."""
     first = next(iter(read_rows(path, key=key)), None)
-    found = list(first.values) if first else []
+    if first is None:
+        raise RecordError(f"{path}: no rows; the file is empty. ({key})")
+    found = list(first.values)
     known = [column for column in LABEL_COLUMNS if column in found]
     if len(known) != 1:
         problem = f"has several ({', '.join(known)})" if known else "has none of them"
@@ -102,15 +105,12 @@ def first_subtokens(words: Sequence[str], offsets: Sequence[tuple[int, int]]) ->
 def _words(value: Any, where: str) -> tuple[str, ...]:
     if not isinstance(value, (list, tuple)):
         raise RecordError(
-            f"{where}: the words must be a list of strings, found {type(value).__name__} "
-            f"{value!r:.40}."
+            f"{where}: the words must be a list of strings, found {described(value)}."
         )
     for number, word in enumerate(value, start=1):
         if not isinstance(word, str):
-            raise RecordError(
-                f"{where}: word {number} must be a string, found {type(word).__name__} "
-                f"{word!r:.40}."
-            )
+            raise RecordError(f"{where}: word {number} must be a string, found {described(word)}.")
+        check_characters(word, f"{where}, word {number}")
     if not any(map(str.strip, value)):
         raise RecordError(f"{where}: there are no words. Remove the row or fill it in.")
     return tuple(value)
@@ -119,8 +119,7 @@ def _words(value: Any, where: str) -> tuple[str, ...]:
 def _labels(value: Any, where: str, words: tuple[str, ...]) -> tuple[str, ...]:
     if not isinstance(value, (list, tuple)):
         raise RecordError(
-            f"{where}: the labels must be a list, one for each word, found "
-            f"{type(value).__name__} {value!r:.40}."
+            f"{where}: the labels must be a list, one for each word, found {described(value)}."
         )
     if len(value) != len(words):
         raise RecordError(
@@ -132,6 +131,6 @@ def _labels(value: Any, where: str, words: tuple[str, ...]) -> tuple[str, ...]:
         if not isinstance(label, (str, int)) or isinstance(label, bool):
             raise RecordError(
                 f"{where}: the label of word {number} must be a string or an integer, found "
-                f"{type(label).__name__} {label!r:.40}."
+                f"{described(label)}."
             )
     return tuple(map(str, value))
