@@ -287,3 +287,25 @@ def test_a_tokenizer_without_padding(tmp_path, write):
         f"the tokenizer of {str(folder)!r} has no padding token, so its texts cannot share a "
         "batch; name one that has. (data.tokenizer)"
     )
+
+
+def test_a_label_that_is_none_of_those_named(model, write):
+    options = {"train": write("a.jsonl", FEW), "val": 0, "label_names": ["good", "neg"]}
+    assert "label 'pos' is unknown: it is none of those named. Known labels: good, neg." in message(
+        model, "fit", **options
+    )
+
+
+def test_half_an_emoji_names_its_place(model, write):
+    path = write("a.jsonl", [*FEW, ("bad \ud83d", "neg")])
+    assert message(model, "fit", train=path, val=0).startswith(
+        f"{path}, line 4, column 'text': character 5 is '\\ud83d', half of a surrogate pair."
+    )
+
+
+@pytest.mark.parametrize(("name", "number"), [("batch_size", 0), ("num_workers", -1)])
+def test_numbers_that_make_no_loader(name, number):
+    with pytest.raises(
+        ConfigError, match=rf"{name} must be at least .*{number}\. \(data\.{name}\)"
+    ):
+        TextClassificationDataModule("a.jsonl", **{name: number})

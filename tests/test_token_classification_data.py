@@ -202,8 +202,8 @@ def test_numbers_are_places_of_named_classes(model, write):
         ({"labels": ["O", None]}, "column 'labels': the label of word 2 is missing."),
         ({"labels": [1.5, "O"]}, "column 'labels': the label of word 1 must be a string or an "
                                  "integer, found float 1.5."),
-        ({"labels": ["O", "BB"]}, "column 'labels': label 'BB' is unknown: the training data have "
-                                  "none such. Known labels: O, B. Did you mean 'B'? "
+        ({"labels": ["O", "BB"]}, "column 'labels': label 'BB' is unknown: it is none of those "
+                                  "named. Known labels: O, B. Did you mean 'B'? "
                                   "(data.label_names)"),
         ({"tokens": "a b"}, "column 'tokens': the words must be a list of strings, found str "
                             "'a b'."),
@@ -263,3 +263,17 @@ def test_labels_are_tensors_of_integers(model, write):
     path = write("a.jsonl", SENTENCES)
     data = data_of(model, "test", test=path, label_names=["O", "B", "I"])
     assert next(iter(data.test_dataloader()))["labels"].dtype == torch.int64
+
+
+def test_an_empty_file_is_called_empty(model, write):
+    path = write("a.jsonl", [])
+    assert message(model, test=path, label_names=["B", "I"]) == (
+        f"{path}: no rows; the file is empty. (data.test)"
+    )
+
+
+def test_half_an_emoji_names_its_word(model, write):
+    path = write("a.jsonl", [{"tokens": ["a", "\ud83d"], "labels": ["B", "I"]}])
+    assert message(model, test=path, label_names=["B", "I"]).startswith(
+        f"{path}, line 1, column 'tokens', word 2: character 1 is '\\ud83d', half of a surrogate"
+    )

@@ -48,6 +48,7 @@ class LabelledDataModule(SplitDataModule):
             raise ConfigError(f"label_names holds a name twice: {label_names}. (data.label_names)")
         self.label_column = label_column
         self._label_names = label_names
+        self._named = label_names is not None
         # Only of names that were given is it known which number means which.
         self._numbered = label_names is not None and not any(map(str.isdigit, label_names))
 
@@ -88,9 +89,13 @@ class LabelledDataModule(SplitDataModule):
             if label not in index:
                 near = did_you_mean(label, self.label_names)
                 hint = f" Did you mean {near!r}?" if near else ""
+                why = (
+                    "it is none of those named"
+                    if self._named
+                    else "the training data have none such"
+                )
                 raise RecordError(
-                    f"{self.label_place(record)}: label {label!r} is unknown: "
-                    f"the training data have none such. Known labels: "
+                    f"{self.label_place(record)}: label {label!r} is unknown: {why}. Known labels: "
                     f"{first_few(self.label_names, 20)}.{hint} (data.label_names)"
                 )
         return [index[label] for label in labels]

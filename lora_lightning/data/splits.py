@@ -56,6 +56,9 @@ class SplitDataModule(LightningDataModule):
                 f"val must be a file, or the share of the training data held out, at least 0 and "
                 f"below 1; found {val}. (data.val)"
             )
+        for name, number, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
+            if number < least:
+                raise ConfigError(f"{name} must be at least {least}, found {number}. (data.{name})")
         self.paths = {
             "train": train,
             "val": val if isinstance(val, str) else None,
