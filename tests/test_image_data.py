@@ -12,6 +12,7 @@ from tiny_vision import COLOURS, SIZE, image_of, save_images, save_tiny_vision
 
 from lora_lightning.data.augmentation import Augmentation
 from lora_lightning.data.image_record import ImageRecord, checked, load_image
+from lora_lightning.data.image_sources import read_images
 from lora_lightning.data.images import ImageDataModule, collate_images
 from lora_lightning.data.split import split_records
 from lora_lightning.errors import ConfigError, ModelError, RecordError
@@ -374,3 +375,23 @@ def test_options_out_of_range(options, problem):
     with pytest.raises(ConfigError) as error:
         ImageDataModule(**options)
     assert str(error.value) == problem
+
+
+def test_hidden_files_and_folders_hold_no_images(model, own):
+    (own / "red" / ".thumbnails").mkdir()
+    for hidden in (own / "red" / ".thumbnails" / "000.png", own / "._000.png"):
+        shutil.copy(own / "red" / "000.png", hidden)
+    assert len(data_of(model, "fit", train=str(own), val=str(own)).records("train")) == 30
+
+
+def test_a_dataset_saved_as_tensors(own):
+    datasets = pytest.importorskip("datasets", reason="dataset folders are written by datasets")
+    features = datasets.Features(
+        image=datasets.Image(), label=datasets.ClassLabel(names=["b", "r"])
+    )
+    images = {"image": [str(own / "red" / "000.png")], "label": [1]}
+    dataset = datasets.Dataset.from_dict(images, features=features).with_format("torch")
+    dataset.save_to_disk(str(own / "saved"))
+    (record,) = read_images(str(own / "saved"), key="data.train")
+    assert record.label == "r"
+    assert load_image(record).size == image_of("red", 0).size

@@ -67,9 +67,10 @@ def _of_folder(root: Path, key: str, labelled: bool) -> Iterator[ImageRecord]:
     if not labelled:
         yield from (ImageRecord(p, None, str(p)) for p in _images_below(root, suffixes))
         return
-    classes = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    files = sorted(p for p in root.iterdir() if not p.name.startswith("."))
+    classes = [p for p in files if p.is_dir()]
     names = [folder.name for folder in classes]
-    loose = [p for p in sorted(root.iterdir()) if p.is_file() and p.suffix.lower() in suffixes]
+    loose = [p for p in files if p.is_file() and p.suffix.lower() in suffixes]
     if names and {name.lower() for name in names} <= SPLITS:
         raise RecordError(
             f"{root}: {first_few(names)} are splits, no classes. Name each as what it is, such as "
@@ -90,11 +91,13 @@ def _of_folder(root: Path, key: str, labelled: bool) -> Iterator[ImageRecord]:
 
 
 def _images_below(folder: Path, suffixes: set[str]) -> list[Path]:
-    """In order of their paths; hidden files, such as macOS's `._x.jpg`, are none."""
+    """In order of their paths; what is hidden (macOS's `._x.jpg`, `.thumbnails/x.jpg`) is none."""
     return sorted(
         path
         for path in folder.rglob("*")
-        if path.suffix.lower() in suffixes and not path.name.startswith(".") and path.is_file()
+        if path.suffix.lower() in suffixes
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and path.is_file()
     )
 
 
@@ -125,6 +128,7 @@ def _of_dataset(dataset: Any, source: str, columns: dict[str, str]) -> Iterator[
     import datasets
 
     image_column, *label_columns = columns
+    dataset = dataset.with_format(None)  # tensors, if it was saved so
     require_columns(dataset.column_names, columns, source)
     kind = dataset.features[image_column]
     if not isinstance(kind, datasets.Image):
