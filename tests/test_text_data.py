@@ -18,12 +18,14 @@ import torch
 from lightning.pytorch import LightningModule, seed_everything
 from modules import run
 from tiny_lm import tiny_llama, tiny_tokenizer
+from transformers import BartConfig
 
 from lora_lightning import LoraCallback, TextDataModule
 from lora_lightning.data.collate import PackRows
 from lora_lightning.data.epoch_sampler import EpochSampler
 from lora_lightning.data.packing_check import check_packing
 from lora_lightning.data.samples import IGNORED
+from lora_lightning.data.text_encoding import encoding_for
 from lora_lightning.errors import ConfigError, LoraError, RecordError
 from lora_lightning.tasks import CausalLM
 
@@ -281,6 +283,21 @@ def test_pairs_of_an_encoder_decoder(t5, train):
     assert batch["labels"].shape[1] <= 5 < batch["input_ids"].shape[1]
     prompts = next(iter(data.predict_dataloader()))
     assert prompts["attention_mask"][:, 0].tolist() == [1, 1, 1, 1]
+
+
+def test_a_prompt_of_nothing_cannot_be_answered(model, tmp_path):
+    prompts = write(tmp_path / "p.jsonl", [{"prompt": "What?"}, {"prompt": ""}])
+    text = message(model, "predict", RecordError, predict=prompts)
+    assert text.startswith(f"{prompts}, line 2: the prompt is empty")
+
+
+def test_targets_have_no_more_tokens_than_the_decoder_has_positions():
+    config = BartConfig(max_position_embeddings=64)
+    names = ("chat_template", "chat_template_kwargs", "train_on_prompt", "max_length")
+    with pytest.raises(
+        ConfigError, match=r"max_target_length=65 is .* \(data\.max_target_length\)"
+    ):
+        encoding_for(None, config, {**dict.fromkeys(names), "max_target_length": 65})
 
 
 def test_options_that_do_not_suit_the_model(model, t5, train):

@@ -194,7 +194,14 @@ class TextDataModule(SplitDataModule):
         """Token ids and labels, packed where that is asked for; of prompts, token ids only."""
         encoder = self.encoding.encoder
         if split == "predict":
-            return encoder.encode_prompts(records)
+            prompts = encoder.encode_prompts(records)
+            for sample, ids in zip(records, prompts, strict=True):
+                if not ids:
+                    raise RecordError(
+                        f"{sample.where}: the prompt is empty, and the tokenizer begins no text by "
+                        "itself, so there is nothing to go on from. Fill it in or remove the row."
+                    )
+            return prompts
         report = EncodingReport()
         store = ExampleStore(encoder.encode_all(records, report))
         line = report.line(split, encoder.limit)

@@ -97,17 +97,19 @@ def encoding_for(tokenizer: Any, config: Any, options: dict[str, Any]) -> Encodi
             raise ConfigError(f"{name} has no meaning for {kind}. Leave it out. (data.{name})")
     own = {name: value for name, value in options.items() if name not in foreign}
     own["max_length"] = _length(config, options["max_length"])
+    if own.get("max_target_length") is not None:
+        own["max_target_length"] = _length(config, own["max_target_length"], "max_target_length")
     return Encoding(tokenizer, encoder_decoder, own)
 
 
-def _length(config: Any, length: int | None) -> int:
+def _length(config: Any, length: int | None, name: str = "max_length") -> int:
     text_config = config.get_text_config() if config is not None else None
     positions = getattr(text_config, "max_position_embeddings", None)
     if length is None:
         return min(positions or MAX_LENGTH, MAX_LENGTH)
     if positions and length > positions:
         raise ConfigError(
-            f"max_length={length} is more than the {positions} positions that the model has "
-            "(max_position_embeddings in its config.json). (data.max_length)"
+            f"{name}={length} is more than the {positions} positions that the model has "
+            f"(max_position_embeddings in its config.json). (data.{name})"
         )
     return length
