@@ -84,8 +84,8 @@ def test_arguments_in_a_string_become_what_they_say():
     assert read(called) == [{"role": "assistant", "content": "", "tool_calls": [CALL]}]
     broken = {**called, "tool_calls": [{"function": {"name": "add", "arguments": "{a: 2}"}}]}
     assert message(broken) == (
-        f"{PLACE}, message 1, arguments of a tool call: broken JSON in a string, column 2: "
-        "Expecting property name enclosed in double quotes."
+        f"{PLACE}, message 1, arguments of a tool call: a string here must be JSON, found str "
+        "'{a: 2}': broken in column 2: Expecting property name enclosed in double quotes."
     )
 
 
@@ -153,7 +153,10 @@ def test_no_list_of_messages(value):
 def test_text_that_is_no_json():
     with pytest.raises(RecordError) as error:
         read_messages("user: 2+2?", PLACE)
-    assert str(error.value) == (f"{PLACE}: broken JSON in a string, column 1: Expecting value.")
+    assert str(error.value) == (
+        f"{PLACE}: a string here must be JSON, found str 'user: 2+2?': broken in column 1: "
+        "Expecting value."
+    )
 
 
 @pytest.mark.parametrize(

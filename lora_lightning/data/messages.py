@@ -170,5 +170,6 @@ def _parsed(value: Any, place: str) -> Any:
         return json.loads(value)
     except json.JSONDecodeError as error:
         raise RecordError(
-            f"{place}: broken JSON in a string, column {error.colno}: {error.msg}."
+            f"{place}: a string here must be JSON, found {described(value)}: broken in column "
+            f"{error.colno}: {error.msg}."
         ) from error
