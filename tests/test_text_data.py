@@ -168,6 +168,16 @@ def test_a_stream_reads_as_it_goes(model, train, tmp_path):
         list(loader)
 
 
+@pytest.mark.parametrize("val", [0, 0.1])
+def test_the_format_of_a_stream_is_said_once(val, model, tmp_path, caplog):
+    rows = [{**question(number), "source": "x"} for number in range(60)]
+    path = write(tmp_path / "a.jsonl", rows)
+    with caplog.at_level(logging.INFO):
+        list(data_of(model, "fit", train=path, val=val, streaming=True).train_dataloader())
+    line = "the format is 'prompt-completion' (data.format); keys not read: source"
+    assert caplog.text.count(line) == 1
+
+
 def test_a_stream_that_gives_no_batch_is_an_error(model, tmp_path):
     """Not a Trainer that waits for its steps for ever."""
     path = write(tmp_path / "long.jsonl", [{"prompt": "What? " * 80, "completion": "x"}] * 5)

@@ -196,7 +196,6 @@ def read_samples(
     columns: Mapping[str, str] | None = None,
     chat: bool = False,
     prompts_only: bool = False,
-    announce: bool = True,
 ) -> Iterator[Sample]:
     """What there is to learn in `rows`, one sample a row.
 
@@ -211,7 +210,6 @@ def read_samples(
             setting them in Alpaca's own layout.
         prompts_only: For prediction: the columns of answers need not be there and are not read
             (completions are empty), and a chat ends where it is the assistant's turn to speak.
-        announce: Say which format it is, and what is not read.
 
     Raises:
         ConfigError: If `format` or `columns` name what there is not.
@@ -222,7 +220,7 @@ def read_samples(
     for row in rows:
         if format is None:
             format = recognised_format(row, columns, prompts_only)
-            _announce(row, format, columns)
+            announce_format(row, format, columns)
         yield FORMATS[format].read(Fields(row, format, columns, chat, prompts_only))
 
 
@@ -275,7 +273,8 @@ def recognised_format(row: Row, columns: Mapping[str, str], prompts_only: bool =
     )
 
 
-def _announce(row: Row, format: str, columns: Mapping[str, str]) -> None:
+def announce_format(row: Row, format: str, columns: Mapping[str, str]) -> None:
+    """Say which format was recognised, and what of `row` is not read."""
     if get_worker_info() is not None:
         return  # the main process has said it
     form = FORMATS[format]

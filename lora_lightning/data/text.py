@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import islice
 from typing import Any, Literal
 
@@ -163,7 +164,7 @@ class TextDataModule(SplitDataModule):
         """The samples of `split`; of a stream, only what is held out is kept."""
         if self.streaming and split == "val" and self.paths["val"] is None and self.val_fraction:
             if "val" not in self._records:
-                samples = self.source("train").samples()
+                samples = self._streamed_source.samples()
                 self._records["val"] = [s for s in samples if held_out(s, self.val_fraction)]
             if not self._records["val"]:
                 raise ConfigError(
@@ -290,11 +291,15 @@ class TextDataModule(SplitDataModule):
 
     # -- streaming ---------------------------------------------------------------------------------
 
+    @cached_property
+    def _streamed_source(self) -> TextSource:
+        return self.source("train").recognised()
+
     def _stream(self) -> TextStream:
         if self.num_workers:
             # Tokenizers that have worked in parallel warn of being forked, and stop doing so.
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        source = self.source("train").recognised()
+        source = self._streamed_source
         fraction = 0.0 if self.paths["val"] else self.val_fraction
         encode = BlockEncoder(source, self.encoding, fraction)
         first, report = list(islice(source.rows(), self.shuffle_buffer)), EncodingReport()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from lora_lightning.data.formats import read_samples, recognised_format
+from lora_lightning.data.formats import announce_format, read_samples, recognised_format
 from lora_lightning.data.row import Row
 from lora_lightning.data.rows import read_rows
 from lora_lightning.data.samples import Sample
@@ -46,12 +46,14 @@ class TextSource:
             columns=self.columns,
             chat=self.chat,
             prompts_only=self.prompts_only,
-            announce=rows is None,
         )
 
     def recognised(self) -> TextSource:
-        """The same with the format that the first row has."""
+        """The same with the format that the first row has, which is said."""
         for row in self.rows():
-            form = self.format or recognised_format(row, self.columns or {}, self.prompts_only)
+            if self.format is not None:
+                return self
+            form = recognised_format(row, self.columns or {}, self.prompts_only)
+            announce_format(row, form, self.columns or {})
             return replace(self, format=form)
         raise RecordError(f"{self.path}: no rows; it is empty. ({self.key})")
