@@ -365,3 +365,10 @@ def test_half_an_emoji_in_what_only_the_template_reads():
     assert f"{WHERE}, as the chat template writes it: character" in refusal(
         template, [user("Hello"), assistant("x", thinking="\ud83d")]
     )
+
+
+def test_a_file_that_is_no_text(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"\xff\xfe")
+    text = refusal(str(tmp_path / "model.safetensors"), TALK, error=ConfigError)
+    assert text.startswith(f"{tmp_path / 'model.safetensors'}: cannot be read as a chat template, ")
+    assert text.endswith("(data.chat_template)")

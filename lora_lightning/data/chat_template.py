@@ -120,7 +120,13 @@ def _read(template: str, tokenizer: Any) -> str:
         return template
     path = Path(template).expanduser()
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                f"{path}: cannot be read as a chat template, which is a UTF-8 text of Jinja: "
+                f"{error}. (data.chat_template)"
+            ) from error
     beside = map(str, path.parent.iterdir()) if path.parent.is_dir() else ()
     near = did_you_mean(template, [*beside, *own])
     hint = f" Did you mean {near!r}?" if near else ""
