@@ -9,7 +9,7 @@ from typing import Any
 from lora_lightning.data.class_labels import with_label_names
 from lora_lightning.data.image_record import ImageRecord, StoredImage, checked, image_suffixes
 from lora_lightning.data.records import label_text
-from lora_lightning.data.row import require_columns
+from lora_lightning.data.row import nearest_file, require_columns
 from lora_lightning.data.row_datasets import (
     hub_dataset,
     is_hub_name,
@@ -17,7 +17,7 @@ from lora_lightning.data.row_datasets import (
     saved_dataset,
 )
 from lora_lightning.data.rows import read_rows
-from lora_lightning.errors import RecordError, did_you_mean, first_few
+from lora_lightning.errors import RecordError, first_few
 
 # Folders that are called so are splits, no classes.
 SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "eval"}
@@ -52,7 +52,7 @@ def read_images(
     elif path.suffix == ".parquet" and path.is_file():
         records = _of_dataset(_parquet(path), source, columns)
     elif not path.exists() and not path.suffix and is_hub_name(source):
-        hint = _did_you_mean(path)
+        hint = nearest_file(path)
         records = _of_dataset(hub_dataset(source, key, False, hint), source, columns)
     else:
         records = _of_rows(path, key, columns)
@@ -112,16 +112,10 @@ def _of_rows(path: Path, key: str, columns: dict[str, str]) -> Iterator[ImageRec
         if not image.is_file():
             raise RecordError(
                 f"{where}: there is no file {str(image)!r}. Paths are relative to the folder of "
-                f"{path.name}.{_did_you_mean(image)}"
+                f"{path.name}.{nearest_file(image)}"
             )
         label = [label_text(row.values[c], f"{row.where}, column {c!r}") for c in label_columns]
         yield ImageRecord(image, label[0] if label else None, f"{row.where}: {image}")
-
-
-def _did_you_mean(path: Path) -> str:
-    names = [beside.name for beside in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = did_you_mean(path.name, names)
-    return f" Did you mean {str(path.parent / near)!r}?" if near else ""
 
 
 def _of_dataset(dataset: Any, source: str, columns: dict[str, str]) -> Iterator[ImageRecord]:

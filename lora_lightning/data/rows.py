@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lora_lightning.data.row import Row as Row
-from lora_lightning.data.row import Skip
+from lora_lightning.data.row import Skip, nearest_file
 from lora_lightning.data.row_datasets import (
     dataset_rows,
     hub_dataset,
@@ -17,7 +17,7 @@ from lora_lightning.data.row_datasets import (
     saved_dataset,
 )
 from lora_lightning.data.row_files import READERS, Columns
-from lora_lightning.errors import RecordError, did_you_mean, first_few
+from lora_lightning.errors import RecordError, first_few
 
 # Words in the names of files that say which split they are.
 _SPLITS = {
@@ -67,7 +67,7 @@ def read_rows(
     if path.is_dir() and is_saved_dataset(path):
         return dataset_rows(saved_dataset(path, key), str(path), Skip(skip), columns)
     if not path.exists() and _kind(path) not in READERS and is_hub_name(source):
-        dataset = hub_dataset(source, key, streaming, hint=_nearest(path))
+        dataset = hub_dataset(source, key, streaming, hint=nearest_file(path))
         return dataset_rows(dataset, source, Skip(skip), columns)
     return _file_rows(_files(path, key), Skip(skip), columns)
 
@@ -150,11 +150,4 @@ def _missing_file(source: Path, key: str) -> str:
     folder = source.parent
     if not folder.is_dir():
         return f"{source}: no such file; the folder {folder} does not exist either. ({key})"
-    return f"{source}: no such file.{_nearest(source)} ({key})"
-
-
-def _nearest(source: Path) -> str:
-    folder = source.parent
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    near = did_you_mean(source.name, names)
-    return f" Did you mean {str(folder / near)!r}?" if near else ""
+    return f"{source}: no such file.{nearest_file(source)} ({key})"
