@@ -28,6 +28,10 @@ FLOORS = {
 }  # fmt: skip
 
 
+# The same within data/: what a folder holds knows nothing of those behind it.
+DATA = ["sources", "samples", "encoding", "batches"]
+
+
 def modules() -> list[Path]:
     return sorted(PACKAGE.rglob("*.py"))
 
@@ -55,6 +59,18 @@ def test_imports_go_down_only(path: Path) -> None:
         return  # the lazy front door
     for imported in imports(path):
         assert floor(imported) <= FLOORS[room[0]], f"{'/'.join(room)} imports {imported}"
+
+
+@pytest.mark.parametrize("folder", DATA)
+def test_data_goes_from_sources_to_batches(folder: str) -> None:
+    alone = {"hold_out"}  # of no folder: what is held out is asked in all of them
+    for path in (PACKAGE / "data" / folder).glob("*.py"):
+        for imported in imports(path):
+            if imported.startswith("lora_lightning.data."):
+                room = imported.split(".")[2]
+                assert room in {*DATA[: DATA.index(folder) + 1], *alone}, (
+                    f"{path} imports {imported}"
+                )
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))

@@ -3,9 +3,9 @@
 import pytest
 from tiny_lm import CHATML, tiny_tokenizer
 
-from lora_lightning.data.encoding import Encoder
-from lora_lightning.data.encoding_report import EncodingReport
-from lora_lightning.data.samples import IGNORED, Chat
+from lora_lightning.data.encoding.causal import Encoder
+from lora_lightning.data.encoding.report import EncodingReport
+from lora_lightning.data.samples.sample import IGNORED, Chat
 from lora_lightning.errors import ConfigError, RecordError
 
 WHERE = "my.jsonl, line 3"

@@ -9,7 +9,7 @@ import pytest
 
 from lora_lightning.data import docstrings
 from lora_lightning.data.docstrings import StdlibDocstrings, read_docstrings
-from lora_lightning.data.split import normalised
+from lora_lightning.data.hold_out import normalised
 from lora_lightning.errors import ConfigError, RecordError
 
 STDLIB = sysconfig.get_path("stdlib")

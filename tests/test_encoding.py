@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_lm import CHATML, tiny_tokenizer
 
-from lora_lightning.data.chat import ChatTurns
-from lora_lightning.data.encoding import Encoder
-from lora_lightning.data.samples import IGNORED, Chat, Document, PromptCompletion
+from lora_lightning.data.encoding.causal import Encoder
+from lora_lightning.data.encoding.chat import ChatTurns
+from lora_lightning.data.samples.sample import IGNORED, Chat, Document, PromptCompletion
 
 WHERE = "my.jsonl, line 3"
 SYSTEM = {"role": "system", "content": "You are a helpful assistant."}
@@ -274,7 +274,7 @@ def test_blocks_change_nothing(monkeypatch):
     ]
     one_by_one = [e for s in samples for e in encoder.encode(s)]
     assert list(encoder.encode_all(samples)) == one_by_one
-    monkeypatch.setattr("lora_lightning.data.sample_encoder.BLOCK", 2)
+    monkeypatch.setattr("lora_lightning.data.encoding.base.BLOCK", 2)
     assert list(encoder.encode_all(iter(samples))) == one_by_one
     assert encoder.encode_block([]) == []
 

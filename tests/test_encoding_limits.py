@@ -5,10 +5,10 @@ from itertools import pairwise
 import pytest
 from tiny_lm import tiny_tokenizer
 
-from lora_lightning.data.encoding import Encoder
-from lora_lightning.data.encoding_report import EncodingReport
-from lora_lightning.data.samples import IGNORED, Chat, Document, PromptCompletion
-from lora_lightning.data.seq2seq_encoding import Seq2SeqEncoder
+from lora_lightning.data.encoding.causal import Encoder
+from lora_lightning.data.encoding.report import EncodingReport
+from lora_lightning.data.encoding.seq2seq import Seq2SeqEncoder
+from lora_lightning.data.samples.sample import IGNORED, Chat, Document, PromptCompletion
 from lora_lightning.errors import ConfigError, RecordError
 
 SHORT = PromptCompletion("Question:", " It is five.", "my.jsonl, line 1")  # 2 + 4 + 1 tokens

@@ -7,9 +7,9 @@ import logging
 import pytest
 from torch.utils.data import DataLoader, IterableDataset
 
-from lora_lightning.data.formats import read_samples
-from lora_lightning.data.row import Row
-from lora_lightning.data.samples import Chat, Document, PromptCompletion
+from lora_lightning.data.samples.formats import read_samples
+from lora_lightning.data.samples.sample import Chat, Document, PromptCompletion
+from lora_lightning.data.sources.row import Row
 from lora_lightning.errors import ConfigError, RecordError
 
 PLACE = "my.jsonl, line 3"

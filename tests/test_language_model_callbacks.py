@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from lora_lightning import LoraCallback, TextSamples, compare_with_base
 from lora_lightning.data import TextDataModule
-from lora_lightning.data.samples import Chat, Document, prompt_and_answer
+from lora_lightning.data.samples.sample import Chat, Document, prompt_and_answer
 from lora_lightning.errors import ConfigError
 from lora_lightning.tasks import CausalLM
 

@@ -23,7 +23,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from lora_lightning import CausalLM, LoraCallback, Seq2SeqLM
 from lora_lightning.compiled import plain_name
-from lora_lightning.data.samples import IGNORED
+from lora_lightning.data.samples.sample import IGNORED
 from lora_lightning.errors import ConfigError, ModelError, RecordError
 from lora_lightning.sharding import whole
 

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from lora_lightning import LoraConfig, inject_adapter
-from lora_lightning.data.samples import IGNORED
+from lora_lightning.data.samples.sample import IGNORED
 from lora_lightning.tasks import head_loss as head_loss_module
 from lora_lightning.tasks.head_loss import head_loss
 from lora_lightning.tasks.lm_loss import Finish, LMLoss, next_tokens

@@ -7,7 +7,7 @@ import json
 import pytest
 from tiny_lm import CHATML, tiny_tokenizer
 
-from lora_lightning.data.messages import read_messages, read_tools
+from lora_lightning.data.samples.messages import read_messages, read_tools
 from lora_lightning.errors import RecordError
 
 PLACE = "my.jsonl, line 3, key 'messages'"

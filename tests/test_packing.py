@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_lightning.data.collate import PackRows, PadRows
-from lora_lightning.data.example_store import BatchRows, ExampleStore, Ragged, Tokens
-from lora_lightning.data.packing import best_fit_decreasing
-from lora_lightning.data.samples import IGNORED, Example
+from lora_lightning.data.batches.collate import PackRows, PadRows
+from lora_lightning.data.batches.example_store import BatchRows, ExampleStore, Ragged, Tokens
+from lora_lightning.data.batches.packing import best_fit_decreasing
+from lora_lightning.data.samples.sample import IGNORED, Example
 
 VOCABULARY = 64
 

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_lm import tiny_tokenizer
 
-from lora_lightning.data.pieces import PieceTokenizer
+from lora_lightning.data.encoding.pieces import PieceTokenizer
 
 MANNERS = ("gpt2", "llama3", "sentencepiece", "sentencepiece-prefix")
 SPECIAL = ("<|im_start|>", "<|im_end|>", "<pad>", "</s>")

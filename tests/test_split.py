@@ -7,8 +7,8 @@ import random
 
 import pytest
 
-from lora_lightning.data.samples import Chat, Document, PromptCompletion
-from lora_lightning.data.split import is_held_out, sample_content, split_records
+from lora_lightning.data.hold_out import is_held_out, sample_content, split_records
+from lora_lightning.data.samples.sample import Chat, Document, PromptCompletion
 
 
 def samples(number, where):

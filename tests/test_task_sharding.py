@@ -22,7 +22,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from lora_lightning import LoraCallback
 from lora_lightning.compiled import named_parameters
-from lora_lightning.data.samples import IGNORED
+from lora_lightning.data.samples.sample import IGNORED
 from lora_lightning.errors import LoraError
 from lora_lightning.sharding import is_sharded, whole
 from lora_lightning.tasks import CausalLM, SequenceClassification, network

@@ -7,9 +7,9 @@ from lightning.pytorch import seed_everything
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from tiny_bert import save_tiny_bert
 
-from lora_lightning.data.epoch_sampler import length_grouped
-from lora_lightning.data.records import Record
-from lora_lightning.data.split import normalised, split_records
+from lora_lightning.data.batches.epoch_sampler import length_grouped
+from lora_lightning.data.hold_out import normalised, split_records
+from lora_lightning.data.sources.records import Record
 from lora_lightning.data.text_classification import TextClassificationDataModule
 from lora_lightning.errors import ConfigError, LoraError, ModelError, RecordError
 

@@ -21,11 +21,11 @@ from tiny_lm import tiny_llama, tiny_tokenizer
 from transformers import BartConfig
 
 from lora_lightning import LoraCallback, TextDataModule
-from lora_lightning.data.collate import PackRows
-from lora_lightning.data.epoch_sampler import EpochSampler
-from lora_lightning.data.packing_check import check_packing
-from lora_lightning.data.samples import IGNORED
-from lora_lightning.data.text_encoding import encoding_for
+from lora_lightning.data.batches.collate import PackRows
+from lora_lightning.data.batches.epoch_sampler import EpochSampler
+from lora_lightning.data.batches.packing_check import check_packing
+from lora_lightning.data.encoding.for_model import encoding_for
+from lora_lightning.data.samples.sample import IGNORED
 from lora_lightning.errors import ConfigError, LoraError, RecordError
 from lora_lightning.tasks import CausalLM
 
@@ -363,7 +363,7 @@ def test_a_stream_of_which_nothing_is_held_out(model, tmp_path):
 
 
 def test_streaming_without_torchdata(model, train, monkeypatch):
-    monkeypatch.delitem(sys.modules, "lora_lightning.data.text_loader", raising=False)
+    monkeypatch.delitem(sys.modules, "lora_lightning.data.batches.text_loader", raising=False)
     monkeypatch.setitem(sys.modules, "torchdata.stateful_dataloader", None)
     data = data_of(model, "fit", train=train, streaming=True)
     with pytest.raises(ConfigError, match=r"pip install .*\[data\].*\(data\.streaming\)"):

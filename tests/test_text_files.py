@@ -8,10 +8,10 @@ import json
 import pytest
 from tiny_lm import CHATML, tiny_tokenizer
 
-from lora_lightning.data.encoding import Encoder
-from lora_lightning.data.formats import read_samples
-from lora_lightning.data.rows import read_rows
-from lora_lightning.data.samples import IGNORED
+from lora_lightning.data.encoding.causal import Encoder
+from lora_lightning.data.samples.formats import read_samples
+from lora_lightning.data.samples.sample import IGNORED
+from lora_lightning.data.sources.rows import read_rows
 
 MESSAGES = [
     {"role": "user", "content": "What is two plus three?\n\nAnswer: "},

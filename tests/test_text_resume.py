@@ -13,7 +13,7 @@ from modules import run
 from tiny_lm import tiny_llama
 
 from lora_lightning import LoraCallback, TextDataModule
-from lora_lightning.data.stream import StreamPass
+from lora_lightning.data.batches.stream import StreamPass
 from lora_lightning.tasks.pretrained import load_pretrained
 
 # Epoch and batch after which checkpoints are written.

@@ -8,7 +8,7 @@ import torch
 from tiny_bert import save_tiny_bert
 from tiny_lm import tiny_tokenizer
 
-from lora_lightning.data.tagged_words import first_subtokens
+from lora_lightning.data.sources.tagged_words import first_subtokens
 from lora_lightning.data.token_classification import TokenClassificationDataModule
 from lora_lightning.errors import ConfigError, RecordError
 

@@ -15,15 +15,15 @@ from lora_lightning import report
 from lora_lightning.callbacks.generation import TextGenerator, generating_network
 from lora_lightning.callbacks.text_loggers import Row, log_texts
 from lora_lightning.callbacks.training_progress import left_out
-from lora_lightning.data.encoding import Encoder
-from lora_lightning.data.samples import (
+from lora_lightning.data.encoding.causal import Encoder
+from lora_lightning.data.encoding.seq2seq import Seq2SeqEncoder
+from lora_lightning.data.samples.sample import (
     Chat,
     Document,
     PromptCompletion,
     Sample,
     prompt_and_answer,
 )
-from lora_lightning.data.seq2seq_encoding import Seq2SeqEncoder
 from lora_lightning.errors import ConfigError
 from lora_lightning.sharding import is_sharded
 from lora_lightning.switching import adapter_names, disable_adapter

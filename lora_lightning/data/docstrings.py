@@ -9,8 +9,8 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from lora_lightning.data.records import Record
-from lora_lightning.data.split import normalised
+from lora_lightning.data.hold_out import normalised
+from lora_lightning.data.sources.records import Record
 from lora_lightning.data.text_classification import TextClassificationDataModule
 from lora_lightning.errors import RecordError
 

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 from torch.utils.data import DataLoader, Dataset
 
-from lora_lightning.data.samples import IGNORED
-from lora_lightning.data.splits import SplitDataModule
+from lora_lightning.data.data_module import SplitDataModule
+from lora_lightning.data.samples.sample import IGNORED
 from lora_lightning.errors import ConfigError, RecordError, did_you_mean, first_few
 
 

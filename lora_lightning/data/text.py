@@ -11,19 +11,23 @@ from typing import Any, Literal
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
-from lora_lightning.data.collate import PackRows, PadPrompts, PadRows
-from lora_lightning.data.encoding_report import EncodingReport
-from lora_lightning.data.epoch_sampler import EpochSampler
-from lora_lightning.data.example_store import BatchRows, ExampleStore
-from lora_lightning.data.formats import check_format
-from lora_lightning.data.packing import best_fit_decreasing
-from lora_lightning.data.packing_check import check_packing, needs_one_row, transformers_network
-from lora_lightning.data.samples import Sample
-from lora_lightning.data.split import sample_content, split_records
-from lora_lightning.data.splits import SplitDataModule
-from lora_lightning.data.stream import TextStream
-from lora_lightning.data.text_encoding import BlockEncoder, Encoding, encoding_for, held_out
-from lora_lightning.data.text_source import TextSource
+from lora_lightning.data.batches.collate import PackRows, PadPrompts, PadRows
+from lora_lightning.data.batches.epoch_sampler import EpochSampler
+from lora_lightning.data.batches.example_store import BatchRows, ExampleStore
+from lora_lightning.data.batches.packing import best_fit_decreasing
+from lora_lightning.data.batches.packing_check import (
+    check_packing,
+    needs_one_row,
+    transformers_network,
+)
+from lora_lightning.data.batches.stream import TextStream
+from lora_lightning.data.data_module import SplitDataModule
+from lora_lightning.data.encoding.for_model import BlockEncoder, Encoding, encoding_for, held_out
+from lora_lightning.data.encoding.report import EncodingReport
+from lora_lightning.data.hold_out import sample_content, split_records
+from lora_lightning.data.samples.formats import check_format
+from lora_lightning.data.samples.sample import Sample
+from lora_lightning.data.samples.text_source import TextSource
 from lora_lightning.errors import ConfigError, ModelError, RecordError
 
 
@@ -229,7 +233,7 @@ class TextDataModule(SplitDataModule):
         else:
             sampler = self._sampler(rows, shuffle=True)
         try:
-            from lora_lightning.data.text_loader import TextLoader
+            from lora_lightning.data.batches.text_loader import TextLoader
         except ImportError as error:
             if self.streaming:
                 raise ConfigError(

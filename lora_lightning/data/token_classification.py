@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from lora_lightning.data.labelled_texts import Example, LabelledTextDataModule
-from lora_lightning.data.samples import IGNORED
-from lora_lightning.data.tagged_words import (
+from lora_lightning.data.samples.sample import IGNORED
+from lora_lightning.data.sources.tagged_words import (
     Sentence,
     find_label_column,
     first_subtokens,

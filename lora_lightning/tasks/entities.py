@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lora_lightning.data.samples import IGNORED
+from lora_lightning.data.samples.sample import IGNORED
 
 Entity = tuple[int, int, str]
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.data.samples import IGNORED
+from lora_lightning.data.samples.sample import IGNORED
 from lora_lightning.errors import ConfigError, RecordError
 from lora_lightning.sharding import is_sharded
 from lora_lightning.tasks.generation_options import check_generation_options

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
 from lora_lightning.compiled import uncompiled
-from lora_lightning.data.samples import IGNORED
+from lora_lightning.data.samples.sample import IGNORED
 from lora_lightning.rng import random_state, set_random_state
 from lora_lightning.sharding import is_sharded
 from lora_lightning.tasks.head_loss import head_loss

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_lightning.data.samples import IGNORED
+from lora_lightning.data.samples.sample import IGNORED
 from lora_lightning.tasks.classification import Classification
 from lora_lightning.tasks.entities import EntityF1, writes_entities
 from lora_lightning.tasks.pretrained_task import Batch

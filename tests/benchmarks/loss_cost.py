@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lora_lightning.data.samples import IGNORED
+from lora_lightning.data.samples.sample import IGNORED
 from lora_lightning.tasks.head_loss import head_loss
 
 FEATURES = 512

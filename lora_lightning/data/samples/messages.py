@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from lora_lightning.data.row import check_characters, described
+from lora_lightning.data.sources.row import check_characters, described
 from lora_lightning.errors import RecordError, did_you_mean
 
 Message = dict[str, Any]

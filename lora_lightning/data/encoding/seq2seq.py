@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from lora_lightning.data.encoding import end_of_sequence, ids_around
-from lora_lightning.data.encoding_report import EncodingReport
-from lora_lightning.data.pieces import Ids
-from lora_lightning.data.sample_encoder import SampleEncoder, check_length
-from lora_lightning.data.samples import Example, PromptCompletion, Sample
+from lora_lightning.data.encoding.base import SampleEncoder, check_length
+from lora_lightning.data.encoding.causal import end_of_sequence, ids_around
+from lora_lightning.data.encoding.pieces import Ids
+from lora_lightning.data.encoding.report import EncodingReport
+from lora_lightning.data.samples.sample import Example, PromptCompletion, Sample
 from lora_lightning.errors import RecordError
 
 

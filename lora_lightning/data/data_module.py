@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningDataModule
 
-from lora_lightning.data.epoch_sampler import EpochSampler
-from lora_lightning.data.split import split_records
+from lora_lightning.data.batches.epoch_sampler import EpochSampler
+from lora_lightning.data.hold_out import split_records
 from lora_lightning.errors import ConfigError
 from lora_lightning.tasks.pretrained import load_pretrained
 from lora_lightning.tasks.pretrained_task import PretrainedTask

@@ -9,11 +9,11 @@ from itertools import islice
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from lora_lightning.data.epoch_sampler import length_grouped, mixed
-from lora_lightning.data.example_store import Tokens
-from lora_lightning.data.packing import best_fit_decreasing
-from lora_lightning.data.row import Row
-from lora_lightning.data.samples import Example
+from lora_lightning.data.batches.epoch_sampler import length_grouped, mixed
+from lora_lightning.data.batches.example_store import Tokens
+from lora_lightning.data.batches.packing import best_fit_decreasing
+from lora_lightning.data.samples.sample import Example
+from lora_lightning.data.sources.row import Row
 
 
 @dataclass(eq=False)  # torch hashes data sets

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from lora_lightning.data.example_store import Tokens
-from lora_lightning.data.samples import IGNORED
+from lora_lightning.data.batches.example_store import Tokens
+from lora_lightning.data.samples.sample import IGNORED
 
 Batch = dict[str, Tensor]
 Row = Sequence[Tokens]  # the examples of a row; without packing it has one

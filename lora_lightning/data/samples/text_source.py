@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from lora_lightning.data.formats import announce_format, read_samples, recognised_format
-from lora_lightning.data.row import Row
-from lora_lightning.data.rows import read_rows
-from lora_lightning.data.samples import Sample
+from lora_lightning.data.samples.formats import announce_format, read_samples, recognised_format
+from lora_lightning.data.samples.sample import Sample
+from lora_lightning.data.sources.row import Row
+from lora_lightning.data.sources.rows import read_rows
 from lora_lightning.errors import RecordError
 
 

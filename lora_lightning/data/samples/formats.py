@@ -18,14 +18,14 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import get_worker_info
 
-from lora_lightning.data.messages import (
+from lora_lightning.data.samples.messages import (
     Message,
     read_messages,
     read_tools,
     without_weight,
 )
-from lora_lightning.data.row import Row, check_characters, described
-from lora_lightning.data.samples import Chat, Document, PromptCompletion, Sample
+from lora_lightning.data.samples.sample import Chat, Document, PromptCompletion, Sample
+from lora_lightning.data.sources.row import Row, check_characters, described
 from lora_lightning.errors import ConfigError, RecordError, did_you_mean, first_few
 
 # The layout of the Alpaca release (github.com/tatsu-lab/stanford_alpaca), to the line break after

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lora_lightning.data.samples import IGNORED, Example
+from lora_lightning.data.samples.sample import IGNORED, Example
 
 
 class Tokens(NamedTuple):

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
-from lora_lightning.data.samples import Document, PromptCompletion, Sample
+from lora_lightning.data.samples.sample import Document, PromptCompletion, Sample
 
 T = TypeVar("T")
 

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
-from lora_lightning.data.encoding_report import EncodingReport
-from lora_lightning.data.samples import IGNORED, Document, Example, Sample
+from lora_lightning.data.encoding.report import EncodingReport
+from lora_lightning.data.samples.sample import IGNORED, Document, Example, Sample
 from lora_lightning.errors import ConfigError, RecordError, did_you_mean
 
 # Samples that are tokenised in one call: a fast tokenizer works on a list in parallel.

@@ -7,16 +7,16 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from lora_lightning.data.row import Row as Row
-from lora_lightning.data.row import Skip, nearest_file
-from lora_lightning.data.row_datasets import (
+from lora_lightning.data.sources.datasets import (
     dataset_rows,
     hub_dataset,
     is_hub_name,
     is_saved_dataset,
     saved_dataset,
 )
-from lora_lightning.data.row_files import READERS, Columns
+from lora_lightning.data.sources.files import READERS, Columns
+from lora_lightning.data.sources.row import Row as Row
+from lora_lightning.data.sources.row import Skip, nearest_file
 from lora_lightning.errors import RecordError, first_few
 
 # Words in the names of files that say which split they are.

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lora_lightning.data.row import check_characters
-from lora_lightning.data.samples import Chat
+from lora_lightning.data.samples.sample import Chat
+from lora_lightning.data.sources.row import check_characters
 from lora_lightning.errors import ConfigError, RecordError, did_you_mean
 
 Message = dict[str, Any]

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from lora_lightning.data.chat import ChatTurns, Marked
-from lora_lightning.data.chat_template import ChatTemplate
-from lora_lightning.data.encoding_report import EncodingReport
-from lora_lightning.data.pieces import Ids, PieceTokenizer
-from lora_lightning.data.sample_encoder import SampleEncoder
-from lora_lightning.data.samples import IGNORED, Chat, Document, Example, Sample
+from lora_lightning.data.encoding.base import SampleEncoder
+from lora_lightning.data.encoding.chat import ChatTurns, Marked
+from lora_lightning.data.encoding.chat_template import ChatTemplate
+from lora_lightning.data.encoding.pieces import Ids, PieceTokenizer
+from lora_lightning.data.encoding.report import EncodingReport
+from lora_lightning.data.samples.sample import IGNORED, Chat, Document, Example, Sample
 from lora_lightning.errors import ConfigError
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from lora_lightning.data.chat_template import ChatTemplate, Message, Span
-from lora_lightning.data.samples import Chat
+from lora_lightning.data.encoding.chat_template import ChatTemplate, Message, Span
+from lora_lightning.data.samples.sample import Chat
 from lora_lightning.errors import RecordError
 
 # A text, and the spans of it that are learned.

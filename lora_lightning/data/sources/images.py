@@ -6,17 +6,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lora_lightning.data.class_labels import with_label_names
-from lora_lightning.data.image_record import ImageRecord, StoredImage, checked, image_suffixes
-from lora_lightning.data.records import label_text
-from lora_lightning.data.row import nearest_file, require_columns
-from lora_lightning.data.row_datasets import (
+from lora_lightning.data.sources.class_labels import with_label_names
+from lora_lightning.data.sources.datasets import (
     hub_dataset,
     is_hub_name,
     is_saved_dataset,
     saved_dataset,
 )
-from lora_lightning.data.rows import read_rows
+from lora_lightning.data.sources.image_record import (
+    ImageRecord,
+    StoredImage,
+    checked,
+    image_suffixes,
+)
+from lora_lightning.data.sources.records import label_text
+from lora_lightning.data.sources.row import nearest_file, require_columns
+from lora_lightning.data.sources.rows import read_rows
 from lora_lightning.errors import RecordError, first_few
 
 # Folders that are called so are splits, no classes.

@@ -1,0 +1,1 @@
+"""Rows as documents, prompts with completions, and chats."""

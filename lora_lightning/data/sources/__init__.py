@@ -1,0 +1,1 @@
+"""Rows, words and images of files, folders and datasets, and where each came from."""
