@@ -42,6 +42,10 @@ set_parsing_settings(subclasses_enabled=[AdapterConfig])  # lora.config takes an
 class LoraParser(LightningArgumentParser):
     """Lightning's parser, whose complaint about an unknown key names the nearest known one."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # An option cut short would be the one that it begins: --lora.rank, say, lora.rank_pattern.
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
     def error(self, message: str, ex: Exception | None = None) -> Any:
         """Say what is wrong in one piece, without the usage of all options, and exit with 2."""
         if not self.exit_on_error:
@@ -74,6 +78,19 @@ def _with_suggestion(message: str, known: list[str]) -> str:
             f"lora.config: there is no adapter config {unknown_type.group(1)!r}.{hint} Known are "
             f"{', '.join(types)}, and the import path of one of your own. (lora.config)"
         )
+    unknown_class = re.search(
+        r"Parser key \"([\w.]+)\".*?(?:Expected a dot import path string: |"
+        r"module '([\w.]+)' has no attribute ')(\w+)",
+        message,
+        re.DOTALL,
+    )
+    if unknown_class:
+        key, module, name = unknown_class.groups()
+        home = module or "lora_lightning"
+        near = did_you_mean(name, dir(importlib.import_module(home)))
+        hint = f"Did you mean '{home}.{near}'?" if near else "Name it by its import path."
+        asked = f"{module}.{name}" if module else name
+        return f"{key}: there is no class {asked!r}. {hint} ({key}.class_path)"
     inner = re.search(r"given class_path '(\S+)':\s+Option '(\w+)' is not accepted", message)
     if inner:  # buried in a list of everything else that the value could have been
         section = {"lora_lightning.LoraCallback": "lora."}.get(inner.group(1), "")

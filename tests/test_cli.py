@@ -291,6 +291,29 @@ MISTAKES: dict[str, tuple[list[str], int, list[str]]] = {
         2,
         ["there is no adapter config 'LokrConf'. Did you mean 'LokrConfig'?"],
     ),
+    "unknown class": (
+        ["--model", "modules.Nett"],
+        2,
+        [
+            "error: model: there is no class 'modules.Nett'. Did you mean 'modules.Net'? "
+            "(model.class_path)\n"
+        ],
+    ),
+    "unknown class of ours": (
+        ["--data", "TextDataModul"],
+        2,
+        ["there is no class 'TextDataModul'. Did you mean 'lora_lightning.TextDataModule'?"],
+    ),
+    "option cut short": (
+        ["--trainer.max_epoch", "1"],
+        2,
+        ["unrecognized arguments: --trainer.max_epoch 1. Did you mean 'trainer.max_epochs'?"],
+    ),
+    "option that begins another": (
+        ["--lora.rank", "4"],
+        2,
+        ["unrecognized arguments: --lora.rank 4."],
+    ),
     "unknown model option": (["--model.witdh", "8"], 2, ["error:", "witdh"]),
 }
 
