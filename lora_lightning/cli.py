@@ -27,6 +27,7 @@ from lora_lightning.callbacks.comparison import compare_with_base
 from lora_lightning.config import AdapterConfig
 from lora_lightning.errors import CheckpointError, ConfigError, LoraError, did_you_mean, first_few
 from lora_lightning.noise import less_noise
+from lora_lightning.predictions import save_predictions
 from lora_lightning.report import show
 from lora_lightning.training.checkpoints.files import (
     check_checkpoint_file,
@@ -300,19 +301,19 @@ class LoraCLI(LightningCLI):
         )
 
     def after_predict(self) -> None:
-        """Keep what was predicted, which LightningCLI would drop: a file for each process."""
+        """Keep what was predicted, which LightningCLI would drop: files for each process."""
         trainer = self.trainer
         folder = Path(trainer.log_dir or self.run_directory)  # all processes ask for it together
         predictions = trainer.predict_loop.predictions
         if not predictions:
             return
         number = f"_{trainer.global_rank}" if trainer.world_size > 1 else ""
-        path = folder / f"predictions{number}.pt"
-        folder.mkdir(parents=True, exist_ok=True)  # on a machine that does not share it
-        torch.save(predictions, path)
+        # `save_predictions` makes the folder, on a machine that does not share it.
+        *lines, whole = save_predictions(predictions, folder / f"predictions{number}")
         if trainer.is_global_zero:
-            others = f", of process 0 of {trainer.world_size}" if number else ""
-            show(f"predictions, batch by batch{others}: {path} (torch.load)")
+            others = f" of process 0 of {trainer.world_size}" if number else ""
+            read = "".join(f"{path}, a line for each row; " for path in lines)
+            show(f"predictions{others}: {read}{whole} (torch.load), batch by batch")
 
 
 def _as_list(callbacks: Any) -> list[Any]:

@@ -19,7 +19,7 @@ FLOORS = {
     "initialization": 1, "adapters": 1, "hosts": 1, "targets": 1, "target_names": 1, "target_rules": 1, "target_checks": 1, "target_parameters": 1, "embeddings": 1, "bias": 1, "frozen_norms": 1,
     "injection": 2, "construction": 2, "switching": 2, "merging": 2, "combine": 2, "task_arithmetic": 2, "eva": 2,
     "rank_allocation": 2, "loftq": 2,
-    "checkpoint": 3, "fingerprint": 3, "optim": 3, "report": 3, "rng": 3, "status": 3,
+    "checkpoint": 3, "fingerprint": 3, "optim": 3, "report": 3, "rng": 3, "status": 3, "predictions": 3,
     "peft_format": 3, "peft_config": 3, "peft_keys": 3, "peft_selection": 3, "hotswap": 3,
     "adapter_files": 3, "checkpoint_folders": 3, "atomic_write": 3, "content_hash": 3,
     "training": 4, "callback": 4,

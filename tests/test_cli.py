@@ -107,7 +107,7 @@ def test_fit_resume_validate(cli: Any, folder: Path) -> None:
     assert "val_loss" in cli("validate", "--config", "my.yaml", "--ckpt_path", "best")
     text = cli("predict", "--config", "my.yaml", "--ckpt_path", "best")
     path = "runs/a/logs/version_3/predictions.pt"
-    assert f"predictions, batch by batch: {path} (torch.load)" in text
+    assert f"predictions: {path} (torch.load), batch by batch" in text
     assert [len(batch) for batch in torch.load(folder / path, weights_only=True)] == [16] * 4
     text = cli("validate", "--config", "my.yaml")
     assert "no --ckpt_path given: this evaluates the model before any fine-tuning" in text
@@ -212,7 +212,7 @@ def test_each_process_keeps_what_it_predicts(cli: Any, folder: Path) -> None:
     text = process(folder, *arguments, "--trainer.devices", "2")
     logs = folder / "runs/a/logs"
     where = "runs/a/logs/version_1/predictions_0.pt"
-    assert f"predictions, batch by batch, of process 0 of 2: {where} (torch.load)" in text
+    assert f"predictions of process 0 of 2: {where} (torch.load), batch by batch" in text
     shares = [torch.cat(torch.load(logs / f"version_1/predictions_{n}.pt")) for n in (0, 1)]
     whole = torch.cat(torch.load(logs / "version_0/predictions.pt"))
     torch.testing.assert_close(torch.stack(shares, dim=1).flatten(0, 1), whole)

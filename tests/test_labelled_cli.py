@@ -85,6 +85,12 @@ def test_images(cli: Any, folder: Path) -> None:
     assert batch["where"][0] == str(Path("images", "blue", "000.png"))
     assert set(batch["labels"]) <= {"blue", "green", "red"}
     assert batch["probabilities"].shape == (32, 3)
+    (path,) = folder.rglob("predictions.jsonl")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(rows) == 36
+    assert [row["labels"] for row in rows[:32]] == batch["labels"]
+    assert rows[0]["where"] == batch["where"][0]
+    assert rows[31]["probabilities"] == batch["probabilities"][31].tolist()
 
 
 def test_words(cli: Any, folder: Path) -> None:
