@@ -314,6 +314,13 @@ MISTAKES: dict[str, tuple[list[str], int, list[str]]] = {
         2,
         ["unrecognized arguments: --lora.rank 4."],
     ),
+    "wrong type of a model option": (
+        ["--model.width", "wide"],
+        2,
+        [
+            "error: Parser key \"model.width\":\nExpected a <class 'int'>. Got value: wide\nAll options"
+        ],
+    ),
     "unknown model option": (["--model.witdh", "8"], 2, ["error:", "witdh"]),
 }
 

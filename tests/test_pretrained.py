@@ -113,6 +113,28 @@ def test_an_unreachable_hub_id_is_one_clear_error(monkeypatch):
     )
 
 
+def test_a_hub_id_that_may_be_a_folder(tmp_path, monkeypatch):
+    save_tiny_bert(tmp_path / "mine" / "tiny")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        ModelError, match=r"\n  Did you mean the folder 'mine/tiny'\? Else check the"
+    ):
+        load_pretrained("AutoTokenizer", "mine/tinny")
+
+
+def test_a_model_of_another_kind_and_one_without_tokenizer(tmp_path):
+    folder = save_tiny_bert(tmp_path / "tiny")
+    with pytest.raises(
+        ModelError, match=r"(?s)another kind.*take the task .*model.class_path"
+    ) as error:
+        load_pretrained("AutoModelForSeq2SeqLM", str(folder))
+    assert "complete" not in str(error.value)
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(ModelError, match=r"Save its tokenizer.json there .*\(data.tokenizer\)"):
+        load_pretrained("AutoTokenizer", str(folder))
+
+
 @pytest.mark.parametrize("damage", ["truncated", "absent", "not json"])
 def test_damaged_models(tmp_path, damage):
     folder = save_tiny_bert(tmp_path / "tiny")

@@ -70,15 +70,32 @@ def load_pretrained(auto_class: str, name: str, key: str = "model.model", **opti
                 "it. Read that code; if you trust it, set trust_remote_code: true. "
                 "(model.trust_remote_code)"
             ) from error
-        advice = (
-            "Check that the folder holds a complete model."
-            if Path(path).is_dir()
-            else "Check the spelling and the network, or name a local folder or "
-            f"'{PACKAGE_PREFIX}import_name/sub/folder'."
-        )
         raise ModelError(
-            f"{auto_class} cannot load {name!r}: {reason}\n  {advice} ({key})"
+            f"{auto_class} cannot load {name!r}: {_reason_and_advice(reason, path, key)}"
         ) from error
+
+
+def _reason_and_advice(reason: str, path: str, key: str) -> str:
+    if "backend tokenizer" in reason:
+        return (
+            "no tokenizer can be made of its files.\n  Save its tokenizer.json there (older kinds "
+            "need the package sentencepiece or tiktoken), or name a model that has one. "
+            "(data.tokenizer)"
+        )
+    if "Unrecognized configuration class" in reason:
+        return (
+            "it is a model of another kind.\n  Name one of this kind, or take the task that it is "
+            f"made for (model.class_path). ({key})"
+        )
+    if Path(path).is_dir():
+        return f"{reason}\n  Check that the folder holds a complete model. ({key})"
+    folders = [str(found.parent) for found in Path(path).parent.glob("*/config.json")]
+    near = did_you_mean(path, folders)
+    hint = f"Did you mean the folder {near!r}? Else check" if near else "Check"
+    return (
+        f"{reason}\n  {hint} the spelling and the network, or name a local folder or "
+        f"'{PACKAGE_PREFIX}import_name/sub/folder'. ({key})"
+    )
 
 
 @contextmanager
