@@ -61,7 +61,10 @@ def load_pretrained(auto_class: str, name: str, key: str = "model.model", **opti
     path = resolve_model_path(name, key)
     try:
         with _only_errors(transformers.utils.logging):
-            return getattr(transformers, auto_class).from_pretrained(path, **options)
+            loaded = getattr(transformers, auto_class).from_pretrained(path, **options)
+        if auto_class == "AutoTokenizer" and _is_made_up(loaded, Path(path)):
+            raise ValueError("no backend tokenizer")
+        return loaded
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
         if "trust_remote_code" in str(error):
@@ -73,6 +76,13 @@ def load_pretrained(auto_class: str, name: str, key: str = "model.model", **opti
         raise ModelError(
             f"{auto_class} cannot load {name!r}: {_reason_and_advice(reason, path, key)}"
         ) from error
+
+
+def _is_made_up(tokenizer: Any, folder: Path) -> bool:
+    """Whether it knows no word: transformers makes one for BERT, T5 or GPT-2 of no file at all."""
+    files = {*getattr(tokenizer, "vocab_files_names", {}).values()}  # none: its tokens are bytes
+    known = ("tokenizer.json", "tokenizer.model", "tekken.json", *files)
+    return folder.is_dir() and bool(files) and not any((folder / file).exists() for file in known)
 
 
 def _reason_and_advice(reason: str, path: str, key: str) -> str:
