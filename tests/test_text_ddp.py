@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,7 @@ def train(
 ):
     """Batches and losses of each step, the validation's results, and the adapter."""
     seed_everything(1 if checkpoint is None else 2, verbose=False)
+    warnings.filterwarnings("error", message=".*sync_dist")  # for the processes of their own
     module, steps = (
         CausalLM(model, learning_rate=1e-2, lr_schedule="constant", warmup_steps=0),
         Steps(folder),

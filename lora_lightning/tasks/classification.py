@@ -117,7 +117,8 @@ class Classification(PretrainedTask):
 
     def log_means(self, stage: str, total: Tensor, weight: Tensor, *others: Tensor) -> None:
         """Log the mean loss."""
-        self.log(f"{stage}_loss", (total / weight).float(), prog_bar=stage == "val")
+        loss, shown = (total / weight).float(), stage == "val"
+        self.log(f"{stage}_loss", loss, prog_bar=shown, sync_dist=True)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """The most probable class name of each row, and the probabilities of all classes."""

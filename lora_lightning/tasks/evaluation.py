@@ -35,7 +35,10 @@ class Evaluation(TokenMean):
         return {"loss": total / weight.where(weight > 0, 1), "weight": weight}
 
     def log_means(self, stage: str, total: Tensor, weight: Tensor, *others: Tensor) -> None:
-        """Log what the sums over all batches and processes say of `stage`."""
+        """Log what the sums over all batches and processes say of `stage`.
+
+        With `sync_dist`, which Lightning asks for in a warning: all processes log the same.
+        """
         raise NotImplementedError
 
     def on_validation_epoch_start(self) -> None:

@@ -123,9 +123,9 @@ class LanguageModel(PretrainedTask):
         """Log loss, perplexity and accuracy: means over all learned tokens."""
         (correct,) = others
         loss, shown = total / weight, stage == "val"
-        self.log(f"{stage}_loss", loss.float(), prog_bar=shown)
-        self.log(f"{stage}_perplexity", loss.exp().float(), prog_bar=shown)
-        self.log(f"{stage}_accuracy", (correct / weight).float())
+        self.log(f"{stage}_loss", loss.float(), prog_bar=shown, sync_dist=True)
+        self.log(f"{stage}_perplexity", loss.exp().float(), prog_bar=shown, sync_dist=True)
+        self.log(f"{stage}_accuracy", (correct / weight).float(), sync_dist=True)
 
     # -- generation --------------------------------------------------------------------------------
 
