@@ -28,8 +28,10 @@ class LoraParser(LightningArgumentParser):
         """Say what is wrong in one piece, without the usage of all options, and exit with 2."""
         if not self.exit_on_error:
             return super().error(message, ex)
-        sys.stderr.write(f"{PROGRAM}: error: {_with_suggestion(message, self._known_keys())}\n")
-        sys.stderr.write(f"All options: {PROGRAM} fit --help\n")
+        text = _with_suggestion(message, self._known_keys())
+        inner = re.match(r"([\w.]+) does not accept option '\w+' \((model|data)\)", text)
+        listed = f"--{inner.group(2)}.help {inner.group(1)}" if inner else "--help"
+        sys.stderr.write(f"{PROGRAM}: error: {text}\nAll options: {PROGRAM} fit {listed}\n")
         return sys.exit(2)
 
     def _known_keys(self) -> list[str]:

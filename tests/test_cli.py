@@ -321,7 +321,14 @@ MISTAKES: dict[str, tuple[list[str], int, list[str]]] = {
             "error: Parser key \"model.width\":\nExpected a <class 'int'>. Got value: wide\nAll options"
         ],
     ),
-    "unknown model option": (["--model.witdh", "8"], 2, ["error:", "witdh"]),
+    "unknown model option": (
+        ["--model.witdh", "8"],
+        2,
+        [
+            "error: modules.Net does not accept option 'witdh' (model). Did you mean 'width'?\n"
+            "All options: lora-lightning fit --model.help modules.Net\n"
+        ],
+    ),
 }
 
 
