@@ -170,11 +170,11 @@ def test_an_optional_column_that_is_named_must_be_there():
         ({"text": " \n"}, "'text': is empty. Remove the row or fill it in."),
         ({"text": 5}, "'text': must be a string, found int 5."),
         ({"text": "ab\ud83d"}, "'text': character 3 is '\\ud83d', half of a surrogate pair."),
-        ({"prompt": None, "completion": "4"}, "'prompt': must be a string, found NoneType None."),
+        ({"prompt": None, "completion": "4"}, "'prompt': must be a string, found null."),
         ({"prompt": "2", "completion": ""}, "'completion': is empty."),
         ({"prompt": [ASKED], "completion": "4"}, "'completion': must be a list of messages"),
         ({"instruction": "", "output": "4"}, "'instruction': is empty."),
-        ({"instruction": "Add.", "output": None}, "'output': must be a string, found NoneType"),
+        ({"instruction": "Add.", "output": None}, "'output': must be a string, found null"),
         (
             {"instruction": "Add.", "output": "4", "input": 5},
             "'input': must be a string, found int 5.",

@@ -105,7 +105,7 @@ def test_missing_columns(write, name, content):
     [
         ({"text": "  "}, "'text': the text is empty. Remove the record or fill it in."),
         ({"text": 5}, "'text': the text must be a string, found int 5."),
-        ({"text": None}, "'text': the text must be a string, found NoneType None."),
+        ({"text": None}, "'text': the text must be a string, found null."),
         ({"label": None}, "'label': the label is missing. Remove the record or fill it in."),
         ({"label": ""}, "'label': the label is missing. Remove the record or fill it in."),
         ({"label": 0.5}, "'label': the label must be a string or an integer, found float 0.5."),

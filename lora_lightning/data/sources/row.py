@@ -65,4 +65,4 @@ def check_characters(text: str, place: str) -> None:
 
 def described(value: Any) -> str:
     """The type of `value` and how it begins, for error messages."""
-    return f"{type(value).__name__} {value!r:.40}"
+    return "null" if value is None else f"{type(value).__name__} {value!r:.40}"
