@@ -276,6 +276,8 @@ class LoraCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show what trains."""
         if not self.enabled:
+            if trainer.is_global_zero:
+                report.show(f"no adapters (lora.enabled): {report.trainable_line(pl_module)}")
             return
         if self._is_first(pl_module):
             self.preemption.watch(trainer)

@@ -96,12 +96,10 @@ def start_table(model: nn.Module, adapter_name: str, left_out: list[str]) -> Tab
 
 def start_lines(model: nn.Module, root: nn.Module, adapter_name: str) -> list[str]:
     """Trainable, total and percentage; size of the adapter on disk; what trains in 16 bits."""
-    trainable = sum(p.numel() for p in trainable_parameters(model).values())
-    total = sum(p.numel() for p in model.parameters())
     adapter = adapter_state_dict(root, adapter_name).values()
     on_disk = sum(t.numel() * t.element_size() for t in adapter)
     lines = [
-        f"trainable {trainable:,} of {total:,} parameters ({trainable / max(total, 1):.2%})",
+        trainable_line(model),
         f"adapter on disk {readable_bytes(on_disk)}; the base "
         f"({readable_bytes(base_bytes(model))}) is not saved",
     ]
@@ -112,6 +110,13 @@ def start_lines(model: nn.Module, root: nn.Module, adapter_name: str) -> list[st
             "'-mixed' precision they train in 32"
         )
     return lines
+
+
+def trainable_line(model: nn.Module) -> str:
+    """Trainable, total and percentage."""
+    trainable = sum(p.numel() for p in trainable_parameters(model).values())
+    total = sum(p.numel() for p in model.parameters())
+    return f"trainable {trainable:,} of {total:,} parameters ({trainable / max(total, 1):.2%})"
 
 
 def _trained_in_16_bits(root: nn.Module, adapter_name: str) -> list[str]:

@@ -102,13 +102,16 @@ def test_same_module_with_a_second_trainer(tmp_path: Path) -> None:
     )
 
 
-def test_disabled_callback_is_not_there(tmp_path: Path) -> None:
+def test_disabled_callback_is_not_there(tmp_path: Path, capsys: Any) -> None:
     module = Net()
     before = copy.deepcopy(module.state_dict())
     trainer = run(tmp_path, LoraCallback(enabled=False))
     trainer.fit(module, Data())
     assert not adapters(module)
     assert not torch.equal(before["embed.weight"], module.embed.weight)  # full fine-tuning
+    count = f"{sum(p.numel() for p in module.parameters()):,}"
+    said = f"no adapters (lora.enabled): trainable {count} of {count} parameters (100.00%)"
+    assert said in capsys.readouterr().out
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     assert "lora_lightning" not in torch.load(tmp_path / "a.ckpt")
 
