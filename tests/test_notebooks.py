@@ -105,7 +105,7 @@ def test_quickstart(jupyter, tmp_path):
     assert not values["folder.exists()"]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_language_model(jupyter, tmp_path, monkeypatch):
     if not E2E.is_file():
         pytest.skip(f"the E2E data are not here: no {E2E.name} in E2E_FILE or beside the project")
