@@ -34,11 +34,11 @@ SHAPE = {
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
 
-def model(kind: str, attention: str = "sdpa") -> torch.nn.Module:
+def model(kind: str, attention: str = "sdpa", **config) -> torch.nn.Module:
     import transformers
 
-    config = {
-        "llama": lambda: transformers.LlamaConfig(**SHAPE),
+    made = {
+        "llama": lambda: transformers.LlamaConfig(**SHAPE, **config),
         "gpt2": lambda: transformers.GPT2Config(
             vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64, **NO_DROPOUT
         ),
@@ -49,7 +49,7 @@ def model(kind: str, attention: str = "sdpa") -> torch.nn.Module:
         ),
     }[kind]()
     torch.manual_seed(0)
-    network = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    network = transformers.AutoModelForCausalLM.from_config(made, attn_implementation=attention)
     for parameter in network.parameters():
         if parameter.dim() > 1:  # so that attention says something
             torch.nn.init.normal_(parameter, std=0.2)
@@ -92,6 +92,47 @@ def test_packed_is_unpacked(kind, attention):
     loss, packed_gradients = loss_and_gradients(network, packed)
     assert loss == pytest.approx(expected, rel=1e-5)
     assert off(packed_gradients, gradients) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])  # Gemma has windows
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of transformers, and of the compiler
+@pytest.mark.slow
+def test_packed_is_unpacked_under_flex_attention(kind):
+    """The loss; on a CPU flex_attention has no backward."""
+    packed, alone = batches()
+    network = model(kind, "flex_attention").eval()
+    found = []
+    with torch.no_grad():
+        for batch in (packed, alone):
+            inputs = {key: value for key, value in batch.items() if key != "labels"}
+            logits = network(**inputs, use_cache=False).logits
+            found.append(
+                torch.nn.functional.cross_entropy(
+                    logits[:, :-1].flatten(0, 1),
+                    batch["labels"][:, 1:].flatten(),
+                    ignore_index=IGNORED,
+                )
+            )
+    assert found[0].item() == pytest.approx(found[1].item(), rel=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("attention", ["sdpa", "flex_attention", "flash_attention_2"])
+def test_packed_is_unpacked_on_a_gpu(attention):
+    """In bfloat16, which FlashAttention wants: as well as it is under eager attention there."""
+    if attention == "flash_attention_2":
+        pytest.importorskip("flash_attn", reason="flash_attn is not installed")
+    errors = []
+    for kind in ("eager", attention):
+        packed, alone = batches(flat="flash" in kind)
+        network = model("llama", kind, head_dim=32).train().to("cuda", torch.bfloat16)
+        (_, gradients), (_, packed_gradients) = (
+            loss_and_gradients(network, {k: v.to("cuda") for k, v in batch.items()})
+            for batch in (alone, packed)
+        )
+        errors.append(off(packed_gradients.float(), gradients.float()))
+    assert errors[1] < 2 * errors[0] + 1e-3
 
 
 def test_packed_is_unpacked_under_gradient_checkpointing():
