@@ -202,12 +202,13 @@ class LoraCLI(LightningCLI):
 
     def _show_commands(self) -> None:
         arguments = _without_ckpt_path(sys.argv[1:])
+        limit = "max_epochs" if self.trainer.max_steps == -1 else "max_steps"
         evaluate = ["validate" if argument == "fit" else argument for argument in arguments]
         if self._launched_from_outside():
             alone = {"num_nodes": "1", "devices": "1", "strategy": "auto"}
             evaluate += [part for key in alone for part in (f"--trainer.{key}", alone[key])]
         show(
-            f"to train on (raise trainer.max_epochs):\n  {self._again()}",
+            f"to train on (raise trainer.{limit}):\n  {self._again()}",
             "to evaluate:\n  " + shlex.join([_typed_program(), *evaluate, "--ckpt_path", "best"]),
         )
 

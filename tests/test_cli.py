@@ -86,7 +86,10 @@ def final(folder: Path, run: str = "a") -> dict[str, torch.Tensor]:
 def test_fit_resume_validate(cli: Any, folder: Path) -> None:
     out = cli("fit", "--config", "my.yaml")
     assert "LoRA adapter 'default'" in out
-    assert "  lora-lightning fit --config my.yaml --ckpt_path last\n" in out
+    assert (
+        "to train on (raise trainer.max_epochs):\n"
+        "  lora-lightning fit --config my.yaml --ckpt_path last\n"
+    ) in out
     assert "  lora-lightning validate --config my.yaml --ckpt_path best\n" in out
 
     text = cli("fit", "--config", "my.yaml", fails=1)
@@ -157,7 +160,8 @@ def test_resume_from_the_middle_of_an_epoch(cli: Any, folder: Path) -> None:
     for run in ("a", "b"):
         trainer = {**CONFIG["trainer"], "default_root_dir": f"runs/{run}", "callbacks": [entry]}
         write(folder / f"{run}.yaml", {**CONFIG, "trainer": {**trainer, "max_epochs": 3}})
-    cli("fit", "--config", "a.yaml", "--trainer.max_steps", "6")  # of twelve; epochs have four
+    out = cli("fit", "--config", "a.yaml", "--trainer.max_steps", "6")  # of 12; epochs have four
+    assert "to train on (raise trainer.max_steps):" in out
     cli("fit", "--config", "a.yaml", "--ckpt_path", "last")
     cli("fit", "--config", "b.yaml")
     resumed, straight = (
