@@ -81,7 +81,7 @@ def test_there_are_notebooks():
     assert [QUICKSTART, LANGUAGE_MODEL] == NOTEBOOKS
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_quickstart(jupyter, tmp_path):
     notebook = nbformat.read(QUICKSTART, as_version=4)
     config = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text())
