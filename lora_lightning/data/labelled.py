@@ -176,6 +176,6 @@ class Labelled(Dataset[Any]):
     def __getitem__(self, index: int) -> Any:
         if index < len(self):
             return self.examples[index]
-        labels = self.examples[0]["labels"]
-        unlabelled = [IGNORED] * len(labels) if isinstance(labels, list) else IGNORED
-        return {**self.examples[0], "labels": unlabelled}
+        first = self.examples[0]  # once: an image is decoded for it
+        labels = first["labels"]
+        return {**first, "labels": [IGNORED] * len(labels) if isinstance(labels, list) else IGNORED}
