@@ -14,7 +14,7 @@ from lora_lightning.adapters.lora import LoraConfig
 from lora_lightning.checkpoint import KEY, saved_keys
 from lora_lightning.compiled import uncompiled
 from lora_lightning.config import AdapterConfig
-from lora_lightning.errors import ConfigError, did_you_mean
+from lora_lightning.errors import ConfigError, nearest_hint
 from lora_lightning.hosts.base import walk
 from lora_lightning.injection import (
     adapters_named,
@@ -243,8 +243,7 @@ class LoraCallback(Callback):
             return pl_module
         paths = [path for path, _ in walk(pl_module) if path]
         if self.module not in paths:
-            near = did_you_mean(self.module, paths)
-            hint = f" Did you mean {near!r}?" if near else ""
+            hint = nearest_hint(self.module, paths)
             top = ", ".join(path for path in paths if "." not in path)
             raise ConfigError(
                 f"module={self.module!r}: {type(pl_module).__name__} has no such submodule.{hint} "

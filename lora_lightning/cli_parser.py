@@ -12,7 +12,7 @@ from typing import Any
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lora_lightning.adapters import config_types
-from lora_lightning.errors import did_you_mean
+from lora_lightning.errors import did_you_mean, nearest_hint
 
 PROGRAM = "lora-lightning"
 
@@ -52,8 +52,7 @@ def _with_suggestion(message: str, known: list[str]) -> str:
     )
     if unknown_type:  # buried in a list of all that an option can be
         types = [config_type.__name__ for config_type in config_types().values()]
-        near = did_you_mean(unknown_type.group(1), types)
-        hint = f" Did you mean {near!r}?" if near else ""
+        hint = nearest_hint(unknown_type.group(1), types)
         return (
             f"lora.config: there is no adapter config {unknown_type.group(1)!r}.{hint} Known are "
             f"{', '.join(types)}, and the import path of one of your own. (lora.config)"

@@ -23,7 +23,7 @@ from lora_lightning.adapters.lora_embedding import LoraEmbeddingAdapter
 from lora_lightning.adapters.trained_copy import TrainedCopy
 from lora_lightning.bias import trained_biases
 from lora_lightning.compiled import uncompiled
-from lora_lightning.errors import AdapterStateError, ConfigError, did_you_mean
+from lora_lightning.errors import AdapterStateError, ConfigError, nearest_hint
 from lora_lightning.hosts.base import named_hosts
 from lora_lightning.injection import extend_adapter
 from lora_lightning.switching import adapter_names, check_enabled
@@ -128,8 +128,7 @@ def _check_request(
     known = adapter_names(model)
     for name in names:
         if name not in known:
-            near = did_you_mean(name, known)
-            hint = f" Did you mean {near!r}?" if near else ""
+            hint = nearest_hint(name, known)
             raise AdapterStateError(f"No adapter {name!r}; the model has {known or 'none'}.{hint}")
     if not names or len(names) != len(weights) or not all(map(math.isfinite, weights)):
         raise ConfigError(

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeVar
 
-from lora_lightning.errors import ConfigError, RankError, did_you_mean
+from lora_lightning.errors import ConfigError, RankError, did_you_mean, nearest_hint
 
 ALL_LINEAR = "all-linear"
 
@@ -236,8 +236,7 @@ def check_choice(key: str, value: object, choices: tuple[object, ...]) -> None:
         value is choice or (value == choice and type(value) is type(choice)) for choice in choices
     ):
         listed = ", ".join(repr(choice) for choice in choices)
-        near = did_you_mean(str(value), [c for c in choices if isinstance(c, str)])
-        hint = f" Did you mean {near!r}?" if near else ""
+        hint = nearest_hint(str(value), [c for c in choices if isinstance(c, str)])
         raise ConfigError(f"{key} is {value!r}; known values: {listed}.{hint} (lora.{key})")
 
 

@@ -60,6 +60,12 @@ def did_you_mean(word: str, known: Iterable[str]) -> str | None:
     return matches[0] if matches else None
 
 
+def nearest_hint(word: str, known: Iterable[str]) -> str:
+    """A question after the known word nearest to `word`, to stand behind a sentence; "" if none."""
+    near = did_you_mean(word, known)
+    return f" Did you mean {near!r}?" if near else ""
+
+
 def first_few(items: Iterable[str], limit: int = 5) -> str:
     """`items` joined by commas; what goes beyond `limit` is counted, not listed."""
     listed = list(items)

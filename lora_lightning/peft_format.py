@@ -29,8 +29,8 @@ from lora_lightning.errors import (
     AdapterStateError,
     CheckpointError,
     LoraError,
-    did_you_mean,
     first_few,
+    nearest_hint,
 )
 from lora_lightning.injection import delete_adapter, extend_adapter, unchanged_on_error
 from lora_lightning.peft_config import OWN, TOKENS, adds_twice, describe, for_twice, parse
@@ -220,8 +220,7 @@ def read_values(
 def _files(model: nn.Module, folder: Path, adapter_name: str) -> dict[Path, bytes]:
     known = adapter_names(model)
     if adapter_name not in known:
-        near = did_you_mean(adapter_name, known)
-        hint = f" Did you mean {near!r}?" if near else ""
+        hint = nearest_hint(adapter_name, known)
         raise AdapterStateError(
             f"No adapter {adapter_name!r} to save; the model has {known or 'none'}.{hint}"
         )

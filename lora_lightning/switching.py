@@ -11,7 +11,7 @@ from torch import nn
 from lora_lightning.adapters.base import Adapter, AdapterParts, DeltaAdapter
 from lora_lightning.adapters.trained_copy import TrainedCopy
 from lora_lightning.bias import trained_biases
-from lora_lightning.errors import AdapterStateError, did_you_mean
+from lora_lightning.errors import AdapterStateError, nearest_hint
 from lora_lightning.hosts.attention import AttentionHost
 from lora_lightning.hosts.base import named_hosts
 from lora_lightning.hosts.fast_path import close_fast_path, reopen_fast_path
@@ -192,8 +192,7 @@ def set_trainable(model: nn.Module, name: str, trainable: bool) -> None:
 
 def _check_known(name: str, known: list[str]) -> None:
     if name not in known:
-        near = did_you_mean(name, known)
-        hint = f" Did you mean {near!r}?" if near else ""
+        hint = nearest_hint(name, known)
         raise AdapterStateError(f"No adapter {name!r}; the model has {known or 'none'}.{hint}")
 
 

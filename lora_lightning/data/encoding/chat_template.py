@@ -10,7 +10,7 @@ from typing import Any
 
 from lora_lightning.data.samples.sample import Chat
 from lora_lightning.data.sources.row import check_characters
-from lora_lightning.errors import ConfigError, RecordError, did_you_mean
+from lora_lightning.errors import ConfigError, RecordError, nearest_hint
 
 Message = dict[str, Any]
 Span = tuple[int, int]
@@ -128,8 +128,7 @@ def _read(template: str, tokenizer: Any) -> str:
                 f"{error}. (data.chat_template)"
             ) from error
     beside = map(str, path.parent.iterdir()) if path.parent.is_dir() else ()
-    near = did_you_mean(template, [*beside, *own])
-    hint = f" Did you mean {near!r}?" if near else ""
+    hint = nearest_hint(template, [*beside, *own])
     raise ConfigError(
         f"chat_template {template!r} is no file, no Jinja, and no template of the tokenizer.{hint} "
         "(data.chat_template)"

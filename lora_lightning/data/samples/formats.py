@@ -26,7 +26,7 @@ from lora_lightning.data.samples.messages import (
 )
 from lora_lightning.data.samples.sample import Chat, Document, PromptCompletion, Sample
 from lora_lightning.data.sources.row import Row, check_characters, described
-from lora_lightning.errors import ConfigError, RecordError, did_you_mean, first_few
+from lora_lightning.errors import ConfigError, RecordError, did_you_mean, first_few, nearest_hint
 
 # The layout of the Alpaca release (github.com/tatsu-lab/stanford_alpaca), to the line break after
 # "Response:", as in the `text` column of the data set.
@@ -75,8 +75,7 @@ class Fields:
         """The value, which may be None."""
         column = self.column(field)
         if column not in self._values:
-            near = did_you_mean(column, self._values)
-            hint = f" Did you mean {near!r}?" if near else ""
+            hint = nearest_hint(column, self._values)
             raise RecordError(
                 f"{self.where}: no key {column!r}, which the format {self._form!r} needs. Keys "
                 f"found: {first_few(self._values, 20)}.{hint} Name the right one. (data.columns)"
@@ -227,8 +226,7 @@ def read_samples(
 def check_format(format: str | None, columns: Mapping[str, str]) -> None:
     """Refuse a format that is unknown, and columns that it does not have."""
     if format is not None and format not in FORMATS:
-        near = did_you_mean(format, FORMATS)
-        hint = f" Did you mean {near!r}?" if near else ""
+        hint = nearest_hint(format, FORMATS)
         raise ConfigError(f"unknown format {format!r}.{hint} Formats: {_listed()}. (data.format)")
     known = [FORMATS[format]] if format else list(FORMATS.values())
     if columns and not any(each.knows(columns) for each in known):
@@ -256,8 +254,7 @@ def recognised_format(row: Row, columns: Mapping[str, str], prompts_only: bool =
     found = first_few(row.values, 20)
     for field, column in columns.items():
         if column not in row.values:
-            near = did_you_mean(column, row.values)
-            hint = f" Did you mean {near!r}?" if near else ""
+            hint = nearest_hint(column, row.values)
             raise RecordError(
                 f"{row.where}: no key {column!r}, which columns names for {field!r}. Keys found: "
                 f"{found}.{hint} (data.columns)"

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from lora_lightning.data.sources.row import check_characters, described
-from lora_lightning.errors import RecordError, did_you_mean
+from lora_lightning.errors import RecordError, nearest_hint
 
 Message = dict[str, Any]
 
@@ -104,8 +104,7 @@ def _role(message: Message, place: str) -> str:
     known = {**{name: name for name in ROLES}, **OTHER_NAMES}
     if isinstance(role, str) and role in known:
         return known[role]
-    near = did_you_mean(str(role), known)
-    hint = f" Did you mean {near!r}?" if near else ""
+    hint = nearest_hint(str(role), known)
     raise RecordError(
         f"{place}: unknown role {role!r}.{hint} Roles: {', '.join([*known, 'function_call'])}."
     )

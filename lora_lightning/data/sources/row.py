@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_lightning.errors import RecordError, did_you_mean, first_few
+from lora_lightning.errors import RecordError, did_you_mean, first_few, nearest_hint
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,7 @@ def require_columns(found: Iterable[str], columns: Mapping[str, str], where: str
     found = list(found)
     for column, key in columns.items():
         if column not in found:
-            near = did_you_mean(column, found)
-            hint = f" Did you mean {near!r}?" if near else ""
+            hint = nearest_hint(column, found)
             raise RecordError(
                 f"{where}: no column {column!r}. Columns found: {first_few(found, 20)}.{hint} "
                 f"({key})"
