@@ -14,30 +14,33 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lora_lightning.lazy import lazy_names
+from lora_lightning.utilities.lazy import lazy_names
 
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from lora_lightning.adapters import register_adapter as register_adapter
     from lora_lightning.adapters.adalora import AdaLoraConfig as AdaLoraConfig
+    from lora_lightning.adapters.config import AdapterConfig as AdapterConfig
     from lora_lightning.adapters.ia3 import Ia3Config as Ia3Config
     from lora_lightning.adapters.loha import LohaConfig as LohaConfig
     from lora_lightning.adapters.lokr import LokrConfig as LokrConfig
-    from lora_lightning.adapters.lora import LoraConfig as LoraConfig
-    from lora_lightning.adapters.lora_start import EvaConfig as EvaConfig
-    from lora_lightning.adapters.lora_start import LoftqConfig as LoftqConfig
+    from lora_lightning.adapters.lora.init_weights import EvaConfig as EvaConfig
+    from lora_lightning.adapters.lora.init_weights import LoftqConfig as LoftqConfig
+    from lora_lightning.adapters.lora.linear import LoraConfig as LoraConfig
     from lora_lightning.adapters.oft import OftConfig as OftConfig
+    from lora_lightning.adapters.registry import register_adapter as register_adapter
     from lora_lightning.adapters.shira import ShiraConfig as ShiraConfig
     from lora_lightning.adapters.vera import VeraConfig as VeraConfig
     from lora_lightning.callback import LoraCallback as LoraCallback
     from lora_lightning.callbacks.comparison import compare_with_base as compare_with_base
     from lora_lightning.callbacks.text_samples import TextSamples as TextSamples
-    from lora_lightning.callbacks.training_progress import TrainingProgress as TrainingProgress
-    from lora_lightning.checkpoint import adapter_state_dict as adapter_state_dict
-    from lora_lightning.checkpoint import load_adapter_state_dict as load_adapter_state_dict
-    from lora_lightning.combine import add_weighted_adapter as add_weighted_adapter
-    from lora_lightning.config import AdapterConfig as AdapterConfig
+    from lora_lightning.checkpoint.peft.folder import load_adapter as load_adapter
+    from lora_lightning.checkpoint.peft.folder import save_adapter as save_adapter
+    from lora_lightning.checkpoint.peft.hotswap import hotswap_adapter as hotswap_adapter
+    from lora_lightning.checkpoint.state_dict import adapter_state_dict as adapter_state_dict
+    from lora_lightning.checkpoint.state_dict import (
+        load_adapter_state_dict as load_adapter_state_dict,
+    )
     from lora_lightning.data.docstrings import StdlibDocstrings as StdlibDocstrings
     from lora_lightning.data.images import ImageDataModule as ImageDataModule
     from lora_lightning.data.text import TextDataModule as TextDataModule
@@ -47,24 +50,22 @@ if TYPE_CHECKING:
     from lora_lightning.data.token_classification import (
         TokenClassificationDataModule as TokenClassificationDataModule,
     )
+    from lora_lightning.engine.combine import add_weighted_adapter as add_weighted_adapter
+    from lora_lightning.engine.eva import eva_start as eva_start
+    from lora_lightning.engine.injection import delete_adapter as delete_adapter
+    from lora_lightning.engine.injection import inject_adapter as inject_adapter
+    from lora_lightning.engine.merging import merge_adapter as merge_adapter
+    from lora_lightning.engine.merging import merge_and_unload as merge_and_unload
+    from lora_lightning.engine.merging import unload as unload
+    from lora_lightning.engine.merging import unmerge_adapter as unmerge_adapter
+    from lora_lightning.engine.status import adapter_status as adapter_status
+    from lora_lightning.engine.switching import active_adapters as active_adapters
+    from lora_lightning.engine.switching import adapter_names as adapter_names
+    from lora_lightning.engine.switching import adapters_per_row as adapters_per_row
+    from lora_lightning.engine.switching import disable_adapter as disable_adapter
+    from lora_lightning.engine.switching import scale_adapter as scale_adapter
+    from lora_lightning.engine.switching import set_adapter as set_adapter
     from lora_lightning.errors import LoraError as LoraError
-    from lora_lightning.eva import eva_start as eva_start
-    from lora_lightning.hotswap import hotswap_adapter as hotswap_adapter
-    from lora_lightning.injection import delete_adapter as delete_adapter
-    from lora_lightning.injection import inject_adapter as inject_adapter
-    from lora_lightning.merging import merge_adapter as merge_adapter
-    from lora_lightning.merging import merge_and_unload as merge_and_unload
-    from lora_lightning.merging import unload as unload
-    from lora_lightning.merging import unmerge_adapter as unmerge_adapter
-    from lora_lightning.peft_format import load_adapter as load_adapter
-    from lora_lightning.peft_format import save_adapter as save_adapter
-    from lora_lightning.status import adapter_status as adapter_status
-    from lora_lightning.switching import active_adapters as active_adapters
-    from lora_lightning.switching import adapter_names as adapter_names
-    from lora_lightning.switching import adapters_per_row as adapters_per_row
-    from lora_lightning.switching import disable_adapter as disable_adapter
-    from lora_lightning.switching import scale_adapter as scale_adapter
-    from lora_lightning.switching import set_adapter as set_adapter
     from lora_lightning.tasks.causal_lm import CausalLM as CausalLM
     from lora_lightning.tasks.image_classification import (
         ImageClassification as ImageClassification,
@@ -79,20 +80,21 @@ if TYPE_CHECKING:
     from lora_lightning.training.checkpoints.loading import (
         load_from_checkpoint as load_from_checkpoint,
     )
+    from lora_lightning.training.progress import TrainingProgress as TrainingProgress
 
 _HOME = {
     "LoraCallback": "callback",
-    "LoraConfig": "adapters.lora",
-    "inject_adapter": "injection",
-    "delete_adapter": "injection",
-    "adapter_names": "switching",
-    "active_adapters": "switching",
-    "set_adapter": "switching",
-    "disable_adapter": "switching",
-    "merge_adapter": "merging",
-    "unmerge_adapter": "merging",
-    "merge_and_unload": "merging",
-    "unload": "merging",
+    "LoraConfig": "adapters.lora.linear",
+    "inject_adapter": "engine.injection",
+    "delete_adapter": "engine.injection",
+    "adapter_names": "engine.switching",
+    "active_adapters": "engine.switching",
+    "set_adapter": "engine.switching",
+    "disable_adapter": "engine.switching",
+    "merge_adapter": "engine.merging",
+    "unmerge_adapter": "engine.merging",
+    "merge_and_unload": "engine.merging",
+    "unload": "engine.merging",
     "AdaLoraConfig": "adapters.adalora",
     "OftConfig": "adapters.oft",
     "ShiraConfig": "adapters.shira",
@@ -100,21 +102,21 @@ _HOME = {
     "VeraConfig": "adapters.vera",
     "LohaConfig": "adapters.loha",
     "LokrConfig": "adapters.lokr",
-    "LoftqConfig": "adapters.lora_start",
-    "AdapterConfig": "config",
-    "register_adapter": "adapters",
-    "EvaConfig": "adapters.lora_start",
-    "eva_start": "eva",
-    "add_weighted_adapter": "combine",
-    "adapters_per_row": "switching",
-    "scale_adapter": "switching",
-    "adapter_status": "status",
-    "save_adapter": "peft_format",
-    "load_adapter": "peft_format",
+    "LoftqConfig": "adapters.lora.init_weights",
+    "AdapterConfig": "adapters.config",
+    "register_adapter": "adapters.registry",
+    "EvaConfig": "adapters.lora.init_weights",
+    "eva_start": "engine.eva",
+    "add_weighted_adapter": "engine.combine",
+    "adapters_per_row": "engine.switching",
+    "scale_adapter": "engine.switching",
+    "adapter_status": "engine.status",
+    "save_adapter": "checkpoint.peft.folder",
+    "load_adapter": "checkpoint.peft.folder",
     "load_from_checkpoint": "training.checkpoints.loading",
-    "hotswap_adapter": "hotswap",
-    "adapter_state_dict": "checkpoint",
-    "load_adapter_state_dict": "checkpoint",
+    "hotswap_adapter": "checkpoint.peft.hotswap",
+    "adapter_state_dict": "checkpoint.state_dict",
+    "load_adapter_state_dict": "checkpoint.state_dict",
     "CausalLM": "tasks.causal_lm",
     "Seq2SeqLM": "tasks.seq2seq_lm",
     "SequenceClassification": "tasks.sequence_classification",
@@ -126,7 +128,7 @@ _HOME = {
     "TextDataModule": "data.text",
     "StdlibDocstrings": "data.docstrings",
     "TextSamples": "callbacks.text_samples",
-    "TrainingProgress": "callbacks.training_progress",
+    "TrainingProgress": "training.progress",
     "compare_with_base": "callbacks.comparison",
     "LoraError": "errors",
 }

@@ -9,63 +9,33 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lora_lightning import report
-from lora_lightning.adapters.lora import LoraConfig
-from lora_lightning.checkpoint import KEY, saved_keys
-from lora_lightning.compiled import uncompiled
-from lora_lightning.config import AdapterConfig
-from lora_lightning.errors import ConfigError, nearest_hint
-from lora_lightning.hosts.base import walk
-from lora_lightning.injection import (
+from lora_lightning.adapters.config import AdapterConfig
+from lora_lightning.adapters.lora.linear import LoraConfig
+from lora_lightning.checkpoint.peft.folder import load_adapter
+from lora_lightning.checkpoint.state_dict import KEY, saved_keys
+from lora_lightning.engine.injection import (
     adapters_named,
     extend_adapter,
     unchanged_on_error,
 )
-from lora_lightning.peft_format import load_adapter
-from lora_lightning.switching import (
+from lora_lightning.engine.switching import (
     active_adapters,
     adapter_names,
     set_adapter,
 )
-from lora_lightning.targets import Selection
+from lora_lightning.engine.targets.selection import Selection
+from lora_lightning.errors import ConfigError, nearest_hint
+from lora_lightning.layers.base import walk
+from lora_lightning.training import summary as report
 from lora_lightning.training.adalora_schedule import RankSchedule
-from lora_lightning.training.averaging import average_what_trains
-from lora_lightning.training.binding import (
-    bind,
-    binding_of,
-    callbacks_of,
-    let_train,
-    overrides,
-)
-from lora_lightning.training.callback_options import (
-    check_options,
-    check_same_adapter,
-    log_options,
-)
 from lora_lightning.training.checkpoints.files import protect_checkpoints
-from lora_lightning.training.checkpoints.manifest import remember_base
-from lora_lightning.training.eva_run import start_values, starts_from_data, take_over_ranks
-from lora_lightning.training.nonfinite import NonfiniteGuard, check_same_policy
-from lora_lightning.training.precision import check_precision, convert_before_growth
-from lora_lightning.training.preemption import (
-    Preemption,
-    lines_without_checkpoint,
-    set_exit_code,
-)
-from lora_lightning.training.resume.learning_rates import configured_rates
-from lora_lightning.training.resume.resumable_loader import make_loaders_resumable
-from lora_lightning.training.run_checks import (
+from lora_lightning.training.checkpoints.metadata import remember_base
+from lora_lightning.training.checks.run import (
     check_callbacks,
     check_names,
     check_strategy,
 )
-from lora_lightning.training.strategies.deepspeed import check_deepspeed
-from lora_lightning.training.strategies.fsdp import check_not_wrapped
-from lora_lightning.training.strategies.launchers import check_launcher, take_returned
-from lora_lightning.training.strategies.meta_base import expect_base, load_base_at_once
-from lora_lightning.training.strategies.model_parallel import check_model_parallel
-from lora_lightning.training.strategies.state import override_state_methods
-from lora_lightning.training.training_checks import (
+from lora_lightning.training.checks.training import (
     check_base_has_values,
     check_before_fit,
     check_first_gradients,
@@ -75,6 +45,36 @@ from lora_lightning.training.training_checks import (
     check_still_there,
     check_what_trains,
 )
+from lora_lightning.training.eva import start_values, starts_from_data, take_over_ranks
+from lora_lightning.training.module_hooks import (
+    bind,
+    binding_of,
+    callbacks_of,
+    let_train,
+    overrides,
+)
+from lora_lightning.training.nonfinite import NonfiniteGuard, check_same_policy
+from lora_lightning.training.options import (
+    check_options,
+    check_same_adapter,
+    log_options,
+)
+from lora_lightning.training.precision import check_precision, convert_before_growth
+from lora_lightning.training.preemption import (
+    Preemption,
+    lines_without_checkpoint,
+    set_exit_code,
+)
+from lora_lightning.training.resume.learning_rates import configured_rates
+from lora_lightning.training.resume.resumable_loader import make_loaders_resumable
+from lora_lightning.training.strategies.deepspeed import check_deepspeed
+from lora_lightning.training.strategies.fsdp import check_not_wrapped
+from lora_lightning.training.strategies.launchers import check_launcher, take_returned
+from lora_lightning.training.strategies.meta_base import expect_base, load_base_at_once
+from lora_lightning.training.strategies.model_parallel import check_model_parallel
+from lora_lightning.training.strategies.state import override_state_methods
+from lora_lightning.training.weight_averaging import average_what_trains
+from lora_lightning.utilities.compiled import uncompiled
 
 
 class LoraCallback(Callback):

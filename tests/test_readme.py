@@ -13,8 +13,6 @@ from typing import Any
 import lightning
 import pytest
 import yaml
-from modules import Data, Net
-from tiny_lm import tiny_llama
 
 import lora_lightning
 from lora_lightning import (
@@ -25,13 +23,15 @@ from lora_lightning import (
     inject_adapter,
     save_adapter,
 )
-from lora_lightning.cli import LoraCLI
+from lora_lightning.cli.main import LoraCLI
 from lora_lightning.data import TextDataModule
 from lora_lightning.errors import CheckpointError
 from lora_lightning.tasks.pretrained_task import PretrainedTask
+from tests.helpers.modules import Data, Net
+from tests.helpers.paths import ROOT
+from tests.helpers.tiny_lm import tiny_llama
 
-REPOSITORY = Path(__file__).parent.parent
-README = (REPOSITORY / "README.md").read_text()
+README = (ROOT / "README.md").read_text()
 
 
 def blocks(language: str) -> list[str]:
@@ -119,10 +119,10 @@ def test_commands_parse(call: str, tmp_path: Path, monkeypatch: Any) -> None:
     """Every `lora-lightning` call in the README is one that the parser takes."""
     words = shlex.split(call)
     assert words[1] in {"fit", "validate", "test", "predict"}
-    (tmp_path / "configs").symlink_to(REPOSITORY / "configs")
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
     (mine,) = (block for block in blocks("yaml") if "my_module" in block)
-    mine = mine.replace("my_module.MyModel", "modules.Net").replace(
-        "my_module.MyData", "modules.Data"
+    mine = mine.replace("my_module.MyModel", "tests.helpers.modules.Net").replace(
+        "my_module.MyData", "tests.helpers.modules.Data"
     )
     (tmp_path / "mine.yaml").write_text(mine)
     monkeypatch.chdir(tmp_path)
@@ -143,7 +143,10 @@ def test_yaml_is_accepted(config: str, tmp_path: Path, monkeypatch: Any) -> None
     for section in ("model", "data"):  # the user's own classes
         if "my_module" in content.get(section, {"class_path": "my_module"})["class_path"]:
             content[section] = {
-                "class_path": {"model": "modules.Net", "data": "modules.Data"}[section]
+                "class_path": {
+                    "model": "tests.helpers.modules.Net",
+                    "data": "tests.helpers.modules.Data",
+                }[section]
             }
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(content))
     monkeypatch.chdir(tmp_path)
@@ -163,7 +166,7 @@ def test_figures_and_names_are_current() -> None:
     for name in re.findall(r"from lora_lightning import (\w+)", README):
         assert name in lora_lightning.__all__
     for path in re.findall(r"`((?:tests|configs|notebooks|\.ci)/[\w./]+)`", README):
-        assert (REPOSITORY / path).exists(), path
+        assert (ROOT / path).exists(), path
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_lightning.adapters.base import Base, Convolution, DeltaAdapter, Site
-from lora_lightning.autocast import is_autocast
-from lora_lightning.config import (
+from lora_lightning.adapters.config import (
     AdapterConfig,
     check_choice,
     check_positive,
@@ -30,8 +29,9 @@ from lora_lightning.config import (
     check_rank,
     pattern_value,
 )
+from lora_lightning.adapters.initialization import normal_, zeros_
 from lora_lightning.errors import ConfigError, RankError
-from lora_lightning.initialization import normal_, zeros_
+from lora_lightning.utilities.autocast import is_autocast
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,10 +18,10 @@ from typing import Any, ClassVar, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.autocast import is_autocast
-from lora_lightning.config import AdapterConfig, RankedConfig, pattern_value
+from lora_lightning.adapters.config import AdapterConfig, RankedConfig, pattern_value
+from lora_lightning.adapters.initialization import generator_for
 from lora_lightning.errors import RankError
-from lora_lightning.initialization import generator_for
+from lora_lightning.utilities.autocast import is_autocast
 
 
 @dataclass(frozen=True)

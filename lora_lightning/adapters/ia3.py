@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from lora_lightning.adapters.base import Adapter, Base, Convolution, Site
-from lora_lightning.config import AdapterConfig, check_choice, check_expression
+from lora_lightning.adapters.config import AdapterConfig, check_choice, check_expression
+from lora_lightning.adapters.initialization import normal_
 from lora_lightning.errors import TargetError, did_you_mean, first_few
-from lora_lightning.initialization import normal_
 
 
 @dataclass(frozen=True, kw_only=True)

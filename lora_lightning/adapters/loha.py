@@ -36,7 +36,7 @@ from lora_lightning.adapters.lycoris import (
     product_dtype,
     recompute,
 )
-from lora_lightning.autocast import without_autocast
+from lora_lightning.utilities.autocast import without_autocast
 
 # As two products the update was faster than as a dense weight up to this part of its products (one
 # CPU thread; 64 to 3072 features or channels).

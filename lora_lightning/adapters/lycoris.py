@@ -18,9 +18,14 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from lora_lightning.adapters.base import Base, DeltaAdapter, Site
-from lora_lightning.autocast import is_autocast, without_autocast
-from lora_lightning.config import RankedConfig, check_choice, check_positive, check_probability
-from lora_lightning.initialization import kaiming_uniform_, zeros_
+from lora_lightning.adapters.config import (
+    RankedConfig,
+    check_choice,
+    check_positive,
+    check_probability,
+)
+from lora_lightning.adapters.initialization import kaiming_uniform_, zeros_
+from lora_lightning.utilities.autocast import is_autocast, without_autocast
 
 # Computing again has a price of its own, which is the larger part of the step where the tensors
 # have fewer elements than this (one CPU thread); what is kept is then little anyway.

@@ -24,11 +24,16 @@ import torch
 from torch import Tensor
 
 from lora_lightning.adapters.base import Adapter, Base, Convolution, Site
-from lora_lightning.adapters.trained_copy import TrainedCopy
-from lora_lightning.autocast import is_autocast, without_autocast
-from lora_lightning.config import AdapterConfig, check_choice, check_positive, check_probability
+from lora_lightning.adapters.config import (
+    AdapterConfig,
+    check_choice,
+    check_positive,
+    check_probability,
+)
+from lora_lightning.adapters.initialization import normal_, zeros_
+from lora_lightning.adapters.modules_to_save import TrainedCopy
 from lora_lightning.errors import ConfigError, RankError
-from lora_lightning.initialization import normal_, zeros_
+from lora_lightning.utilities.autocast import is_autocast, without_autocast
 
 Config = TypeVar("Config", bound=AdapterConfig)
 

@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_lightning.adapters.base import Base, DeltaAdapter, Site
-from lora_lightning.config import AdapterConfig, check_choice, check_rank
+from lora_lightning.adapters.config import AdapterConfig, check_choice, check_rank
+from lora_lightning.adapters.initialization import normal_, zeros_
 from lora_lightning.errors import ConfigError, RankError
-from lora_lightning.initialization import normal_, zeros_
 
 Config = TypeVar("Config", bound=AdapterConfig)
 

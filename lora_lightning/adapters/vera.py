@@ -22,16 +22,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_lightning.adapters.base import Base, DeltaAdapter, Site
-from lora_lightning.autocast import is_autocast
-from lora_lightning.config import (
+from lora_lightning.adapters.config import (
     AdapterConfig,
     check_choice,
     check_positive,
     check_probability,
     check_rank,
 )
+from lora_lightning.adapters.initialization import normal_
 from lora_lightning.errors import AdapterStateError, ConfigError
-from lora_lightning.initialization import normal_
+from lora_lightning.utilities.autocast import is_autocast
 
 Config = TypeVar("Config", bound=AdapterConfig)
 

@@ -2,19 +2,19 @@
 
 from typing import TYPE_CHECKING
 
-from lora_lightning.lazy import lazy_names
+from lora_lightning.utilities.lazy import lazy_names
 
 if TYPE_CHECKING:
     from lora_lightning.callbacks.comparison import Comparison as Comparison
     from lora_lightning.callbacks.comparison import compare_with_base as compare_with_base
     from lora_lightning.callbacks.text_samples import TextSamples as TextSamples
-    from lora_lightning.callbacks.training_progress import TrainingProgress as TrainingProgress
+    from lora_lightning.training.progress import TrainingProgress as TrainingProgress
 
 _HOME = {
     "Comparison": "comparison",
     "compare_with_base": "comparison",
     "TextSamples": "text_samples",
-    "TrainingProgress": "training_progress",
+    "TrainingProgress": ".training.progress",
 }
 __all__ = list(_HOME)
 __getattr__, __dir__ = lazy_names(__name__, _HOME)

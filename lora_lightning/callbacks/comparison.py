@@ -16,13 +16,13 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from rich.table import Table
 
-from lora_lightning import report
-from lora_lightning.adapters.trained_copy import TrainedCopy
+from lora_lightning.adapters.modules_to_save import TrainedCopy
+from lora_lightning.engine.switching import adapter_names, disable_adapter
 from lora_lightning.errors import ConfigError, first_few
-from lora_lightning.hosts.base import named_hosts
-from lora_lightning.rng import random_state, seed_all, set_random_state
-from lora_lightning.switching import adapter_names, disable_adapter
-from lora_lightning.training.binding import callbacks_of
+from lora_lightning.layers.base import named_hosts
+from lora_lightning.training import summary as report
+from lora_lightning.training.module_hooks import callbacks_of
+from lora_lightning.utilities.rng import random_state, seed_all, set_random_state
 
 # Word error rate as a word: "answer_accuracy" has its letters, too.
 _SMALLER_IS_BETTER = re.compile(r"loss|perplexity|error|nll|mse|mae|(?<![a-z])wer(?![a-z])")

@@ -11,10 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lora_lightning import report
 from lora_lightning.callbacks.generation import TextGenerator, generating_network
 from lora_lightning.callbacks.text_loggers import Row, log_texts
-from lora_lightning.callbacks.training_progress import left_out
 from lora_lightning.data.encoding.causal import Encoder
 from lora_lightning.data.encoding.seq2seq import Seq2SeqEncoder
 from lora_lightning.data.samples.sample import (
@@ -24,11 +22,13 @@ from lora_lightning.data.samples.sample import (
     Sample,
     prompt_and_answer,
 )
+from lora_lightning.engine.switching import adapter_names, disable_adapter
 from lora_lightning.errors import ConfigError
-from lora_lightning.sharding import is_sharded
-from lora_lightning.switching import adapter_names, disable_adapter
-from lora_lightning.tasks.pretrained import load_pretrained
 from lora_lightning.tasks.pretrained_task import PretrainedTask
+from lora_lightning.training import summary as report
+from lora_lightning.training.progress import left_out
+from lora_lightning.utilities.dtensor import is_sharded
+from lora_lightning.utilities.pretrained import load_pretrained
 
 Prompt = str | list[dict[str, Any]] | Sample
 

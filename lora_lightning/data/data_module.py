@@ -12,8 +12,8 @@ from lightning.pytorch import LightningDataModule
 from lora_lightning.data.batches.epoch_sampler import EpochSampler
 from lora_lightning.data.hold_out import split_records
 from lora_lightning.errors import ConfigError
-from lora_lightning.tasks.pretrained import load_pretrained
 from lora_lightning.tasks.pretrained_task import PretrainedTask
+from lora_lightning.utilities.pretrained import load_pretrained
 
 # The splits that each Trainer stage reads.
 STAGE_SPLITS = {

@@ -10,7 +10,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from lora_lightning.data.samples.sample import IGNORED
 from lora_lightning.errors import ConfigError
-from lora_lightning.hosts.base import adapter_owners
+from lora_lightning.layers.base import adapter_owners
 from lora_lightning.tasks.class_names import (
     agreed_label_names,
     check_trained_head,

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from lora_lightning.data.samples.sample import IGNORED
 from lora_lightning.errors import ConfigError, RecordError
-from lora_lightning.sharding import is_sharded
 from lora_lightning.tasks.generation_options import check_generation_options
 from lora_lightning.tasks.lm_loss import LMLoss, TokenLoss
-from lora_lightning.tasks.pretrained import load_pretrained
 from lora_lightning.tasks.pretrained_task import Batch, PretrainedTask
+from lora_lightning.utilities.dtensor import is_sharded
+from lora_lightning.utilities.pretrained import load_pretrained
 
 # Generation options that return something else than texts, or have no effect.
 _REFUSED = ("return_dict_in_generate", "max_length")

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
-from lora_lightning.compiled import uncompiled
 from lora_lightning.data.samples.sample import IGNORED
-from lora_lightning.rng import random_state, set_random_state
-from lora_lightning.sharding import is_sharded
 from lora_lightning.tasks.head_loss import head_loss
+from lora_lightning.utilities.compiled import uncompiled
+from lora_lightning.utilities.dtensor import is_sharded
+from lora_lightning.utilities.rng import random_state, set_random_state
 
 # How configs name what a model does to scores after its head.
 MULTIPLIED = ("logit_scale", "lm_head_multiplier", "output_multiplier")  # Cohere, Falcon-H1, ...

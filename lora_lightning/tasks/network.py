@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from lora_lightning.errors import ConfigError, ModelError
-from lora_lightning.hosts.bitsandbytes import settle_rounding_table
+from lora_lightning.layers.quantized.bitsandbytes import settle_rounding_table
 from lora_lightning.tasks.model_options import ModelOptions
-from lora_lightning.tasks.pretrained import load_pretrained, resolve_model_path
 from lora_lightning.tasks.sharding import repeated_layers, share_out
+from lora_lightning.utilities.pretrained import load_pretrained, resolve_model_path
 
 _AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 

@@ -9,10 +9,8 @@ import torch
 from lightning.pytorch import Callback
 from torch import Tensor, nn
 
-from lora_lightning.callbacks.training_progress import TrainingProgress
 from lora_lightning.errors import ConfigError, first_few
-from lora_lightning.hosts.base import adapter_owners
-from lora_lightning.optim import may_be_fused
+from lora_lightning.layers.base import adapter_owners
 from lora_lightning.tasks.evaluation import Evaluation
 from lora_lightning.tasks.model_options import (
     Dtype,
@@ -31,7 +29,9 @@ from lora_lightning.tasks.optimization import (
     is_trial,
 )
 from lora_lightning.tasks.sharding import data_parallel_mesh
-from lora_lightning.training.binding import callbacks_of
+from lora_lightning.training.module_hooks import callbacks_of
+from lora_lightning.training.optimizers import may_be_fused
+from lora_lightning.training.progress import TrainingProgress
 
 Batch = dict[str, Tensor]
 

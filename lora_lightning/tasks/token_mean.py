@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lora_lightning.errors import ConfigError
-from lora_lightning.sharding import is_sharded
+from lora_lightning.utilities.dtensor import is_sharded
 
 KEY = "token_mean"  # in checkpoints
 

@@ -21,10 +21,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lora_lightning.adapters.adalora import AdaLoraConfig
-from lora_lightning.config import AdapterConfig
+from lora_lightning.adapters.config import AdapterConfig
+from lora_lightning.engine.rank_allocation import RankAllocator, adalora_adapters
 from lora_lightning.errors import ConfigError
-from lora_lightning.rank_allocation import RankAllocator, adalora_adapters
-from lora_lightning.report import shown_name
+from lora_lightning.training.summary import shown_name
 
 
 class RankSchedule:

@@ -20,12 +20,12 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 from torch.optim import LBFGS, Optimizer
 
-from lora_lightning.adapters.trained_copy import TrainedCopy
-from lora_lightning.compiled import named_parameters
+from lora_lightning.adapters.modules_to_save import TrainedCopy
 from lora_lightning.errors import ConfigError, NonfiniteError, did_you_mean, first_few
-from lora_lightning.hosts.base import named_hosts
-from lora_lightning.sharding import is_sharded
+from lora_lightning.layers.base import named_hosts
 from lora_lightning.training.strategies.deepspeed import partitioned_gradients
+from lora_lightning.utilities.compiled import named_parameters
+from lora_lightning.utilities.dtensor import is_sharded
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from lora_lightning.engine.switching import adapter_names
 from lora_lightning.errors import AdapterStateError, ConfigError
-from lora_lightning.hosts.bitsandbytes import is_linear4bit, is_linear8bit
-from lora_lightning.switching import adapter_names
+from lora_lightning.layers.quantized.bitsandbytes import is_linear4bit, is_linear8bit
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule

@@ -18,8 +18,8 @@ from typing import Any
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from lora_lightning import report
-from lora_lightning.training.agreement import any_process
+from lora_lightning.training import summary as report
+from lora_lightning.training.collectives import any_process
 
 EXIT_CODE = 128 + signal.SIGTERM  # 143, as a shell reports a process that SIGTERM ended
 

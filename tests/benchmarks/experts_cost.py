@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from lora_lightning import LoraConfig, inject_adapter
-from lora_lightning.hosts import experts as experts_host
+from lora_lightning.layers import experts as experts_host
 
 FLOOR, OURS, DENSE, PEFT = (
     "frozen floor", "lora_lightning", "  with the dense sum", f"peft {peft.__version__}"

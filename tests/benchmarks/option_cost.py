@@ -19,12 +19,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from tiny_lm import tiny_llama
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from lora_lightning import LoraConfig, inject_adapter
 from lora_lightning.tasks import CausalLM
+from tests.helpers.tiny_lm import tiny_llama
 
 SIZES = {
     "vocab_size": 4000,

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lora_lightning.errors import ConfigError
-from lora_lightning.rng import random_state_kept
+from lora_lightning.utilities.rng import random_state_kept
 
 # Tokens of the two sequences; longer than the window of no model in use.
 LENGTHS = (6, 8)

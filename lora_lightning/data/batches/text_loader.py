@@ -9,7 +9,7 @@ from typing import Any
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lora_lightning.errors import RecordError
-from lora_lightning.training.agreement import any_process
+from lora_lightning.training.collectives import any_process
 from lora_lightning.training.resume.loop_state import in_epoch
 from lora_lightning.training.resume.resumable_loader import LazyLoader
 

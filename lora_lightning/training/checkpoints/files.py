@@ -24,15 +24,15 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lora_lightning.atomic_write import link_atomically, write_atomically
-from lora_lightning.checkpoint import KEY
-from lora_lightning.checkpoint_folders import is_checkpoint_folder
-from lora_lightning.content_hash import HASHES, damaged_parts, with_hashes
+from lora_lightning.checkpoint.integrity import HASHES, damaged_parts, with_hashes
+from lora_lightning.checkpoint.peft.folder import CONFIG
+from lora_lightning.checkpoint.sharded_reader import is_checkpoint_folder
+from lora_lightning.checkpoint.state_dict import KEY
 from lora_lightning.errors import CheckpointError, LoraError, did_you_mean, first_few
-from lora_lightning.peft_format import CONFIG
-from lora_lightning.report import readable_bytes
-from lora_lightning.training.agreement import save_together
+from lora_lightning.training.collectives import save_together
 from lora_lightning.training.strategies.state import read_checkpoint
+from lora_lightning.training.summary import readable_bytes
+from lora_lightning.utilities.atomic_write import link_atomically, write_atomically
 
 _VERSION = "pytorch-lightning_version"  # in everything that a Trainer writes
 

@@ -9,10 +9,10 @@ from typing import Any, TypeVar
 
 import torch
 
-from lora_lightning.adapter_files import read_checkpoint
-from lora_lightning.checkpoint import KEY
-from lora_lightning.peft_format import load_adapter
-from lora_lightning.switching import set_adapter
+from lora_lightning.checkpoint.peft.folder import load_adapter
+from lora_lightning.checkpoint.reader import read_checkpoint
+from lora_lightning.checkpoint.state_dict import KEY
+from lora_lightning.engine.switching import set_adapter
 
 Module = TypeVar("Module")
 

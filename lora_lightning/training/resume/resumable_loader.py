@@ -26,7 +26,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from lora_lightning.errors import CheckpointError
-from lora_lightning.rng import (
+from lora_lightning.utilities.rng import (
     GENERATORS,
     generator_state,
     random_state,

@@ -13,11 +13,10 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lora_lightning.checkpoint import KEY
-from lora_lightning.compiled import named_parameters
-from lora_lightning.optim import trainable_parameters
-from lora_lightning.rng import random_state, seed_all, set_random_state
-from lora_lightning.training.binding import binding_of
+from lora_lightning.checkpoint.state_dict import KEY
+from lora_lightning.training.checks.run import check_no_search, searching
+from lora_lightning.training.module_hooks import binding_of
+from lora_lightning.training.optimizers import trainable_parameters
 from lora_lightning.training.resume.learning_rates import warn_of_changed_rates
 from lora_lightning.training.resume.loop_state import (
     complete_loops,
@@ -34,7 +33,8 @@ from lora_lightning.training.resume.resumable_loader import (
     set_generator_states,
     warn_of_workers,
 )
-from lora_lightning.training.run_checks import check_no_search, searching
+from lora_lightning.utilities.compiled import named_parameters
+from lora_lightning.utilities.rng import random_state, seed_all, set_random_state
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lora_lightning.errors import CheckpointError, ConfigError, OptimizerError, first_few
-from lora_lightning.optim import check_coverage, trainable_parameters
-from lora_lightning.training.agreement import save_together
-from lora_lightning.training.binding import binding_of, callbacks_of, overrides
+from lora_lightning.training.collectives import save_together
+from lora_lightning.training.module_hooks import binding_of, callbacks_of, overrides
+from lora_lightning.training.optimizers import check_coverage, trainable_parameters
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule

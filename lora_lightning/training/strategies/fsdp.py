@@ -19,16 +19,16 @@ import torch.distributed as dist
 from lightning.pytorch.plugins.precision import Precision
 from torch import Tensor, nn
 
-from lora_lightning.bias import trained_biases
-from lora_lightning.checkpoint import adapter_state_dict
-from lora_lightning.compiled import named_parameters
+from lora_lightning.checkpoint.fingerprint import persistent_buffers
+from lora_lightning.checkpoint.state_dict import adapter_state_dict
+from lora_lightning.engine.bias import trained_biases
+from lora_lightning.engine.switching import adapter_names
 from lora_lightning.errors import CheckpointError, ConfigError, first_few
-from lora_lightning.fingerprint import persistent_buffers
-from lora_lightning.hosts.base import named_hosts, walk
-from lora_lightning.switching import adapter_names
-from lora_lightning.training.binding import averaged_models, binding_of, callbacks_of
-from lora_lightning.training.checkpoints.manifest import kept_state
+from lora_lightning.layers.base import named_hosts, walk
+from lora_lightning.training.checkpoints.metadata import kept_state
+from lora_lightning.training.module_hooks import averaged_models, binding_of, callbacks_of
 from lora_lightning.training.strategies.model_parallel import is_fsdp
+from lora_lightning.utilities.compiled import named_parameters
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule

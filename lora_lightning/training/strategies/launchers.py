@@ -19,15 +19,15 @@ import torch
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lora_lightning.adapters import config_type_of
-from lora_lightning.checkpoint import KEY, materialize
-from lora_lightning.compiled import under_own_names
+from lora_lightning.adapters.registry import config_type_of
+from lora_lightning.checkpoint.state_dict import KEY, materialize
+from lora_lightning.engine.injection import inject_adapter
+from lora_lightning.engine.switching import adapter_names
 from lora_lightning.errors import ConfigError
-from lora_lightning.hosts.base import walk
-from lora_lightning.injection import inject_adapter
-from lora_lightning.switching import adapter_names
-from lora_lightning.training.binding import binding_of, callbacks_of
-from lora_lightning.training.checkpoints.manifest import reduce_checkpoint
+from lora_lightning.layers.base import walk
+from lora_lightning.training.checkpoints.metadata import reduce_checkpoint
+from lora_lightning.training.module_hooks import binding_of, callbacks_of
+from lora_lightning.utilities.compiled import under_own_names
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule

@@ -20,16 +20,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.adapters.token_rows import TokenRows
-from lora_lightning.adapters.trained_copy import TrainedCopy
-from lora_lightning.bias import trained_biases
+from lora_lightning.adapters.modules_to_save import TrainedCopy
+from lora_lightning.adapters.trainable_tokens import TokenRows
+from lora_lightning.engine.bias import trained_biases
+from lora_lightning.engine.switching import adapter_names
 from lora_lightning.errors import AdapterMismatchError, ConfigError, first_few
-from lora_lightning.hosts.base import named_hosts, walk
-from lora_lightning.sharding import copy_whole, whole
-from lora_lightning.switching import adapter_names
-from lora_lightning.training.binding import binding_of, callbacks_of
-from lora_lightning.training.checkpoints.manifest import remember_base
+from lora_lightning.layers.base import named_hosts, walk
+from lora_lightning.training.checkpoints.metadata import remember_base
+from lora_lightning.training.module_hooks import binding_of, callbacks_of
 from lora_lightning.training.strategies.model_parallel import is_model_parallel
+from lora_lightning.utilities.dtensor import copy_whole, whole
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule

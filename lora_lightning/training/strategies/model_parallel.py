@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from lora_lightning.errors import ConfigError, TargetError, first_few
-from lora_lightning.hosts.base import Host, named_hosts, walk
-from lora_lightning.sharding import is_sharded
+from lora_lightning.layers.base import Host, named_hosts, walk
+from lora_lightning.utilities.dtensor import is_sharded
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule

@@ -12,9 +12,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lora_lightning.compiled import named_parameters
 from lora_lightning.errors import CheckpointError, OptimizerError, first_few
-from lora_lightning.sharding import is_sharded, sharded_like
+from lora_lightning.utilities.compiled import named_parameters
+from lora_lightning.utilities.dtensor import is_sharded, sharded_like
 
 _OF_SCHEDULERS = {"initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum"}
 

@@ -13,12 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lora_lightning.atomic_write import exchange
-from lora_lightning.checkpoint import KEY
-from lora_lightning.checkpoint_folders import is_checkpoint_folder
-from lora_lightning.content_hash import HASHES, content_hashes
-from lora_lightning.sharding import whole_state
-from lora_lightning.training.agreement import save_together
+from lora_lightning.checkpoint.integrity import HASHES, content_hashes
+from lora_lightning.checkpoint.sharded_reader import is_checkpoint_folder
+from lora_lightning.checkpoint.state_dict import KEY
+from lora_lightning.training.collectives import save_together
+from lora_lightning.utilities.atomic_write import exchange
+from lora_lightning.utilities.dtensor import whole_state
 
 
 def save_sharded_checkpoint(

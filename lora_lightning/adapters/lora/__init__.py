@@ -1,0 +1,1 @@
+"""LoRA and DoRA, on each kind of weight."""

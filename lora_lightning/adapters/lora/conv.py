@@ -1,0 +1,111 @@
+"""LoRA on a convolution.
+
+W' = W + scaling * B A: A is a convolution to r channels in the geometry of the base (kernel,
+stride, padding and its mode, dilation), B a 1x1 convolution from there, grouped like the base.
+
+With groups > 1, A reads every input channel, as in PEFT: the update is then no grouped kernel and
+cannot be merged. The update of one group uses r / groups of the r channels.
+
+Source: Hu et al. 2021, arXiv:2106.09685; names, shapes and start values are PEFT's.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from lora_lightning.adapters.base import Base, Convolution, Site
+from lora_lightning.adapters.initialization import kaiming_uniform_, normal_, zeros_
+from lora_lightning.adapters.lora.embedding import check_plain_start
+from lora_lightning.adapters.lora.linear import LoraConfig, LowRankAdapter
+from lora_lightning.errors import AdapterStateError, RankError
+from lora_lightning.utilities.autocast import is_autocast
+
+
+class LoraConvAdapter(LowRankAdapter):
+    """y + scaling * (B * A * dropout(x) + b).
+
+    Shapes:
+        x (batch, in, *size), y (batch, out, *size'); lora_A (r, in, *kernel);
+        lora_B (out, r / groups, 1, ...); lora_B_bias (out) with `lora_bias`.
+
+    """
+
+    def __init__(self, site: Site) -> None:
+        check_plain_start(site, "conv")
+        conv = cast(Convolution, site.conv)
+        out_channels, in_channels, *kernel = site.shape
+        in_channels *= conv.groups
+        super().__init__(site, min(out_channels, in_channels * math.prod(kernel)))
+        if self.r % conv.groups:
+            raise RankError(
+                f"r={self.r} cannot be shared out over the {conv.groups} groups of "
+                f"{site.path!r}: it must be a multiple of them. Give this layer a rank of its own "
+                "with rank_pattern, or leave it out with exclude_modules. (lora.r)"
+            )
+        self.groups = conv.groups
+        self.lora_A = site.parameter(self.r, in_channels, *kernel)
+        self.lora_B = site.parameter(out_channels, self.r // conv.groups, *(1 for _ in kernel))
+        self.lora_B_bias = site.parameter(out_channels) if site.config.lora_bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """A and B as `init_lora_weights` says; B A = 0 unless it is false."""
+        super().reset_parameters()
+        config = cast(LoraConfig, self.config)
+        if config.init_lora_weights == "gaussian":
+            normal_(self.lora_A, 1 / self.r, self.site.generator("lora_A"))
+        else:
+            kaiming_uniform_(self.lora_A, self.site.generator("lora_A"))
+        if config.init_lora_weights is False:
+            kaiming_uniform_(self.lora_B, self.site.generator("lora_B"))
+        else:
+            zeros_(self.lora_B)
+        if self.lora_B_bias is not None:
+            zeros_(self.lora_B_bias)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A (r, in * kernel) and B (out, r), flat."""
+        return self.lora_A.flatten(1), self.lora_B.flatten(1)
+
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        """The kernel as (out, in * kernel)."""
+        return weight.flatten(1)
+
+    def update(self, x: Tensor, base: Base) -> Tensor:
+        """The convolutions scaling * B * A * x."""
+        a: Tensor = self.lora_A
+        b: Tensor = self.lora_B
+        if not is_autocast(x):
+            a, b = a.to(x.dtype), b.to(x.dtype)
+        hidden = base.apply_weight(x, a)
+        convolution = (torch.conv1d, torch.conv2d, torch.conv3d)[b.dim() - 3]
+        return convolution((hidden * self.scale()).to(hidden.dtype), b, groups=self.groups)
+
+    def forward(self, x: Tensor, y: Tensor, base: Base) -> Tensor:
+        """y + scaling * (B * A * dropout(x) + b), in y's dtype."""
+        y = y + self.update(self.lora_dropout(x), base).to(y.dtype)
+        if self.lora_B_bias is not None:
+            shape = (-1, *(1 for _ in self.lora_B.shape[2:]))
+            y = y + (self.scale() * self.lora_B_bias).view(shape).to(y.dtype)
+        return y
+
+    def delta_weight(self) -> Tensor:
+        """scaling * B A as a kernel, (out, in, *kernel)."""
+        if self.groups > 1:
+            raise AdapterStateError(
+                f"The update of {self.site.path!r} reads all input channels, its base only those "
+                f"of one of {self.groups} groups: it cannot be merged. Keep the adapter unmerged, "
+                "or leave this layer out with exclude_modules. (lora.exclude_modules)"
+            )
+        a, b = self.factors()
+        return self.scale() * (b @ a).view(-1, *self.lora_A.shape[1:])
+
+    def transform_bias(self, bias: Tensor, base: Base) -> Tensor:
+        """Base bias + scaling * b."""
+        if self.lora_B_bias is None:
+            return bias
+        return bias + self.scaling * self.lora_B_bias.to(bias.dtype)

@@ -1,0 +1,118 @@
+"""Single rows of an embedding table that train in full: new tokens of a grown vocabulary, say.
+
+E'[i] = delta[k] where i is the k-th trained token, E'[i] = E[i] elsewhere. Only the rows in the
+batch are looked up; the table is never copied. A head that is tied to the table gets the same rows:
+its outputs for these tokens are x delta^T (+ their biases).
+
+The same as PEFT's `trainable_token_indices`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora_lightning.adapters.base import Adapter, Base, Site
+from lora_lightning.errors import ConfigError
+from lora_lightning.utilities.autocast import is_autocast
+from lora_lightning.utilities.dtensor import copy_whole
+
+
+class TokenRows(Adapter):
+    """Trained rows of an embedding.
+
+    Shapes:
+        trainable_tokens_delta (n, embedding_dim): the rows themselves, in the order of the ids.
+
+    """
+
+    needs_weight = True
+    file_names: ClassVar[dict[str, str]] = {
+        "trainable_tokens_delta": "token_adapter.trainable_tokens_delta"
+    }
+
+    def __init__(self, site: Site, token_ids: Sequence[int]) -> None:
+        super().__init__(site.config, site.device)
+        check_token_ids(token_ids, site.shape[0], site.path)
+        self.token_ids = list(token_ids)
+        self.trainable_tokens_delta = site.parameter(len(self.token_ids), site.shape[1])
+        for name in ("ids", "sorted_ids", "order"):
+            empty = torch.empty(len(self.token_ids), dtype=torch.long, device=site.device)
+            self.register_buffer(name, empty, persistent=False)
+        self.reset_parameters()
+
+    ids: Tensor
+    sorted_ids: Tensor
+    order: Tensor
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """The ids; the rows are the table's own as soon as `start_from_weight` has seen it."""
+        super().reset_parameters()
+        self.ids.copy_(torch.tensor(self.token_ids))
+        sorted_ids, order = torch.tensor(self.token_ids).sort()
+        self.sorted_ids.copy_(sorted_ids)
+        self.order.copy_(order)
+        self.trainable_tokens_delta.zero_()
+
+    @torch.no_grad()
+    def start_from_weight(self, weight: Tensor) -> None:
+        """The rows start as those of the table."""
+        copy_whole(self.trainable_tokens_delta, weight[self.token_ids])
+
+    def forward(self, x: Tensor, y: Tensor, base: Base) -> Tensor:
+        """The rows y, those of trained tokens exchanged."""
+        place = torch.searchsorted(self.sorted_ids, x).clamp(max=len(self.token_ids) - 1)
+        trained = self.sorted_ids[place] == x
+        rows = F.embedding(self.order[place], self.trainable_tokens_delta)
+        rows = (rows * getattr(base, "embed_scale", 1.0)).to(y.dtype)
+        return torch.where(trained.unsqueeze(-1), rows, y)
+
+    def transform_weight(self, weight: Tensor, base: Base) -> Tensor:
+        """The table with the trained rows."""
+        rows = self.trainable_tokens_delta.to(weight.dtype)
+        return weight.index_copy(0, self.ids, rows)
+
+    def extra_repr(self) -> str:
+        """How many tokens train."""
+        return f"tokens={len(self.token_ids)}"
+
+
+class TiedTokenRows(Adapter):
+    """The same rows in a head, or another table, that shares the weight; it owns no tensor."""
+
+    def __init__(self, rows: TokenRows) -> None:
+        super().__init__(rows.config, rows.trainable_tokens_delta.device)
+        self._rows = (rows,)  # in a tuple: not a child, so its tensor is found once
+
+    def forward(self, x: Tensor, y: Tensor, base: Base) -> Tensor:
+        """The outputs y (..., num_embeddings), those for trained tokens exchanged."""
+        rows = self._rows[0]
+        if not x.is_floating_point():  # token ids: a table (T5's encoder and decoder have one each)
+            return cast(Tensor, rows(x, y, base))
+        delta: Tensor = rows.trainable_tokens_delta
+        bias = getattr(base, "bias", None)
+        if not is_autocast(x):
+            delta = delta.to(x.dtype)
+        bias = None if bias is None else bias[rows.ids]
+        outputs = F.linear(x, delta, bias)
+        return y.index_copy(-1, rows.ids, outputs.to(y.dtype))
+
+
+def check_token_ids(token_ids: Sequence[int], size: int, path: str) -> None:
+    """Refuse ids that the table does not have.
+
+    Raises:
+        ConfigError: Naming the id and the table.
+
+    """
+    for token in token_ids:
+        if not 0 <= token < size:
+            raise ConfigError(
+                f"trainable_token_indices names token {token}, but {path!r} has {size} rows. "
+                "Resize the embeddings first. (lora.trainable_token_indices)"
+            )

@@ -1,0 +1,1 @@
+"""Adapter tensors in files, ours and PEFT's."""

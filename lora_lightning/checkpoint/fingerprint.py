@@ -1,0 +1,121 @@
+"""Which base model an adapter belongs to, told without reading all of a large one.
+
+Every base tensor is recorded with its shape, its dtype and a digest of up to 65,536 of its
+values: all of them up to that size, beyond it every k-th with k = ceil(size / 65,536). So a change
+of any k consecutive values is certain to be noticed, and in smaller tensors a change of any value.
+Values are hashed as float64 (integers as int64): the device, and a cast that keeps the values
+(bf16 to fp32, say), do not matter. A 70B model takes about 0.4 GB of reading.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_lightning.adapters.modules_to_save import TrainedCopy
+from lora_lightning.engine.bias import trained_biases
+from lora_lightning.errors import AdapterMismatchError
+from lora_lightning.layers.base import Host, named_hosts, walk
+from lora_lightning.layers.quantized.base import packed_weight
+from lora_lightning.utilities.dtensor import whole
+
+SAMPLE = 65_536
+
+# name -> [shape, dtype, digest]: plain values, so that `torch.load(weights_only=True)` reads it.
+Fingerprint = dict[str, list[Any]]
+
+
+def base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and persistent buffers of the base model as it was before any adapter.
+
+    Merged weights and trained biases give their original values. What a trained copy replaces
+    (a new head) is left out: it does not take part in the model any more.
+    """
+    # By identity: a weight can be shared, and a bias have several names.
+    originals: dict[int, Tensor] = {}
+    for _, host in named_hosts(model):
+        for name, original in host.kept_tensors().items():
+            originals[id(host._parameters.get(name))] = original
+    for _, module, record in trained_biases(model):
+        originals[id(module.bias)] = record.original(module)
+    replaced: list[str] = []
+    for path, module in walk(model):
+        if isinstance(module, Host) and any(
+            isinstance(a, TrainedCopy) for a in module.adapters.values()
+        ):
+            replaced.append(path + ".")
+        prefix = path + "." if path else ""
+        if any(prefix.startswith(outer) for outer in replaced):
+            continue
+        tensors = dict([*module.named_parameters(recurse=False), *persistent_buffers(module)])
+        packed = packed_weight(module)
+        if packed is not None:  # with its scales: the same indices stand for W and for 2 W
+            del tensors["weight"]
+            tensors |= packed.tensors()
+        kept = module.kept_tensors() if isinstance(module, Host) else {}
+        for name, tensor in tensors.items():
+            yield prefix + name, originals.get(id(tensor), kept.get(name, tensor))
+
+
+def base_fingerprint(model: nn.Module) -> Fingerprint:
+    """Shape, dtype and digest of every base tensor, by name.
+
+    Raises:
+        AdapterMismatchError: If base tensors are on the meta device and have no values.
+
+    """
+    fingerprint: Fingerprint = {}
+    for name, tensor in base_tensors(model):
+        if tensor.is_meta:
+            raise AdapterMismatchError(
+                f"The base model's {name!r} is on the meta device and holds no values: load the "
+                "base before training adapters on it."
+            )
+        fingerprint[name] = [
+            list(tensor.shape),
+            str(tensor.dtype).removeprefix("torch."),
+            digest(tensor),
+        ]
+    return fingerprint
+
+
+def fingerprint_difference(saved: Fingerprint, found: Fingerprint) -> list[str]:
+    """What differs between two bases, a line each; empty for the same base."""
+    lines = []
+    for name in saved.keys() | found.keys():
+        if name not in found:
+            lines.append(f"{name}: not in this model")
+        elif name not in saved:
+            lines.append(f"{name}: not in the checkpoint's base")
+        elif saved[name][0] != found[name][0]:
+            lines.append(f"{name}: shape {saved[name][0]} in the checkpoint, {found[name][0]} here")
+        elif saved[name][2] != found[name][2]:
+            cast = f" (dtype {saved[name][1]} there, {found[name][1]} here)"
+            lines.append(f"{name}: other values{cast if saved[name][1] != found[name][1] else ''}")
+    return sorted(lines)
+
+
+def digest(tensor: Tensor, limit: int | None = SAMPLE) -> str:
+    """Hex digest of `limit` evenly spaced values (None: of all)."""
+    flat = whole(tensor.detach()).reshape(-1)
+    if flat.is_complex():
+        flat = torch.view_as_real(flat).reshape(-1)
+    if limit is not None:
+        flat = flat[:: max(1, math.ceil(flat.numel() / limit))]
+    exact = torch.float64 if flat.is_floating_point() else torch.int64
+    values = flat.to("cpu").to(exact).contiguous()
+    return hashlib.sha256(values.numpy().tobytes()).hexdigest()[:16]
+
+
+def persistent_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """The module's own buffers that its state dict holds."""
+    return [
+        (name, buffer)
+        for name, buffer in module.named_buffers(recurse=False)
+        if name not in module._non_persistent_buffers_set
+    ]

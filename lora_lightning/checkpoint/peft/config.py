@@ -1,0 +1,240 @@
+"""`adapter_config.json` of a PEFT folder: what it says, and what of it this library has."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import reprlib
+from collections import Counter
+from collections.abc import Callable
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from torch import nn
+
+from lora_lightning.adapters.config import AdapterConfig
+from lora_lightning.adapters.modules_to_save import TrainedCopy
+from lora_lightning.adapters.registry import config_type_of
+from lora_lightning.adapters.trainable_tokens import TiedTokenRows, TokenRows
+from lora_lightning.checkpoint.peft.keys import also_saved_by_peft
+from lora_lightning.checkpoint.peft.modules import exact_names
+from lora_lightning.engine.injection import adapters_named
+from lora_lightning.errors import AdapterMismatchError, LoraError
+from lora_lightning.layers.base import named_hosts, walk
+from lora_lightning.layers.conv1d import is_conv1d
+
+# What PEFT calls these types; PEFT refuses other names, as it must.
+PEFT_TYPES = ("LORA", "LOHA", "LOKR", "ADALORA", "OFT", "SHIRA", "IA3", "VERA")
+# Put before the type where PEFT knows it, but would compute something else from this adapter.
+OWN = "LORA_LIGHTNING_"
+TOKENS = "TRAINABLE_TOKENS"  # PEFT's type for trained rows alone; here an option of LORA
+
+LARGEST_NUMBER = 2**31  # of any option; float32 can hold what is computed from it
+
+# The last one whose nn.MultiheadAttention acts with W + 2 s B A on out_proj: in its forward, and
+# merged (huggingface/peft#3774).
+_TWICE_UP_TO = "0.21.2"
+
+# Keys that say nothing about what the adapter computes from its tensors.
+_IGNORED = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "ensure_weight_tying",
+    "fan_in_fan_out",
+    "inference_mode",
+    "megatron_core",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "runtime_config",
+    "task_type",
+}
+# Rules for what the tensors of the file show as facts.
+_RULES = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
+
+
+def describe(model: nn.Module, adapter_name: str) -> dict[str, Any]:
+    """The content of adapter_config.json for an adapter that is on `model`."""
+    adapters = adapters_named(model, adapter_name)
+    config = next(iter(adapters.values())).config
+    beside = (TrainedCopy, TokenRows, TiedTokenRows)  # which have options of their own
+    targets = [path for path, a in adapters.items() if not isinstance(a, beside)]
+    saved = [path for path, a in adapters.items() if isinstance(a, TrainedCopy)]
+    hosts = dict(named_hosts(model))
+    base_config = getattr(model, "config", None)
+    base_name = getattr(base_config, "name_or_path", None)
+    common = {
+        "task_type": None,
+        "inference_mode": True,
+        "base_model_name_or_path": base_name if base_name and isinstance(base_name, str) else None,
+    }
+    # PEFT adapts a module in the first of the places that it has.
+    places = Counter(id(child) for module in model.modules() for child in module._modules.values())
+    known = all(places[id(hosts[path])] <= 1 for path in adapters)
+    for path in also_saved_by_peft(model, saved):  # which must have no adapter inside
+        known &= not any(target == path or target.startswith(f"{path}.") for target in targets)
+    if config.peft_type in PEFT_TYPES:
+        known = known and all(hosts[path].peft_knows(adapters[path]) for path in targets)
+        if not targets:  # PEFT has a type of its own for that
+            rows = {p: a.token_ids for p, a in adapters.items() if isinstance(a, TokenRows)}
+            ids = next(iter(rows.values()), None)
+            alike = all(other == ids for other in rows.values())
+            if known and alike and not saved and config.bias == "none":
+                tokens = {"token_indices": ids, "target_modules": sorted(rows)}
+                return {**common, **tokens, "peft_type": TOKENS, "init_weights": True}
+            known = False
+    options = config.file_options()
+    # What was selected, in so many words: PEFT's rules for "all-linear" depend on the model.
+    options |= dict.fromkeys(_RULES)
+    attentions = [path for path in targets if isinstance(hosts[path], nn.MultiheadAttention)]
+    outs = {f"{path}.out_proj" for path in attentions}  # which PEFT adapts along with them
+    by_module = {p for p in targets if hosts[p].kind != "experts" and p not in outs}
+    for path in targets:  # PEFT adapts an out_proj without its attention, but it has no effect
+        outer = path.rpartition(".")[0]
+        known &= not isinstance(hosts.get(outer), nn.MultiheadAttention) or outer in attentions
+    options["target_modules"] = exact_names([path for path, _ in walk(model)], by_module)
+    options["modules_to_save"] = sorted(saved) or None
+    if options.get("bias") == "none" and "bias" not in _peft_fields(config):
+        del options["bias"]
+    return {
+        **options,
+        **common,
+        "peft_type": config.peft_type if known else OWN + config.peft_type,
+        "fan_in_fan_out": bool(targets) and all(is_conv1d(hosts[path]) for path in targets),
+    }
+
+
+def adds_twice(options: dict[str, Any]) -> bool:
+    """Whether the PEFT that a folder was written by, or for, adds the update of out_proj twice."""
+    version = options.get("peft_version")
+    if not isinstance(version, str):
+        return "auto_mapping" in options  # PEFT's own, of before it said its version
+    found = re.match(r"(\d{1,9})\.(\d{1,9})(?:\.(\d{1,9}))?", version)
+    last = tuple(map(int, _TWICE_UP_TO.split(".")))
+    return found is not None and tuple(int(part or 0) for part in found.groups()) <= last
+
+
+def for_twice(config: dict[str, Any]) -> dict[str, Any]:
+    """`config` for a folder that `adds_twice` is true of."""
+    return {**config, "peft_version": _TWICE_UP_TO}
+
+
+def parse(options: dict[str, Any], where: str) -> AdapterConfig:
+    """The config that adapter_config.json describes.
+
+    Args:
+        options: Its content.
+        where: The file, for messages.
+
+    Raises:
+        AdapterMismatchError: If it is of an unknown type, or uses something that this library does
+            not have: loading it anyway would compute something else.
+
+    """
+    peft_type = options.get("peft_type")
+    if not isinstance(peft_type, str):
+        raise AdapterMismatchError(f"{where} names no peft_type; it is no adapter's config.")
+    if peft_type == TOKENS:
+        peft_type = "LORA"
+        options = {
+            k: v for k, v in options.items() if k not in ("token_indices", "init_weights")
+        } | {"trainable_token_indices": options.get("token_indices")}
+    try:
+        config_type = config_type_of(peft_type.removeprefix(OWN))
+    except LoraError as error:
+        raise AdapterMismatchError(f"{where}: {error}") from None
+    known = {spec.name for spec in dataclasses.fields(config_type)} | config_type.file_only
+    foreign = {
+        key: value
+        for key, value in options.items()
+        if key not in known | _IGNORED and value not in (None, False, "none", [], {}, "")
+    }
+    if foreign:
+        listed = ", ".join(f"{key}={value!r}" for key, value in sorted(foreign.items()))
+        raise AdapterMismatchError(
+            f"{where} asks for {listed[:300]}, which lora_lightning does not have; without it the "
+            "adapter would compute something else. Convert it with PEFT to a plain "
+            f"{peft_type} adapter, or merge it there."
+        )
+    given = {key: value for key, value in options.items() if key in known - _RULES}
+    return made_from(config_type, config_type.from_file_options, given, where)
+
+
+def made_from(
+    config_type: type[AdapterConfig],
+    make: Callable[[dict[str, Any]], AdapterConfig],
+    options: dict[str, Any],
+    where: str,
+) -> AdapterConfig:
+    """The config that `make` makes from options out of a file, whose values can be anything.
+
+    Raises:
+        AdapterMismatchError: If a value is of a wrong type, out of range, or an expression that
+            could take for ever.
+
+    """
+    hints = get_type_hints(config_type)
+    usable = {}
+    for key, value in options.items():
+        if key in hints and not _fits(value, hints[key]):
+            if value is None:  # PEFT's "not set"
+                continue
+            raise AdapterMismatchError(
+                f"{where}: {key} is {reprlib.repr(value)}, but it must be of the type "
+                f"{_spelled(hints[key])}, with numbers below 2^31."
+            )
+        usable[key] = value
+    for key in ("rank_pattern", "alpha_pattern"):
+        for expression in usable.get(key) or ():
+            if _is_costly(expression):
+                raise AdapterMismatchError(
+                    f"{where}: the expression {reprlib.repr(expression)} in {key} could take for "
+                    "ever to match. Write whole names of modules instead."
+                )
+    try:
+        return make(usable)
+    except LoraError as error:
+        raise AdapterMismatchError(f"{where}: {error}") from None
+    except (TypeError, AttributeError, ValueError, ArithmeticError, RecursionError) as error:
+        raise AdapterMismatchError(f"{where} has a value that cannot be used: {error}") from error
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value out of JSON is of a type as annotated; numbers are finite and not huge."""
+    inner = get_args(hint)
+    kind = get_origin(hint)
+    if kind in (Union, UnionType):
+        return any(_fits(value, option) for option in inner)
+    if kind is list:
+        return isinstance(value, list) and all(_fits(v, inner[0]) for v in value)
+    if kind is dict:
+        return isinstance(value, dict) and all(_fits(v, inner[1]) for v in value.values())
+    if hint in (int, float):
+        right = isinstance(value, (int, float) if hint is float else int)
+        return right and not isinstance(value, bool) and abs(value) < LARGEST_NUMBER
+    if kind is None and isinstance(hint, type) and not dataclasses.is_dataclass(hint):
+        return isinstance(value, hint)
+    return True  # what the config itself checks
+
+
+def _is_costly(expression: str) -> bool:
+    """Whether `re` could need exponential time, or a long one, for a path of a hundred characters.
+
+    Each unlimited repetition multiplies the time by the path's length, each alternative may double
+    it, and a repeated group can do worse.
+    """
+    return bool(
+        len(expression) > 1000
+        or re.search(r"\)[*+{]", expression)
+        or len(re.findall(r"[*+{]", expression)) > 3
+        or len(re.findall(r"[?|]", expression)) > 16
+    )
+
+
+def _spelled(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)
+
+
+def _peft_fields(config: AdapterConfig) -> set[str]:
+    return {"bias"} if config.peft_type in ("LORA", "ADALORA", "OFT", "VERA") else set()

@@ -1,0 +1,129 @@
+"""How PEFT's files name the tensors of an adapter.
+
+    base_model.model.<path of the module>.<tensor>[.weight]
+
+without the adapter's name. The suffix is an accident of how PEFT holds a tensor (in a module or
+not); every adapter class says it in `file_names`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor, nn
+
+from lora_lightning.adapters.base import Adapter, AdapterParts
+from lora_lightning.adapters.modules_to_save import TrainedCopy
+from lora_lightning.adapters.trainable_tokens import TiedTokenRows, TokenRows
+from lora_lightning.checkpoint.fingerprint import base_tensors
+from lora_lightning.engine.bias import trained_biases
+from lora_lightning.layers.base import Host, named_hosts, walk
+
+PREFIX = "base_model.model."
+OUT_PROJ_B = ".base_layer.out_proj.lora_B.weight"  # of an attention that is adapted as a whole
+TOKEN_ROWS = (
+    "token_adapter.trainable_tokens_delta"  # PEFT's TRAINABLE_TOKENS: without the first part
+)
+
+
+def tensors_to_save(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """The adapter as PEFT's files hold it."""
+    found: dict[str, Tensor] = {}
+    for prefix, part in parts_in_file(model, adapter_name):
+        found.update({_key(prefix, k): tensor for k, tensor in part.file_state().items()})
+    return {**found, **_shared_with_base(model, adapter_name)}
+
+
+def tensors_to_load(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """The adapter's own tensors under the keys of the values in PEFT's files that they take."""
+    found: dict[str, Tensor] = {}
+    for prefix, part in parts_in_file(model, adapter_name):
+        for name, tensor in part.state_dict().items():
+            if name not in part.not_in_files:
+                found[_key(prefix, part.file_names.get(name, name))] = tensor
+    return {**found, **_shared_with_base(model, adapter_name)}
+
+
+def rows_alone(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """Trained rows as PEFT's TRAINABLE_TOKENS has them: also those of tied heads, once more."""
+    found = {}
+    for path, host in named_hosts(model):
+        adapter = host.adapters.get(adapter_name)
+        rows = adapter._rows[0] if isinstance(adapter, TiedTokenRows) else adapter
+        if isinstance(rows, TokenRows):
+            name = TOKEN_ROWS.partition(".")[2]
+            found[f"{PREFIX}{path}.{name}"] = rows.trainable_tokens_delta.detach()
+    return found
+
+
+def also_saved_by_peft(model: nn.Module, saved: Sequence[str]) -> list[str]:
+    """Modules that PEFT takes for trained copies as well: all that merely end with a saved path.
+
+    DistilBERT's `pre_classifier` is one, beside its `classifier`. PEFT cannot load a file without
+    tensors for them.
+    """
+    return [
+        path
+        for path, _ in walk(model)
+        if path.endswith(tuple(saved))
+        and not any(path == outer or path.startswith(outer + ".") for outer in saved)
+    ]
+
+
+def tensors_of_base(model: nn.Module, paths: Sequence[str]) -> dict[str, Tensor]:
+    """The base's own tensors of these modules, as PEFT's files hold those of trained copies."""
+    inside = tuple(f"{path}." for path in paths)
+    found = base_tensors(model) if inside else ()
+    return {PREFIX + name: tensor for name, tensor in found if name.startswith(inside)}
+
+
+def parts_in_file(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Adapter]]:
+    """(what stands before the tensors' names in the file, adapter) for every weight adapted."""
+    hosts = dict(named_hosts(model))
+    for path, host in hosts.items():
+        adapter = host.adapters.get(adapter_name)
+        if adapter is None or isinstance(adapter, TrainedCopy):
+            continue
+        prefix = PREFIX + _place(path, hosts, adapter_name)
+        if isinstance(adapter, AdapterParts):
+            names = [name for name, _ in adapter.named_children()]
+            for weight_name, place in host.file_places(names).items():
+                part = adapter.part(weight_name)
+                if part is not None:
+                    yield prefix + place, part
+        else:
+            yield prefix, adapter
+
+
+def _key(prefix: str, name: str) -> str:
+    # What all modules share stands at the top, under a name of its own (VeRA's matrices).
+    return name if name.startswith("base_model.") else prefix + name
+
+
+def _place(path: str, hosts: dict[str, Host], adapter_name: str) -> str:
+    """The module's path as PEFT's wrappers spell it, with the dot at its end."""
+    outer, _, last = path.rpartition(".")
+    # PEFT keeps an attention's out_proj inside the wrapper of the attention itself.
+    if last == "out_proj" and outer in hosts and adapter_name in hosts[outer].adapters:
+        return f"{outer}.base_layer.{last}."
+    return path + "." if path else ""
+
+
+def _shared_with_base(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """Trained copies and biases, which keep the names they have in the base."""
+    found: dict[str, Tensor] = {}
+    targets = set()
+    for path, host in named_hosts(model):
+        adapter = host.adapters.get(adapter_name)
+        prefix = path + "." if path else ""
+        if isinstance(adapter, TrainedCopy):
+            state = adapter.module.state_dict()
+            found.update({f"{PREFIX}{prefix}{name}": tensor for name, tensor in state.items()})
+        elif adapter is not None:
+            targets.add(prefix)
+    for name, module, record in trained_biases(model):
+        if record.adapter_name == adapter_name:
+            prefix = name.removesuffix("bias")
+            inner = "base_layer." if prefix in targets else ""
+            found[f"{PREFIX}{prefix}{inner}bias"] = record.trained(module).detach()
+    return found

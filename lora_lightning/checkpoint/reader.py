@@ -1,0 +1,287 @@
+"""Adapters out of the checkpoints that a run with `LoraCallback` writes, without a Trainer.
+
+A file is untrusted input, as a PEFT folder is: what it says is checked, and its tensors are too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_lightning.adapters.config import AdapterConfig
+from lora_lightning.adapters.registry import config_type_of
+from lora_lightning.checkpoint.fingerprint import base_fingerprint, fingerprint_difference
+from lora_lightning.checkpoint.integrity import damaged_parts
+from lora_lightning.checkpoint.peft.config import made_from
+from lora_lightning.checkpoint.peft.modules import exact_names
+from lora_lightning.checkpoint.sharded_reader import is_checkpoint_folder, read_checkpoint_folder
+from lora_lightning.checkpoint.state_dict import (
+    FORMAT,
+    KEY,
+    adapter_state_dict,
+    load_adapter_state_dict,
+    saved_keys,
+    tensor_differences,
+)
+from lora_lightning.engine.injection import inject_adapter
+from lora_lightning.engine.targets.parameters import matching_parameters
+from lora_lightning.errors import (
+    AdapterMismatchError,
+    AdapterStateError,
+    CheckpointError,
+    first_few,
+)
+from lora_lightning.layers.base import walk
+
+
+def load_from_checkpoint(
+    model: nn.Module, file: Path, adapter_name: str | None, autocast_adapter_dtype: bool = True
+) -> list[str]:
+    """Put the adapters of a Lightning checkpoint on `model`, the LightningModule or its inside.
+
+    Args:
+        model: The module that was trained, or a part of it that holds all that was adapted.
+        file: A checkpoint that a run with `LoraCallback` wrote.
+        adapter_name: Another name for the checkpoint's only adapter, or the name of one of several.
+        autocast_adapter_dtype: As of `inject_adapter`.
+
+    Raises:
+        CheckpointError: If the file is damaged or of another kind.
+        AdapterMismatchError: If adapters or base differ.
+
+    """
+    checkpoint = read_checkpoint(file)
+    entries: dict[str, Any] = checkpoint[KEY]["adapters"]
+    if adapter_name is None:
+        wanted = {name: name for name in entries}
+    elif adapter_name in entries:
+        wanted = {adapter_name: adapter_name}
+    elif len(entries) == 1:
+        wanted = {next(iter(entries)): adapter_name}
+    else:
+        raise AdapterStateError(
+            f"{str(file)!r} holds the adapters {sorted(entries)}, but no {adapter_name!r}."
+        )
+    owners = [path for name in wanted for path in _owners(entries[name], name)]
+    prefix = _prefix(model, owners)
+    for saved_name, name in wanted.items():
+        _load_one(model, file, checkpoint, prefix, saved_name, name, autocast_adapter_dtype)
+    base = checkpoint[KEY]["base"]
+    saved = {k.removeprefix(prefix): v for k, v in base.items() if k.startswith(prefix)}
+    found = base_fingerprint(model)
+    shared = saved.keys() & found.keys()
+    lines = fingerprint_difference({k: saved[k] for k in shared}, {k: found[k] for k in shared})
+    if lines or not shared:
+        raise AdapterMismatchError(
+            f"The adapters of {str(file)!r} were trained on another base model; nothing was "
+            f"loaded. {len(lines) or 'All'} of {len(saved)} base tensors differ:\n  "
+            + "\n  ".join(lines[:4])
+        )
+    return list(wanted.values())
+
+
+def check_values(values: Mapping[str, Tensor], own: Mapping[str, Tensor], where: str) -> None:
+    """Refuse tensors out of a file that cannot be what was trained.
+
+    Args:
+        values: By name. Floating point of 16, 32 or 64 bits fits any such, integers any integers.
+        own: The tensors that are to take them.
+        where: The file, for messages.
+
+    Raises:
+        AdapterMismatchError: If a value is of another kind than here, or not finite in the dtype
+            that it has here.
+
+    """
+    for name, value in values.items():
+        if _kind(value.dtype) is None or _kind(value.dtype) != _kind(own[name].dtype):
+            raise AdapterMismatchError(
+                f"{where} holds {name!r} as {value.dtype}, which cannot be loaded as "
+                f"{own[name].dtype}."
+            )
+        if value.is_floating_point() and not torch.isfinite(value.to(own[name].dtype)).all():
+            raise AdapterMismatchError(
+                f"{where} holds values that are not finite (NaN or infinity) in {name!r}: the "
+                "adapter has diverged, or the file is damaged."
+            )
+
+
+def _kind(dtype: torch.dtype) -> str | None:
+    if dtype.is_complex or (dtype.is_floating_point and dtype.itemsize < 2):
+        return None
+    return "float" if dtype.is_floating_point else "bool" if dtype == torch.bool else "integer"
+
+
+def _load_one(
+    model: nn.Module,
+    file: Path,
+    checkpoint: dict[str, Any],
+    prefix: str,
+    saved_name: str,
+    name: str,
+    autocast: bool,
+) -> None:
+    where = repr(str(file))
+    entry, tensors = checkpoint[KEY]["adapters"][saved_name], checkpoint["state_dict"]
+    config_type = config_type_of(entry.get("peft_type", "LORA"))
+    config = made_from(config_type, config_type.from_dict, entry["config"], where)
+    root, shift = model, prefix
+    of_root = f"{entry['module']}." if entry["module"] else ""  # names in config are below it
+    if of_root.startswith(prefix):
+        root, shift = dict(walk(model))[of_root[len(prefix) : -1]], of_root
+    else:
+        owners = _owners(entry, saved_name).items()
+        inside = {path.removeprefix(prefix): names for path, names in owners}
+        config = _below(config, model, inside, prefix.removeprefix(of_root))
+    # Without start values: the file has all tensors, those that A and B started with as well.
+    inject_adapter(root, config, name, low_cpu_mem_usage=True, autocast_adapter_dtype=autocast)
+    marker, saved_marker = f"adapters.{name}.", f"adapters.{saved_name}."
+    own = adapter_state_dict(root, name)
+    keys = [shift + key.replace(marker, saved_marker, 1) for key in saved_keys(root, name)]
+    present = {key: list(tensors[key].shape) for key in entry["tensors"]}
+    shapes = [list(tensor.shape) for tensor in own.values()]
+    differences = tensor_differences(present, dict(zip(keys, shapes, strict=True)))
+    if differences:
+        raise AdapterMismatchError(
+            f"Adapter {saved_name!r} of {where} does not fit its own options or this model:\n  "
+            + "\n  ".join(differences)
+        )
+    state = {short: tensors[key] for short, key in zip(own, keys, strict=True)}
+    check_values(state, own, where)
+    load_adapter_state_dict(root, state, name)
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The content of an adapter-only Lightning checkpoint.
+
+    Raises:
+        CheckpointError: If the file is damaged or of another kind.
+
+    """
+    file = Path(path)
+    try:
+        if is_checkpoint_folder(file):
+            checkpoint = read_checkpoint_folder(file)
+        else:
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged files raise almost anything
+        reason = (str(error).splitlines() or [type(error).__name__])[0].partition(". ")[0]
+        raise CheckpointError(f"{str(file)!r} cannot be read as a checkpoint: {reason}.") from None
+    if not isinstance(checkpoint, dict) or KEY not in checkpoint:
+        raise CheckpointError(
+            f"{str(file)!r} is no adapter checkpoint: it was not written by a run with "
+            "LoraCallback. A PEFT adapter is loaded from its folder."
+        )
+    manifest = checkpoint[KEY]
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if isinstance(found, int) and found > FORMAT:
+        raise CheckpointError(
+            f"{str(file)!r} has format {found}, written by a newer lora_lightning; this one reads "
+            f"up to format {FORMAT}. Update lora_lightning."
+        )
+    if not (isinstance(found, int) and _is_whole(manifest, checkpoint.get("state_dict"))):
+        raise CheckpointError(
+            f"{str(file)!r} is damaged: its entry {KEY!r} does not say what the file holds."
+        )
+    parts = damaged_parts(checkpoint)
+    if parts:
+        raise CheckpointError(
+            f"{str(file)!r} is damaged: {first_few(parts, 3)} is not what was written."
+        )
+    return checkpoint
+
+
+def _is_whole(manifest: dict[str, Any], state: Any) -> bool:
+    adapters, base = manifest.get("adapters"), manifest.get("base")
+    if not (isinstance(adapters, dict) and adapters and _is_fingerprint(base)):
+        return False
+    if not (isinstance(state, dict) and all(isinstance(key, str) for key in (*state, *adapters))):
+        return False
+    for entry in adapters.values():
+        types = {"config": dict, "module": str, "tensors": dict}
+        if not isinstance(entry, dict) or not isinstance(entry.get("peft_type", ""), str):
+            return False
+        if not all(isinstance(entry.get(key), kind) for key, kind in types.items()):
+            return False
+        if not entry["tensors"] or not all(isinstance(key, str) for key in entry["config"]):
+            return False
+        if not all(isinstance(state.get(key), Tensor) for key in entry["tensors"]):
+            return False
+        inside = f"{entry['module']}." if entry["module"] else ""
+        if not all(key.startswith(inside) for key in entry["tensors"]):
+            return False
+    return True
+
+
+def _is_fingerprint(base: Any) -> bool:
+    return (
+        isinstance(base, dict)
+        and bool(base)
+        and all(
+            isinstance(name, str) and isinstance(entry, list) and len(entry) == 3
+            for name, entry in base.items()
+        )
+    )
+
+
+def _owners(entry: dict[str, Any], adapter_name: str) -> dict[str, set[str]]:
+    """Names of the tensors of an adapter by the path of their module in the LightningModule."""
+    owners: dict[str, set[str]] = {}
+    for key in entry["tensors"]:
+        path, _, tensor = str(key).rpartition(f".adapters.{adapter_name}.")
+        if not path:  # a bias, under the name that it has in the base
+            path, _, tensor = str(key).rpartition(".")
+        owners.setdefault(path, set()).add(tensor)
+    return owners
+
+
+def _prefix(model: nn.Module, owners: list[str]) -> str:
+    """What to take off the front of all `owners`, paths of modules, so that `model` has them."""
+    paths = {path for path, _ in walk(model)}
+    parts = owners[0].split(".")
+    for skipped in range(len(parts)):
+        prefix = "".join(f"{part}." for part in parts[:skipped])
+        if all(p.startswith(prefix) and p.removeprefix(prefix) in paths for p in owners):
+            return prefix
+    raise AdapterMismatchError(
+        f"The checkpoint's adapters ({first_few(owners, 2)}) sit on modules that this "
+        f"{type(model).__name__} does not have: give the model that was trained."
+    )
+
+
+def _below(
+    config: AdapterConfig, model: nn.Module, owners: dict[str, set[str]], prefix: str
+) -> AdapterConfig:
+    """`config` for `model`, the part at `prefix` of the module whose names it uses.
+
+    What it selects is what there are tensors for; `owners` as `model` names them.
+    """
+    modules = {path: module for path, module in walk(model) if path}
+    beside = ("bias", "trainable_tokens_delta", "module.")
+    targets = {p for p, names in owners.items() if any(not n.startswith(beside) for n in names)}
+    saved = {p for p, names in owners.items() if any(n.startswith("module.") for n in names)}
+    changes: dict[str, Any] = {}
+    for option in ("rank_pattern", "alpha_pattern", "trainable_token_indices"):
+        value = getattr(config, option, None)
+        if isinstance(value, dict):
+            changes[option] = {name.removeprefix(prefix): v for name, v in value.items()}
+    parameters = getattr(config, "target_parameters", None)
+    if parameters:
+        changes["target_parameters"] = [name.removeprefix(prefix) for name in parameters]
+        matching = matching_parameters(modules, changes["target_parameters"])
+        targets -= {path for path, _ in matching.values()}
+    return dataclasses.replace(
+        config,
+        target_modules=exact_names(modules, targets),
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
+        modules_to_save=sorted(saved) or None,
+        **changes,
+    )

@@ -1,0 +1,157 @@
+"""Adapter state in and out of a model, and what a checkpoint says about it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_lightning.adapters.config import AdapterConfig
+from lora_lightning.adapters.modules_to_save import TrainedCopy
+from lora_lightning.engine.bias import trained_biases
+from lora_lightning.engine.switching import adapter_names
+from lora_lightning.errors import AdapterMismatchError, AdapterStateError, first_few
+from lora_lightning.layers.base import named_hosts
+from lora_lightning.utilities.compiled import plain_name
+
+KEY = "lora_lightning"  # under which a Lightning checkpoint says whose adapters it holds
+FORMAT = 1  # of what it says there
+
+
+def adapter_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:
+    """The tensors of one adapter, by module path and tensor name, without the adapter's name.
+
+    Returns:
+        {"encoder.query.lora_A": (r, in), "encoder.query.lora_B": (out, r), ...}; trained copies
+        and biases under the names they have in the base ("head.weight"). The tensors are the
+        model's own, detached.
+
+    Raises:
+        AdapterStateError: If the model has no adapter of that name.
+
+    """
+    return {short: tensor for short, _, tensor in _tensors(model, adapter_name)}
+
+
+def load_adapter_state_dict(
+    model: nn.Module, state: Mapping[str, Tensor], adapter_name: str = "default"
+) -> None:
+    """Copy `state` (as `adapter_state_dict` gives it) into an adapter that is on the model.
+
+    Raises:
+        AdapterMismatchError: If a tensor is missing, left over or of another shape. Nothing is
+            loaded then.
+        AdapterStateError: If there is no such adapter, or it is merged.
+
+    """
+    own = {short: tensor for short, _, tensor in _tensors(model, adapter_name)}
+    if any(adapter_name in host.merged_adapters for _, host in named_hosts(model)):
+        raise AdapterStateError(
+            f"Adapter {adapter_name!r} is merged into the base, where other values would not act; "
+            "call unmerge_adapter(model) first."
+        )
+    differences = tensor_differences(
+        {name: list(tensor.shape) for name, tensor in state.items()},
+        {name: list(tensor.shape) for name, tensor in own.items()},
+    )
+    if differences:
+        raise AdapterMismatchError(
+            f"This state does not fit adapter {adapter_name!r}:\n  " + "\n  ".join(differences)
+        )
+    materialize(model, adapter_name)
+    own = {short: tensor for short, _, tensor in _tensors(model, adapter_name)}
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(state[name])
+
+
+def materialize(model: nn.Module, adapter_name: str) -> None:
+    """Give an adapter that was made on the meta device memory beside its module's own weights."""
+    for path, host in named_hosts(model):
+        adapter = host.adapters.get(adapter_name)
+        if adapter is None:
+            continue
+        if not any(t.is_meta for t in (*adapter.parameters(), *adapter.buffers())):
+            continue
+        own = {id(p) for p in host.adapters.parameters()}
+        device = next(p.device for p in host.parameters() if id(p) not in own)
+        if device.type == "meta":
+            raise AdapterMismatchError(
+                f"The base weight of {path!r} is on the meta device: load the base model before "
+                "its adapters."
+            )
+        # Not `to_empty`: what is not in files (buffers of trained copies) has its values already.
+        adapter._apply(
+            lambda t, to=device: torch.empty_like(t, device=to) if t.is_meta else t  # type: ignore[misc]
+        )
+        adapter.reset_parameters()
+
+
+def saved_keys(model: nn.Module, adapter_name: str) -> dict[str, list[int]]:
+    """Key in `model.state_dict()` and shape of every tensor that belongs to an adapter."""
+    return {key: list(tensor.shape) for _, key, tensor in _tensors(model, adapter_name)}
+
+
+def tensor_differences(saved: Mapping[str, list[int]], found: Mapping[str, list[int]]) -> list[str]:
+    """What differs between the tensors of a checkpoint and those of a model, a line per kind."""
+    missing = sorted(found.keys() - saved.keys())
+    extra = sorted(saved.keys() - found.keys())
+    shapes = [
+        f"{key} {saved[key]} in the checkpoint, {found[key]} here"
+        for key in sorted(saved.keys() & found.keys())
+        if list(saved[key]) != list(found[key])
+    ]
+    lines = []
+    if missing:
+        lines.append(f"missing in the checkpoint: {first_few(missing)}")
+    if extra:
+        lines.append(f"only in the checkpoint: {first_few(extra)}")
+    if shapes:
+        lines.append(f"other shape: {first_few(shapes, 2)}")
+    return lines
+
+
+def config_differences(saved: Mapping[str, Any], config: AdapterConfig) -> list[str]:
+    """The options in which a checkpoint's adapter computes something else, a line each."""
+    differences = []
+    for spec in dataclasses.fields(config):
+        value: Any = getattr(config, spec.name)
+        default = spec.default_factory() if callable(spec.default_factory) else spec.default
+        there = saved.get(spec.name, default)  # an option that is younger than the checkpoint
+        if spec.name not in config.free_to_change and there != value:
+            differences.append(
+                f"{spec.name}: {there!r} in the checkpoint, {value!r} here (lora.{spec.name})"
+            )
+    known = {spec.name for spec in dataclasses.fields(config)}
+    other = type(config).from_dict({k: v for k, v in saved.items() if k in known})
+    if other.starts_from_base != config.starts_from_base:
+        one, two = (getattr(c, "init_lora_weights", None) for c in (other, config))
+        differences.append(
+            f"init_lora_weights: {one!r} in the checkpoint, {two!r} here (lora.init_lora_weights)"
+        )
+    return differences
+
+
+def _tensors(model: nn.Module, adapter_name: str) -> list[tuple[str, str, Tensor]]:
+    """(short name, key in the model's state dict, tensor) of everything an adapter owns."""
+    if adapter_name not in adapter_names(model):
+        raise AdapterStateError(
+            f"No adapter {adapter_name!r}; the model has {adapter_names(model) or 'none'}."
+        )
+    found = []
+    for path, host in named_hosts(model):
+        if adapter_name not in host.adapters:
+            continue
+        adapter = host.adapters[adapter_name]
+        prefix = path + "." if path else ""
+        for name, tensor in adapter.state_dict().items():
+            name = plain_name(name)
+            short = name.removeprefix("module.") if isinstance(adapter, TrainedCopy) else name
+            found.append((prefix + short, f"{prefix}adapters.{adapter_name}.{name}", tensor))
+    for name, module, record in trained_biases(model):
+        if record.adapter_name == adapter_name:
+            found.append((name, name, record.trained(module).detach()))
+    return found

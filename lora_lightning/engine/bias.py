@@ -1,0 +1,107 @@
+"""Biases that train with an adapter (`bias="lora_only"` or `"all"`).
+
+They train in place, as in PEFT. Unlike there, the original values are kept beside them, so that
+disabling, deactivating or taking off the adapter brings the base model back bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from lora_lightning.layers.base import Host, walk
+
+_RECORD = "_trained_bias"
+
+
+@dataclass
+class TrainedBias:
+    """One bias that belongs to an adapter.
+
+    Attributes:
+        adapter_name: Whose bias it is.
+        hidden: The values not in the module now: the original ones while `shown`, else the
+            trained ones.
+        shown: Whether the module's bias holds the trained values now.
+
+    """
+
+    adapter_name: str
+    hidden: Tensor
+    shown: bool = True
+
+    @staticmethod
+    def parameter(module: nn.Module) -> nn.Parameter:
+        """The module's bias."""
+        return cast(nn.Parameter, module.bias)
+
+    @torch.no_grad()
+    def show(self, module: nn.Module, shown: bool) -> None:
+        """Exchange the values in the module for the hidden ones where `shown` changes."""
+        if shown == self.shown:
+            return
+        host = module if isinstance(module, Host) and module.merged_adapters else None
+        merged = [] if host is None else host.merged_adapters
+        if host is not None:  # what is merged into the one is not in the other
+            host.unmerge()
+        bias = self.parameter(module)
+        kept = bias.detach().clone()
+        # No backward formula reads a bias, so a graph that holds it (LayerNorm's does) stays good.
+        with torch.autograd._unsafe_preserve_version_counter(bias):
+            bias.copy_(self.hidden)
+        self.hidden, self.shown = kept, shown
+        if host is not None:
+            host.merge(merged)
+
+    def original(self, module: nn.Module) -> Tensor:
+        """The values of before any training and merging."""
+        return self.hidden if self.shown else _unmerged(module)
+
+    def trained(self, module: nn.Module) -> Tensor:
+        """The values that belong to the adapter, without what is merged into them."""
+        return _unmerged(module) if self.shown else self.hidden
+
+
+def _unmerged(module: nn.Module) -> Tensor:
+    kept = module.kept_tensors() if isinstance(module, Host) else {}
+    return kept.get("bias", TrainedBias.parameter(module))
+
+
+def train_bias(module: nn.Module, adapter_name: str) -> None:
+    """Let `module.bias` train as part of an adapter."""
+    bias = TrainedBias.parameter(module)
+    module.__dict__[_RECORD] = TrainedBias(adapter_name, bias.detach().clone())
+
+
+def trained_biases(model: nn.Module) -> Iterator[tuple[str, nn.Module, TrainedBias]]:
+    """(path of the bias, its module, its record) of every bias that belongs to an adapter."""
+    for path, module in walk(model):
+        record = module.__dict__.get(_RECORD)
+        if record is not None:
+            yield (f"{path}.bias" if path else "bias"), module, record
+
+
+def forget_bias(module: nn.Module) -> None:
+    """End the training of the bias and bring its original values back."""
+    record: TrainedBias = module.__dict__[_RECORD]
+    record.show(module, False)
+    record.parameter(module).requires_grad_(False)
+    del module.__dict__[_RECORD]
+
+
+def biases_to_train(
+    model: nn.Module, option: str, targets: set[str]
+) -> list[tuple[str, nn.Module]]:
+    """The modules whose bias `option` selects; those inside trained copies are not base biases."""
+    if option == "none":
+        return []
+    found: dict[int, tuple[str, nn.Module]] = {}  # a bias shared by two modules trains once
+    for path, module in walk(model):
+        bias = getattr(module, "bias", None)
+        if isinstance(bias, nn.Parameter) and (option == "all" or path in targets):
+            found.setdefault(id(bias), (path, module))
+    return list(found.values())

@@ -1,0 +1,235 @@
+"""EVA: start A with the directions in which the layers' inputs vary most, measured on the data.
+
+For every adapted layer, the principal components of its inputs over the first batches are found
+incrementally; A starts with the leading ones and B with zero. The ranks are shared out anew: of all
+components of all layers, those that explain the largest part of their layer's variance are taken,
+as many as there were ranks, at most rho * r for one layer. A layer that gets none is left out.
+
+Source: Paischer et al. 2024, "One Initialization to Rule them All" (arXiv:2410.07170), algorithm 1;
+incremental components: Ross et al. 2008, "Incremental Learning for Robust Visual Tracking".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_lightning.adapters.config import pattern_value
+from lora_lightning.adapters.lora.init_weights import EvaConfig
+from lora_lightning.adapters.lora.linear import LoraConfig
+from lora_lightning.engine.targets.selection import select_modules
+from lora_lightning.errors import ConfigError, first_few
+
+
+class PrincipalComponents:
+    """The leading principal components of rows that come in batches.
+
+    Shapes:
+        components (k, features), rows of unit length; singular_values (k).
+
+    """
+
+    def __init__(self, k: int) -> None:
+        self.k = k
+        self.count = 0
+        self.total = 0.0  # sum of squared distances from the mean
+        self.mean: Tensor | None = None
+        self.components: Tensor | None = None
+        self.singular_values: Tensor | None = None
+        self.converged = torch.zeros(k, dtype=torch.bool)
+
+    def update(self, rows: Tensor, tau: float) -> None:
+        """Take in a batch of rows (n, features), n >= k."""
+        rows = rows.to(torch.float64 if rows.dtype == torch.float64 else torch.float32)
+        mean = rows.mean(0)
+        centred = rows - mean
+        previous = self.components
+        n = rows.shape[0]
+        self.total += float(centred.square().sum())
+        if previous is None or self.mean is None or self.singular_values is None:
+            stack, self.mean = centred, mean
+        else:
+            shift = self.mean - mean
+            weight = self.count * n / (self.count + n)
+            self.total += weight * float(shift.square().sum())
+            seen = self.singular_values[:, None] * previous
+            stack = torch.cat([seen, centred, weight**0.5 * shift[None]])
+            self.mean = (self.count * self.mean + n * mean) / (self.count + n)
+        self.count += n
+        _, values, vectors = torch.linalg.svd(stack, full_matrices=False)
+        vectors, self.singular_values = vectors[: self.k], values[: self.k]
+        largest = vectors.abs().argmax(1, keepdim=True)  # the sign is a convention: make it one
+        self.components = vectors * vectors.gather(1, largest).sign()
+        if previous is not None:
+            self.converged = torch.cosine_similarity(self.components, previous).cpu() >= tau
+
+    def explained(self) -> Tensor:
+        """The part of the variance along each component."""
+        assert self.singular_values is not None
+        return (self.singular_values.double().square() / max(self.total, 1e-30)).cpu()
+
+
+# The options in which the config that `eva_start` gives differs from the one that it was given.
+FOUND = (
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "rank_pattern",
+    "alpha_pattern",
+)
+
+
+def eva_start(
+    model: nn.Module,
+    config: LoraConfig,
+    batches: Iterable[Any],
+    forward: Callable[[Any], Any],
+) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """Ranks and start values of A from what goes through `model`.
+
+    Args:
+        model: The model without this adapter.
+        config: What is asked for; `eva_config` has the options.
+        batches: The first batches of the training data.
+        forward: Runs the model on one of them.
+
+    Returns:
+        (`config` with the ranks that were found as patterns, A (r, in) by module path).
+
+    Raises:
+        ConfigError: If a target is no linear map, or the batches are too small or too few.
+
+    """
+    options = config.eva_config or EvaConfig()
+    targets = select_modules(model, config).targets
+    ranks = {path: pattern_value(config.rank_pattern, path, config.r) for path in targets}
+    found = _components(model, targets, ranks, options, batches, forward)
+    explained = {path: c.explained() for path, c in found.items()}
+    budget = sum(ranks.values())
+    candidates = [(value, path) for path in ranks for value in explained[path].tolist()]
+    candidates.sort(key=lambda pair: -pair[0])
+    shares = Counter(path for _, path in candidates[:budget])
+    start, rank_pattern, alpha_pattern = {}, {}, {}
+    for path, r in ranks.items():
+        share = shares[path]
+        if not share:
+            continue
+        components, values = found[path].components, found[path].singular_values
+        assert components is not None
+        assert values is not None
+        a = components[:share]
+        start[path] = a / values[:share, None].sqrt() if options.whiten else a
+        alpha = pattern_value(config.alpha_pattern, path, config.lora_alpha)
+        if options.adjust_scaling_factors:
+            factor = share / r
+            alpha *= factor**0.5 if config.use_rslora else factor
+        key = "^" + re.escape(path)
+        if share != config.r:
+            rank_pattern[key] = share
+        if alpha != config.lora_alpha:
+            alpha_pattern[key] = alpha
+    changed = dataclasses.replace(
+        config,
+        # No list: a whole path as a name also selects every longer one that ends with it.
+        target_modules="|".join(re.escape(path) for path in sorted(start)),
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
+        rank_pattern=rank_pattern,
+        alpha_pattern=alpha_pattern,
+    )
+    return changed, start
+
+
+@torch.no_grad()
+def _components(
+    model: nn.Module,
+    targets: dict[str, nn.Module],
+    ranks: dict[str, int],
+    options: EvaConfig,
+    batches: Iterable[Any],
+    forward: Callable[[Any], Any],
+) -> dict[str, PrincipalComponents]:
+    largest = {
+        path: min(round(r * options.rho), *_sizes(path, targets[path])) for path, r in ranks.items()
+    }
+    found = {path: PrincipalComponents(k) for path, k in largest.items()}
+    batch_now: Any = None
+    shared: dict[tuple[int, int], PrincipalComponents] = {}  # layers that read the same tensor
+
+    def watch(path: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = next(iter((*args, *kwargs.values())))  # a linear map has one input
+            key = (id(x), largest[path])
+            alive.append(x)  # so that no other tensor gets its id before the batch is through
+            if key in shared:
+                found[path] = shared[key]
+                return
+            shared[key] = found[path]
+            rows = _rows(x, batch_now, options)
+            if rows.shape[0] >= largest[path]:
+                found[path].update(rows, options.tau)
+
+        return look
+
+    alive: list[Tensor] = []
+    handles = [
+        module.register_forward_pre_hook(watch(path), with_kwargs=True)
+        for path, module in targets.items()
+    ]
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        for count, batch in enumerate(batches):
+            batch_now = batch
+            shared.clear()
+            alive.clear()
+            forward(batch)
+            if all(bool(c.converged.all()) for c in found.values()) or count + 1 == (
+                options.max_batches
+            ):
+                break
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, mode in modes:
+            module.training = mode
+    empty = [path for path, c in found.items() if c.components is None]
+    if empty:
+        raise ConfigError(
+            f"EVA saw no batch with enough rows for {first_few(empty, 3)}: a batch must bring at "
+            f"least rho * r = {max(largest.values())} rows (examples times positions) to a layer, "
+            "and the layer must be called. Take larger batches or a lower rho or r. "
+            "(lora.eva_config)"
+        )
+    return found
+
+
+def _sizes(path: str, module: nn.Module) -> tuple[int, int]:
+    features = getattr(module, "in_features", getattr(module, "nf", None))
+    if features is None or not isinstance(module.weight, Tensor) or module.weight.dim() != 2:
+        raise ConfigError(
+            f"init_lora_weights='eva' is defined for linear maps, but {path!r} is a "
+            f"{type(module).__name__}. Leave it out (lora.exclude_modules). "
+            "(lora.init_lora_weights)"
+        )
+    return tuple(module.weight.shape)  # type: ignore[return-value]
+
+
+def _rows(x: Tensor, batch: Any, options: EvaConfig) -> Tensor:
+    """The positions of x (..., features) that count, as rows."""
+    mask = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
+    if isinstance(batch, Mapping):
+        attention, labels = batch.get("attention_mask"), batch.get("labels")
+        if isinstance(attention, Tensor) and attention.shape == mask.shape:
+            mask &= attention.bool().to(x.device)
+        if options.use_label_mask and isinstance(labels, Tensor) and labels.shape == mask.shape:
+            mask &= labels.to(x.device) != options.label_mask_value
+    return x[mask]

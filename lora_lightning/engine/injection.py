@@ -1,0 +1,355 @@
+"""Put adapters on a model, in place, and take them off again."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_lightning.adapters.base import Adapter, AdapterDict
+from lora_lightning.adapters.config import AdapterConfig
+from lora_lightning.adapters.modules_to_save import TrainedCopy
+from lora_lightning.adapters.trainable_tokens import check_token_ids
+from lora_lightning.engine.bias import biases_to_train, forget_bias, train_bias, trained_biases
+from lora_lightning.engine.construction import make_adapters, train_tokens
+from lora_lightning.engine.loftq import original_weights, start_from_rounding_error
+from lora_lightning.engine.norm_stats import hold_still, let_go
+from lora_lightning.engine.switching import (
+    activate_new,
+    active_adapters,
+    adapter_names,
+    check_enabled,
+)
+from lora_lightning.engine.targets.selection import Selection, select_modules
+from lora_lightning.errors import AdapterStateError, ConfigError, TargetError
+from lora_lightning.layers.base import Host, named_hosts, walk
+from lora_lightning.layers.conversion import (
+    check_can_grow,
+    check_can_shrink,
+    grow,
+    shrink,
+)
+from lora_lightning.layers.multihead_attention import route_out_projections
+from lora_lightning.layers.quantized.cpu_packing import close_cpu_packing, reopen_cpu_packing
+from lora_lightning.layers.registry import host_type_for
+from lora_lightning.layers.sequential import SequentialHost
+from lora_lightning.layers.torch_fast_path import close_fast_path, reopen_fast_path
+from lora_lightning.utilities.compiled import uncompiled
+from lora_lightning.utilities.dtensor import is_sharded, whole
+
+
+def inject_adapter(
+    model: nn.Module,
+    config: AdapterConfig,
+    adapter_name: str = "default",
+    *,
+    seed: int | None = None,
+    low_cpu_mem_usage: bool = False,
+    start: Mapping[str, Tensor] | None = None,
+    autocast_adapter_dtype: bool = True,
+) -> Selection:
+    """Grow one adapter on every module that `config` selects, in place, and freeze the base.
+
+    The first adapter on a model is active and trainable; later ones are neither until
+    `set_adapter` names them. Frozen norm layers that track statistics stay in eval mode as long as
+    adapters are on. Everything is checked before anything is touched.
+
+    Args:
+        model: Any module. Its parameters keep their names; its own state dict still loads.
+        config: What to adapt and how.
+        adapter_name: A name for it; a model can carry several.
+        seed: What random start values depend on, beside each tensor's name. Default: the seed
+            PyTorch was given (`seed_everything`, `torch.manual_seed`).
+        low_cpu_mem_usage: Make the adapter on the meta device, without memory and start values;
+            `load_adapter_state_dict` or `load_adapter` then fills it.
+        start: Start values of A by module path, as `eva_start` finds them.
+        autocast_adapter_dtype: Adapters on a base in bf16 or fp16 are fp32 and stay so when the
+            model is cast. False: they have the base's dtype and are cast along with it; on a
+            quantised base they start in fp32. Trained copies (modules_to_save) and single trained
+            rows count as adapters; biases always have the dtype of what they replace.
+
+    Returns:
+        What was selected.
+
+    Raises:
+        TargetError: If the config selects nothing, or something that cannot be adapted.
+        RankError: If a rank exceeds what a layer's size allows.
+        AdapterStateError: If the model already has an adapter of that name, or merged ones.
+
+    """
+    if adapter_name in adapter_names(model):
+        raise AdapterStateError(
+            f"The model already has an adapter {adapter_name!r}. Take it off first with "
+            f"delete_adapter(model, {adapter_name!r}), or choose another name."
+        )
+    return extend_adapter(
+        model,
+        config,
+        adapter_name,
+        seed=seed,
+        low_cpu_mem_usage=low_cpu_mem_usage,
+        start=start,
+        autocast_adapter_dtype=autocast_adapter_dtype,
+    )
+
+
+def extend_adapter(
+    model: nn.Module,
+    config: AdapterConfig,
+    adapter_name: str,
+    *,
+    seed: int | None = None,
+    low_cpu_mem_usage: bool = False,
+    check_rank: bool = True,
+    start: Mapping[str, Tensor] | None = None,
+    autocast_adapter_dtype: bool = True,
+) -> Selection:
+    """`inject_adapter` for a model that grows: modules that carry the adapter already keep it."""
+    _check_name(adapter_name)
+    needs_start = getattr(config, "init_lora_weights", True) == "eva" and not low_cpu_mem_usage
+    if needs_start and start is None:
+        raise ConfigError(
+            "init_lora_weights='eva' starts from data: LoraCallback takes the first batches of the "
+            "run; by hand, config, start = eva_start(model, config, batches, forward), then "
+            "inject_adapter(model, config, start=start). (lora.init_lora_weights)"
+        )
+    with unchanged_on_error(model):
+        return _extend(
+            model,
+            config,
+            adapter_name,
+            seed,
+            low_cpu_mem_usage,
+            check_rank,
+            start,
+            autocast_adapter_dtype,
+        )
+
+
+def _extend(
+    model: nn.Module,
+    config: AdapterConfig,
+    adapter_name: str,
+    seed: int | None,
+    low_cpu_mem_usage: bool,
+    check_rank: bool,
+    start: Mapping[str, Tensor] | None,
+    autocast: bool,
+) -> Selection:
+    seed = torch.initial_seed() if seed is None else seed
+    selection = select_modules(model, config)
+    new_targets = _without_adapter(selection.targets, adapter_name)
+    new_saved = _without_adapter(selection.saved, adapter_name)
+    new_tokens = _without_adapter(_modules(model, selection.tokens), adapter_name)
+    for path, module in {**new_targets, **_modules(model, selection.tied)}.items():
+        check_can_grow(module, path)
+    for path, module in new_tokens.items():
+        check_can_grow(module, path, "trainable_token_indices")
+        check_token_ids(selection.tokens[path], module.weight.shape[0], path)  # type: ignore[arg-type,index]
+    for path, module in new_saved.items():
+        check_can_grow(module, path, "modules_to_save")
+    biases = _new_biases(model, config, adapter_name, set(selection.targets), selection.saved)
+    if not (new_targets or new_saved or new_tokens or biases):
+        return selection
+    check_enabled(model)
+    _check_unmerged(model)
+    device = torch.device("meta") if low_cpu_mem_usage else None
+    known = adapters_named(model, adapter_name)
+    adapters = make_adapters(
+        new_targets,
+        selection,
+        config,
+        adapter_name,
+        seed,
+        device,
+        check_rank,
+        known,
+        start or {},
+        autocast,
+    )
+
+    others = adapter_names(model)
+    active = not others or adapter_name in active_adapters(model)
+    if not others:
+        freeze(model)
+    for path, adapter in adapters.items():
+        grow(new_targets[path], Host, adapter_name, adapter)
+    for path, module in new_tokens.items():
+        train_tokens(model, path, module, selection, config, adapter_name, device, autocast)
+    for module in new_saved.values():
+        trained = TrainedCopy(_copy_without_adapters(module, device), config)
+        plain = SequentialHost if isinstance(module, nn.Sequential) else Host
+        grow(module, host_type_for(module) or plain, adapter_name, trained)
+        trained.train(model.training)  # also where the module itself is a norm layer held still
+    for module in biases:
+        train_bias(module, adapter_name)
+    for adapter in adapters_named(model, adapter_name).values():
+        adapter.set_autocast_dtype(autocast)
+    route_out_projections(model)
+    close_fast_path(model)
+    close_cpu_packing(model)
+    activate_new(model, adapter_name, active)
+    hold_still(model)
+    loftq = getattr(config, "loftq_config", None)
+    if loftq is not None and not low_cpu_mem_usage:
+        start_from_rounding_error(model, original_weights(loftq.weights), adapter_name)
+    return selection
+
+
+def delete_adapter(model: nn.Module, adapter_name: str) -> None:
+    """Take one adapter off; modules without any other become what they were.
+
+    Raises:
+        AdapterStateError: If there is no such adapter, or it is merged.
+
+    """
+    check_enabled(model)
+    names = adapter_names(model)
+    if adapter_name not in names:
+        raise AdapterStateError(
+            f"The model has no adapter {adapter_name!r}; it has {names or 'none at all'}."
+        )
+    _check_unmerged(model, adapter_name)
+    hosts = [(path, host) for path, host in named_hosts(model) if adapter_name in host.adapters]
+    for path, host in hosts:
+        if len(host.adapters) == 1:
+            check_can_shrink(host, path)
+    for _, host in hosts:
+        shrink(host, adapter_name)
+    route_out_projections(model)
+    for _, module, record in list(trained_biases(model)):
+        if record.adapter_name == adapter_name:
+            forget_bias(module)
+    reopen_fast_path(model)
+    close_fast_path(model)  # other adapters may still need it closed
+    reopen_cpu_packing(model)
+    close_cpu_packing(model)
+    if not adapter_names(model):
+        let_go(model)
+
+
+def freeze(model: nn.Module) -> None:
+    """`requires_grad=False` on everything that is in no adapter; norm statistics held still."""
+    kept = {id(module.bias) for _, module, _ in trained_biases(model)}
+    for _, module in walk(model):
+        for parameter in module.parameters(recurse=False):
+            if id(parameter) not in kept:
+                parameter.requires_grad_(False)
+    hold_still(model)
+
+
+def _check_name(name: str) -> None:
+    if not name or "." in name or hasattr(AdapterDict(), name):
+        raise ConfigError(
+            f"adapter_name {name!r} cannot be used: a name is not empty, has no '.', and is no "
+            "attribute of a torch ModuleDict (such as 'keys'). (lora.adapter_name)"
+        )
+
+
+def _check_unmerged(model: nn.Module, adapter_name: str | None = None) -> None:
+    for path, host in named_hosts(model):
+        if host.merged_adapters if adapter_name is None else adapter_name in host.merged_adapters:
+            raise AdapterStateError(
+                f"Adapters {host.merged_adapters} are merged into the base ({path!r}, for one). "
+                "Call unmerge_adapter(model) first."
+            )
+
+
+def _without_adapter(modules: dict[str, nn.Module], name: str) -> dict[str, nn.Module]:
+    return {
+        path: module
+        for path, module in modules.items()
+        if not (isinstance(module, Host) and name in module.adapters)
+    }
+
+
+def _modules(model: nn.Module, paths: Iterable[str]) -> dict[str, nn.Module]:
+    return {path: uncompiled(model.get_submodule(path)) for path in paths}
+
+
+def _new_biases(
+    model: nn.Module,
+    config: AdapterConfig,
+    adapter_name: str,
+    targets: set[str],
+    saved: dict[str, nn.Module],
+) -> list[nn.Module]:
+    owners = {id(module.bias): record.adapter_name for _, module, record in trained_biases(model)}
+    found = []
+    for path, module in biases_to_train(model, config.bias, targets):
+        if any(path == outer or path.startswith(outer + ".") for outer in saved):
+            continue
+        owner = owners.get(id(module.bias))
+        if owner is None:
+            found.append(module)
+        elif owner != adapter_name:
+            raise AdapterStateError(
+                f"The bias of {path!r} already trains with adapter {owner!r}; it cannot also "
+                f"train with {adapter_name!r}. Use bias='none' for one of them. (lora.bias)"
+            )
+    return found
+
+
+def _copy_without_adapters(module: nn.Module, device: torch.device | None) -> nn.Module:
+    """A copy of whole tensors; where a device is given, those in state dicts are empty ones there.
+
+    Raises:
+        TargetError: If FSDP has made the module a unit, which cannot be copied.
+
+    """
+    if any(hasattr(type(child), "set_reshard_after_forward") for child in module.modules()):
+        raise TargetError(
+            f"modules_to_save names a {type(module).__name__} that fully_shard made a unit of its "
+            "own, which cannot be copied. Build the model in __init__, so that the copy is made "
+            "before it is sharded. (lora.modules_to_save)"
+        )
+    known: dict[int, Any] = {}
+    for tensor in module.state_dict(keep_vars=True).values():
+        if isinstance(tensor, Tensor) and (device is not None or is_sharded(tensor)):
+            values = whole(tensor.detach()).clone() if device is None else None
+            new: Tensor = torch.empty_like(tensor, device=device) if values is None else values
+            if isinstance(tensor, nn.Parameter):
+                new = nn.Parameter(new, tensor.requires_grad)
+            known[id(tensor)] = new
+    duplicate = copy.deepcopy(module, known)
+    for _, host in list(named_hosts(duplicate)):
+        for name in list(host.adapters):
+            shrink(host, name)
+    for _, holder, _ in list(trained_biases(duplicate)):
+        forget_bias(holder)
+    let_go(duplicate)
+    route_out_projections(duplicate)
+    return duplicate
+
+
+def adapters_named(model: nn.Module, adapter_name: str) -> dict[str, Adapter]:
+    """The adapters of that name, by path of their module."""
+    return {
+        path: host.adapters[adapter_name]
+        for path, host in named_hosts(model)
+        if adapter_name in host.adapters
+    }
+
+
+@contextmanager
+def unchanged_on_error(model: nn.Module) -> Iterator[None]:
+    """On an error inside, take off the adapters that are new and restore what trains, and how."""
+    names = adapter_names(model)
+    required = [(p, p.requires_grad) for p in model.parameters()]
+    training = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    except BaseException:
+        for name in adapter_names(model):
+            if name not in names:
+                delete_adapter(model, name)
+        for parameter, wanted in required:
+            if parameter.requires_grad != wanted:  # a lazy parameter cannot even be asked to stay
+                parameter.requires_grad_(wanted)
+        for module, mode in training:
+            module.training = mode
+        raise

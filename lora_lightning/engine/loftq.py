@@ -1,0 +1,177 @@
+"""LoftQ: LoRA that starts from what rounding took from the base weight.
+
+    min || W - (Q + scaling * B A) ||_F  over Q = quantise(...), A (r, in), B (out, r),
+
+by turns: Q_t = quantise(W - scaling * B_(t-1) A_(t-1)), then scaling * B_t A_t = the best rank-r
+approximation of W - Q_t, from B_0 A_0 = 0 on.
+
+Source: Li et al. 2023, "LoftQ" (arXiv:2310.08659), section 3.2 and algorithm 1. There the scaling
+is 1; here it is divided out of A and B, so that every lora_alpha starts from the same weight.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from lora_lightning.adapters.lora.linear import LoraAdapter
+from lora_lightning.errors import (
+    AdapterMismatchError,
+    AdapterStateError,
+    CheckpointError,
+    first_few,
+)
+from lora_lightning.layers.base import named_hosts
+from lora_lightning.layers.quantized.base import QuantizedHost
+
+
+@torch.no_grad()
+def loftq_factors(
+    weight: Tensor,
+    rank: int,
+    scaling: float,
+    num_iter: int,
+    quantize: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A, B and Q after `num_iter` turns.
+
+    Args:
+        weight: W, (out, in).
+        rank: r of A and B.
+        scaling: Factor that A and B act with.
+        num_iter: Turns; with one, Q is the rounded W itself.
+        quantize: Rounds a weight and gives it back dense, such as `rounded_to_nf4`.
+
+    Returns:
+        A (r, in), B (out, r) and the dense Q (out, in), in at least float32.
+
+    """
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    low_rank = torch.zeros_like(weight)
+    for _ in range(num_iter):
+        rounded = quantize(weight - low_rank)
+        a, b = error_factors(weight - rounded, rank, scaling)
+        low_rank = scaling * b @ a
+    return a, b, rounded
+
+
+def error_factors(error: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
+    """A and B with scaling * B A = the best rank-r approximation of `error`, shared out evenly.
+
+    A = sqrt(S_r / scaling) V_r^T, B = U_r sqrt(S_r / scaling) for error = U S V^T.
+    """
+    u, s, vh = torch.linalg.svd(error, full_matrices=False)
+    root = (s[:rank] / scaling).sqrt()
+    return root[:, None] * vh[:rank], u[:, :rank] * root
+
+
+def rounded_to_nf4(weight: Tensor, blocksize: int = 64) -> Tensor:
+    """`weight` rounded to NF4 by bitsandbytes, dense again."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    return dequantize_4bit(*quantize_4bit(weight.float(), blocksize=blocksize, quant_type="nf4"))
+
+
+def original_weights(path: str | os.PathLike[str]) -> Callable[[str], Tensor]:
+    """The tensors of a safetensors file, or of a folder of them, by name.
+
+    Names may have more in front than in the file: a LightningModule holds `model.layers.0...` where
+    the file has `layers.0...`.
+
+    Raises:
+        CheckpointError: If there is no such file.
+        AdapterMismatchError: When a name is asked for that no file has.
+
+    """
+    place = Path(path)
+    files = sorted(place.glob("*.safetensors")) if place.is_dir() else [place]
+    if not files or not all(file.is_file() for file in files):
+        raise CheckpointError(
+            f"There is no safetensors file {str(place)!r} to read the original weights from. "
+            "(lora.loftq_config.weights)"
+        )
+    where: dict[str, Path] = {}
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            where.update(dict.fromkeys(opened.keys(), file))
+
+    def get(name: str) -> Tensor:
+        parts = name.split(".")
+        for first in range(len(parts)):
+            short = ".".join(parts[first:])
+            if short in where:
+                with safe_open(where[short], "pt") as opened:
+                    return opened.get_tensor(short)
+        raise AdapterMismatchError(
+            f"{str(place)!r} has no tensor {name!r}; it has {first_few(where, 3)}. "
+            "(lora.loftq_config.weights)"
+        )
+
+    return get
+
+
+@torch.no_grad()
+def start_from_rounding_error(
+    model: nn.Module, original: Callable[[str], Tensor], adapter_name: str = "default"
+) -> dict[str, tuple[float, float]]:
+    """Let a LoRA adapter on quantised Linears start from what their rounding took away.
+
+    One turn of LoftQ: Q is the weight that is there and stays as it is, bit for bit. Everything is
+    computed before the first adapter is changed.
+
+    Args:
+        model: A quantised model with the adapter, which has not trained yet.
+        original: Gives the weight of before rounding, (out, in), by its name in the model's state
+            dict: `safetensors.safe_open(file, "pt").get_tensor`, a state dict's `__getitem__`.
+        adapter_name: The adapter; other kinds of modules that carry it are left alone.
+
+    Returns:
+        The error of each weight, ||W - Q|| / ||W|| and ||W - Q - scaling * B A|| / ||W||, by path.
+
+    Raises:
+        AdapterStateError: If no quantised Linear carries a plain LoRA adapter of that name, or it
+            is merged.
+        AdapterMismatchError: If an original has another shape, or values that are not finite.
+
+    """
+    starts = []
+    errors: dict[str, tuple[float, float]] = {}
+    for path, host in named_hosts(model):
+        if not isinstance(host, QuantizedHost) or adapter_name not in host.adapters:
+            continue
+        adapter = host.adapters[adapter_name]
+        if not isinstance(adapter, LoraAdapter):
+            continue
+        if adapter_name in host.merged_adapters or adapter.needs_weight:
+            reason = "already starts from the rounded weight (DoRA, PiSSA, OLoRA)"
+            reason = "is merged" if adapter_name in host.merged_adapters else reason
+            raise AdapterStateError(
+                f"Adapter {adapter_name!r} of {path!r} {reason}; LoftQ cannot give it another "
+                "start. (lora.init_lora_weights)"
+            )
+        rounded = host.base_weight()
+        weight = original(f"{path}.weight" if path else "weight").to(rounded)
+        if weight.shape != rounded.shape or not torch.isfinite(weight).all():
+            found = f"{tuple(weight.shape)}, expected {tuple(rounded.shape)}"
+            found = found if weight.shape != rounded.shape else "not finite"
+            raise AdapterMismatchError(f"The original weight of {path!r} is {found}.")
+        error = weight - rounded
+        a, b = error_factors(error, adapter.r, adapter.scaling)
+        size = weight.norm()
+        left = error - adapter.scaling * b @ a
+        errors[path] = (float(error.norm() / size), float(left.norm() / size))
+        starts.append((adapter, a, b))
+    if not starts:
+        raise AdapterStateError(
+            f"No quantised Linear of this model carries a LoRA adapter {adapter_name!r}. Load the "
+            "base in 4 or 8 bits and inject the adapter first."
+        )
+    for adapter, a, b in starts:
+        adapter.lora_A.copy_(a)
+        adapter.lora_B.copy_(b)
+    return errors

@@ -1,0 +1,223 @@
+"""Fold adapters into the base weights, and back without a trace."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from lora_lightning.adapters.base import Adapter
+from lora_lightning.adapters.modules_to_save import TrainedCopy
+from lora_lightning.adapters.trainable_tokens import TiedTokenRows
+from lora_lightning.engine.bias import trained_biases
+from lora_lightning.engine.injection import delete_adapter
+from lora_lightning.engine.switching import (
+    active_adapters,
+    adapter_names,
+    check_enabled,
+    set_adapter,
+)
+from lora_lightning.errors import AdapterStateError
+from lora_lightning.layers.base import Host, named_hosts
+from lora_lightning.layers.composition import part_of
+from lora_lightning.layers.conversion import check_can_shrink
+from lora_lightning.utilities.dtensor import is_flattened
+
+
+def merge_adapter(model: nn.Module, names: str | Sequence[str] | None = None) -> None:
+    """Add the deltas of active adapters to the base weights, so that forward costs nothing extra.
+
+    W' = W + sum of deltas, summed in at least fp32 and rounded once. The weights are kept aside:
+    `unmerge_adapter` restores them bit for bit. Trained copies need no merging and stay as they
+    are.
+
+    Args:
+        model: A model with adapters.
+        names: Which of the active adapters to merge; default: all of them.
+
+    Raises:
+        AdapterStateError: If a name is not active, if a weight to be written is shared with
+            another module (tied), is on the meta device, is computed from other tensors or has a
+            trained copy in its place, or if a result is not finite. Nothing is merged then.
+
+    """
+    check_enabled(model)
+    active = active_adapters(model)
+    names = active if names is None else [names] if isinstance(names, str) else list(names)
+    for name in names:
+        if name not in active:
+            raise AdapterStateError(
+                f"Adapter {name!r} is not active (active: {active or 'none'}); activate it with "
+                f"set_adapter(model, {name!r}) before merging."
+            )
+    for _, host in named_hosts(model):
+        for name in names:
+            if name in host.adapters and any(p.is_meta for p in host.adapters[name].parameters()):
+                host.check_filled(name)
+    _check_weights(model, names)
+    _check_order(model, names)
+    before = [(host, list(host.merged_adapters)) for _, host in named_hosts(model)]
+    try:
+        for host, _ in before:
+            host.merge(names)
+    except BaseException:
+        for host, merged in before:
+            if host.merged_adapters != merged:
+                host.unmerge()
+                host.merge(merged)
+        raise
+
+
+def unmerge_adapter(model: nn.Module) -> None:
+    """Restore the weights of before `merge_adapter`, bit for bit."""
+    check_enabled(model)
+    for _, host in named_hosts(model):
+        host.unmerge()
+
+
+def merge_and_unload(model: nn.Module, names: str | Sequence[str] | None = None) -> nn.Module:
+    """Make the active adapters part of the base for good and take all adapters off.
+
+    Returns:
+        `model`, with the classes and parameter names it had before any adapter.
+
+    Raises:
+        AdapterStateError: As `merge_adapter`; nothing is changed then.
+
+    """
+    for path, host in named_hosts(model):
+        check_can_shrink(host, path)
+    before = active_adapters(model)
+    trained = [(p, p.requires_grad) for p in model.parameters()]
+    if names is not None:
+        set_adapter(model, names)
+    try:
+        _check_weights(model, active_adapters(model), copies_too=True)
+        merge_adapter(model)
+    except AdapterStateError:
+        if names is not None:
+            set_adapter(model, before)
+            for parameter, required in trained:
+                parameter.requires_grad_(required)
+        raise
+    for _, host in list(named_hosts(model)):
+        host.forget_originals()
+        for name in host.live_names():
+            adapter = host.adapters[name]
+            if isinstance(adapter, TrainedCopy):
+                _take_over(host, adapter.module)
+    for _, module, record in list(trained_biases(model)):
+        record.hidden = record.parameter(module).detach().clone()
+    return unload(model)
+
+
+def unload(model: nn.Module) -> nn.Module:
+    """Take all adapters off; the model is its base model again, bit for bit.
+
+    Returns:
+        `model`.
+
+    """
+    for path, host in named_hosts(model):
+        check_can_shrink(host, path)
+    unmerge_adapter(model)
+    for name in adapter_names(model):
+        delete_adapter(model, name)
+    return model
+
+
+@torch.no_grad()
+def _take_over(module: nn.Module, copy: nn.Module) -> None:
+    module.load_state_dict(copy.state_dict(), strict=False)
+
+
+def _check_weights(model: nn.Module, names: Sequence[str], copies_too: bool = False) -> None:
+    owners = Counter(
+        id(parameter)
+        for module in model.modules()
+        for parameter in module._parameters.values()
+        if parameter is not None
+    )
+    for _, host in named_hosts(model):
+        merging = [host.adapters[name] for name in names if name in host.adapters]
+        if merging and all(isinstance(adapter, TiedTokenRows) for adapter in merging):
+            owners[id(host.weight)] -= 1  # it asks for the very rows that its table gets
+    for path, host in named_hosts(model):
+        merging = [host.adapters[name] for name in names if name in host.adapters]
+        if all(isinstance(adapter, TiedTokenRows) for adapter in merging):
+            continue
+        written: list[tuple[str, nn.Parameter]] = []
+        for weight_name in host.weight_shapes():
+            parts = [part_of(adapter, weight_name) for adapter in merging]
+            if not any(part is not None and not isinstance(part, TrainedCopy) for part in parts):
+                continue
+            bias_name = host.bias_name(weight_name)
+            names_written = [weight_name]
+            whole = bias_name in host._parameters or is_parametrized(host, bias_name)
+            if whole and any(part and _changes_bias(part, host, bias_name) for part in parts):
+                names_written.append(bias_name)
+            for name in names_written:
+                parameter = host._parameters.get(name)
+                if parameter is None:
+                    raise AdapterStateError(
+                        f"The {name} of {path!r} is computed from other tensors (a "
+                        "parametrization); nothing can be merged into it. Remove the "
+                        "parametrization first."
+                    )
+                written.append((name, parameter))
+            if getattr(host, "max_norm", None) is not None:
+                raise AdapterStateError(
+                    f"{path!r} limits its rows to max_norm; a merged row would be limited together "
+                    "with its update, which gives other values. Take it out of the targets, or "
+                    "keep the adapter unmerged."
+                )
+            copies = [n for n in host.live_names() if not host.can_merge(n)]
+            if copies:
+                raise AdapterStateError(
+                    f"Adapter {copies[0]!r} has a trained copy in the place of {path!r} "
+                    "(modules_to_save): what is merged into its weight would not act. Merge with "
+                    f"{copies[0]!r} switched off, or leave the others unmerged."
+                )
+        if copies_too and any(isinstance(adapter, TrainedCopy) for adapter in merging):
+            own = _adapter_parameters(host)
+            written += [(n, p) for n, p in host.named_parameters() if id(p) not in own]
+        for name, parameter in written:
+            if parameter.is_meta:
+                raise AdapterStateError(f"{path!r} is on the meta device; load the base first.")
+            if is_flattened(parameter):
+                raise AdapterStateError(
+                    f"FSDP has split the {name} of {path!r} over the processes; nothing can be "
+                    "merged into a part. save_adapter(model, folder), then load_adapter(other, "
+                    "folder) on a model that was not trained under FSDP, and merge there."
+                )
+            if owners[id(parameter)] > 1:
+                raise AdapterStateError(
+                    f"The {name} of {path!r} is shared with another module (tied embeddings, "
+                    "say); merging would change that one too. Untie them first: give each module "
+                    "a parameter of its own."
+                )
+
+
+def _check_order(model: nn.Module, names: Sequence[str]) -> None:
+    # Additive adapters can be merged in any order; others act on what came before them.
+    for path, host in named_hosts(model):
+        order = [n for n in host.adapters if n in host.active_adapters and host.can_merge(n)]
+        merging = [n for n in order if n in names or n in host.merged_adapters]
+        if order[: len(merging)] != merging and not all(host.adapters[n].additive for n in order):
+            raise AdapterStateError(
+                f"Adapters act on {path!r} in the order {order}, and not all of them add up: "
+                f"{merging} cannot be merged before those in front. Merge all of them, or the "
+                "first ones."
+            )
+
+
+def _changes_bias(part: Adapter, host: Host, bias_name: str) -> bool:
+    bias = getattr(host, bias_name, None)
+    return bias is not None and part.transform_bias(bias, host) is not bias
+
+
+def _adapter_parameters(host: Host) -> set[int]:
+    return {id(parameter) for parameter in host.adapters.parameters()}

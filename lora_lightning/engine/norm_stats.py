@@ -1,0 +1,44 @@
+"""Frozen norm layers keep their running statistics: they stay in eval mode while adapters are on.
+
+`model.train()` reaches every module through its `train` method, so that is what is held: on the
+instance, and only on norm layers that track statistics. Trial runs of Lightning's Tuner, which
+leave callbacks out, respect it too.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from lora_lightning.layers.base import walk
+
+
+def train(self: nn.Module, mode: bool = True) -> nn.Module:
+    """`Module.train` of a norm layer that is held: eval mode whatever `mode` says."""
+    for child in self.children():  # a trained copy of the layer is not held
+        child.train(mode)
+    self.training = False
+    return self
+
+
+def hold_still(model: nn.Module) -> None:
+    """Put every frozen norm layer with running statistics into eval mode for good."""
+    for _, module in walk(model):
+        if isinstance(module, _NormBase) and module.track_running_stats and not _trains(module):
+            module.training = False
+            # No bound method: pickle looks that up by name, and finds the class's own.
+            module.train = partial(train, module)  # type: ignore[method-assign, assignment]
+
+
+def let_go(model: nn.Module) -> None:
+    """Undo `hold_still`; the layers take on the mode of `model`."""
+    for _, module in walk(model):
+        if getattr(module.__dict__.get("train"), "func", None) is train:
+            del module.__dict__["train"]
+            module.training = model.training
+
+
+def _trains(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters(recurse=False))

@@ -1,0 +1,149 @@
+"""What is on a model at present, layer by layer."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass, field
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import nn
+
+from lora_lightning.engine.bias import trained_biases
+from lora_lightning.engine.switching import active_adapters, adapter_names
+from lora_lightning.errors import first_few
+from lora_lightning.layers.base import named_hosts
+
+
+@dataclass
+class LayerStatus:
+    """One module that carries adapters.
+
+    Attributes:
+        path, module_type: The module and its own class.
+        enabled: False inside `disable_adapter`.
+        adapters: Name and type of every adapter on it, {"default": "LoraAdapter"}.
+        active, merged: Names of those that act in forward, and of those in the weight.
+        trainable: By name: True, False, or None where some of its tensors require gradients and
+            some do not, or where it has none (in a head that shares its table's token rows).
+        parameters: By name, how many numbers it has.
+        devices, dtypes: By name, of its tensors.
+
+    """
+
+    path: str
+    module_type: str
+    enabled: bool
+    adapters: dict[str, str] = field(default_factory=dict)
+    active: list[str] = field(default_factory=list)
+    merged: list[str] = field(default_factory=list)
+    trainable: dict[str, bool | None] = field(default_factory=dict)
+    parameters: dict[str, int] = field(default_factory=dict)
+    devices: dict[str, list[str]] = field(default_factory=dict)
+    dtypes: dict[str, list[str]] = field(default_factory=dict)
+
+
+@dataclass
+class AdapterStatus:
+    """All adapters on a model; printing it gives a table.
+
+    Attributes:
+        layers: The modules that carry adapters.
+        adapters, active: Names of all adapters, and of those that act somewhere.
+        biases: By name of the adapter, the biases of the base that train with it.
+        trainable_parameters, total_parameters: Counted over the whole model.
+        irregular: What differs from layer to layer though it is set for the whole model at once.
+
+    """
+
+    layers: list[LayerStatus]
+    adapters: list[str]
+    active: list[str]
+    biases: dict[str, list[str]]
+    trainable_parameters: int
+    total_parameters: int
+    irregular: list[str]
+
+    def __str__(self) -> str:
+        table = Table()
+        for column in ("module", "kind", "adapter", "type", "state", "trains", "parameters"):
+            table.add_column(column, justify="right" if column == "parameters" else "left")
+        for layer in self.layers:
+            for name, adapter_type in layer.adapters.items():
+                trains = {True: "yes", False: "no", None: "in part"}[layer.trainable[name]]
+                trains = trains if layer.parameters[name] else ""
+                cells = (layer.path, layer.module_type, name, adapter_type, _state(layer, name))
+                table.add_row(*map(Text, cells), trains, f"{layer.parameters[name]:,}")
+        # As wide as it takes: names that are cut off tell nothing.
+        console = Console(file=io.StringIO(), width=10_000, color_system=None)
+        with console.capture() as captured:
+            console.print(table)
+        lines = [captured.get().rstrip()]
+        lines += [
+            f"adapter {name!r} trains {len(biases)} biases of the base: {first_few(biases, 3)}"
+            for name, biases in self.biases.items()
+        ]
+        lines.append(
+            f"trainable {self.trainable_parameters:,} of {self.total_parameters:,} parameters"
+        )
+        return "\n".join([*lines, *self.irregular])
+
+
+def adapter_status(model: nn.Module) -> AdapterStatus:
+    """Which adapters sit where, which of them act, are merged, or train."""
+    layers = []
+    biases: dict[str, list[str]] = {}
+    for path, _, record in trained_biases(model):
+        biases.setdefault(record.adapter_name, []).append(path)
+    for path, host in named_hosts(model):
+        layer = LayerStatus(
+            path,
+            host.base_type.__name__,
+            host.adapters_enabled,
+            active=list(host.active_adapters),
+            merged=list(host.merged_adapters),
+        )
+        for name in host.adapters:
+            adapter = host.adapters[name]
+            parameters = list(adapter.parameters())
+            required = {p.requires_grad for p in parameters if p.is_floating_point()}
+            layer.adapters[name] = type(adapter).__name__
+            layer.trainable[name] = required.pop() if len(required) == 1 else None
+            layer.parameters[name] = sum(p.numel() for p in parameters)
+            layer.devices[name] = sorted({str(p.device) for p in parameters})
+            layer.dtypes[name] = sorted({str(p.dtype).removeprefix("torch.") for p in parameters})
+        layers.append(layer)
+    return AdapterStatus(
+        layers=layers,
+        adapters=adapter_names(model),
+        active=active_adapters(model),
+        biases=biases,
+        trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        total_parameters=sum(p.numel() for p in model.parameters()),
+        irregular=_irregular(layers),
+    )
+
+
+def _state(layer: LayerStatus, name: str) -> str:
+    if "meta" in layer.devices[name]:
+        return "without values"
+    if name in layer.merged:
+        return "merged"
+    if name not in layer.active:
+        return "inactive"
+    return "active" if layer.enabled else "disabled"
+
+
+def _irregular(layers: list[LayerStatus]) -> list[str]:
+    lines = []
+    for name in dict.fromkeys(name for layer in layers for name in layer.adapters):
+        carrying = [layer for layer in layers if name in layer.adapters]
+        for what, values in (
+            ("state", {_state(layer, name) for layer in carrying}),
+            ("requires_grad", {la.trainable[name] for la in carrying if la.parameters[name]}),
+        ):
+            if len(values) > 1:
+                shown = ", ".join(sorted(map(str, values)))
+                lines.append(f"adapter {name!r}: {what} differs between layers ({shown})")
+    return lines

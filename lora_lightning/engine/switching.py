@@ -1,0 +1,248 @@
+"""Which adapters act: names, activation, and a context in which none does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from math import isfinite
+
+from torch import nn
+
+from lora_lightning.adapters.base import Adapter, AdapterParts, DeltaAdapter
+from lora_lightning.adapters.modules_to_save import TrainedCopy
+from lora_lightning.engine.bias import trained_biases
+from lora_lightning.errors import AdapterStateError, nearest_hint
+from lora_lightning.layers.base import named_hosts
+from lora_lightning.layers.multihead_attention import AttentionHost
+from lora_lightning.layers.torch_fast_path import close_fast_path, reopen_fast_path
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """Names of the adapters on `model`, in the order they were added."""
+    return list(dict.fromkeys(name for _, host in named_hosts(model) for name in host.adapters))
+
+
+def active_adapters(model: nn.Module) -> list[str]:
+    """Names of the adapters that act on `model`."""
+    return list(
+        dict.fromkeys(name for _, host in named_hosts(model) for name in host.active_adapters)
+    )
+
+
+def set_adapter(model: nn.Module, names: str | Sequence[str], *, trainable: bool = True) -> None:
+    """Make exactly these adapters active; their deltas add up.
+
+    Args:
+        model: A model with adapters.
+        names: One name or several; none at all (`[]`) leaves the base alone.
+        trainable: Whether the active ones require gradients. The others never do.
+
+    Raises:
+        AdapterStateError: If a name is unknown, if adapters are merged, or if two of the names
+            both replace the same module by a trained copy.
+
+    """
+    check_enabled(model)
+    names = [names] if isinstance(names, str) else list(names)
+    known = adapter_names(model)
+    for name in names:
+        _check_known(name, known)
+    hosts = list(named_hosts(model))
+    for path, host in hosts:
+        if host.merged_adapters and host.active_adapters != [
+            n for n in names if n in host.adapters
+        ]:
+            raise AdapterStateError(
+                f"Adapters {host.merged_adapters} are merged into the base; "
+                "call unmerge_adapter(model) before switching."
+            )
+        copies = [
+            n for n in names if n in host.adapters and isinstance(host.adapters[n], TrainedCopy)
+        ]
+        if len(copies) > 1:
+            raise AdapterStateError(
+                f"Adapters {copies} each replace {path!r} by a copy of their own; only one of "
+                "them can be active at a time. Name it in one config only. (lora.modules_to_save)"
+            )
+    for _, host in hosts:
+        host.active_adapters = [name for name in names if name in host.adapters]
+        for name, adapter in host.adapters.items():
+            _require_grad(adapter, trainable and name in names)
+    for _, module, record in trained_biases(model):
+        record.show(module, record.adapter_name in names)
+        record.parameter(module).requires_grad_(trainable and record.adapter_name in names)
+
+
+@contextmanager
+def adapters_per_row(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
+    """Inside, row i of every batch goes through adapter `names[i]` alone; None: the base.
+
+        with adapters_per_row(model, ["french", "german", None]):
+            model(batch_of_three)
+
+    Active adapters play no part inside. The rows of one adapter are computed together, and just as
+    a batch of their own would be.
+
+    Args:
+        model: A model with adapters, none of them merged. Every adapted module must get the batch
+            in its first dimension.
+        names: The name of an adapter, or None, for each row.
+
+    Raises:
+        AdapterStateError: If a name is unknown, adapters are merged, or an adapter trains biases
+            of the base, which all rows share. Inside: if a module is called with another number
+            of rows.
+
+    """
+    _check_not_disabled(model)
+    known = adapter_names(model)
+    for name in dict.fromkeys(names):
+        if name is not None:
+            _check_known(name, known)
+    hosts = [host for _, host in named_hosts(model)]
+    for path, host in named_hosts(model):
+        parts = any(isinstance(adapter, AdapterParts) for adapter in host.adapters.values())
+        if parts and not isinstance(host, AttentionHost):
+            raise AdapterStateError(
+                f"{path!r} ({host.base_type.__name__}) carries adapters on several weights; such "
+                "modules cannot give every row an adapter of its own. Run one batch per adapter."
+            )
+        if host.merged_adapters:
+            raise AdapterStateError(
+                f"Adapters {host.merged_adapters} are merged into the base, which every row would "
+                "go through; call unmerge_adapter(model) first."
+            )
+    for path, _, record in trained_biases(model):
+        if record.shown or record.adapter_name in names:
+            raise AdapterStateError(
+                f"Adapter {record.adapter_name!r} trains {path!r} of the base itself (bias), which "
+                "all rows of a batch share. Run its rows as a batch of their own."
+            )
+    before = [host.row_adapters for host in hosts]
+    for host in hosts:
+        host.row_adapters = list(names)
+    try:
+        yield
+    finally:
+        for host, rows in zip(hosts, before, strict=True):
+            host.row_adapters = rows
+
+
+def scale_adapter(model: nn.Module, adapter_name: str, factor: float) -> None:
+    """Let an adapter act with `factor` times the scaling of its own config; 1 restores it.
+
+    W + factor * delta: between 0 (the base) and 1 (as trained) this interpolates (WiSE-FT), beyond
+    it exaggerates. Not so with DoRA, where B A is scaled inside the norm and the magnitude is not,
+    and for trained copies, which stay as they are. Compiled code is not compiled again. Not saved:
+    a property of the run.
+
+    Raises:
+        AdapterStateError: If there is no such adapter, it is merged, or its type has no scaling.
+
+    """
+    _check_known(adapter_name, adapter_names(model))
+    scaled = []
+    for path, host in named_hosts(model):
+        if adapter_name not in host.adapters:
+            continue
+        if adapter_name in host.merged_adapters:
+            raise AdapterStateError(
+                f"Adapter {adapter_name!r} is merged into the base; call unmerge_adapter(model) "
+                "before scaling it."
+            )
+        for part in host.adapters[adapter_name].modules():
+            if isinstance(part, DeltaAdapter):
+                scaled.append(part)
+            elif isinstance(part, Adapter) and not isinstance(part, (AdapterParts, TrainedCopy)):
+                raise AdapterStateError(
+                    f"The adapter {adapter_name!r} on {path!r} is a {type(part).__name__}, which "
+                    "has no scaling."
+                )
+    if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not isfinite(factor):
+        raise AdapterStateError(f"factor is {factor!r}; it must be a finite number.")
+    for part in scaled:
+        part.set_scaling(part.own_scaling * factor)
+
+
+def activate_new(model: nn.Module, name: str, active: bool) -> None:
+    """Bring freshly grown adapters `name` into the state `active`; others stay as they are."""
+    for _, host in named_hosts(model):
+        if name not in host.adapters:
+            continue
+        if active and name not in host.active_adapters:
+            host.active_adapters = [*host.active_adapters, name]
+        _require_grad(host.adapters[name], active)
+    for _, module, record in trained_biases(model):
+        if record.adapter_name == name:
+            record.show(module, active)
+            record.parameter(module).requires_grad_(active)
+
+
+def set_trainable(model: nn.Module, name: str, trainable: bool) -> None:
+    """Whether the tensors of an adapter require gradients; which adapters act stays as it is."""
+    _check_known(name, adapter_names(model))
+    for _, host in named_hosts(model):
+        if name in host.adapters:
+            _require_grad(host.adapters[name], trainable)
+    for _, module, record in trained_biases(model):
+        if record.adapter_name == name:
+            # Hidden values do not train: in their place the base's own would.
+            record.parameter(module).requires_grad_(trainable and record.shown)
+
+
+def _check_known(name: str, known: list[str]) -> None:
+    if name not in known:
+        hint = nearest_hint(name, known)
+        raise AdapterStateError(f"No adapter {name!r}; the model has {known or 'none'}.{hint}")
+
+
+def _require_grad(adapter: nn.Module, wanted: bool) -> None:
+    for parameter in adapter.parameters():
+        if parameter.is_floating_point():
+            parameter.requires_grad_(wanted)
+
+
+def check_enabled(model: nn.Module) -> None:
+    """Refuse to change adapters inside `disable_adapter` and `adapters_per_row`.
+
+    Raises:
+        AdapterStateError: If the adapters are disabled at present, or act by row.
+
+    """
+    _check_not_disabled(model)
+    if any(host.row_adapters is not None for _, host in named_hosts(model)):
+        raise AdapterStateError(
+            "Every row has an adapter of its own at present: leave "
+            "`with adapters_per_row(model, names):` first."
+        )
+
+
+def _check_not_disabled(model: nn.Module) -> None:
+    if not all(host.adapters_enabled for _, host in named_hosts(model)):
+        raise AdapterStateError(
+            "The adapters are disabled at present: leave `with disable_adapter(model):` first."
+        )
+
+
+@contextmanager
+def disable_adapter(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is its base model bit for bit; afterwards everything is as it was."""
+    hosts = [host for _, host in named_hosts(model)]
+    enabled = [host.adapters_enabled for host in hosts]
+    merged = [list(host.merged_adapters) for host in hosts]
+    biases = [(module, record, record.shown) for _, module, record in trained_biases(model)]
+    for host in hosts:
+        host.unmerge()
+        host.adapters_enabled = False
+    for module, record, _ in biases:
+        record.show(module, False)
+    reopen_fast_path(model)
+    try:
+        yield
+    finally:
+        for host, was_enabled, names in zip(hosts, enabled, merged, strict=True):
+            host.adapters_enabled = was_enabled
+            host.merge(names)
+        for module, record, shown in biases:
+            record.show(module, shown)
+        close_fast_path(model)

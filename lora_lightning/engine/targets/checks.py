@@ -1,0 +1,193 @@
+"""Every name, expression and index of an adapter's options selects something, or is an error."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from dataclasses import replace
+
+from torch import nn
+
+from lora_lightning.adapters.config import ALL_LINEAR, AdapterConfig
+from lora_lightning.engine.targets.matching import (
+    is_excluded,
+    layer_index,
+    matches_name,
+    wanted_layers,
+)
+from lora_lightning.engine.targets.names import linear_names, near
+from lora_lightning.errors import TargetError, first_few
+
+
+def check_something_is_left(candidates: Collection[str], config: AdapterConfig) -> None:
+    """Say so where other options take out all `candidates`, which target_modules selects.
+
+    Raises:
+        TargetError: Naming the option.
+
+    """
+    if not candidates or not all(is_excluded(config, path) for path in candidates):
+        return
+    alone = replace(config, modules_to_save=None)
+    if all(is_excluded(alone, path) for path in candidates):
+        option, value = "exclude_modules", config.exclude_modules
+    else:
+        option, value = "modules_to_save", config.modules_to_save
+    raise TargetError(
+        f"{option}={value!r} takes out all that target_modules={config.target_modules!r} selects: "
+        f"{first_few(candidates)}. Name fewer modules there, or other targets. (lora.{option})"
+    )
+
+
+def check_every_target_matched(
+    modules: dict[str, nn.Module], targets: dict[str, nn.Module], config: AdapterConfig
+) -> None:
+    """Every listed name, or the expression, selects a module.
+
+    Raises:
+        TargetError: Naming those that do not, and why.
+
+    """
+    wanted = config.target_modules
+    if isinstance(wanted, str):
+        if targets:
+            return
+        check_something_is_left([p for p in modules if re.fullmatch(wanted, p)], config)
+        by_name = [path for path in modules if matches_name(wanted, path)]
+        hint = (
+            f" As a name it would match {len(by_name)} modules: write it as a list, [{wanted!r}]."
+            if by_name
+            else near(wanted, modules)
+        )
+        raise TargetError(
+            f"target_modules {wanted!r}, a regular expression over whole paths, matched nothing."
+            f"{hint}\n  {linear_names(modules)}\n"
+            f"Use {ALL_LINEAR!r} for every Linear except the output head. (lora.target_modules)"
+        )
+    unmatched = [name for name in wanted if not any(matches_name(name, path) for path in targets)]
+    if not unmatched:
+        return
+    lines = [
+        f"target_modules {wanted}: {len(unmatched)} of {len(wanted)} "
+        f"{'name' if len(wanted) == 1 else 'names'} matched nothing."
+    ]
+    for name in unmatched:
+        outside = [path for path in modules if matches_name(name, path)]
+        if outside:
+            lines.append(f"  {name!r} {_why_not(outside, config)}")
+        else:
+            lines.append(
+                f"  {name!r}{near(name, modules) or ' is unlike every name in this model.'}"
+            )
+    lines.append(f"  {linear_names(modules)}")
+    lines.append(
+        f"Use {ALL_LINEAR!r} for every Linear except the output head, or list names. "
+        "(lora.target_modules)"
+    )
+    raise TargetError("\n".join(lines))
+
+
+def _why_not(paths: list[str], config: AdapterConfig) -> str:
+    """Why modules that have a listed name are no targets."""
+    there = f"is there ({first_few(paths, 2)}), but"
+    saved = config.modules_to_save or ()
+    if any(matches_name(name, path) for name in saved for path in paths):
+        return f"is in modules_to_save already ({first_few(paths, 2)})"
+    if any(is_excluded(config, path) for path in paths):
+        excluded = f"{there} exclude_modules={config.exclude_modules!r} takes it out"
+        return f"{excluded} (lora.exclude_modules)"
+    layers = sorted({i for p in paths if (i := layer_index(config, p)) is not None})
+    if layers:
+        return (
+            f"{there} in layers {layers}; layers_to_transform is {config.layers_to_transform} "
+            "(lora.layers_to_transform)"
+        )
+    if config.layers_pattern is None:
+        return (
+            f"{there} its path has no layer number: say with layers_pattern which list of modules "
+            "layers_to_transform counts in (lora.layers_pattern)"
+        )
+    lists = {found for path in paths for found in re.findall(r"([^.]+)\.\d+\.", path)}
+    known = f"lists of modules there: {first_few(sorted(lists))}" if lists else "it is in no list"
+    return (
+        f"{there} not in a list of modules called {config.layers_pattern!r}; {known} "
+        "(lora.layers_pattern)"
+    )
+
+
+def check_not_of_peft(path: str, modules: dict[str, nn.Module]) -> None:
+    """A target is no part of an adapter of the peft package.
+
+    Raises:
+        TargetError: Naming the module of peft that it is, or is in.
+
+    """
+    parts = path.split(".")
+    for owner in (".".join(parts[:depth]) for depth in range(1, len(parts) + 1)):
+        kind = type(modules.get(owner))
+        if kind.__module__.startswith("peft."):
+            raise TargetError(
+                f"target_modules selects {path!r}, but {owner!r} is a {kind.__module__}."
+                f"{kind.__name__}: the model carries adapters of peft already, which would be "
+                "frozen. Give the model without them (peft's model.unload(), or merge_and_unload() "
+                "to keep their effect); to train a PEFT folder on, name it in init_from. "
+                "(lora.target_modules)"
+            )
+
+
+def check_every_exclusion_matched(modules: dict[str, nn.Module], config: AdapterConfig) -> None:
+    """Every name in exclude_modules, or the expression, fits a module.
+
+    Raises:
+        TargetError: Naming the first that does not.
+
+    """
+    excluded = config.exclude_modules
+    if excluded is None:
+        return
+    if isinstance(excluded, str):
+        unmatched = [] if any(re.fullmatch(excluded, path) for path in modules) else [excluded]
+    else:
+        unmatched = [n for n in excluded if not any(matches_name(n, path) for path in modules)]
+    if unmatched:
+        raise TargetError(
+            f"exclude_modules {unmatched[0]!r} excludes nothing.{near(unmatched[0], modules)} "
+            "Correct it or take it out. (lora.exclude_modules)"
+        )
+
+
+def check_every_layer_matched(targets: dict[str, nn.Module], config: AdapterConfig) -> None:
+    """Every index in layers_to_transform has a target.
+
+    Raises:
+        TargetError: Naming those that have none.
+
+    """
+    wanted = wanted_layers(config)
+    if not wanted:
+        return
+    found = {layer_index(config, path) for path in targets}
+    missing = [index for index in wanted if index not in found]
+    if missing:
+        raise TargetError(
+            f"layers_to_transform {config.layers_to_transform}: no target in layer "
+            f"{first_few(map(str, missing))}; targets were found in layers "
+            f"{sorted(index for index in found if index is not None)}. Indices count from 0. "
+            "(lora.layers_to_transform)"
+        )
+
+
+def check_every_pattern_matched(targets: list[str], config: AdapterConfig) -> None:
+    """Every key of rank_pattern and alpha_pattern fits a target.
+
+    Raises:
+        TargetError: Naming the first that does not.
+
+    """
+    for option in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(config, option, ()):
+            if not any(re.match(rf"(.*\.)?({key})$", path) for path in targets):
+                raise TargetError(
+                    f"{option} {key!r} fits none of the {len(targets)} targets."
+                    f"{near(key, targets)} Correct it or take it out. (lora.{option})"
+                )

@@ -1,0 +1,53 @@
+"""Names of modules, as messages about targets list them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+from torch import nn
+
+from lora_lightning.errors import did_you_mean, first_few
+from lora_lightning.layers.registry import SUPPORTED, host_type_for
+
+
+def near(name: str, modules: Iterable[str]) -> str:
+    """The name nearest to `name`, as the end of a sentence; empty where nothing is near."""
+    paths = list(modules)
+    last_parts = Counter(path.rpartition(".")[2] for path in paths)
+    near = did_you_mean(name.rpartition(".")[2], last_parts) or did_you_mean(name, paths)
+    if near is None:
+        return ""
+    count = last_parts.get(near, 1)
+    return f" -> did you mean {near!r} ({count} {'module' if count == 1 else 'modules'})?"
+
+
+def linear_names(modules: dict[str, nn.Module]) -> str:
+    """The last parts of the paths of all adaptable modules, with how often each occurs."""
+    names = Counter(
+        path.rpartition(".")[2] for path, module in modules.items() if host_type_for(module)
+    )
+    if not names:
+        return f"This model has no module of an adaptable kind ({SUPPORTED})."
+    return "Adaptable names in this model: " + ", ".join(
+        f"{n} x{count}" for n, count in names.items()
+    )
+
+
+def kinds_in(modules: dict[str, nn.Module]) -> str:
+    """The classes of all modules that have parameters, with how often each occurs."""
+    kinds = Counter(
+        type(m).__name__
+        for m in modules.values()
+        if next(m.parameters(recurse=False), None) is not None
+    )
+    if not kinds:
+        return "the model has no parameters yet"
+    return "the model's modules with parameters are " + ", ".join(
+        f"{k} x{n}" for k, n in kinds.items()
+    )
+
+
+def top_names(modules: dict[str, nn.Module]) -> str:
+    """The first names of a model."""
+    return first_few([path for path in modules if path.count(".") <= 1], 12) or "none"

@@ -1,0 +1,253 @@
+"""Which modules an adapter's options select: PEFT's matching rules, but nothing in silence.
+
+The rules are PEFT 0.21.2's (`check_target_module_exists`, `get_pattern_key`). What differs is
+what happens to a name that selects nothing: there it is dropped, here it is an error.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from lora_lightning.adapters.config import ALL_LINEAR, AdapterConfig
+from lora_lightning.adapters.registry import classes_for
+from lora_lightning.engine.targets.checks import (
+    check_every_exclusion_matched,
+    check_every_layer_matched,
+    check_every_pattern_matched,
+    check_every_target_matched,
+    check_not_of_peft,
+    check_something_is_left,
+)
+from lora_lightning.engine.targets.embeddings import input_embeddings, output_heads
+from lora_lightning.engine.targets.matching import is_excluded, matches_name, matches_target
+from lora_lightning.engine.targets.names import kinds_in, linear_names, near, top_names
+from lora_lightning.engine.targets.parameters import select_parameters
+from lora_lightning.errors import TargetError, first_few
+from lora_lightning.layers.base import walk
+from lora_lightning.layers.conv1d import is_conv1d
+from lora_lightning.layers.conversion import check_can_grow
+from lora_lightning.layers.multihead_attention import attention_obstacle
+from lora_lightning.layers.registry import SUPPORTED, host_type_for
+
+
+@dataclass
+class Selection:
+    """What a config selects on a model.
+
+    Attributes:
+        targets: Modules to adapt, by path.
+        parameters: Of the targets that are adapted by parameter (`target_parameters`), the names
+            of those parameters, by path.
+        saved: Modules to train as a copy (`modules_to_save`), by path.
+        left_out: Output heads that "all-linear" leaves alone.
+        along: Path of the attention by path of every `out_proj` that is adapted along with it.
+        tokens: Ids of the tokens whose rows train, by path of the embedding.
+        tied: Path of the embedding by path of every head that shares its weight.
+
+    """
+
+    targets: dict[str, nn.Module] = field(default_factory=dict)
+    parameters: dict[str, list[str]] = field(default_factory=dict)
+    saved: dict[str, nn.Module] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
+    along: dict[str, str] = field(default_factory=dict)
+    tokens: dict[str, list[int]] = field(default_factory=dict)
+    tied: dict[str, str] = field(default_factory=dict)
+
+
+def select_modules(model: nn.Module, config: AdapterConfig) -> Selection:
+    """The modules of `model` that `config` selects.
+
+    Raises:
+        TargetError: If a name, expression or index selects nothing, or a module of a kind that
+            cannot be adapted.
+
+    """
+    modules = {path: module for path, module in walk(model) if path}
+    obstacles = _attention_obstacles(model)
+    selection = Selection(saved=_select_saved(modules, config, obstacles))
+    _select_tokens(model, modules, config, selection)
+    if not config.target_modules:
+        pass  # only tokens or parameters train
+    elif config.target_modules == ALL_LINEAR:
+        heads, candidates = output_heads(model), []
+        for path, module in modules.items():
+            if not (isinstance(module, nn.Linear) or is_conv1d(module)):
+                continue
+            if path in obstacles:
+                continue
+            if any(path == head or path.startswith(head + ".") for head in heads):
+                selection.left_out.append(path)
+                continue
+            candidates.append(path)
+            if not is_excluded(config, path):
+                selection.targets[path] = module
+        if not selection.targets:
+            check_something_is_left(candidates, config)
+            raise TargetError(
+                f"target_modules 'all-linear' matched nothing: {kinds_in(modules)}. "
+                f"Adaptable kinds: {SUPPORTED}; name modules explicitly. (lora.target_modules)"
+            )
+    else:
+        selection.targets = {
+            path: module
+            for path, module in modules.items()
+            if not is_excluded(config, path) and matches_target(config, path)
+        }
+        check_every_target_matched(modules, selection.targets, config)
+        _add_output_projections(modules, config, selection)
+    check_every_exclusion_matched(modules, config)
+    check_every_layer_matched(selection.targets, config)
+    wanted = getattr(config, "target_parameters", None) or []
+    selection.parameters = select_parameters(modules, wanted, selection.targets, selection.saved)
+    parameters = [f"{path}.{n}" for path, names in selection.parameters.items() for n in names]
+    check_every_pattern_matched([*selection.targets, *parameters], config)
+    for path in selection.targets.keys() & {*selection.tokens, *selection.tied}:
+        raise TargetError(
+            f"{path!r} is adapted as a whole (target_modules) and single rows of its weight train "
+            "beside that (trainable_token_indices). Do one of the two: exclude_modules: "
+            f"[{path!r}], or no trainable tokens. (lora.trainable_token_indices)"
+        )
+    for path, module in selection.targets.items():
+        _check_adaptable(path, module, modules, config, obstacles)
+    selection.targets |= {path: modules[path] for path in selection.parameters}
+    trained = {*selection.saved, *selection.targets, *selection.tied}
+    selection.left_out = [p for p in selection.left_out if not _is_within(p, trained)]
+    return selection
+
+
+def _is_within(path: str, others: set[str]) -> bool:
+    return any(path == other or path.startswith(other + ".") for other in others)
+
+
+def _select_saved(
+    modules: dict[str, nn.Module], config: AdapterConfig, obstacles: dict[str, str]
+) -> dict[str, nn.Module]:
+    saved: dict[str, nn.Module] = {}
+    for name in config.modules_to_save or ():
+        found = {path: module for path, module in modules.items() if matches_name(name, path)}
+        if not found:
+            raise TargetError(
+                f"modules_to_save {name!r} matched nothing.{near(name, modules)} Names at the top "
+                f"of this model: {top_names(modules)}. (lora.modules_to_save)"
+            )
+        for path, module in found.items():
+            if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+                raise TargetError(
+                    f"modules_to_save {name!r} selects {path!r}, a {type(module).__name__}: it is "
+                    "never called itself, so a copy of it would not be used. Name the modules "
+                    "inside. (lora.modules_to_save)"
+                )
+            if not isinstance(module, nn.MultiheadAttention):  # itself called, as its copy is
+                _check_attention("modules_to_save", path, obstacles)
+        saved.update(found)
+    # A saved module inside another saved module is part of the outer copy already.
+    return {
+        path: module
+        for path, module in saved.items()
+        if not any(path.startswith(outer + ".") for outer in saved)
+    }
+
+
+def _select_tokens(
+    model: nn.Module, modules: dict[str, nn.Module], config: AdapterConfig, selection: Selection
+) -> None:
+    wanted = getattr(config, "trainable_token_indices", None)
+    if not wanted:
+        return
+    if not isinstance(wanted, dict):
+        embeddings = input_embeddings(model)
+        if len({id(modules[path].weight) for path in embeddings}) == 1:
+            embeddings = embeddings[:1]  # several tables of one weight
+        if len(embeddings) != 1:
+            has = f"has {first_few(embeddings)}" if embeddings else "names none"
+            raise TargetError(
+                "trainable_token_indices as a list means the rows of the input embeddings, but "
+                f"this model {has}. Say which: trainable_token_indices: {{NAME: ids}}. "
+                "(lora.trainable_token_indices)"
+            )
+        wanted = {embeddings[0]: wanted}
+    for name, ids in wanted.items():
+        found = [path for path in modules if matches_name(name, path)]
+        paths = [path for path in found if isinstance(modules[path], nn.Embedding)]
+        if not paths:
+            kind = f" is a {type(modules[found[0]]).__name__}," if found else " matched nothing,"
+            raise TargetError(
+                f"trainable_token_indices {name!r}{kind} no nn.Embedding.{near(name, modules)} "
+                "(lora.trainable_token_indices)"
+            )
+        for path in paths:
+            owner = selection.tied.get(path, path)  # named before, if only by what is tied to it
+            if selection.tokens.setdefault(owner, list(ids)) != list(ids):
+                raise TargetError(
+                    f"trainable_token_indices names other tokens for {path!r} than for {owner!r}, "
+                    "which share one weight. Name it once. (lora.trainable_token_indices)"
+                )
+            if owner != path:
+                continue
+            weight = modules[path].weight
+            for other, module in modules.items():
+                if other != path and getattr(module, "weight", None) is weight:
+                    selection.tied[other] = path
+
+
+def _check_adaptable(
+    path: str,
+    module: nn.Module,
+    modules: dict[str, nn.Module],
+    config: AdapterConfig,
+    obstacles: dict[str, str],
+) -> None:
+    _check_attention("target_modules", path, obstacles)
+    check_not_of_peft(path, modules)
+    if isinstance(module, torch.jit.ScriptModule):
+        check_can_grow(module, path)
+    host_type = host_type_for(module)
+    if host_type is None:
+        raise TargetError(
+            f"target_modules selects {path!r}, a {type(module).__name__}, which cannot carry an "
+            f"adapter. Adaptable kinds: {SUPPORTED}. To train it in full, list it in "
+            f"modules_to_save instead.\n  {linear_names(modules)}\n(lora.target_modules)"
+        )
+    kinds = classes_for(config)
+    if host_type.kind not in kinds:
+        raise TargetError(
+            f"target_modules selects {path!r}, a {type(module).__name__}, but a "
+            f"{config.peft_type} adapter is defined for modules of kind {', '.join(kinds)} only. "
+            "Leave it out, or adapt it with another adapter. (lora.target_modules)"
+        )
+
+
+def _add_output_projections(
+    modules: dict[str, nn.Module], config: AdapterConfig, selection: Selection
+) -> None:
+    # As in PEFT, an attention that is named is adapted as a whole: its own weights and out_proj.
+    for path, module in list(selection.targets.items()):
+        out = f"{path}.out_proj"
+        if not isinstance(module, nn.MultiheadAttention) or out in selection.targets:
+            continue
+        if not is_excluded(config, out):
+            selection.targets[out] = modules[out]
+            selection.along[out] = path
+
+
+def _attention_obstacles(model: nn.Module) -> dict[str, str]:
+    """Why attentions, and the out_proj of each, cannot carry adapters, by path."""
+    obstacles = {}
+    for path, module in walk(model):
+        if isinstance(module, nn.MultiheadAttention):
+            reason = attention_obstacle(module)
+            if reason is not None:
+                obstacles[path] = obstacles[f"{path}.out_proj".lstrip(".")] = reason
+    return obstacles
+
+
+def _check_attention(option: str, path: str, obstacles: dict[str, str]) -> None:
+    if path in obstacles:
+        raise TargetError(
+            f"{option} selects {path!r}, but {obstacles[path]}. Leave it out, or train the whole "
+            f"attention in full with modules_to_save. (lora.{option})"
+        )

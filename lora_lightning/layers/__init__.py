@@ -1,0 +1,1 @@
+"""Kinds of modules that can carry adapters, one file each."""

@@ -1,0 +1,66 @@
+"""The map of a host: a fold over the adapters on one of its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+from lora_lightning.adapters.base import Adapter, AdapterParts, Base
+from lora_lightning.adapters.modules_to_save import TrainedCopy
+
+if TYPE_CHECKING:
+    from lora_lightning.layers.base import Host
+
+
+class HostPart:
+    """One weight of a host that has several, as its adapters see it."""
+
+    def __init__(self, host: Host, name: str) -> None:
+        self.host = host
+        self.name = name
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias that goes with the weight."""
+        return cast("Tensor | None", getattr(self.host, self.host.bias_name(self.name), None))
+
+    def apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The host's map with another weight, without bias."""
+        return self.host.apply_weight(x, weight)
+
+    def base_weight(self) -> Tensor:
+        """The weight before any merge, dense, in the canonical layout."""
+        return self.host.base_weight(self.name)
+
+    def bias_below(self, adapter: Adapter) -> Tensor | None:
+        """The bias of the map that an adapter on the weight acts on."""
+        return self.host.bias_below(adapter, self.name)
+
+
+def fold(chain: list[Adapter], x: Tensor, base_map: Callable[[Tensor], Any], base: Base) -> Any:
+    """The output of `base_map` with the adapters of `chain` around it, the first one innermost."""
+    compiling = torch.compiler.is_compiling()
+    inputs = []
+    for adapter in reversed(chain):
+        inputs.append(x)
+        below = adapter.transform_input(x, base)
+        x = torch.where(adapter.live, below, x) if compiling and below is not x else below
+    y = base_map(x)
+    for adapter, given in zip(chain, reversed(inputs), strict=True):
+        after = adapter(given, y, base)
+        y = torch.where(adapter.live, after, y) if compiling and after is not y else after
+    return y
+
+
+def split_copy(chain: list[Adapter]) -> tuple[TrainedCopy | None, list[Adapter]]:
+    """The trained copy that replaces the base, if there is one, and the other adapters."""
+    copy = next((adapter for adapter in chain if isinstance(adapter, TrainedCopy)), None)
+    return copy, [adapter for adapter in chain if not isinstance(adapter, TrainedCopy)]
+
+
+def part_of(adapter: Adapter, weight_name: str) -> Adapter | None:
+    """What of an adapter sits on one weight of its module."""
+    return adapter.part(weight_name) if isinstance(adapter, AdapterParts) else adapter

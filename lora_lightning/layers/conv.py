@@ -1,0 +1,56 @@
+"""`nn.Conv1d`, `nn.Conv2d` and `nn.Conv3d` and their subclasses as hosts."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lora_lightning.adapters.base import Adapter, Convolution
+from lora_lightning.layers.base import Host
+
+CONVOLUTIONS = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
+_FUNCTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+class ConvHost(Host):
+    """y = W * x + b, weight (out_channels, in_channels / groups, *kernel_size)."""
+
+    kind = "conv"
+
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        """{"weight": (out_channels, in_channels / groups, *kernel_size)}."""
+        return {"weight": tuple(self.weight.shape)}
+
+    def convolution(self) -> Convolution:
+        """Stride, padding, dilation, groups and padding mode of the module."""
+        dims = next(dims for kind, dims in CONVOLUTIONS.items() if isinstance(self, kind))
+        module = cast(nn.Conv2d, self)
+        return Convolution(
+            dims,
+            module.stride,
+            module.padding,
+            module.dilation,
+            module.groups,
+            module.padding_mode,
+        )
+
+    def peft_knows(self, adapter: Adapter) -> bool:
+        """Where PEFT has this type of adapter on such a convolution, and computes the same."""
+        return adapter.peft_has_on(self.convolution(), tuple(self.weight.shape[2:]))
+
+    def apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The convolution of x with another kernel, in the module's own geometry.
+
+        A kernel over other than the module's number of channels is grouped accordingly. A padding
+        mode other than zeros pads the input first, as torch's own modules do.
+        """
+        module = cast(nn.Conv2d, self)
+        groups = module.in_channels // weight.shape[1]
+        padding = module.padding
+        if module.padding_mode != "zeros":
+            x = F.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode)
+            padding = (0,) * (weight.dim() - 2)
+        function = _FUNCTIONS[weight.dim() - 2]
+        return function(x, weight, None, module.stride, padding, module.dilation, groups)

@@ -1,0 +1,30 @@
+"""transformers' `Conv1D` as a host: a Linear whose weight is stored (in, out), as in GPT-2."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from lora_lightning.layers.linear import LinearHost
+
+
+class Conv1DHost(LinearHost):
+    """y = x W + b, weight stored (in_features, out_features), canonical its transpose."""
+
+    def dense_weight(self, name: str = "weight") -> Tensor:
+        """A view of the weight as (out_features, in_features)."""
+        tensor: Tensor = getattr(self, name)
+        return tensor.t()
+
+    def kept_tensors(self) -> dict[str, Any]:
+        """The originals in the stored layout."""
+        return {name: kept.t() for name, kept in self._kept.items()}
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether `module` is transformers' Conv1D, found without importing transformers."""
+    return any(
+        base.__name__ == "Conv1D" and base.__module__ == "transformers.pytorch_utils"
+        for base in type(module).__mro__
+    )

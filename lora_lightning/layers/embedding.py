@@ -1,0 +1,34 @@
+"""`nn.Embedding` and its subclasses as hosts."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora_lightning.layers.base import Host
+
+
+class EmbeddingHost(Host):
+    """y = E[ids], weight (num_embeddings, embedding_dim)."""
+
+    kind = "embedding"
+    padding_idx: int | None
+    scale_grad_by_freq: bool
+
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        """{"weight": (num_embeddings, embedding_dim)}."""
+        return {"weight": tuple(self.weight.shape)}
+
+    def apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Rows of another table, treated as the table's own: padding, gradient scale, embed_scale.
+
+        `embed_scale` is what some models (Gemma) multiply their rows with. `max_norm` belongs to
+        the table's own rows only.
+        """
+        rows = F.embedding(
+            x,
+            weight,
+            padding_idx=self.padding_idx,
+            scale_grad_by_freq=self.scale_grad_by_freq,
+        )
+        return rows * getattr(self, "embed_scale", 1.0)

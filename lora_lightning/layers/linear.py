@@ -1,0 +1,58 @@
+"""`nn.Linear` and its subclasses as hosts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lora_lightning.adapters.base import Adapter
+from lora_lightning.layers.autocast_cache import autocast_input
+from lora_lightning.layers.base import Host
+from lora_lightning.layers.composition import fold, split_copy
+from lora_lightning.layers.fused_lora import add_lora, can_fuse, fused_lora, lora_terms
+
+
+class LinearHost(Host):
+    """y = W x + b, weight (out_features, in_features)."""
+
+    kind = "linear"
+
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        """{"weight": (out_features, in_features)}."""
+        return {"weight": tuple(self.dense_weight().shape)}
+
+    def apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The product x weight^T."""
+        return F.linear(x, weight)
+
+    def run(self, chain: list[Adapter], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The output for `x`, which under autocast is cast once for all that read it."""
+        copy, others = split_copy(chain)
+        shared = autocast_input(x)
+        terms = lora_terms(others) if can_fuse(shared) else None
+        if terms and copy is None and self.is_plain() and can_fuse(shared, self.weight, self.bias):
+            return fused_lora(shared, self.weight, self.bias, terms)
+        # Only the plain Linear is known to begin with autocast's cast; a subclass with a forward
+        # of its own (a router in fp32, say) gets what it was given.
+        own = shared if self.is_plain() else x
+
+        def base_map(z: Tensor) -> Any:
+            return self.base_forward(copy, own if z is shared else z, *args, **kwargs)
+
+        # Where the output has to be copied for it, adding is no faster than the plain expression.
+        if terms and copy is None and self.gives_output_away():
+            y = base_map(shared)
+            if can_fuse(y):
+                return add_lora(shared, y, terms, inplace=True)
+            return fold(others, shared, lambda z: y, self)
+        return fold(others, shared, base_map, self)
+
+    def gives_output_away(self) -> bool:
+        """Whether the base needs its output no more, so that it may be written into."""
+        return False
+
+    def is_plain(self) -> bool:
+        """Whether the base's forward is that of nn.Linear itself."""
+        return self.base_type.forward is nn.Linear.forward and self._instance_forward is None

@@ -1,0 +1,390 @@
+"""`nn.MultiheadAttention` as a host: adapters on its input projections, and on `out_proj`.
+
+    q, k, v = x_q W_q^T + b_q, x_k W_k^T + b_k, x_v W_v^T + b_v;
+    head_i = softmax(q_i k_i^T / sqrt(d) + mask) v_i;    y = concat(head_1, ..., head_h) W_o^T + b_o
+
+(Vaswani et al. 2017, arXiv:1706.03762, section 3.2.) Torch hands the weights of all this to one
+function and calls no module, so an adapter could only act by being written into them. Here q, k
+and v are projected through the adapters and `out_proj` is called as the module that it is; between
+the two stand the operations of `F.multi_head_attention_forward`, in its order. The base weights
+are only read. Where no adapter acts, torch's own forward runs, with its fast path.
+
+The input weights are `in_proj_weight` (3 e, e), rows in the order q, k, v; or, with kdim or vdim,
+`q_proj_weight` (e, e), `k_proj_weight` (e, kdim) and `v_proj_weight` (e, vdim). Adapters see each
+as a Linear. One on `out_proj` sits on that Linear itself; then the attention is a host even without
+adapters of its own (`route_out_projections`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lora_lightning.adapters.base import Adapter, Base
+from lora_lightning.adapters.modules_to_save import TrainedCopy
+from lora_lightning.errors import AdapterStateError
+from lora_lightning.layers.autocast_cache import autocast_input
+from lora_lightning.layers.base import Host, adapted_class, walk
+from lora_lightning.layers.composition import HostPart, fold, part_of, split_copy
+from lora_lightning.layers.conversion import become_host, leave_host
+
+PACKED = "in_proj_weight"
+SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+
+
+class AttentionHost(Host):
+    """Multi-head attention; shapes as in `nn.MultiheadAttention`."""
+
+    kind = "linear"
+
+    embed_dim: int
+    batch_first: bool
+    in_proj_weight: nn.Parameter | None
+    in_proj_bias: nn.Parameter | None
+    out_proj: nn.Linear
+
+    # -- weights and biases ----------------------------------------------------------------------
+
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        """{"in_proj_weight": (3 e, e)}, or the three separate weights."""
+        names = SEPARATE if self.in_proj_weight is None else (PACKED,)
+        return {name: tuple(cast(Tensor, getattr(self, name)).shape) for name in names}
+
+    def bias_name(self, name: str = "weight") -> str:
+        """All of `in_proj_bias`, or the third of it that goes with a separate weight."""
+        return name.replace("weight", "bias")
+
+    @property
+    def q_proj_bias(self) -> Tensor | None:
+        """The first third of in_proj_bias, a view."""
+        return self._third(0)
+
+    @property
+    def k_proj_bias(self) -> Tensor | None:
+        """The second third of in_proj_bias, a view."""
+        return self._third(1)
+
+    @property
+    def v_proj_bias(self) -> Tensor | None:
+        """The last third of in_proj_bias, a view."""
+        return self._third(2)
+
+    def _third(self, index: int) -> Tensor | None:
+        return None if self.in_proj_bias is None else self.in_proj_bias.chunk(3)[index]
+
+    def kept_tensors(self) -> dict[str, Tensor]:
+        """The originals, thirds of the bias put together."""
+        kept = super().kept_tensors()
+        names = [self.bias_name(name) for name in SEPARATE]
+        if any(name in kept for name in names):
+            kept["in_proj_bias"] = torch.cat([self.base_weight(name) for name in names]).detach()
+        return {name: tensor for name, tensor in kept.items() if name not in names}
+
+    def file_places(self, names: list[str]) -> dict[str, str]:
+        """PEFT holds what is on the packed weight in the wrapper of the module itself."""
+        return {name: "" if name == PACKED else f"{name}." for name in names}
+
+    def peft_knows(self, adapter: Adapter) -> bool:
+        """Plain LoRA on the packed weight is all that PEFT can do here."""
+        options = ("use_dora", "lora_bias", "lora_dropout")
+        plain = not any(getattr(adapter.config, option, None) for option in options)
+        return plain and adapter.config.peft_type == "LORA" and self.in_proj_weight is not None
+
+    def apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The product x weight^T."""
+        return F.linear(x, weight)
+
+    # -- forward ---------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `nn.MultiheadAttention.forward`, with the live adapters."""
+        copy = None if self.row_adapters is not None else split_copy(self.chain())[0]
+        if not self._adapters_act():
+            output: tuple[Tensor, Tensor | None] = self.base_forward(
+                copy,
+                query,
+                key,
+                value,
+                key_padding_mask=key_padding_mask,
+                need_weights=need_weights,
+                attn_mask=attn_mask,
+                average_attn_weights=average_attn_weights,
+                is_causal=is_causal,
+            )
+            return output
+        self._check_inputs(query, key, value)
+        with nullcontext() if copy is None else copy.in_base_dtype():
+            y, weights = self._attend(
+                copy, query, key, value, key_padding_mask, attn_mask, is_causal, need_weights
+            )
+        if weights is not None and average_attn_weights:
+            weights = weights.mean(dim=1)
+        if query.dim() == 2:
+            return y.squeeze(1), None if weights is None else weights.squeeze(0)
+        return y.transpose(0, 1) if self.batch_first else y, weights
+
+    def _attend(
+        self,
+        copy: TrainedCopy | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+        need_weights: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Output (L, N, e) and, if wanted, the weights of every head."""
+        module = cast(nn.MultiheadAttention, self if copy is None else copy.module)
+        q, k, v = self._project_in(module, query, key, value)
+        if query.dim() == 2:
+            q, k, v = (x.unsqueeze(1) for x in (q, k, v))
+            key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
+        elif self.batch_first:
+            q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+        y, weights = attend(
+            module, q, k, v, key_padding_mask, attn_mask, is_causal, need_weights, self.training
+        )
+        return self._project_out(copy, y), weights
+
+    def _adapters_act(self) -> bool:
+        if self.row_adapters is not None:
+            return True
+        if isinstance(self.out_proj, Host) and self.out_proj.chain():
+            return True
+        return any(split_copy(self.chain(name))[1] for name in self.weight_shapes())
+
+    def _check_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        if not query.dim() == key.dim() == value.dim() or query.dim() not in (2, 3):
+            found = [tuple(x.shape) for x in (query, key, value)]
+            raise ValueError(
+                f"query, key and value must all be 2-D (unbatched) or all 3-D, but are {found}."
+            )
+        if any(x.is_nested for x in (query, key, value)):
+            raise AdapterStateError(
+                "nn.MultiheadAttention takes nested tensors in its fast path only, which reads the "
+                "weights past their adapters. Pass padded tensors and a key_padding_mask."
+            )
+
+    def _project_in(
+        self, module: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor
+    ) -> list[Tensor]:
+        # As torch does it, down to the rounding: keys with values where they are made from the same
+        # tensor, and all at once where the queries are too.
+        inputs = (query, key, value)
+        starts = [0, 1, 2]
+        if self.in_proj_weight is not None and key is value:
+            starts = [0] if query is key else [0, 1]
+        outputs: list[Tensor] = []
+        for start, stop in zip(starts, [*starts[1:], 3], strict=True):
+            y = self._project(module, inputs[start], start, stop)
+            outputs += y.split(self.embed_dim, dim=-1)
+        return outputs
+
+    def _project(self, module: nn.MultiheadAttention, x: Tensor, start: int, stop: int) -> Tensor:
+        """Thirds `start` to `stop` of (q, k, v), all made from x."""
+        packed = self.in_proj_weight is not None
+        name = PACKED if packed else SEPARATE[start]
+        weight = cast(Tensor, getattr(module, name))
+        bias = cast("Tensor | None", module.in_proj_bias)
+        size, offset = weight.shape[0], 0 if packed else start * self.embed_dim
+        first, last = start * self.embed_dim - offset, stop * self.embed_dim - offset
+        chains = self._chains(name)
+        adapters = [adapter for chain in chains.values() for adapter in chain]
+        # Adapters are given all rows of the weight's output. Those that add to it do not look at
+        # it, so that rows nobody wants need not be computed for them.
+        low, high = (first, last) if all(a.additive for a in adapters) else (0, size)
+        absent = (low, size - high) if adapters else (0, 0)
+        weight = weight[low:high]
+        bias = None if bias is None else bias[offset + low : offset + high]
+
+        def base_map(z: Tensor) -> Tensor:
+            if z.dim() == 3 and self.batch_first:  # the layout, and so the rounding, of torch
+                y = F.linear(z.transpose(0, 1), weight, bias).transpose(0, 1)
+            else:
+                y = F.linear(z, weight, bias)
+            return F.pad(y, absent) if any(absent) else y
+
+        y = self._fold(chains, autocast_input(x), base_map, HostPart(self, name))
+        return y if y.shape[-1] == last - first else y[..., first:last]
+
+    def _fold(
+        self,
+        chains: dict[str | None, list[Adapter]],
+        x: Tensor,
+        base_map: Callable[[Tensor], Tensor],
+        base: Base,
+    ) -> Tensor:
+        names, dim = self.row_adapters, 0 if self.batch_first else 1
+        if names is None:
+            return cast(Tensor, fold(chains[None], x, base_map, base))
+        if x.dim() != 3 or x.shape[dim] != len(names):
+            raise AdapterStateError(
+                f"adapters_per_row names an adapter for each of {len(names)} rows, but a "
+                f"{self.base_type.__name__} (batch_first={self.batch_first}) was called with "
+                f"{tuple(x.shape)}."
+            )
+        parts, order = [], []
+        for name, chain in chains.items():
+            rows = [i for i, other in enumerate(names) if other == name]
+            rows_of_x = x.index_select(dim, torch.tensor(rows, device=x.device))
+            parts.append(fold(chain, rows_of_x, base_map, base))
+            order += rows
+        return torch.cat(parts, dim).index_select(dim, torch.tensor(order).argsort().to(x.device))
+
+    def _chains(self, weight_name: str) -> dict[str | None, list[Adapter]]:
+        """The adapters on one weight, for each name in `row_adapters`; None: for all, or none."""
+        if self.row_adapters is None:
+            return {None: split_copy(self.chain(weight_name))[1]}
+        chains: dict[str | None, list[Adapter]] = {name: [] for name in self.row_adapters}
+        for name, chain in chains.items():
+            if name is None or name not in self.adapters or not self._enabled:
+                continue
+            part = part_of(self.adapters[name], weight_name)
+            if isinstance(part, TrainedCopy):
+                raise AdapterStateError(
+                    f"Adapter {name!r} replaces a whole {self.base_type.__name__} by a copy "
+                    "(modules_to_save), which adapters_per_row cannot do for single rows."
+                )
+            chain += [] if part is None else [part]
+        return chains
+
+    def _project_out(self, copy: TrainedCopy | None, y: Tensor) -> Tensor:
+        if self.row_adapters is not None:  # which want the batch first
+            return cast(Tensor, self.out_proj(y.transpose(0, 1))).transpose(0, 1)
+        if copy is None:
+            return cast(Tensor, self.out_proj(y))
+        chain: list[Adapter] = self.out_proj.chain() if isinstance(self.out_proj, Host) else []
+        inner, others = split_copy(chain)
+        module = cast(nn.MultiheadAttention, copy.module)
+        return cast(Tensor, fold(others, y, inner or module.out_proj, cast(Host, self.out_proj)))
+
+
+def attend(
+    module: nn.MultiheadAttention,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_padding_mask: Tensor | None,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    need_weights: bool,
+    training: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The heads side by side, and their weights, as `F.multi_head_attention_forward` has them.
+
+    Shapes:
+        q (L, N, e), k and v (S, N, e), key_padding_mask (N, S), attn_mask (L, S) or (N heads, L,
+        S) -> (L, N, e), and (N, heads, L, S') or None; S' counts the rows that add_bias_kv and
+        add_zero_attn append to k and v.
+
+    """
+    length, batch, embed_dim = q.shape
+    heads, source = module.num_heads, k.shape[0]
+    _check_shape("key", (source, batch, embed_dim), k)
+    _check_shape("value", (source, batch, embed_dim), v)
+    if is_causal and attn_mask is None:
+        raise RuntimeError("is_causal=True is a hint about attn_mask, which must be given with it.")
+    is_causal = is_causal and key_padding_mask is None and not need_weights
+    mask = None if is_causal else _as_numbers(attn_mask, q.dtype)
+    if mask is not None:
+        expected = (length, source) if mask.dim() == 2 else (batch * heads, length, source)
+        _check_shape("attn_mask", expected, mask)
+        mask = mask.unsqueeze(0) if mask.dim() == 2 else mask
+    if key_padding_mask is not None:
+        _check_shape("key_padding_mask", (batch, source), key_padding_mask)
+        padding = cast(Tensor, _as_numbers(key_padding_mask, q.dtype)).view(batch, 1, 1, source)
+        padding = padding.expand(-1, heads, -1, -1).reshape(batch * heads, 1, source)
+        mask = padding if mask is None else mask + padding
+
+    if module.bias_k is not None and module.bias_v is not None:
+        k = torch.cat([k, module.bias_k.repeat(1, batch, 1)])
+        v = torch.cat([v, module.bias_v.repeat(1, batch, 1)])
+    if module.add_zero_attn:
+        k, v = (torch.cat([x, x.new_zeros(1, batch, embed_dim)]) for x in (k, v))
+    if mask is not None:
+        mask = F.pad(mask, (0, k.shape[0] - source))
+        source = k.shape[0]
+
+    def by_head(x: Tensor) -> Tensor:
+        return x.reshape(x.shape[0], batch * heads, embed_dim // heads).transpose(0, 1)
+
+    q, k, v = by_head(q), by_head(k), by_head(v)
+    dropout = module.dropout if training else 0.0
+    if not need_weights:
+        q, k, v = (x.view(batch, heads, -1, embed_dim // heads) for x in (q, k, v))
+        if mask is not None:
+            mask = mask.view(-1, heads if mask.shape[0] > 1 else 1, *mask.shape[1:])
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal)
+        return y.permute(2, 0, 1, 3).reshape(length, batch, embed_dim), None
+    q = q * math.sqrt(1 / q.shape[-1])
+    scores = q @ k.transpose(1, 2) if mask is None else torch.baddbmm(mask, q, k.transpose(1, 2))
+    weights = F.dropout(F.softmax(scores, dim=-1), dropout, training=dropout > 0)
+    y = (weights @ v).transpose(0, 1).reshape(length, batch, embed_dim)
+    return y, weights.view(batch, heads, *weights.shape[1:])
+
+
+def _as_numbers(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """What a mask adds to the scores: minus infinity where a boolean one is True."""
+    if mask is None or mask.is_floating_point():
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, -math.inf)
+
+
+def _check_shape(name: str, expected: tuple[int, ...], tensor: Tensor) -> None:
+    if tuple(tensor.shape) != expected:
+        raise RuntimeError(f"{name} should have shape {expected}, but has {tuple(tensor.shape)}.")
+
+
+def attention_obstacle(module: nn.MultiheadAttention) -> str | None:
+    """Why the projections of `module` cannot carry adapters, or None where they can."""
+    host = module if isinstance(module, Host) else None
+    kind = type(module) if host is None else host.base_type
+    if kind.forward is not nn.MultiheadAttention.forward:
+        return (
+            f"{kind.__name__} has a forward of its own, of which it is not known whether it reads "
+            "the projections' weights past their adapters"
+        )
+    own = module.__dict__.get("forward") if host is None else host._instance_forward
+    if own is not None:
+        return "its forward was replaced on the instance, and adapters would pass that by"
+    if host is not None and host.host_type not in (Host, AttentionHost):
+        return "single parameters of the attention carry adapters already (target_parameters)"
+    if host is None and hasattr(module, "adapters"):
+        return "it already has an attribute `adapters` of its own, where adapters would live"
+    return None
+
+
+def route_out_projections(model: nn.Module) -> None:
+    """Make each attention a host whose `out_proj` is one, and let go of those that need it no more.
+
+    An empty host has nothing to merge or to save: it only calls `out_proj` instead of reading its
+    weight.
+    """
+    for _, module in list(walk(model)):
+        if not isinstance(module, nn.MultiheadAttention) or attention_obstacle(module) is not None:
+            continue
+        if isinstance(module.out_proj, Host):
+            become_host(module, AttentionHost)
+        elif (
+            isinstance(module, AttentionHost)
+            and not module.adapters
+            and type(module) is adapted_class(AttentionHost, module.base_type)  # not swapped again
+        ):
+            leave_host(module)

@@ -1,0 +1,1 @@
+"""Linears whose weight is stored in 4 or 8 bits."""

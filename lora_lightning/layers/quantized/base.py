@@ -1,0 +1,173 @@
+"""A Linear whose weight is held in few bits (bitsandbytes, torchao) as a host.
+
+y = Q x + b + what the adapters add. The base's forward is its own; adapters are fp32 tensors beside
+it that nobody quantises. Merging dequantises, adds in float32 and rounds again in the same way,
+
+    Q' = quantise(dequantise(Q) + delta),
+
+which is as exact as the few bits allow (Dettmers et al. 2023, "QLoRA", arXiv:2305.14314); what was
+there is kept as it is, so that unmerging restores every bit.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lora_lightning.adapters.modules_to_save import TrainedCopy
+from lora_lightning.layers.base import Host, first_argument
+from lora_lightning.layers.linear import LinearHost
+from lora_lightning.layers.quantized.bitsandbytes import (
+    Packed4bit,
+    Packed8bit,
+    is_linear4bit,
+    is_linear8bit,
+    is_quantized_embedding,
+)
+from lora_lightning.layers.quantized.torchao import (
+    PackedInt8,
+    has_torchao_weight,
+    is_torchao_linear,
+    why_not_int8,
+)
+
+
+class Packed(Protocol):
+    """The weight of a quantised Linear; it never changes."""
+
+    def dense(self) -> Tensor:
+        """The weight (out, in) in float32."""
+
+    def like(self, dense: Tensor) -> Packed:
+        """Another weight, rounded in the same way."""
+
+    def write(self, module: Any) -> None:
+        """Make it the weight of `module`."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All it consists of, as plain tensors by name, the weight or its parts first."""
+
+
+def packed_weight(module: nn.Module) -> Packed | None:
+    """The weight of a quantised module, or None where it is dense."""
+    if is_linear4bit(module):
+        return Packed4bit.of(module)
+    if is_linear8bit(module):
+        return Packed8bit.of(module)
+    return PackedInt8.of(module) if has_torchao_weight(module) else None
+
+
+def why_not_adaptable(module: nn.Module) -> str | None:
+    """Why the quantised weight of a module cannot carry adapters; None where nothing is amiss."""
+    if is_torchao_linear(module):
+        return why_not_int8(module)
+    if is_quantized_embedding(module) or has_torchao_weight(module):
+        return (
+            "has a quantised weight, which can carry adapters in a Linear only. Leave this module "
+            "unquantised"
+        )
+    return None
+
+
+def why_not_trainable(module: nn.Module) -> str | None:
+    """Why a copy of a module cannot train in full; None where nothing is amiss."""
+    if any(packed_weight(part) is not None for part in module.modules()):
+        return (
+            "has a quantised weight, which cannot train in full. Give it an adapter, or leave it "
+            "unquantised (BitsAndBytesConfig: llm_int8_skip_modules; BitsandbytesPrecision: "
+            "ignore_modules; TorchAoConfig: modules_to_not_convert)"
+        )
+    return None
+
+
+class QuantizedHost(LinearHost):
+    """y = Q x + b; Q stands for a dense weight (out_features, in_features)."""
+
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        """{"weight": (out_features, in_features)}, however it is packed."""
+        return {"weight": (self.out_features, self.in_features)}  # type: ignore[dict-item]
+
+    def weight_dtype(self, name: str = "weight") -> torch.dtype:
+        """Float32, in which a weight is read and merged."""
+        return torch.float32
+
+    def dense_weight(self, name: str = "weight") -> Tensor:
+        """The weight as it is now, dequantised to float32."""
+        packed = packed_weight(self) if name == "weight" else None
+        return Host.dense_weight(self, name) if packed is None else packed.dense()
+
+    def base_weight(self, name: str = "weight") -> Tensor:
+        """The weight as it was before any merge, dequantised to float32."""
+        kept = self._kept.get(name)
+        return super().base_weight(name) if kept is None or _is_dense(kept) else kept.dense()
+
+    def is_plain(self) -> bool:
+        """No: it is for the base to say what it reads under autocast."""
+        return False
+
+    def keep(self, name: str) -> Any:
+        """The packed weight as it is."""
+        packed = packed_weight(self) if name == "weight" else None
+        return super().keep(name) if packed is None else packed
+
+    def restore(self, kept: Any, name: str) -> None:
+        """Put back what `keep` gave."""
+        if _is_dense(kept):
+            super().restore(kept, name)
+        else:
+            kept.write(self)
+
+    def store_weight(self, dense: Tensor, name: str) -> None:
+        """Round a dense weight as the present one is rounded, and put it in its place."""
+        packed = packed_weight(self) if name == "weight" else None
+        if packed is None:
+            super().store_weight(dense, name)
+        else:
+            packed.like(dense).write(self)
+
+    def kept_tensors(self) -> dict[str, Tensor]:
+        """The originals, as plain tensors by name."""
+        tensors: dict[str, Tensor] = {}
+        for name, kept in self._kept.items():
+            tensors |= {name: kept} if _is_dense(kept) else kept.tensors()
+        return tensors
+
+
+class BitsandbytesHost(QuantizedHost):
+    """A Linear of bitsandbytes, whose bias keeps its dtype.
+
+    Its own forward would cast the bias, for good, to the dtype it computes in, and so round the
+    base or a bias that trains.
+    """
+
+    def gives_output_away(self) -> bool:
+        """Yes: the backward of bitsandbytes' products reads the weight only."""
+        forward = self.base_type.forward
+        return forward.__module__ == "bitsandbytes.nn.modules" and self._instance_forward is None
+
+    def base_forward(self, copy: TrainedCopy | None, *args: Any, **kwargs: Any) -> Any:
+        """The module's own forward."""
+        bias = self._parameters.get("bias")
+        if copy is not None or bias is None:
+            return super().base_forward(copy, *args, **kwargs)
+        dtype = self._compute_dtype(first_argument(self, args, kwargs)[0])
+        if bias.dtype == dtype:
+            return super().base_forward(copy, *args, **kwargs)
+        try:
+            self._parameters["bias"] = bias.to(dtype)  # type: ignore[assignment]
+            return super().base_forward(copy, *args, **kwargs)
+        finally:
+            self._parameters["bias"] = bias
+
+    def _compute_dtype(self, x: Tensor) -> torch.dtype:
+        chosen: Any = getattr(self, "compute_dtype", None)  # of a Linear4bit
+        first = not getattr(self, "compute_type_is_set", True)
+        if chosen is None or (first and x.dtype in (torch.float32, torch.bfloat16)):
+            return x.dtype  # which the first input decides
+        return chosen
+
+
+def _is_dense(kept: Any) -> bool:
+    return isinstance(kept, Tensor)

@@ -1,0 +1,31 @@
+"""`nn.Sequential` as a host of trained copies: it runs its layers, but not its adapters."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import Any, cast
+
+from torch import nn
+
+from lora_lightning.layers.base import Host
+
+
+class SequentialHost(Host):
+    """The layers of the container, one after the other."""
+
+    def layers(self) -> dict[str, nn.Module]:
+        """The children but for the adapters."""
+        children = cast("dict[str, nn.Module]", self._modules)
+        return {name: module for name, module in children.items() if name != "adapters"}
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter(self.layers().values())
+
+    def __len__(self) -> int:
+        return len(self.layers())
+
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return self.base_type(OrderedDict(list(self.layers().items())[index]))
+        return list(self)[index]

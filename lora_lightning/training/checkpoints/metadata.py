@@ -1,0 +1,272 @@
+"""What a Lightning checkpoint holds beside the adapters, and whether it fits the run at hand."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+import lora_lightning
+from lora_lightning.checkpoint.fingerprint import (
+    Fingerprint,
+    base_fingerprint,
+    digest,
+    fingerprint_difference,
+    persistent_buffers,
+)
+from lora_lightning.checkpoint.state_dict import FORMAT, KEY, config_differences, tensor_differences
+from lora_lightning.engine.bias import trained_biases
+from lora_lightning.errors import AdapterMismatchError, CheckpointError, first_few
+from lora_lightning.layers.base import walk
+from lora_lightning.training.module_hooks import Binding, binding_of
+from lora_lightning.training.resume.run_state import add_run_state
+from lora_lightning.training.strategies.model_parallel import is_fsdp, is_model_parallel
+from lora_lightning.utilities.compiled import plain_name
+from lora_lightning.utilities.dtensor import is_flattened
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule
+
+    from lora_lightning.callback import LoraCallback
+
+_EXTRA_STATE = "_extra_state"  # what a user's module keeps by get_extra_state
+
+
+def reduce_checkpoint(
+    checkpoint: dict[str, Any], module: LightningModule, callbacks: list[LoraCallback]
+) -> None:
+    """Leave only what training changed in `checkpoint["state_dict"]`, and say whose it is."""
+    adapters: dict[str, dict[str, Any]] = {
+        callback.adapter_name: {
+            "peft_type": callback.config.peft_type,
+            "config": callback.config.to_dict(),
+            "autocast_adapter_dtype": callback.autocast_adapter_dtype,
+            "module": callback.module or "",
+            "tensors": callback.saved_keys(module),
+        }
+        for callback in callbacks
+    }
+    for part in ("state_dict", "current_model_state"):  # the latter is WeightAveraging's
+        if part in checkpoint:
+            checkpoint[part] = kept_state(checkpoint[part], module, callbacks)
+    checkpoint[KEY] = {
+        "format": FORMAT,
+        "version": lora_lightning.__version__,
+        "adapters": adapters,
+        "base": binding_of(module).fingerprint,
+    }
+    if "optimizer_states" in checkpoint:  # absent with save_weights_only: nothing to resume then
+        add_run_state(checkpoint, module)
+        for callback in callbacks:
+            adapters[callback.adapter_name]["rank_allocation"] = callback.ranks.state()
+
+
+def kept_state(
+    state: dict[str, Any], module: LightningModule, callbacks: list[LoraCallback]
+) -> dict[str, Any]:
+    """What of the module's state dict training changed: adapters, and buffers that moved.
+
+    Under plain names: as if nothing had been given to torch.compile.
+    """
+    keep = {key for callback in callbacks for key in callback.saved_keys(module)}
+    keep.update(_changed_buffers(module, binding_of(module)))
+    # Biases of adapters that do not act: the module shows the base's own.
+    hidden = {n: r.hidden for n, _, r in trained_biases(module) if n in keep and not r.shown}
+    return {
+        key: hidden.get(key, value)
+        for key, value in ((plain_name(name), value) for name, value in state.items())
+        if key in keep or key.endswith(_EXTRA_STATE)
+    }
+
+
+def check_checkpoint(
+    checkpoint: dict[str, Any], module: LightningModule, callbacks: list[LoraCallback]
+) -> None:
+    """Refuse a checkpoint that does not belong to this run, before anything is loaded.
+
+    Raises:
+        CheckpointError: If it is no adapter checkpoint of ours.
+        AdapterMismatchError: If adapters, options, tensors or the base model differ.
+
+    """
+    manifest = checkpoint.get(KEY)
+    state = {plain_name(k): v for k, v in checkpoint.get("state_dict", {}).items()}
+    if manifest is None:
+        own = {key for callback in callbacks for key in callback.saved_keys(module)}
+        base = [key for key in map(plain_name, module.state_dict()) if key not in own]
+        if base and all(key in state for key in base):
+            raise CheckpointError(
+                "This is a full-model checkpoint (it holds the base model's "
+                f"{len(base)} tensors), but LoraCallback resumes from adapter checkpoints. To "
+                "start from these weights, load them into the module before fit: "
+                "module.load_state_dict(torch.load(path)['state_dict']); then train without "
+                "ckpt_path. (ckpt_path)"
+            )
+        raise CheckpointError(
+            "This checkpoint was not written with LoraCallback: it has no 'lora_lightning' entry. "
+            f"It holds {sorted(checkpoint)}. (ckpt_path)"
+        )
+    trainer = module.trainer
+    if trainer.state.fn == "fit" and "optimizer_states" not in checkpoint:
+        raise CheckpointError(
+            "This checkpoint holds weights only (save_weights_only=True): there is no optimizer "
+            "state that fit could resume from. To start a new run from its adapters, give its path "
+            "to LoraCallback(init_from=...) in place of ckpt_path. (lora.init_from)"
+        )
+    if manifest["format"] > FORMAT:
+        raise CheckpointError(
+            f"This checkpoint has format {manifest['format']}, written by lora_lightning "
+            f"{manifest['version']}; this is {lora_lightning.__version__}, which reads up to "
+            f"format {FORMAT}. Update lora_lightning. (ckpt_path)"
+        )
+    saved_base, own_base = manifest["base"], binding_of(module).fingerprint or {}
+    # First what both bases have: where that differs, adapters differ as a consequence only.
+    shared = saved_base.keys() & own_base.keys()
+    _check_base({k: saved_base[k] for k in shared}, {k: own_base[k] for k in shared})
+    differences = _adapter_differences(manifest["adapters"], state, module, callbacks)
+    if differences:
+        raise AdapterMismatchError(
+            "The checkpoint's adapters are not those of this run; nothing was loaded.\n  "
+            + "\n  ".join(differences)
+            + "\nUse the options that the checkpoint was trained with, or start a new run without "
+            "ckpt_path."
+        )
+    _check_base(saved_base, own_base)
+
+
+def _check_base(saved: Fingerprint, own: Fingerprint) -> None:
+    lines = fingerprint_difference(saved, own)
+    if lines:
+        shown = "".join(f"\n  {line}" for line in lines[:4]) + ("\n  ..." if len(lines) > 4 else "")
+        raise AdapterMismatchError(
+            "The checkpoint's adapters were trained on another base model; nothing was loaded. "
+            f"{len(lines)} of {len(saved)} base tensors differ:{shown}\n"
+            "Load the base that they were trained on, in the same precision; a base with random "
+            "weights needs the same seed. (model)"
+        )
+
+
+def expect_only_adapters(module: nn.Module) -> None:
+    """Let the next strict `load_state_dict` pass without the base.
+
+    `check_checkpoint` has compared the file tensor by tensor; all that can be missing is the base.
+    """
+
+    def forgive(_: nn.Module, incompatible: Any) -> None:
+        incompatible.missing_keys.clear()
+        handle.remove()
+
+    handle = module.register_load_state_dict_post_hook(forgive)
+
+
+def remember_base(module: LightningModule, fresh: bool) -> None:
+    """Take the base's fingerprint; again at each setup, as its weights may have been exchanged.
+
+    Args:
+        module: The module, adapters on it.
+        fresh: Whether it carried no adapter before; what was remembered is void then.
+
+    """
+    binding = binding_of(module)
+    if binding.base_to_come:
+        binding.fingerprint = {}
+        return
+    if any(map(is_flattened, module.parameters())):
+        return  # FSDP1 has spread it over the processes as it was
+    found = base_fingerprint(module)
+    known = {} if fresh else binding.fingerprint or {}
+    if not known:
+        binding.buffers = {name: _digests(buffer) for name, buffer in _base_buffers(module)}
+    # Buffers may have moved in training, and another dtype is the Trainer's own cast of the base.
+    stays = [
+        n for n in known if n in found and (n in binding.buffers or known[n][1] != found[n][1])
+    ]
+    binding.fingerprint = _agreed({**found, **{name: known[name] for name in stays}}, module)
+
+
+def _agreed(own: Fingerprint, module: LightningModule) -> Fingerprint:
+    """The fingerprint of rank 0, whose base DDP hands to all; sharding takes parts of each.
+
+    Raises:
+        AdapterMismatchError: If parts of different bases would be put together.
+
+    """
+    strategy: Any = module.trainer.strategy
+    first: Fingerprint = strategy.broadcast(own)
+    sharded = is_model_parallel(strategy) or (
+        is_fsdp(strategy) and not strategy.kwargs.get("sync_module_states")
+    )
+    if sharded:
+        others = [None] * strategy.world_size
+        torch.distributed.all_gather_object(others, fingerprint_difference(first, own)[:4])
+        for rank, lines in enumerate(others):
+            if lines:
+                raise AdapterMismatchError(
+                    f"The base of rank {rank} is not that of rank 0, and sharding would put parts "
+                    "of both together:\n  " + "\n  ".join(lines) + "\nLoad the same weights on "
+                    "every process, or use the same seed (seed_everything). (model)"
+                )
+    return first
+
+
+def _base_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return [
+        (f"{path}.{name}" if path else name, buffer)
+        for path, child in walk(module)
+        for name, buffer in persistent_buffers(child)
+    ]
+
+
+def _digests(buffer: Tensor) -> list[str]:
+    # As it is, and as the half-precision plugins cast it: a cast is not training.
+    casts = [torch.bfloat16, torch.float16] if buffer.is_floating_point() else []
+    return [digest(b, limit=None) for b in (buffer, *(buffer.to(cast) for cast in casts))]
+
+
+def _changed_buffers(module: nn.Module, binding: Binding) -> list[str]:
+    # A base buffer that training moves (a codebook, an EMA) would be lost with the base.
+    return [
+        name
+        for name, buffer in _base_buffers(module)
+        if digest(buffer, limit=None) not in binding.buffers.get(name, [])
+    ]
+
+
+def _adapter_differences(
+    saved: dict[str, Any],
+    state: dict[str, Any],
+    module: LightningModule,
+    callbacks: list[LoraCallback],
+) -> list[str]:
+    names = [callback.adapter_name for callback in callbacks]
+    lines = [f"adapter {name!r}: only in the checkpoint" for name in saved if name not in names]
+    buffers = binding_of(module).buffers
+    for callback in callbacks:
+        name = callback.adapter_name
+        if name not in saved:
+            lines.append(f"adapter {name!r}: not in the checkpoint, which has {sorted(saved)}")
+            continue
+        expected = callback.saved_keys(module)
+        stated = saved[name]["tensors"]
+        there, here = saved[name].get("peft_type", "LORA"), callback.config.peft_type
+        if there != here:
+            lines.append(f"adapter {name!r}: {there} in the checkpoint, {here} here (lora.config)")
+            continue
+        found = [*config_differences(saved[name]["config"], callback.config)]
+        was = saved[name].get("autocast_adapter_dtype", True)
+        if was != callback.autocast_adapter_dtype:
+            found.append(
+                f"autocast_adapter_dtype: {was} in the checkpoint, {not was} here "
+                "(lora.autocast_adapter_dtype)"
+            )
+        found += tensor_differences(stated, expected)
+        if not found:  # the file's own tensors against its own statement: damage, not options
+            present = {key: list(state[key].shape) for key in stated if key in state}
+            found += tensor_differences(present, expected)
+        lines += [f"adapter {name!r}: {line}" for line in found]
+    known = {key for entry in saved.values() for key in entry["tensors"]} | buffers.keys()
+    strangers = [key for key in state if key not in known and not key.endswith(_EXTRA_STATE)]
+    if strangers and not lines:
+        lines.append(f"tensors that no adapter owns: {first_few(strangers)}")
+    return lines

@@ -1,0 +1,201 @@
+"""What is checked while a run starts and goes on: that exactly the adapters train."""
+
+from __future__ import annotations
+
+import io
+from types import MethodType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
+
+from lora_lightning.checkpoint.fingerprint import base_tensors
+from lora_lightning.engine.switching import adapter_names
+from lora_lightning.engine.targets.selection import Selection
+from lora_lightning.errors import AdapterStateError, ConfigError, first_few
+from lora_lightning.layers.base import named_hosts
+from lora_lightning.training.module_hooks import averaged_models, binding_of, callbacks_of
+from lora_lightning.training.optimizers import check_coverage, trainable_parameters
+from lora_lightning.training.strategies.deepspeed import is_deepspeed, whole_optimizers
+from lora_lightning.training.strategies.model_parallel import check_dtypes, reshard
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+
+def check_base_has_values(module: LightningModule) -> None:
+    """No base tensor is left on the meta device, unless the strategy is still to materialise it.
+
+    Raises:
+        AdapterStateError: Naming the tensors.
+
+    """
+    strategy = module.trainer.strategy
+    if strategy.restore_checkpoint_after_setup and not is_deepspeed(strategy):
+        return
+    empty = [name for name, tensor in base_tensors(module) if tensor.is_meta]
+    if empty:
+        # On its way out Lightning moves the module to the CPU, which would hide this error.
+        module.cpu = MethodType(cpu, module)  # type: ignore[method-assign]
+        raise AdapterStateError(
+            f"{len(empty)} tensors of the base are on the meta device and have no values: "
+            f"{first_few(empty, 3)}. Load the base model where the module builds it, as "
+            "from_pretrained does, or with load_state_dict(state, assign=True). (model)"
+        )
+
+
+def check_hyperparameters(owner: Any) -> None:
+    """Warn of hyperparameters that a checkpoint could be written with, but not read.
+
+    torch loads checkpoints with weights_only=True: plain values and tensors, no classes.
+
+    Args:
+        owner: The module or data module; what it keeps goes into every checkpoint.
+
+    """
+    broken = [
+        name for name, value in getattr(owner, "hparams", {}).items() if not _can_be_loaded(value)
+    ]
+    if broken:
+        rank_zero_warn(
+            f"{type(owner).__name__} keeps hyperparameters that torch does not load with "
+            f"weights_only=True: {first_few(broken)}. To resume from checkpoints of this run, pass "
+            f"weights_only=False to fit, or leave them out: save_hyperparameters(ignore={broken})."
+        )
+
+
+def _can_be_loaded(value: Any) -> bool:
+    if isinstance(value, nn.Module):  # told without writing a base that may not fit twice
+        return False
+    buffer = io.BytesIO()
+    try:
+        torch.save(value, buffer)
+        buffer.seek(0)
+        torch.load(buffer, weights_only=True)
+    except Exception:  # pickle calls the value's own code
+        return False
+    return True
+
+
+def cpu(self: Any) -> Any:
+    """`Module.cpu`, which leaves meta tensors where they are; of its name, for pickle."""
+    return self._apply(lambda tensor: tensor if tensor.is_meta else tensor.cpu())
+
+
+def check_before_fit(trainer: Trainer, module: LightningModule, adapter_name: str) -> None:
+    """No adapter is in the weights, every average covers the adapters, as do the optimizers.
+
+    Raises:
+        AdapterStateError, ConfigError, OptimizerError: Saying which, and what to do.
+
+    """
+    for path, host in named_hosts(module):
+        if host.merged_adapters:
+            raise AdapterStateError(
+                f"Adapters {host.merged_adapters} are merged into the base ({path!r}, for one) "
+                "and would not train. Call unmerge_adapter(module) before fit."
+            )
+    for averaged in averaged_models(trainer):
+        if adapter_name not in adapter_names(averaged):
+            raise ConfigError(
+                "WeightAveraging copied the module before the adapters were on it, so they "
+                "would not be averaged. List LoraCallback before it. (trainer.callbacks)"
+            )
+    check_coverage(whole_optimizers(trainer.optimizers), module)
+    check_dtypes(module)
+
+
+def check_still_there(module: LightningModule, selection: Selection) -> None:
+    """The modules that adapters were put on are those that the module has.
+
+    Raises:
+        AdapterStateError: Naming those that it does not have any more.
+
+    """
+    present = {id(part) for part in module.modules()}
+    lost = [path for path, target in selection.targets.items() if id(target) not in present]
+    if lost:
+        raise AdapterStateError(
+            f"{first_few(lost)} were replaced after adapters had grown on them, by a plugin or in "
+            "a hook: the adapters are gone with them. Replace modules in the module's __init__, "
+            "setup or configure_model, before adapters grow."
+        )
+
+
+def check_what_trains(trainer: Trainer, module: LightningModule) -> None:
+    """Nothing but what the callbacks save has begun to train.
+
+    Raises:
+        AdapterStateError, OptimizerError: Naming the tensors.
+
+    """
+    reshard(module)  # validation may have left it gathered
+    check_coverage(whole_optimizers(trainer.optimizers), module)
+    owned = {key for callback in callbacks_of(module) for key in callback.saved_keys(module)}
+    others = [name for name in trainable_parameters(module) if name not in owned]
+    if others:
+        raise AdapterStateError(
+            f"{first_few(others)} began to train, but belong to no adapter: they would not be "
+            "saved. Train them as a copy instead: lora.modules_to_save. (lora.modules_to_save)"
+        )
+
+
+def check_loss(loss: Any) -> None:
+    """The loss depends on something that trains.
+
+    Raises:
+        AdapterStateError: If it does not, before backward fails in torch's words.
+
+    """
+    if not loss.requires_grad:
+        raise AdapterStateError(
+            "The loss does not depend on any tensor that trains. Is it computed under "
+            "torch.no_grad, from detached outputs, or past the adapted submodule? Gradient "
+            "checkpointing lets no gradient through frozen inputs while it is reentrant: give it "
+            "use_reentrant=False. (lora.target_modules)"
+        )
+
+
+def check_first_gradients(module: LightningModule) -> None:
+    """After the first backward every adapter has a gradient, or something bypasses it.
+
+    Raises:
+        AdapterStateError: If none has one; where only some have, a warning names them.
+
+    """
+    trainable = trainable_parameters(module)
+    binding = binding_of(module)
+    reached, binding.reached = binding.reached, set()  # of this run only
+    without = [n for n, p in trainable.items() if p.grad is None and id(p) not in reached]
+    if len(without) == len(trainable):
+        raise AdapterStateError(
+            "After the first backward pass no adapter has a gradient: the loss does not depend "
+            "on any of them. Is the adapted submodule used in training_step, are its outputs "
+            "detached, or its weights read without calling the module? (lora.target_modules)"
+        )
+    if without:
+        rank_zero_warn(
+            f"{len(without)} of {len(trainable)} trainable tensors had no gradient in the "
+            f"first step ({', '.join(without[:3])}, ...): these modules were not called, "
+            "their weights are read without calling them, or gradient checkpointing is reentrant "
+            "(use_reentrant=False lets gradients through)."
+        )
+
+
+def check_no_strangers(module: LightningModule) -> None:
+    """The model carries no adapter but those of the callbacks.
+
+    Raises:
+        AdapterStateError: Naming the others.
+
+    """
+    managed = [callback.adapter_name for callback in callbacks_of(module)]
+    strangers = [name for name in adapter_names(module) if name not in managed]
+    if strangers:
+        raise AdapterStateError(
+            f"The model carries adapters {strangers}, which no LoraCallback of this Trainer "
+            "manages: they would not be saved. Make them part of the base with "
+            "merge_and_unload(module), take them off with delete_adapter, or give each a "
+            "LoraCallback of its own. (lora.adapter_name)"
+        )

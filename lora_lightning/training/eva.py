@@ -1,0 +1,163 @@
+"""EVA inside a run: its batches out of the Trainer, and the ranks that it found before."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_lightning.adapters.config import AdapterConfig
+from lora_lightning.adapters.lora.linear import LoraConfig
+from lora_lightning.checkpoint.state_dict import adapter_state_dict
+from lora_lightning.engine.eva import FOUND, eva_start
+from lora_lightning.engine.injection import adapters_named, delete_adapter, extend_adapter
+from lora_lightning.engine.switching import active_adapters, adapter_names, set_adapter
+from lora_lightning.errors import ConfigError
+from lora_lightning.layers.base import named_hosts
+from lora_lightning.training.module_hooks import let_train
+from lora_lightning.utilities.rng import random_state, set_random_state
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+    from lora_lightning.callback import LoraCallback
+
+
+def starts_from_data(callback: LoraCallback) -> bool:
+    """Whether the callback was asked for EVA."""
+    return getattr(callback.given, "init_lora_weights", True) == "eva"
+
+
+def take_over_ranks(callback: LoraCallback, pl_module: LightningModule, root: nn.Module) -> None:
+    """The ranks that were found for this module before; none if it was only evaluated."""
+    callback.config = callback.given
+    adapters = [*adapters_named(root, callback.adapter_name).values()]
+    if not adapters:
+        return
+    found = adapters[0].config
+    state = adapter_state_dict(root, callback.adapter_name)
+    learnt = any(t.any() for name, t in state.items() if name.endswith("lora_B"))
+    plain = getattr(found, "init_lora_weights", "eva") != "eva"
+    if plain and not learnt and pl_module.trainer.state.fn == "fit":
+        delete_adapter(root, callback.adapter_name)  # it has not seen the data yet
+    elif isinstance(found, LoraConfig):
+        callback.config = _with_ranks_of(found, callback.given)
+
+
+def start_values(
+    callback: LoraCallback, pl_module: LightningModule, root: nn.Module
+) -> dict[str, Tensor] | None:
+    """What EVA finds in the data of this run, if it is asked for and was not found before."""
+    config = callback.config
+    if not isinstance(config, LoraConfig) or not starts_from_data(callback):
+        return None
+    if callback.adapter_name in adapter_names(root):
+        return {}
+    callback.config, start = _config_and_start(pl_module.trainer, pl_module, root, config)
+    return start
+
+
+def adopt_ranks(callback: LoraCallback, pl_module: LightningModule, saved: dict[str, Any]) -> None:
+    """Take the ranks over that EVA found when the run of a checkpoint began.
+
+    Called before the checkpoint's tensors are loaded, and before there are optimizers.
+    """
+    if not starts_from_data(callback) or saved.get("peft_type", "LORA") != "LORA":
+        return
+    plain = {"init_lora_weights": True, "eva_config": None}
+    config = LoraConfig.from_dict({**saved["config"], **plain})
+    if config.rank_pattern == getattr(callback.config, "rank_pattern", None):
+        return
+    strategy = pl_module.trainer.strategy
+    if strategy.restore_checkpoint_after_setup:
+        raise ConfigError(
+            f"{type(strategy).__name__} restores checkpoints into adapters that it has set up, but "
+            "this one's have the ranks that EVA found. Resume on a single device or under DDP, or "
+            "put the adapter on before fit: load_adapter(module, path). (lora.init_lora_weights)"
+        )
+    root = callback.root(pl_module)
+    order = adapter_names(root)
+    delete_adapter(root, callback.adapter_name)
+    callback.config = config
+    callback.selection = extend_adapter(
+        root,
+        config,
+        callback.adapter_name,
+        autocast_adapter_dtype=callback.autocast_adapter_dtype,
+    )
+    for _, host in named_hosts(root):  # in the order that the optimizer's state goes by
+        for name in filter(host.adapters.__contains__, order):
+            host.adapters[name] = host.adapters.pop(name)
+    set_adapter(root, [*active_adapters(root), callback.adapter_name])
+    let_train(pl_module, root)
+
+
+def _config_and_start(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    root: nn.Module,
+    config: LoraConfig,
+) -> tuple[LoraConfig, dict[str, Tensor] | None]:
+    """The config with the ranks that EVA finds, and the start of A; plain LoRA outside of fit.
+
+    The data are looked at once, when training begins: `training_step` runs on the first batches
+    without gradients. All processes of a run get what the first one finds, and the random numbers
+    of the run are not touched.
+
+    Raises:
+        ConfigError: If there is no training data to look at, or too little.
+
+    """
+    if trainer.state.fn != "fit":
+        return dataclasses.replace(config, init_lora_weights=True, eva_config=None), None
+    if not pl_module.automatic_optimization:
+        raise ConfigError(
+            "init_lora_weights='eva' runs training_step on the first batches, which under manual "
+            "optimization would train. Use eva_start and inject_adapter by hand before fit. "
+            "(lora.init_lora_weights)"
+        )
+    device = trainer.strategy.root_device
+    pl_module.to(device)
+    loader = trainer.fit_loop._data_source.dataloader()
+
+    def forward(batch: Any) -> None:
+        moved = pl_module._apply_batch_transfer_handler(batch, device=device)
+        with trainer.strategy.precision_plugin.train_step_context():
+            pl_module.training_step(moved, 0)
+
+    state = random_state()
+    try:
+        with _no_logging(pl_module), torch.no_grad():
+            found = eva_start(root, config, islice(iter(loader), 10**6), forward)
+    finally:
+        set_random_state(state)
+    return trainer.strategy.broadcast(found, src=0)
+
+
+def _with_ranks_of(found: LoraConfig, given: AdapterConfig) -> AdapterConfig:
+    """The options that were given, with the targets and ranks that EVA found for them before."""
+    ranks = {name: getattr(found, name) for name in (*FOUND, "init_lora_weights", "eva_config")}
+    return dataclasses.replace(given, **ranks)
+
+
+@contextmanager
+def _no_logging(pl_module: LightningModule) -> Iterator[None]:
+    def ignore(*args: Any, **kwargs: Any) -> None:
+        """The loops that would collect what is logged do not run yet."""
+
+    before = {name: pl_module.__dict__.get(name) for name in ("log", "log_dict")}
+    for name in before:
+        pl_module.__dict__[name] = ignore
+    try:
+        yield
+    finally:
+        for name, method in before.items():
+            if method is None:
+                del pl_module.__dict__[name]
+            else:
+                pl_module.__dict__[name] = method

@@ -1,0 +1,175 @@
+"""Make optimizers hold exactly the tensors that train.
+
+Users pass `self.parameters()`, groups by name, or (LightningCLI) an optimizer that was built
+before any adapter existed. Whatever it was: frozen tensors go, each trainable one is in exactly
+one group, and groups stay where they are, because schedulers count them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from lora_lightning.errors import OptimizerError, first_few
+from lora_lightning.layers.base import adapter_owners
+from lora_lightning.utilities.compiled import named_parameters
+
+# id of a frozen parameter -> the group that it was in or was meant for
+Groups = dict[int, dict[str, Any]]
+
+
+@contextmanager
+def frozen_left_out() -> Iterator[Groups]:
+    """Inside, optimizers under construction do not take frozen parameters up.
+
+    Some look at their parameters at once: Adagrad makes a state for each, Muon refuses what is
+    not a matrix. Yields the groups that the frozen ones were meant for.
+    """
+    meant_for: Groups = {}
+    original = Optimizer.add_param_group
+
+    def add_param_group(self: Optimizer, param_group: dict[str, Any]) -> None:
+        params = param_group["params"]
+        params = [params] if isinstance(params, torch.Tensor) else list(params)
+        kept = [p for p in params if _trains(p)]
+        original(self, {**param_group, "params": kept})
+        for p in params:
+            if not _trains(p):
+                meant_for[id(_tensor(p))] = self.param_groups[-1]
+
+    Optimizer.add_param_group = add_param_group  # type: ignore[method-assign]
+    try:
+        yield meant_for
+    finally:
+        Optimizer.add_param_group = original  # type: ignore[method-assign]
+
+
+def cover_trainable(optimizers: list[Optimizer], model: nn.Module, meant_for: Groups) -> None:
+    """Drop frozen parameters and add missing trainable ones, in place.
+
+    A missing one joins the group of a base weight of the module that it adapts, else the first
+    group of the first optimizer; one that is no matrix a group that is not Muon's.
+
+    Raises:
+        OptimizerError: If an optimizer is left without a parameter, or takes none of this shape.
+
+    """
+    group_of = dict(meant_for)
+    covered: set[int] = set()
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group_of.update({id(p): group for p in group["params"]})
+            # In place: some optimizers (LBFGS) keep a reference to this very list.
+            group["params"][:] = [p for p in group["params"] if p.requires_grad]
+            covered.update(id(p) for p in group["params"])
+        for p in list(optimizer.state):
+            if isinstance(p, torch.Tensor) and not p.requires_grad:
+                del optimizer.state[p]
+    base = {name: p for name, p in named_parameters(model) if not p.requires_grad}
+    owners = adapter_owners(model)
+    muon = getattr(torch.optim, "Muon", ())  # of torch 2.9
+    matrices_only = {id(g) for o in optimizers if isinstance(o, muon) for g in o.param_groups}
+    for name, p in trainable_parameters(model).items():
+        if id(p) not in covered:
+            owner = owners.get(id(p), name) + "."
+            homes = [
+                group_of[id(q)]
+                for n, q in base.items()
+                if n.startswith(owner) and id(q) in group_of
+            ]
+            homes += [group for optimizer in optimizers for group in optimizer.param_groups]
+            fitting = [group for group in homes if p.ndim == 2 or id(group) not in matrices_only]
+            if not fitting:
+                raise OptimizerError(
+                    f"{name} {list(p.shape)} trains and is no matrix, but Muon, the only optimizer "
+                    "that configure_optimizers returned, takes nothing else. Return another one, "
+                    "or let only matrices train. (lora.target_modules, lora.modules_to_save)"
+                )
+            fitting[0]["params"].append(p)
+    for index, optimizer in enumerate(optimizers):
+        if not any(group["params"] for group in optimizer.param_groups):
+            raise OptimizerError(
+                f"Optimizer {index} ({type(optimizer).__name__}) is left without any parameter: "
+                "all that configure_optimizers gave it is frozen. Return it only when some of its "
+                "parameters train: list their module in modules_to_save. (lora.modules_to_save)"
+            )
+
+
+def check_coverage(optimizers: Iterable[Optimizer], model: nn.Module) -> None:
+    """Each trainable tensor is in exactly one group of one optimizer, and nothing else is.
+
+    Raises:
+        OptimizerError: Naming the tensors that break the rule.
+
+    """
+    held = Counter(id(p) for o in optimizers for group in o.param_groups for p in group["params"])
+    trainable = trainable_parameters(model)
+    names = {id(p): name for name, p in named_parameters(model)}
+    absent = [name for name, p in trainable.items() if id(p) not in held]
+    twice = [names.get(i, "?") for i, count in held.items() if count > 1]
+    ids = {id(p) for p in trainable.values()}
+    foreign = [names.get(i, "a tensor that is not the module's") for i in held if i not in ids]
+    problems = []
+    if absent:
+        problems.append(f"in no optimizer: {first_few(absent)}")
+    if twice:
+        problems.append(f"in more than one group: {first_few(twice)}")
+    if foreign:
+        problems.append(f"in an optimizer but not trainable: {first_few(foreign)}")
+    if problems:
+        raise OptimizerError(
+            "The optimizers do not hold exactly the trainable tensors:\n  "
+            + "\n  ".join(problems)
+            + "\nWas requires_grad changed, or a parameter replaced, after configure_optimizers?"
+        )
+
+
+def default_optimizer(model: nn.Module, lr: float, fused: bool = True) -> Optimizer:
+    """AdamW over what trains, fused where torch has it: for modules that bring no optimizer."""
+    params = list(trainable_parameters(model).values())
+    fused = fused and all(_can_fuse(p) for p in params)
+    return torch.optim.AdamW(params, lr=lr, weight_decay=0.0, fused=fused)
+
+
+def may_be_fused(trainer: Any) -> bool:
+    """Whether Lightning can do with a fused optimizer what a run asks for.
+
+    It takes each for one that unscales gradients by itself, and refuses to clip for it under mixed
+    precision, with a gradient scaler or, in bfloat16, without.
+    """
+    clips_in_bfloat16 = trainer.precision == "bf16-mixed" and bool(trainer.gradient_clip_val)
+    return trainer.precision != "16-mixed" and not clips_in_bfloat16
+
+
+def find_optimizers(configured: Any) -> list[Optimizer]:
+    """The optimizers in whatever `configure_optimizers` returned."""
+    if isinstance(configured, Optimizer):
+        return [configured]
+    if isinstance(configured, Mapping):
+        return find_optimizers(list(configured.values()))
+    if isinstance(configured, (list, tuple)):
+        return [optimizer for item in configured for optimizer in find_optimizers(item)]
+    return []
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that require gradients, by name."""
+    return {name: p for name, p in named_parameters(model) if p.requires_grad}
+
+
+def _tensor(param: Any) -> Any:
+    return param[1] if isinstance(param, tuple) else param  # torch also takes (name, tensor)
+
+
+def _trains(param: Any) -> bool:
+    return bool(_tensor(param).requires_grad)
+
+
+def _can_fuse(param: nn.Parameter) -> bool:
+    return param.device.type in ("cuda", "cpu", "mps", "xpu") and param.is_floating_point()

@@ -1,0 +1,210 @@
+"""What a run shows its user: the table at the start, and what it left behind at the end."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import nn
+
+from lora_lightning.adapters.modules_to_save import TrainedCopy
+from lora_lightning.checkpoint.fingerprint import base_tensors
+from lora_lightning.checkpoint.state_dict import adapter_state_dict
+from lora_lightning.engine.bias import trained_biases
+from lora_lightning.engine.injection import adapters_named
+from lora_lightning.errors import first_few
+from lora_lightning.layers.base import Host, walk
+from lora_lightning.layers.registry import host_type_for
+from lora_lightning.training.optimizers import trainable_parameters
+
+
+@dataclass
+class TargetRow:
+    """One line of the start table: all modules that share the last part of their path.
+
+    Attributes:
+        matched, possible: Modules that carry the adapter; modules of that name that could.
+        ranks: Every rank among them.
+        parameters: Trainable numbers.
+        full: Whether the module trains as a copy (`modules_to_save`), without a rank.
+
+    """
+
+    name: str
+    matched: int = 0
+    possible: int = 0
+    ranks: tuple[int, ...] = ()
+    parameters: int = 0
+    full: bool = False
+
+
+def target_rows(model: nn.Module, adapter_name: str) -> list[TargetRow]:
+    """The lines of the start table, adapted modules first, trained copies after them."""
+    rows: dict[str, TargetRow] = defaultdict(lambda: TargetRow(""))
+    copies: dict[str, TargetRow] = {}
+    for path, module in walk(model):
+        name = shown_name(path)
+        carries = isinstance(module, Host) and adapter_name in module.adapters
+        adapter: Any = module.adapters[adapter_name] if carries else None  # type: ignore[index]
+        size = sum(p.numel() for p in adapter.parameters()) if adapter is not None else 0
+        if isinstance(adapter, TrainedCopy):
+            copies[path] = TargetRow(path, 1, 1, (), size, full=True)
+        elif adapter is not None or host_type_for(module) is not None:
+            row = rows[name]
+            row.name, row.possible = name, row.possible + 1
+            if adapter is not None:
+                row.matched += 1
+                row.ranks = tuple(sorted({*row.ranks, *_ranks(adapter)}))
+                row.parameters += size
+    return [*(row for row in rows.values() if row.matched), *copies.values()]
+
+
+def start_table(model: nn.Module, adapter_name: str, left_out: list[str]) -> Table:
+    """Per target name: modules matched of possible, r, parameters."""
+    # Text, not str: rich would take "[...]" in a name for markup.
+    adapters = list(adapters_named(model, adapter_name).values())
+    kind = type(adapters[0].config).__name__.removesuffix("Config").replace("Lora", "LoRA")
+    frozen = not any(p.requires_grad for adapter in adapters for p in adapter.parameters())
+    title = f"{kind} adapter '{adapter_name}'{' (frozen)' if frozen else ''}"
+    table = Table(title=Text(title), title_justify="left")
+    table.add_column("target")
+    for column in ("modules", "r", "parameters"):
+        table.add_column(column, justify="right")
+    for row in target_rows(model, adapter_name):
+        ranks = "full" if row.full else ", ".join(map(str, row.ranks)) or "-"
+        table.add_row(
+            Text(row.name), f"{row.matched} of {row.possible}", ranks, f"{row.parameters:,}"
+        )
+    biases = [
+        record.parameter(module).numel()
+        for _, module, record in trained_biases(model)
+        if record.adapter_name == adapter_name
+    ]
+    if biases:
+        total = sum(biases)
+        table.add_row("bias", str(len(biases)), "full", f"{total:,}")
+    for path in left_out:
+        table.add_row(Text(f"{path} (output head, frozen and not saved)"), "0 of 1", "-", "0")
+    return table
+
+
+def start_lines(model: nn.Module, root: nn.Module, adapter_name: str) -> list[str]:
+    """Trainable, total and percentage; size of the adapter on disk; what trains in 16 bits."""
+    adapter = adapter_state_dict(root, adapter_name).values()
+    on_disk = sum(t.numel() * t.element_size() for t in adapter)
+    lines = [
+        trainable_line(model),
+        f"adapter on disk {readable_bytes(on_disk)}; the base "
+        f"({readable_bytes(base_bytes(model))}) is not saved",
+    ]
+    narrow = _trained_in_16_bits(root, adapter_name)
+    if narrow:
+        lines.append(
+            f"in 16 bits, where small steps are rounded away: {first_few(narrow)}; with a "
+            "'-mixed' precision they train in 32"
+        )
+    return lines
+
+
+def trainable_line(model: nn.Module) -> str:
+    """Trainable, total and percentage."""
+    trainable = sum(p.numel() for p in trainable_parameters(model).values())
+    total = sum(p.numel() for p in model.parameters())
+    return f"trainable {trainable:,} of {total:,} parameters ({trainable / max(total, 1):.2%})"
+
+
+def _trained_in_16_bits(root: nn.Module, adapter_name: str) -> list[str]:
+    """Trained biases, which are the base's own parameters."""
+    adapters = adapters_named(root, adapter_name).values()
+    if not all(adapter.autocast_adapter_dtype for adapter in adapters):
+        return []  # as asked for
+    return [
+        name
+        for name, module, record in trained_biases(root)
+        if record.adapter_name == adapter_name
+        and record.parameter(module).dtype in (torch.bfloat16, torch.float16)
+    ]
+
+
+def batch_line(size: int | None, accumulate: int, devices: int) -> str:
+    """Effective batch = micro batch x accumulated batches x devices."""
+    if size is None:
+        return f"effective batch: batches x {accumulate} accumulated x {devices} devices"
+    product = size * accumulate * devices
+    return f"effective batch {product} = {size} x {accumulate} accumulated x {devices} devices"
+
+
+def batch_size(loader: Any) -> int | None:
+    """The batch size of a loader that has one."""
+    size = getattr(loader, "batch_size", None)
+    if size is None:
+        size = getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
+    return size if isinstance(size, int) else None
+
+
+def end_lines(model: nn.Module, best: str, last: str, weights_only: bool) -> list[str]:
+    """Where the adapter checkpoints lie and how large they are beside the base."""
+    lines = []
+    content = "weights only" if weights_only else "with optimizer state"
+    base = readable_bytes(base_bytes(model))
+    for label, path in (("best", best), ("last", last)):
+        if path and os.path.exists(path):
+            files = (
+                [os.path.join(path, name) for name in os.listdir(path)]
+                if os.path.isdir(path)
+                else [path]
+            )
+            size = readable_bytes(sum(map(os.path.getsize, files)))
+            sizes = f"({size} {content}; the base is {base})"
+            lines.append(f"{label} checkpoint: {_nearby(path)} {sizes}")
+    return lines
+
+
+def base_bytes(model: nn.Module) -> int:
+    """Size of the base model's tensors."""
+    return sum(tensor.numel() * tensor.element_size() for _, tensor in base_tensors(model))
+
+
+def readable_bytes(count: float) -> str:
+    """1,234,567 -> '1.2 MB'; decimal units, as file managers show them."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"
+
+
+def show(*items: object) -> None:
+    """Print tables and lines."""
+    # By way of print(), which a live progress bar knows to keep above itself; a rich console of
+    # our own would write over it.
+    console = Console(soft_wrap=True)
+    with console.capture() as captured:
+        for item in items:
+            console.print(item, highlight=False, markup=False)
+    print(captured.get(), end="", flush=True)
+
+
+def _ranks(adapter: nn.Module) -> set[int]:
+    """The rank of an adapter, of each of its parts; none where its type has none."""
+    ranks = [getattr(part, "r", None) for part in adapter.modules()]
+    return {r for r in ranks if isinstance(r, int)}
+
+
+def _nearby(path: str) -> str:
+    """Relative to the working directory where it lies below it."""
+    relative = os.path.relpath(path)
+    return path if relative.startswith("..") else relative
+
+
+def shown_name(path: str) -> str:
+    """The last part of a path; where that is only a number (Sequential), with what it counts in."""
+    parts = path.split(".")
+    named = [index for index, part in enumerate(parts) if not part.isdigit()]
+    return ".".join(parts[named[-1] if named else 0 :])

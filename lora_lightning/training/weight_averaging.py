@@ -1,0 +1,60 @@
+"""Let Lightning's `WeightAveraging` average what trains, and nothing else.
+
+It averages every tensor. Of a frozen one that is d w + (1 - d) w, which differs from w by rounding:
+the base would drift away from what the adapters were trained on, and the codes of a quantised base
+(whole numbers, cut off) would become others.
+"""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from lora_lightning.training.module_hooks import averaged_models
+
+
+def average_what_trains(trainer: Any) -> None:
+    """Override `update_parameters` on the averaged copies; doing it again changes nothing."""
+    for averaged in averaged_models(trainer):
+        if isinstance(averaged, AveragedModel):
+            averaged.update_parameters = MethodType(_update_parameters, averaged)  # type: ignore[method-assign]
+
+
+class _Part(nn.Module):
+    """Some tensors of a module, for `AveragedModel` to look at in its place."""
+
+    def __init__(self, parameters: list[nn.Parameter], buffers: list[Tensor]) -> None:
+        super().__init__()
+        for index, parameter in enumerate(parameters):
+            self.register_parameter(f"p{index}", parameter)
+        for index, buffer in enumerate(buffers):
+            self.register_buffer(f"b{index}", buffer)
+
+
+def _update_parameters(self: AveragedModel, model: nn.Module) -> None:
+    whole = self.module
+    averages = dict(whole.named_parameters())
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    pairs = list(zip(whole.buffers(), model.buffers(), strict=True))
+    buffers = [pair for pair, differs in zip(pairs, _differ(pairs), strict=True) if differs]
+    self.module = _Part([averages[name] for name in trained], [mine for mine, _ in buffers])
+    try:
+        type(self).update_parameters(
+            self, _Part(list(trained.values()), [theirs for _, theirs in buffers])
+        )
+    finally:
+        self.module = whole
+
+
+def _differ(pairs: list[tuple[Tensor, Tensor]]) -> list[bool]:
+    """Which pairs are not equal; the device is waited for once, as each adapter has buffers."""
+    if not pairs:
+        return []
+    device = pairs[0][0].device
+    found = [(one != other.to(one.device)).any().to(device) for one, other in pairs]
+    flags: list[bool] = torch.stack(found).tolist()
+    return flags

@@ -1,0 +1,770 @@
+"""Whatever is done to the adapters, the base comes back bit for bit, and outputs are as written."""
+
+from __future__ import annotations
+
+import copy
+
+import peft
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from torch import Tensor, nn
+
+from lora_lightning import (
+    Ia3Config,
+    LoraConfig,
+    active_adapters,
+    adapter_names,
+    adapter_state_dict,
+    delete_adapter,
+    disable_adapter,
+    inject_adapter,
+    load_adapter_state_dict,
+    merge_adapter,
+    merge_and_unload,
+    set_adapter,
+    unload,
+    unmerge_adapter,
+)
+from lora_lightning.checkpoint.fingerprint import base_tensors
+from lora_lightning.engine.switching import set_trainable
+from lora_lightning.errors import AdapterMismatchError, AdapterStateError, LoraError
+from lora_lightning.layers.base import named_hosts
+from tests.helpers.nets import (
+    WIDTH,
+    HostNet,
+    Transformer,
+    bit_equal,
+    example_input,
+    shake,
+    token_ids,
+    trainable,
+)
+
+
+def adapted(model: nn.Module, name: str = "default", **options) -> nn.Module:
+    inject_adapter(model, LoraConfig(**{"r": 2, **options}), name)
+    shake(p for key, p in model.named_parameters() if f".adapters.{name}." in key)
+    return model
+
+
+def values(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_bit_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert bit_equal(found[name], tensor), name
+
+
+# -- any sequence of operations ----------------------------------------------------------------
+
+KINDS = {
+    "qv": {"target_modules": ["q", "v"]},
+    "many": {"target_modules": ["q", "mlp.0", "embed"], "use_rslora": True},
+    "head": {"target_modules": ["out"], "modules_to_save": ["head"]},
+    "bias": {"target_modules": ["k"], "bias": "all"},
+}
+NAMES = st.sampled_from(["a", "b", "attn"])
+
+
+class Adapters(RuleBasedStateMachine):
+    """Compares the model with a plain one whose weights are computed from the adapters' tensors."""
+
+    @initialize()
+    def start(self) -> None:
+        torch.manual_seed(0)
+        self.base = Transformer(depth=1).double()
+        self.model = copy.deepcopy(self.base)
+        self.configs: dict[str, LoraConfig] = {}
+        self.ids = token_ids()
+        self.plain = self.base(self.ids).detach()
+
+    def expected(self) -> Tensor:
+        weights = values(self.base)
+        active = active_adapters(self.model)
+        for name in sorted(active, key=lambda name: bool(self.configs[name].modules_to_save)):
+            config, state = self.configs[name], adapter_state_dict(self.model, name)
+            scale = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
+            for key, a in state.items():
+                path, _, tensor = key.rpartition(".")
+                if tensor in ("lora_A", "lora_embedding_A"):
+                    delta = scale * state[key[:-1] + "B"] @ a
+                    wide = tensor == "lora_embedding_A" or path.endswith("mlp.0")
+                    weights[f"{path}.weight"] = weights[f"{path}.weight"] + (
+                        delta.T if wide else delta
+                    )
+                elif tensor in ("weight", "bias"):
+                    weights[key] = a
+        return torch.func.functional_call(self.base, weights, (self.ids,)).detach()
+
+    def attempt(self, action, *args) -> bool:
+        """Run it; a refusal is fine if it changes nothing."""
+        before, active = values(self.model), active_adapters(self.model)
+        grads = list(trainable(self.model))
+        try:
+            action(self.model, *args)
+        except AdapterStateError:
+            assert_bit_equal(values(self.model), before)
+            assert (active, grads) == (active_adapters(self.model), list(trainable(self.model)))
+            return False
+        return True
+
+    def merged(self) -> bool:
+        return any(host.merged_adapters for _, host in named_hosts(self.model))
+
+    @rule(name=NAMES, kind=st.sampled_from(sorted(KINDS)), r=st.integers(1, 3))
+    def inject(self, name: str, kind: str, r: int) -> None:
+        config = LoraConfig(r=r, lora_alpha=3, **KINDS[kind])
+        if self.attempt(inject_adapter, config, name):
+            self.configs[name] = config
+            shake(
+                (p for key, p in self.model.named_parameters() if f".adapters.{name}." in key), 0.2
+            )
+
+    @rule(names=st.lists(NAMES, max_size=3, unique=True), trainable=st.booleans())
+    def switch(self, names: list[str], trainable: bool) -> None:
+        def action(model):
+            set_adapter(model, names, trainable=trainable)
+
+        if self.attempt(action):
+            assert set(active_adapters(self.model)) == set(names)
+
+    @precondition(lambda self: not self.merged())
+    @rule()
+    def train(self) -> None:
+        parameters = list(trainable(self.model).values())
+        if parameters and self.configs:  # a model that never had adapters is not frozen
+            self.model.zero_grad()
+            self.model(self.ids).square().mean().backward()
+            torch.optim.SGD(parameters, lr=0.05).step()
+
+    @rule(name=st.none() | NAMES)
+    def merge(self, name: str | None) -> None:
+        self.attempt(merge_adapter, name)
+
+    @rule()
+    def unmerge(self) -> None:
+        unmerge_adapter(self.model)
+        assert not self.merged()
+
+    @rule()
+    def disable(self) -> None:
+        before, grads = values(self.model), list(trainable(self.model))
+        with disable_adapter(self.model):
+            assert bit_equal(self.model(self.ids), self.plain)
+            with disable_adapter(self.model):
+                assert bit_equal(self.model(self.ids), self.plain)
+            assert bit_equal(self.model(self.ids), self.plain)
+        assert_bit_equal(values(self.model), before)
+        assert grads == list(trainable(self.model))
+
+    @rule(name=NAMES)
+    def delete(self, name: str) -> None:
+        if self.attempt(delete_adapter, name):
+            del self.configs[name]
+
+    @precondition(lambda self: self.configs)
+    @rule(data=st.data())
+    def save_and_load(self, data) -> None:
+        name = data.draw(st.sampled_from(sorted(self.configs)))
+        if not self.merged():
+            state = {k: v.clone() for k, v in adapter_state_dict(self.model, name).items()}
+            load_adapter_state_dict(self.model, {k: v + 1 for k, v in state.items()}, name)
+            load_adapter_state_dict(self.model, state, name)
+            assert_bit_equal(adapter_state_dict(self.model, name), state)
+
+    @rule()
+    def fold_a_copy(self) -> None:
+        folded = merge_and_unload(copy.deepcopy(self.model))
+        torch.testing.assert_close(folded(self.ids), self.expected(), rtol=1e-9, atol=1e-9)
+        assert [type(m) for m in folded.modules()] == [type(m) for m in self.base.modules()]
+        assert list(folded.state_dict()) == list(self.base.state_dict())
+
+    @invariant()
+    def output_is_what_the_tensors_say(self) -> None:
+        if hasattr(self, "model"):
+            assert set(adapter_names(self.model)) == set(self.configs)
+            torch.testing.assert_close(self.model(self.ids), self.expected(), rtol=1e-9, atol=1e-9)
+
+    @invariant()
+    def base_is_untouched(self) -> None:
+        if hasattr(self, "model"):
+            expected, found = values(self.base), dict(base_tensors(self.model))
+            # What a trained copy replaces is left out; the teardown looks at it.
+            assert {key for key in expected if not key.startswith("head.")} <= set(found)
+            assert_bit_equal(found, {key: expected[key] for key in found})
+
+    def teardown(self) -> None:
+        if hasattr(self, "model"):
+            unload(self.model)
+            assert_bit_equal(values(self.model), values(self.base))
+            for before, after in zip(self.base.modules(), self.model.modules(), strict=True):
+                assert type(before) is type(after)
+                assert before.__dict__.keys() == after.__dict__.keys()
+
+
+TestAdapters = Adapters.TestCase
+TestAdapters.settings = settings(
+    max_examples=40, stateful_step_count=20, deadline=None, derandomize=True, database=None
+)
+
+
+# -- merging -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("host", ["linear", "conv1d", "embedding", "embedding-scaled"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_ten_merges_leave_no_drift(host, dtype):
+    model = HostNet(host).to(dtype)
+    before = values(model)
+    adapted(model, target_modules=["proj"])
+    x = example_input(host, dtype)
+    first = model(x)
+    for _ in range(10):
+        merge_adapter(model)
+        assert not torch.equal(model.layers[0].proj.weight, before["layers.0.proj.weight"])
+        unmerge_adapter(model)
+    assert bit_equal(model(x), first)
+    assert_bit_equal({n: t for n, t in values(model).items() if ".adapters." not in n}, before)
+
+
+def test_subtracting_would_drift():
+    """The broken twin: what unmerging by subtraction leaves behind in bf16."""
+    weight, delta = torch.randn(64, 64).bfloat16(), torch.randn(64, 64).bfloat16()
+    again = weight.clone()
+    for _ in range(10):
+        again = (again + delta) - delta
+    assert not torch.equal(again, weight)
+
+
+def test_merging_in_bf16_rounds_once():
+    model = adapted(nn.Sequential(nn.Linear(16, 16).bfloat16()), r=4)
+    weight = model[0].weight.detach().clone()
+    adapter = model[0].adapters["default"]
+    merge_adapter(model)
+    exact = weight.double() + adapter.scaling * adapter.lora_B.double() @ adapter.lora_A.double()
+    wrong = (model[0].weight.double() - exact).abs() > exact.abs() * 2**-8
+    assert not wrong.any()
+
+
+def test_merging_twice_and_one_after_the_other():
+    model = adapted(nn.Sequential(nn.Linear(6, 5)).double())
+    adapted(model, "second", lora_alpha=3)
+    set_adapter(model, ["default", "second"])
+    x = torch.randn(3, 6, dtype=torch.float64)
+    expected = model(x)
+    merge_adapter(model, "second")
+    torch.testing.assert_close(model(x), expected)
+    merge_adapter(model, "second")
+    merge_adapter(model)
+    merge_adapter(model)
+    torch.testing.assert_close(model(x), expected)
+    assert [h.merged_adapters for _, h in named_hosts(model)] == [["default", "second"]]
+
+
+def tied() -> nn.Module:
+    model = nn.ModuleDict({"embed": nn.Embedding(9, 4), "head": nn.Linear(4, 9, bias=False)})
+    model["head"].weight = model["embed"].weight
+    return model
+
+
+@pytest.mark.parametrize("target", ["embed", "head"])
+def test_tied_weights_are_not_merged(target):
+    model = adapted(tied(), target_modules=[target])
+    before = values(model)
+    for merge in (merge_adapter, merge_and_unload):
+        with pytest.raises(AdapterStateError) as caught:
+            merge(model)
+        assert f"The weight of {target!r} is shared with another module" in str(caught.value)
+        assert "Untie them first" in str(caught.value)
+        assert_bit_equal(values(model), before)
+    assert active_adapters(model) == ["default"]
+
+
+def test_values_that_are_not_finite_are_not_merged():
+    model = adapted(Transformer(), target_modules=["q", "k"])
+    before = values(model)
+    model.layers[1].attn.k.adapters["default"].lora_B.data[0, 0] = float("nan")
+    broken = values(model)
+    for merge in (merge_adapter, merge_and_unload):
+        with pytest.raises(AdapterStateError) as caught:
+            merge(model)
+        assert "values that are not finite" in str(caught.value)
+        assert_bit_equal(values(model), broken)
+        assert not any(host.merged_adapters for _, host in named_hosts(model))
+    assert bit_equal(model.layers[0].attn.q.weight, before["layers.0.attn.q.weight"])
+
+
+def test_a_refused_merge_and_unload_leaves_the_active_adapters_alone():
+    model = adapted(Transformer(), target_modules=["q"])
+    adapted(model, "broken", target_modules=["q"])
+    model.layers[0].attn.q.adapters["broken"].lora_A.data.fill_(float("inf"))
+    with pytest.raises(AdapterStateError):
+        merge_and_unload(model, "broken")
+    assert active_adapters(model) == ["default"]
+    assert all(".default." in name for name in trainable(model))
+
+
+def test_overflow_of_a_narrow_weight_is_refused():
+    model = nn.Sequential(nn.Linear(4, 4).half())
+    inject_adapter(model, LoraConfig(r=2))
+    for parameter in trainable(model).values():
+        parameter.data.fill_(400)  # delta = scaling 4 * r 2 * 160,000: finite in fp32, not in fp16
+    before = model[0].weight.detach().clone()
+    with pytest.raises(AdapterStateError, match="not finite"):
+        merge_adapter(model)
+    assert bit_equal(model[0].weight, before)
+
+
+def test_parametrized_and_meta_weights_are_not_merged():
+    model = nn.Sequential(nn.Linear(4, 4))
+    nn.utils.parametrize.register_parametrization(model[0], "weight", nn.Tanh())
+    inject_adapter(model, LoraConfig(r=2, target_modules=r"0"))
+    with pytest.raises(AdapterStateError, match="computed from other tensors"):
+        merge_adapter(model)
+    meta = nn.Sequential(nn.Linear(4, 4, device="meta"))
+    inject_adapter(meta, LoraConfig(r=2))
+    with pytest.raises(AdapterStateError, match="meta device"):
+        merge_adapter(meta)
+
+
+STATE_ERRORS = {  # what is done to a model with adapters "one" (active, merged) and "two": words
+    "switch": (
+        lambda model: set_adapter(model, "two"),
+        ["Adapters ['one'] are merged into the base", "call unmerge_adapter(model) before"],
+    ),
+    "delete": (
+        lambda model: delete_adapter(model, "one"),
+        ["Adapters ['one'] are merged", "Call unmerge_adapter(model) first"],
+    ),
+    "inject": (
+        lambda model: inject_adapter(model, LoraConfig(r=1, target_modules=["q"]), "three"),
+        ["Adapters ['one'] are merged", "Call unmerge_adapter(model) first"],
+    ),
+    "inject again": (
+        lambda model: inject_adapter(model, LoraConfig(r=1), "one"),
+        ["already has an adapter 'one'", "delete_adapter(model, 'one')", "another name"],
+    ),
+    "merge inactive": (
+        lambda model: merge_adapter(model, "two"),
+        ["Adapter 'two' is not active (active: ['one'])", "set_adapter(model, 'two')"],
+    ),
+    "unknown": (
+        lambda model: set_adapter(model, "ones"),
+        ["No adapter 'ones'; the model has ['one', 'two'].", "Did you mean 'one'?"],
+    ),
+    "delete unknown": (
+        lambda model: delete_adapter(model, "five"),
+        ["The model has no adapter 'five'; it has ['one', 'two']."],
+    ),
+    "state of unknown": (
+        lambda model: adapter_state_dict(model, "five"),
+        ["No adapter 'five'; the model has ['one', 'two']."],
+    ),
+}
+
+
+@pytest.mark.parametrize(("action", "words"), STATE_ERRORS.values(), ids=STATE_ERRORS)
+def test_message(action, words):
+    model = adapted(Transformer(), "one", target_modules=["q"])
+    adapted(model, "two", target_modules=["q", "k"])
+    merge_adapter(model)
+    before = values(model)
+    with pytest.raises(LoraError) as caught:
+        action(model)
+    for word in words:
+        assert word in str(caught.value)
+    assert_bit_equal(values(model), before)
+    assert active_adapters(model) == ["one"]
+
+
+def test_two_copies_of_one_module_cannot_both_be_active():
+    model = adapted(Transformer(), "one", target_modules=["q"], modules_to_save=["head"])
+    adapted(model, "two", target_modules=["q"], modules_to_save=["head"])
+    with pytest.raises(AdapterStateError) as caught:
+        set_adapter(model, ["one", "two"])
+    assert "Adapters ['one', 'two'] each replace 'head' by a copy" in str(caught.value)
+    assert active_adapters(model) == ["one"]
+
+
+def test_state_that_does_not_fit_names_every_difference():
+    model = adapted(Transformer(), target_modules=["q"])
+    state = {k: v.clone() for k, v in adapter_state_dict(model).items()}
+    wrong = dict(state, **{"x.lora_A": torch.zeros(2)})
+    del wrong["layers.0.attn.q.lora_A"]
+    wrong["layers.1.attn.q.lora_B"] = torch.zeros(WIDTH, 5)
+    with pytest.raises(AdapterMismatchError) as caught:
+        load_adapter_state_dict(model, {k: v + 1 for k, v in wrong.items()})
+    text = str(caught.value)
+    assert "does not fit adapter 'default'" in text
+    assert "missing in the checkpoint: layers.0.attn.q.lora_A" in text
+    assert "only in the checkpoint: x.lora_A" in text
+    assert "other shape: layers.1.attn.q.lora_B [8, 5] in the checkpoint, [8, 2] here" in text
+    assert_bit_equal(adapter_state_dict(model), state)
+
+
+# -- faults of peft that must not come back ----------------------------------------------------
+
+
+@pytest.mark.parametrize("action", [merge_adapter, merge_and_unload])
+def test_nothing_is_merged_below_a_trained_copy(action):
+    model = adapted(Transformer(), "one", target_modules=["q"], modules_to_save=["head"])
+    adapted(model, "two", target_modules=["head"])
+    set_adapter(model, ["one", "two"])
+    before, output = values(model), model(token_ids())
+    with pytest.raises(AdapterStateError, match="'one' has a trained copy in the place of 'head'"):
+        action(model)
+    assert_bit_equal(values(model), before)
+    assert bit_equal(model(token_ids()), output)
+
+
+def test_whatever_goes_wrong_in_merging_leaves_nothing_merged():
+    model = adapted(Transformer(), "one", target_modules=["q"])
+    inject_adapter(model, LoraConfig(r=2, target_modules=["k"]), "empty", low_cpu_mem_usage=True)
+    set_adapter(model, ["one", "empty"])
+    before = model.layers[0].attn.q.weight.clone()
+    with pytest.raises(AdapterStateError, match="on the meta device"):
+        merge_adapter(model)
+    assert bit_equal(model.layers[0].attn.q.weight, before)
+    assert not any(host.merged_adapters for _, host in named_hosts(model))
+
+
+@pytest.mark.parametrize("is_trainable", [True, False])
+def test_disabling_leaves_requires_grad_as_it_was(is_trainable):
+    """peft: a frozen adapter comes out of `disable_adapter` trainable."""
+    model = adapted(Transformer(), target_modules=["q"], bias="all", modules_to_save=["head"])
+    set_adapter(model, "default", trainable=is_trainable)
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    assert any(before.values()) is is_trainable
+    with disable_adapter(model):
+        assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+
+
+def test_disabling_ends_with_an_exception_too():
+    model = adapted(Transformer(), target_modules=["q"], bias="all")
+    merge_adapter(model)
+    before, expected = values(model), model(token_ids())
+    with pytest.raises(KeyError), disable_adapter(model):
+        raise KeyError
+    assert_bit_equal(values(model), before)
+    assert bit_equal(model(token_ids()), expected)
+
+
+def test_no_state_is_loaded_into_a_merged_adapter():
+    model = adapted(Transformer(), target_modules=["q"])
+    state = {name: tensor + 1 for name, tensor in adapter_state_dict(model).items()}
+    merge_adapter(model)
+    with pytest.raises(AdapterStateError, match="'default' is merged into the base"):
+        load_adapter_state_dict(model, state)
+    unmerge_adapter(model)
+    load_adapter_state_dict(model, state)
+    assert_bit_equal(adapter_state_dict(model), state)
+
+
+def test_a_saved_head_does_not_take_overhead_along():
+    model = nn.ModuleDict({n: nn.Linear(3, 3) for n in ("head", "overhead", "subhead", "q")})
+    adapted(model, target_modules=["q"], modules_to_save=["head"])
+    assert {path for path, _ in named_hosts(model)} == {"head", "q"}
+    assert {name.split(".")[0] for name in trainable(model)} == {"head", "q"}
+
+
+@pytest.mark.parametrize("name", ["lin", "lora_A", "module", "weight", "default", "adapters"])
+def test_an_adapter_named_like_a_part_saves_what_is_its_own(name):
+    """peft tells adapters apart by substrings of the names of their tensors."""
+    model = nn.ModuleDict(
+        {"lin": nn.Linear(3, 3), "lin2": nn.Linear(3, 3), "head": nn.Linear(3, 3)}
+    )
+    adapted(model, "other", target_modules=["lin", "lin2"], modules_to_save=["head"])
+    adapted(model, name, target_modules=["lin"], modules_to_save=["head"])
+    state = adapter_state_dict(model, name)
+    assert set(state) == {"lin.lora_A", "lin.lora_B", "head.weight", "head.bias"}
+    assert bit_equal(state["lin.lora_A"], model["lin"].adapters[name].lora_A)
+    assert len(adapter_state_dict(model, "other")) == 6
+    fresh = nn.ModuleDict(
+        {"lin": nn.Linear(3, 3), "lin2": nn.Linear(3, 3), "head": nn.Linear(3, 3)}
+    )
+    inject_adapter(fresh, LoraConfig(r=2, target_modules=["lin"], modules_to_save=["head"]), name)
+    load_adapter_state_dict(fresh, state, name)
+    assert_bit_equal(adapter_state_dict(fresh, name), state)
+
+
+def test_max_norm_does_not_touch_the_adapter():
+    """peft renormalises lora_embedding_A in place on every forward."""
+    model = nn.Sequential(nn.Embedding(9, 4, max_norm=0.5))
+    adapted(model, target_modules=["0"])
+    adapter = model[0].adapters["default"]
+    before = adapter.lora_embedding_A.detach().clone()
+    ids = torch.arange(9)
+    base = nn.functional.embedding(ids, model[0].weight.detach().clone(), max_norm=0.5)
+    found = model(ids)
+    assert bit_equal(adapter.lora_embedding_A, before)
+    delta = adapter.scaling * (adapter.lora_embedding_B @ before).T
+    torch.testing.assert_close(found, base + delta)
+
+
+def test_max_norm_and_merging_agree_or_merging_is_refused():
+    model = nn.Sequential(nn.Embedding(9, 4, max_norm=0.5))
+    adapted(model, target_modules=["0"])
+    expected = model(torch.arange(9)).detach()
+    try:
+        merge_adapter(model)
+    except AdapterStateError:
+        return
+    torch.testing.assert_close(model(torch.arange(9)), expected)
+
+
+# -- biases that train -------------------------------------------------------------------------
+
+
+def train(model: nn.Module, *inputs: Tensor) -> None:
+    optimizer = torch.optim.SGD(trainable(model).values(), lr=0.1)
+    model(*inputs).square().mean().backward()
+    optimizer.step()
+    model.zero_grad()
+
+
+@pytest.mark.parametrize("option", ["lora_only", "all"])
+def test_trained_biases_go_and_come_back(option):
+    base = Transformer()
+    model = adapted(copy.deepcopy(base), target_modules=["q", "mlp.0"], bias=option)
+    ids = token_ids()
+    names = {name for name in trainable(model) if ".adapters." not in name}
+    every = {name for name, _ in base.named_parameters() if name.endswith("bias")}
+    adapted_too = {name for name in every if name.endswith(("q.bias", "mlp.0.bias"))}
+    assert names == (every if option == "all" else adapted_too)
+    train(model, ids)
+    trained = {name: model.get_parameter(name).detach().clone() for name in names}
+    moved = [not torch.equal(value, base.get_parameter(name)) for name, value in trained.items()]
+    assert any(moved)
+    found = model(ids)
+    with disable_adapter(model):
+        assert bit_equal(model(ids), base(ids))
+    assert bit_equal(model(ids), found)
+    set_adapter(model, [])
+    assert bit_equal(model(ids), base(ids))
+    assert_bit_equal({k: v for k, v in adapter_state_dict(model).items() if k in names}, trained)
+    set_adapter(model, "default")
+    assert bit_equal(model(ids), found)
+    folded = merge_and_unload(copy.deepcopy(model))
+    torch.testing.assert_close(folded(ids), found)
+    unload(model)
+    assert_bit_equal(values(model), values(base))
+
+
+def test_one_bias_cannot_train_with_two_adapters():
+    model = adapted(Transformer(), "one", target_modules=["q"], bias="lora_only")
+    before = [(n, type(m)) for n, m in model.named_modules()]
+    with pytest.raises(AdapterStateError) as caught:
+        inject_adapter(model, LoraConfig(r=2, target_modules=["q", "k"], bias="lora_only"), "two")
+    text = str(caught.value)
+    assert "The bias of 'layers.0.attn.q' already trains with adapter 'one'" in text
+    assert "it cannot also train with 'two'" in text
+    assert "Use bias='none' for one of them. (lora.bias)" in text
+    assert adapter_names(model) == ["one"]  # everything is checked before anything is touched
+    assert before == [(n, type(m)) for n, m in model.named_modules()]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(r=2, target_modules=["q"], bias="all", lora_bias=True),
+        Ia3Config(target_modules=["q"], feedforward_modules=[], bias="all"),
+    ],
+    ids=lambda config: config.peft_type,
+)
+def test_a_trained_bias_that_is_merged_into_goes_and_comes_back(config):
+    base = Transformer()
+    model = copy.deepcopy(base)
+    inject_adapter(model, config)
+    shake(trainable(model).values())
+    ids = token_ids()
+    output, state = model(ids), {k: v.clone() for k, v in adapter_state_dict(model).items()}
+    merge_adapter(model)
+    assert_bit_equal(adapter_state_dict(model), state)
+    assert_bit_equal(dict(base_tensors(model)), dict(base_tensors(base)))
+    with disable_adapter(model):
+        assert bit_equal(model(ids), base(ids))
+        assert_bit_equal(adapter_state_dict(model), state)
+    torch.testing.assert_close(model(ids), output)
+    unmerge_adapter(model)
+    assert bit_equal(model(ids), output)
+    unload(model)
+    assert_bit_equal(values(model), values(base))
+
+
+def test_switching_the_bias_of_another_adapter_beside_a_merged_one():
+    base = Transformer()
+    model = adapted(copy.deepcopy(base), "one", target_modules=["q"], lora_bias=True)
+    adapted(model, "two", target_modules=["k"], bias="all")
+    set_adapter(model, "two")
+    shake(p for name, p in trainable(model).items() if name.endswith("bias"))
+    both = ["one", "two"]
+    set_adapter(model, both)
+    output = model(token_ids())
+    set_adapter(model, "one")
+    merge_adapter(model)
+    set_adapter(model, both)
+    torch.testing.assert_close(model(token_ids()), output)
+    unmerge_adapter(model)
+    assert bit_equal(model(token_ids()), output)
+    merge_adapter(model, "one")
+    delete_adapter(model, "two")
+    unload(model)
+    assert_bit_equal(values(model), values(base))
+
+
+class TiedBias(nn.Module):
+    """As in BERT's language model head: one bias, known to two modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.decoder = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.bias = self.decoder.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decoder(self.q(x))
+
+
+def test_a_tied_bias_is_trained_and_kept_once():
+    base = TiedBias()
+    model = adapted(copy.deepcopy(base), target_modules=["q"], bias="all")
+    x = torch.randn(3, 4)
+    train(model, x)
+    found = model(x)
+    with disable_adapter(model):
+        assert bit_equal(model(x), base(x))
+    assert bit_equal(model(x), found)
+    unload(model)
+    assert_bit_equal(values(model), values(base))
+
+
+@pytest.mark.parametrize("lora_bias", [False, True])
+def test_nothing_is_merged_into_a_tied_bias(lora_bias):
+    model = adapted(TiedBias(), target_modules=["q"], lora_bias=lora_bias)
+    model.q.bias = model.bias
+    before, output = values(model), model(torch.ones(1, 4))
+    if lora_bias:
+        with pytest.raises(AdapterStateError, match="bias of 'q' is shared"):
+            merge_adapter(model)
+        assert_bit_equal(values(model), before)
+    else:  # the bias is not written
+        merge_adapter(model)
+        torch.testing.assert_close(model(torch.ones(1, 4)), output)
+
+
+def test_policy_and_reference_in_one_graph():
+    """DPO, KTO and KL penalties: a disabled forward between a forward and its backward."""
+    for bias in ("none", "all"):
+        model = adapted(Transformer(), target_modules=["q"], bias=bias)
+        policy = model(token_ids())
+        with disable_adapter(model), torch.no_grad():
+            reference = model(token_ids())
+        (policy - reference).square().mean().backward()
+        assert all(p.grad is not None for p in trainable(model).values()), bias
+
+
+def test_switching_inside_disable_acts_afterwards_or_is_refused():
+    ids = token_ids()
+    model = adapted(Transformer(), "one", target_modules=["q"])
+    adapted(model, "two", target_modules=["k"], bias="all")
+    set_adapter(model, "two")
+    shake(p for name, p in trainable(model).items() if name.endswith("bias"))
+    expected = model(ids)
+    set_adapter(model, [])
+    base = model(ids)
+    set_adapter(model, "one")
+    before = model(ids)
+    with disable_adapter(model):
+        try:
+            set_adapter(model, "two")
+        except AdapterStateError:
+            expected = before
+        assert bit_equal(model(ids), base)
+    assert bit_equal(model(ids), expected)
+
+
+@pytest.mark.parametrize("action", [merge_adapter, unload, merge_and_unload, unmerge_adapter])
+def test_other_actions_inside_disable_act_afterwards_or_are_refused(action):
+    ids = token_ids()
+    model = Transformer()
+    base = model(ids)
+    adapted(model, target_modules=["q"])
+    expected = model(ids)
+    with disable_adapter(model):
+        try:
+            action(model)
+        except AdapterStateError:
+            action = merge_adapter
+        if action is not merge_and_unload:
+            assert bit_equal(model(ids), base)
+    torch.testing.assert_close(model(ids), base if action is unload else expected)
+    unload(model)
+    assert all("enabled" not in key for module in model.modules() for key in module.__dict__)
+
+
+def test_the_bias_of_a_deleted_adapter_is_frozen_again():
+    model = adapted(Transformer(), "one", target_modules=["q"], bias="all")
+    adapted(model, "two", target_modules=["q"])
+    delete_adapter(model, "one")
+    set_adapter(model, "two")
+    assert all(".adapters.two." in name for name in trainable(model))
+
+
+def test_the_bias_of_an_inactive_adapter_does_not_train():
+    model = adapted(Transformer(), "one", target_modules=["q"])
+    adapted(model, "two", target_modules=["q"], bias="all")
+    set_trainable(model, "two", True)
+    assert not any(name.endswith("bias") for name in trainable(model))
+    set_adapter(model, "two")
+    assert any(name.endswith("bias") for name in trainable(model))
+
+
+def test_bias_all_trains_the_biases_that_peft_trains():
+    """Parameters called `bias`; not an LSTM's `bias_ih_l0` or an attention's `in_proj_bias`."""
+
+    def model():
+        modules = {"lin": nn.Linear(4, 4), "mha": nn.MultiheadAttention(4, 2), "rnn": nn.LSTM(4, 4)}
+        return nn.ModuleDict(modules)
+
+    theirs = peft.get_peft_model(
+        model(),
+        peft.LoraConfig(r=2, target_modules=["lin"], bias="all"),
+        autocast_adapter_dtype=True,
+    )
+    expected = {
+        name.removeprefix("base_model.model.").replace("base_layer.", "")
+        for name, parameter in theirs.named_parameters()
+        if parameter.requires_grad and "lora_" not in name
+    }
+    ours = model()
+    inject_adapter(ours, LoraConfig(r=2, target_modules=["lin"], bias="all"))
+    assert {name for name in trainable(ours) if ".adapters." not in name} == expected
+    assert expected == {"lin.bias", "mha.out_proj.bias"}
+
+
+def test_merging_under_autocast_is_as_exact():
+    model = adapted(nn.Sequential(nn.Linear(16, 16)), r=4)
+    merge_adapter(model)
+    expected = values(model)
+    with torch.autocast("cpu", torch.bfloat16), disable_adapter(model):
+        pass
+    assert_bit_equal(values(model), expected)
+    unmerge_adapter(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        merge_adapter(model)
+    assert_bit_equal(values(model), expected)
+
+
+def test_a_module_wrapped_later_is_not_merged_for_good():
+    model = adapted(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
+    before = values(model)
+    nn.utils.parametrize.register_parametrization(model[1], "bias", nn.Tanh())
+    with pytest.raises(AdapterStateError, match="was wrapped by other code"):
+        merge_and_unload(model)
+    assert bit_equal(model[0].weight, before["0.weight"])
+    assert bit_equal(model[1].weight, before["1.weight"])
