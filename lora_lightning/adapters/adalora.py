@@ -20,7 +20,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_lightning.adapters.base import Base, Convolution, DeltaAdapter, Site
+from lora_lightning.adapters.base import AdapterSpec, Base, Convolution, DeltaAdapter
 from lora_lightning.adapters.config import (
     AdapterConfig,
     check_choice,
@@ -187,15 +187,15 @@ class AdaLoraAdapter(DeltaAdapter):
 
     """
 
-    def __init__(self, site: Site) -> None:
-        config: AdaLoraConfig = site.config
-        super().__init__(site, config.lora_alpha / (config.init_r + 1e-5))
-        self.site = site
-        self.triplets = _triplets(site)
+    def __init__(self, spec: AdapterSpec) -> None:
+        config: AdaLoraConfig = spec.config
+        super().__init__(spec, config.lora_alpha / (config.init_r + 1e-5))
+        self.spec = spec
+        self.triplets = _triplets(spec)
         self.r = sum(self.triplets)
-        self.lora_A = site.parameter(self.r, math.prod(site.shape[1:]))
-        self.lora_E = site.parameter(self.r, 1)
-        self.lora_B = site.parameter(site.shape[0], self.r)
+        self.lora_A = spec.parameter(self.r, math.prod(spec.shape[1:]))
+        self.lora_E = spec.parameter(self.r, 1)
+        self.lora_B = spec.parameter(spec.shape[0], self.r)
         dropout = config.lora_dropout
         self.lora_dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         self.reset_parameters()
@@ -203,9 +203,9 @@ class AdaLoraAdapter(DeltaAdapter):
     def reset_parameters(self) -> None:
         """E zero, A and B small, unless `init_lora_weights` is false."""
         super().reset_parameters()
-        start = self.site.config.init_lora_weights
+        start = self.spec.config.init_lora_weights
         for name in ("lora_A", "lora_B", "lora_E"):
-            normal_(getattr(self, name), 0.02 if start else 1, self.site.generator(name))
+            normal_(getattr(self, name), 0.02 if start else 1, self.spec.generator(name))
         if start:
             zeros_(self.lora_E)
 
@@ -223,11 +223,11 @@ class AdaLoraAdapter(DeltaAdapter):
     def delta_weight(self) -> Tensor:
         """The product s * B diag(E) A, in the layout of the weight."""
         product = self.lora_B @ (self.lora_A * self.lora_E)
-        return self.scale() * product.view(self.site.shape)
+        return self.scale() * product.view(self.spec.shape)
 
     def extra_repr(self) -> str:
         """Rank and alpha, as they appear in `print(model)`."""
-        return f"r={self.r}, lora_alpha={self.site.config.lora_alpha:g}"
+        return f"r={self.r}, lora_alpha={self.spec.config.lora_alpha:g}"
 
 
 class AdaLoraConvAdapter(AdaLoraAdapter):
@@ -248,18 +248,18 @@ class AdaLoraConvAdapter(AdaLoraAdapter):
         return DeltaAdapter.forward(self, self.lora_dropout(x), y, base)
 
 
-def _triplets(site: Site) -> list[bool]:
+def _triplets(spec: AdapterSpec) -> list[bool]:
     """Which of init_r triplets the tensors of this weight have."""
-    config: AdaLoraConfig = site.config
-    largest = min(site.shape[0], math.prod(site.shape[1:]))
-    if site.check_rank and config.init_r > largest:
-        last = site.path.rpartition(".")[2]
+    config: AdaLoraConfig = spec.config
+    largest = min(spec.shape[0], math.prod(spec.shape[1:]))
+    if spec.check_rank and config.init_r > largest:
+        last = spec.path.rpartition(".")[2]
         raise RankError(
-            f"init_r={config.init_r} is larger than {site.path!r} (weight {tuple(site.shape)}) "
+            f"init_r={config.init_r} is larger than {spec.path!r} (weight {tuple(spec.shape)}) "
             f"allows: at most {largest}. Lower init_r, leave this layer out with exclude_modules: "
             f"[{last}], or train it in full with modules_to_save: [{last}]. (lora.init_r)"
         )
-    path = site.name.rpartition(".")[0]  # of the weight, where the module has several
+    path = spec.name.rpartition(".")[0]  # of the weight, where the module has several
     pattern = config.rank_pattern
     return pattern.get(path) or pattern_value(pattern, path, [True] * config.init_r)
 

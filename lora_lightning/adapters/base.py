@@ -5,7 +5,7 @@ f_0 is the module's own map, and adapter k turns f_(k-1) into
 
     f_k(x) = forward(x, f_(k-1)(transform_input(x))),
 
-on weights W_k = transform_weight(W_(k-1)). An adapter says both, so that every host can run it and
+on weights W_k = transform_weight(W_(k-1)). An adapter says both, so that every layer can run it and
 merge it; most are additive, W_k = W_(k-1) + delta.
 """
 
@@ -37,14 +37,14 @@ class Convolution:
 
 
 class Base(Protocol):
-    """What an adapter may ask of the weight it sits on: a host, or a part of one."""
+    """What an adapter may ask of the weight it sits on: a layer, or a part of one."""
 
     @property
     def bias(self) -> Tensor | None:
         """The bias that goes with the weight."""
 
     def apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
-        """The host's map with another weight of the same layout and without bias."""
+        """The layer's map with another weight of the same layout and without bias."""
 
     def base_weight(self) -> Tensor:
         """The weight as it was before any merge, dense, in the canonical layout."""
@@ -54,7 +54,7 @@ class Base(Protocol):
 
 
 @dataclass(frozen=True)
-class Site:
+class AdapterSpec:
     """Where one adapter sits, and all it is made from.
 
     Attributes:
@@ -144,7 +144,7 @@ class Adapter(nn.Module):
         config: The options it was made from; shared by all adapters of one injection.
         autocast_adapter_dtype: Whether its tensors stay fp32 when a model is cast to 16 bits.
         live: Whether it acts at present, as a tensor: what compiled code looks at instead of the
-            host's lists, so that switching does not recompile.
+            layer's lists, so that switching does not recompile.
 
     """
 
@@ -238,10 +238,10 @@ class DeltaAdapter(Adapter):
     gain: Tensor
     additive = True
 
-    def __init__(self, site: Site, scaling: float) -> None:
-        super().__init__(site.config, site.device)
-        wide = torch.promote_types(site.dtype, torch.float32)
-        self.register_buffer("gain", torch.empty((), device=site.device, dtype=wide), False)
+    def __init__(self, spec: AdapterSpec, scaling: float) -> None:
+        super().__init__(spec.config, spec.device)
+        wide = torch.promote_types(spec.dtype, torch.float32)
+        self.register_buffer("gain", torch.empty((), device=spec.device, dtype=wide), False)
         self.own_scaling = scaling  # of the config; `scaling` is what acts
         self.set_scaling(scaling)
 
@@ -276,7 +276,7 @@ class DeltaAdapter(Adapter):
         return weight + self.delta_weight().to(weight)
 
 
-class AdapterParts(Adapter):
+class MultiWeightAdapter(Adapter):
     """One adapter on a module of several weights: a child for each, under the weight's name."""
 
     def __init__(self, config: AdapterConfig, parts: dict[str, Adapter]) -> None:

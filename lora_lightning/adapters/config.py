@@ -140,7 +140,7 @@ class AdapterConfig:
             known: The adapters of the same name that are on the model already, by path.
 
         Returns:
-            `Site.shared` of the new adapters.
+            `AdapterSpec.shared` of the new adapters.
 
         """
         return None

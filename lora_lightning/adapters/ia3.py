@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from lora_lightning.adapters.base import Adapter, Base, Convolution, Site
+from lora_lightning.adapters.base import Adapter, AdapterSpec, Base, Convolution
 from lora_lightning.adapters.config import AdapterConfig, check_choice, check_expression
 from lora_lightning.adapters.initialization import normal_
 from lora_lightning.errors import TargetError, did_you_mean, first_few
@@ -97,16 +97,16 @@ class Ia3Adapter(Adapter):
 
     """
 
-    def __init__(self, site: Site) -> None:
-        super().__init__(site.config, site.device)
-        self.site = site
-        self.is_feedforward = cast(Ia3Config, site.config).is_feedforward(site.path)
-        self.ia3_l = site.parameter(*self.factor_shape())
+    def __init__(self, spec: AdapterSpec) -> None:
+        super().__init__(spec.config, spec.device)
+        self.spec = spec
+        self.is_feedforward = cast(Ia3Config, spec.config).is_feedforward(spec.path)
+        self.ia3_l = spec.parameter(*self.factor_shape())
         self.reset_parameters()
 
     def factor_shape(self) -> tuple[int, ...]:
         """The shape of ia3_l."""
-        out_features, in_features = self.site.shape
+        out_features, in_features = self.spec.shape
         return (1, in_features) if self.is_feedforward else (out_features, 1)
 
     def reset_parameters(self) -> None:
@@ -116,7 +116,7 @@ class Ia3Adapter(Adapter):
             with torch.no_grad():
                 self.ia3_l.fill_(1)
         else:
-            normal_(self.ia3_l, 1, self.site.generator("ia3_l"))
+            normal_(self.ia3_l, 1, self.spec.generator("ia3_l"))
 
     def along_activation(self) -> Tensor:
         """The factors, to be multiplied with inputs or outputs."""
@@ -163,7 +163,7 @@ class Ia3ConvAdapter(Ia3Adapter):
 
     def factor_shape(self) -> tuple[int, ...]:
         """The shape of ia3_l."""
-        out_channels, in_channels, *kernel = self.site.shape
+        out_channels, in_channels, *kernel = self.spec.shape
         channels = in_channels * self._groups() if self.is_feedforward else out_channels
         return (1, channels, *(1 for _ in kernel))
 
@@ -176,7 +176,7 @@ class Ia3ConvAdapter(Ia3Adapter):
         if not self.is_feedforward:
             return self.ia3_l.transpose(0, 1)
         by_group = self.ia3_l.view(self._groups(), -1, *self.ia3_l.shape[2:])
-        return by_group.repeat_interleave(self.site.shape[0] // self._groups(), dim=0)
+        return by_group.repeat_interleave(self.spec.shape[0] // self._groups(), dim=0)
 
     def _groups(self) -> int:
-        return cast(Convolution, self.site.conv).groups
+        return cast(Convolution, self.spec.conv).groups

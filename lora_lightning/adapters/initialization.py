@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.utilities.dtensor import copy_whole
+from lora_lightning.utilities.dtensor import copy_full
 
 
 def generator_for(seed: int, name: str) -> torch.Generator:
@@ -51,7 +51,7 @@ def _fill(tensor: Tensor, draw: Callable[[Tensor], Tensor]) -> None:
     # Drawn on the CPU in fp32 and copied, so that the values do not depend on device or dtype.
     draft = torch.empty(tensor.shape, dtype=torch.float32, device="cpu")
     draw(draft)
-    copy_whole(tensor, draft)
+    copy_full(tensor, draft)
 
 
 def parameter(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> nn.Parameter:

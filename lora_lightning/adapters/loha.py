@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_lightning.adapters.base import Base, Site
+from lora_lightning.adapters.base import AdapterSpec, Base
 from lora_lightning.adapters.lycoris import (
     LycorisAdapter,
     LycorisConfig,
@@ -85,20 +85,20 @@ class LohaAdapter(LycorisAdapter):
     hada_t1: nn.Parameter | None
     hada_t2: nn.Parameter | None
 
-    def __init__(self, site: Site) -> None:
-        rows, columns, *kernel = site.shape
+    def __init__(self, spec: AdapterSpec) -> None:
+        rows, columns, *kernel = spec.shape
         columns *= math.prod(kernel)
         # At min(rows, columns) a factor is any matrix. PEFT takes its default of 8 on layers that
         # are narrower than that; beyond the larger side there is no such excuse.
-        super().__init__(site, site.rank(max(rows, columns)))
+        super().__init__(spec, spec.rank(max(rows, columns)))
         shape_a, shape_b = (rows, self.r), (self.r, columns)
         self.hada_t1 = self.hada_t2 = None
         if self.effective:
             self.hada_t1, self.hada_t2 = self.core(), self.core()
-            shape_a, shape_b = (self.r, rows), (self.r, site.shape[1])
-        self.hada_w1_a, self.hada_w1_b = site.parameter(*shape_a), site.parameter(*shape_b)
-        self.hada_w2_a, self.hada_w2_b = site.parameter(*shape_a), site.parameter(*shape_b)
-        whole = site.conv is None or site.conv.groups == 1
+            shape_a, shape_b = (self.r, rows), (self.r, spec.shape[1])
+        self.hada_w1_a, self.hada_w1_b = spec.parameter(*shape_a), spec.parameter(*shape_b)
+        self.hada_w2_a, self.hada_w2_b = spec.parameter(*shape_a), spec.parameter(*shape_b)
+        whole = spec.conv is None or spec.conv.groups == 1
         products = self.r**2 * (rows + columns)
         self.acts_in_steps = whole and products <= _WORTH_IT * rows * columns
         self.reset_parameters()
@@ -121,7 +121,7 @@ class LohaAdapter(LycorisAdapter):
 
     def delta_weight(self) -> Tensor:
         """scaling * (A1 B1) o (A2 B2), (out, in, *kernel)."""
-        return hadamard(*self.factors(self.scale())).view(self.site.shape)
+        return hadamard(*self.factors(self.scale())).view(self.spec.shape)
 
     def update(self, x: Tensor, base: Base) -> Tensor:
         """The base's map with scaling * (A1 B1) o (A2 B2) as its weight."""
@@ -133,10 +133,10 @@ class LohaAdapter(LycorisAdapter):
         dtype = product_dtype(x)
         x = x.to(dtype)
         if self.acts_in_steps:
-            return recompute(partial(_in_steps, base, self.site.shape[1:]), x, *factors)
+            return recompute(partial(_in_steps, base, self.spec.shape[1:]), x, *factors)
         factors = [factor.to(dtype) for factor in factors]
-        if self.site.conv is not None:
-            return base.apply_weight(x, recompute(hadamard, *factors).view(self.site.shape))
+        if self.spec.conv is not None:
+            return base.apply_weight(x, recompute(hadamard, *factors).view(self.spec.shape))
         if is_traced():
             return F.linear(x, hadamard(*factors))
         return cast(Tensor, _HadamardLinear.apply(x, *factors))

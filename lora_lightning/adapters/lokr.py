@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_lightning.adapters.base import Base, Convolution, Site
+from lora_lightning.adapters.base import AdapterSpec, Base, Convolution
 from lora_lightning.adapters.lycoris import (
     LycorisAdapter,
     LycorisConfig,
@@ -124,26 +124,26 @@ class LokrAdapter(LycorisAdapter):
     lokr_w2_b: nn.Parameter
     lokr_t2: nn.Parameter | None
 
-    def __init__(self, site: Site) -> None:
-        config: LokrConfig = site.config
-        rows, columns, *kernel = site.shape
+    def __init__(self, spec: AdapterSpec) -> None:
+        config: LokrConfig = spec.config
+        rows, columns, *kernel = spec.shape
         h, k = factorization(rows, config.decompose_factor)
         m, n = factorization(columns, config.decompose_factor)
-        r = site.rank()
-        super().__init__(site, r)
+        r = spec.rank()
+        super().__init__(spec, r)
         self.lokr_w1 = self.lokr_w2 = self.lokr_t2 = None
         if config.decompose_both and r < max(h, m) / 2:
-            self.lokr_w1_a, self.lokr_w1_b = site.parameter(h, r), site.parameter(r, m)
+            self.lokr_w1_a, self.lokr_w1_b = spec.parameter(h, r), spec.parameter(r, m)
         else:
-            self.lokr_w1 = site.parameter(h, m)
+            self.lokr_w1 = spec.parameter(h, m)
         if r >= max(k, n) / 2:
-            self.lokr_w2 = site.parameter(k, n, *kernel)
+            self.lokr_w2 = spec.parameter(k, n, *kernel)
         elif self.effective:
             self.lokr_t2 = self.core()
-            self.lokr_w2_a, self.lokr_w2_b = site.parameter(r, k), site.parameter(r, n)
+            self.lokr_w2_a, self.lokr_w2_b = spec.parameter(r, k), spec.parameter(r, n)
         else:
-            self.lokr_w2_a = site.parameter(k, r)
-            self.lokr_w2_b = site.parameter(r, n * math.prod(kernel))
+            self.lokr_w2_a = spec.parameter(k, r)
+            self.lokr_w2_b = spec.parameter(r, n * math.prod(kernel))
         self.b_shape = (k if self.lokr_w2 is not None else r, n, *kernel)
         # PEFT's torch.kron lines up W1's dimensions with the last two of W2, which for a full
         # kernel of a Conv1d are (in, position): not the blocks above, but what its files mean.
@@ -154,7 +154,7 @@ class LokrAdapter(LycorisAdapter):
 
     def _is_cheap(self, h: int, m: int) -> bool:
         """Whether the update acts as Y = W1 (X B^T) A^T and not as a dense weight."""
-        conv, (rows, *rest) = self.site.conv, self.site.shape
+        conv, (rows, *rest) = self.spec.conv, self.spec.shape
         if conv is None:
             return True
         if conv.padding_mode != "zeros" or h % conv.groups:
@@ -189,7 +189,7 @@ class LokrAdapter(LycorisAdapter):
 
     def _dense(self, w1: Tensor, b: Tensor, a: Tensor | None = None) -> Tensor:
         w2 = b if a is None else (a @ b.flatten(1)).view(-1, *b.shape[1:])
-        return torch.einsum(self.order, w1, w2).reshape(self.site.shape)
+        return torch.einsum(self.order, w1, w2).reshape(self.spec.shape)
 
     def update(self, x: Tensor, base: Base) -> Tensor:
         """W1 (X B^T) A^T, or the base's map with the dense product as its weight."""
@@ -198,12 +198,12 @@ class LokrAdapter(LycorisAdapter):
         x = x.to(dtype)
         if not self.acts_in_steps:
             y = base.apply_weight(x, self._dense(*factors))
-        elif self.site.conv is None:
+        elif self.spec.conv is None:
             y = recompute(kronecker_linear, x, *factors)
         else:
-            y = recompute(partial(kronecker_convolution, self.site.conv), x, *factors)
+            y = recompute(partial(kronecker_convolution, self.spec.conv), x, *factors)
         rows = self.kept_rows(cast(LokrConfig, self.config).rank_dropout_scale)
-        return y if rows is None else y * rows.view(-1, *(1 for _ in self.site.shape[2:])).to(dtype)
+        return y if rows is None else y * rows.view(-1, *(1 for _ in self.spec.shape[2:])).to(dtype)
 
 
 def kronecker_linear(x: Tensor, w1: Tensor, b: Tensor, a: Tensor | None = None) -> Tensor:

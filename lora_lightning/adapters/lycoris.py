@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from lora_lightning.adapters.base import Base, DeltaAdapter, Site
+from lora_lightning.adapters.base import AdapterSpec, Base, DeltaAdapter
 from lora_lightning.adapters.config import (
     RankedConfig,
     check_choice,
@@ -76,19 +76,19 @@ class LycorisConfig(RankedConfig):
 class LycorisAdapter(DeltaAdapter):
     """y + update(x), where the update of a training step may have rows or all of it dropped."""
 
-    def __init__(self, site: Site, r: int) -> None:
+    def __init__(self, spec: AdapterSpec, r: int) -> None:
         self.r = r
-        self.alpha = site.alpha(site.config.alpha)
-        super().__init__(site, self.alpha / r)
-        self.site = site
-        kernel = site.shape[2:]
+        self.alpha = spec.alpha(spec.config.alpha)
+        super().__init__(spec, self.alpha / r)
+        self.spec = spec
+        kernel = spec.shape[2:]
         # On a kernel of one position there is nothing to take apart.
-        self.effective = site.config.use_effective_conv2d and any(size != 1 for size in kernel)
+        self.effective = spec.config.use_effective_conv2d and any(size != 1 for size in kernel)
 
     def core(self) -> nn.Parameter:
         """The tensor of `use_effective_conv2d`, (r, r, *kernel); PEFT ends that of 1d with a 1."""
-        kernel = self.site.shape[2:]
-        return self.site.parameter(self.r, self.r, *kernel, *((1,) if len(kernel) == 1 else ()))
+        kernel = self.spec.shape[2:]
+        return self.spec.parameter(self.r, self.r, *kernel, *((1,) if len(kernel) == 1 else ()))
 
     def start(self, *zero: str) -> None:
         """Start values: the tensors `zero` are 0, all others Kaiming-uniform."""
@@ -96,7 +96,7 @@ class LycorisAdapter(DeltaAdapter):
             if name in zero:
                 zeros_(tensor)
             else:  # fan_in is the product of all dimensions but the first
-                kaiming_uniform_(tensor.flatten(1), self.site.generator(name))
+                kaiming_uniform_(tensor.flatten(1), self.spec.generator(name))
 
     def forward(self, x: Tensor, y: Tensor, base: Base) -> Tensor:
         """y + update(x), in y's dtype."""
@@ -123,7 +123,7 @@ class LycorisAdapter(DeltaAdapter):
         p = cast(LycorisConfig, self.config).rank_dropout
         if not (self.training and p):
             return None
-        rows = self.site.shape[0]
+        rows = self.spec.shape[0]
         kept = (torch.rand(rows, device=self.gain.device) > p).to(self.gain.dtype)
         return kept / kept.mean().clamp_min(1 / rows) if rescale else kept
 

@@ -23,7 +23,7 @@ from typing import Any, ClassVar, TypeVar, cast
 import torch
 from torch import Tensor
 
-from lora_lightning.adapters.base import Adapter, Base, Convolution, Site
+from lora_lightning.adapters.base import Adapter, AdapterSpec, Base, Convolution
 from lora_lightning.adapters.config import (
     AdapterConfig,
     check_choice,
@@ -136,27 +136,27 @@ class OftAdapter(Adapter):
 
     file_names: ClassVar[dict[str, str]] = {"oft_R": "oft_R.weight"}
 
-    def __init__(self, site: Site) -> None:
-        config: OftConfig = site.config
-        super().__init__(config, site.device)
-        self.site = site
+    def __init__(self, spec: AdapterSpec) -> None:
+        config: OftConfig = spec.config
+        super().__init__(config, spec.device)
+        self.spec = spec
         width = self.width()
         self.blocks, self.size = config.blocks(width)
         if self.size == 1:
             raise RankError(
-                f"{site.path!r} (weight {tuple(site.shape)}) reads {width} values; blocks of 1, "
+                f"{spec.path!r} (weight {tuple(spec.shape)}) reads {width} values; blocks of 1, "
                 "to which r and oft_block_size lead there, rotate nothing. Choose others, or leave "
                 "it out with exclude_modules. (lora.oft_block_size)"
             )
         stored = 1 if config.block_share else self.blocks
         root = torch.tensor(stored, device="cpu").sqrt()  # in fp32, as in PEFT
         self.limit = (config.eps / root).item()
-        self.oft_R = site.parameter(stored, self.size * (self.size - 1) // 2)
+        self.oft_R = spec.parameter(stored, self.size * (self.size - 1) // 2)
         self.reset_parameters()
 
     def width(self) -> int:
         """How many values are rotated."""
-        return self.site.shape[1]
+        return self.spec.shape[1]
 
     def reset_parameters(self) -> None:
         """No rotation, or a random one with `init_weights: false`."""
@@ -164,7 +164,7 @@ class OftAdapter(Adapter):
         if cast(OftConfig, self.config).init_weights:
             zeros_(self.oft_R)
         else:
-            normal_(self.oft_R, 0.1, self.site.generator("oft_R"))
+            normal_(self.oft_R, 0.1, self.spec.generator("oft_R"))
 
     def turn(self) -> Tensor:
         """R - I by blocks, (in / b, b, b); (1, b, b) where they all rotate alike."""
@@ -248,12 +248,12 @@ class OftConvAdapter(OftAdapter):
 
     """
 
-    def __init__(self, site: Site) -> None:
-        super().__init__(site)
-        each = math.prod(site.shape[1:])
+    def __init__(self, spec: AdapterSpec) -> None:
+        super().__init__(spec)
+        each = math.prod(spec.shape[1:])
         if each % self.size:
             raise RankError(
-                f"{site.path!r} has {self._groups()} groups that read {each} values each, which "
+                f"{spec.path!r} has {self._groups()} groups that read {each} values each, which "
                 f"blocks of {self.size} do not divide. Choose a divisor of it as oft_block_size, "
                 "or leave this layer out with exclude_modules. (lora.oft_block_size)"
             )
@@ -264,19 +264,19 @@ class OftConvAdapter(OftAdapter):
 
     def width(self) -> int:
         """The size of a patch."""
-        return math.prod(self.site.shape[1:]) * self._groups()
+        return math.prod(self.spec.shape[1:]) * self._groups()
 
     def _groups(self) -> int:
-        return cast(Convolution, self.site.conv).groups
+        return cast(Convolution, self.spec.conv).groups
 
     def _is_pointwise(self) -> bool:
-        return math.prod(self.site.shape[2:]) == 1
+        return math.prod(self.spec.shape[2:]) == 1
 
     def transform_input(self, x: Tensor, base: Base) -> Tensor:
         """x with its channels rotated, where the kernel is a single point."""
         if not self._is_pointwise():
             return x
-        channel = -1 - cast(Convolution, self.site.conv).dims
+        channel = -1 - cast(Convolution, self.spec.conv).dims
         turned = blockwise(x.movedim(channel, -1), self.forward_turn())
         return x + turned.movedim(-1, channel)
 
@@ -298,7 +298,7 @@ class OftConvAdapter(OftAdapter):
         return turned.transpose(0, 1).reshape(weight.shape)
 
     def _weight_below(self, base: Any) -> Tensor:
-        """The kernel of the map below this adapter, as the host (`base`) runs it now."""
+        """The kernel of the map below this adapter, as the layer (`base`) runs it now."""
         weight: Tensor = base.dense_weight()
         # Rows that have an adapter each have no other below it.
         for adapter in () if base.row_adapters is not None else base.chain():

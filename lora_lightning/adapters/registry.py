@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from lora_lightning.adapters.adalora import AdaLoraAdapter, AdaLoraConfig, AdaLoraConvAdapter
-from lora_lightning.adapters.base import Adapter, Site
+from lora_lightning.adapters.base import Adapter, AdapterSpec
 from lora_lightning.adapters.config import AdapterConfig
 from lora_lightning.adapters.ia3 import Ia3Adapter, Ia3Config, Ia3ConvAdapter
 from lora_lightning.adapters.loha import LohaAdapter, LohaConfig
@@ -20,8 +20,8 @@ from lora_lightning.adapters.shira import ShiraAdapter, ShiraConfig
 from lora_lightning.adapters.vera import VeraAdapter, VeraConfig
 from lora_lightning.errors import ConfigError, did_you_mean
 
-# The adapter class for each kind of host (`Host.kind`), or what says it for a config.
-ByKind = Mapping[str, Callable[[Site], Adapter]]
+# The adapter class for each kind of layer (`AdaptedLayer.kind`), or what says it for a config.
+ByKind = Mapping[str, Callable[[AdapterSpec], Adapter]]
 
 _TYPES: dict[type[AdapterConfig], Callable[[AdapterConfig], ByKind]] = {}
 
@@ -33,7 +33,7 @@ def register_adapter(
 
     Args:
         config_type: Its options; `config_type.peft_type` names it in files.
-        by_kind: The class for every kind of host that it supports, {"linear": MyAdapter}; or a
+        by_kind: The class for every kind of layer that it supports, {"linear": MyAdapter}; or a
             function that says so for a config.
 
     Raises:
@@ -50,7 +50,7 @@ def register_adapter(
 
 
 def classes_for(config: AdapterConfig) -> ByKind:
-    """The adapter class for each kind of host that `config`'s type supports.
+    """The adapter class for each kind of layer that `config`'s type supports.
 
     Raises:
         ConfigError: If the type is not registered.

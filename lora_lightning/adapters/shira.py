@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_lightning.adapters.base import Base, DeltaAdapter, Site
+from lora_lightning.adapters.base import AdapterSpec, Base, DeltaAdapter
 from lora_lightning.adapters.config import AdapterConfig, check_choice, check_rank
 from lora_lightning.adapters.initialization import normal_, zeros_
 from lora_lightning.errors import ConfigError, RankError
@@ -100,19 +100,19 @@ class ShiraAdapter(DeltaAdapter):
 
     shira_indices: Tensor
 
-    def __init__(self, site: Site) -> None:
-        super().__init__(site, 1.0)
-        self.site = site
-        r, count = site.config.r, site.config.r * sum(site.shape)
-        if count > math.prod(site.shape):
+    def __init__(self, spec: AdapterSpec) -> None:
+        super().__init__(spec, 1.0)
+        self.spec = spec
+        r, count = spec.config.r, spec.config.r * sum(spec.shape)
+        if count > math.prod(spec.shape):
             raise RankError(
-                f"r={r} asks for {count} entries of {site.path!r}, whose weight "
-                f"{tuple(site.shape)} has {math.prod(site.shape)}: at most r="
-                f"{math.prod(site.shape) // sum(site.shape)} fits. Lower r, or leave this layer "
+                f"r={r} asks for {count} entries of {spec.path!r}, whose weight "
+                f"{tuple(spec.shape)} has {math.prod(spec.shape)}: at most r="
+                f"{math.prod(spec.shape) // sum(spec.shape)} fits. Lower r, or leave this layer "
                 "out with exclude_modules. (lora.r)"
             )
-        self.shira_weight = site.parameter(count)
-        indices = torch.zeros(2, count, dtype=torch.int32, device=site.device)
+        self.shira_weight = spec.parameter(count)
+        indices = torch.zeros(2, count, dtype=torch.int32, device=spec.device)
         self.register_buffer("shira_indices", indices)
         self.reset_parameters()
 
@@ -123,12 +123,12 @@ class ShiraAdapter(DeltaAdapter):
         if config.init_weights:
             zeros_(self.shira_weight)
         else:
-            normal_(self.shira_weight, 1, self.site.generator("shira_weight"))
+            normal_(self.shira_weight, 1, self.spec.generator("shira_weight"))
         if config.mask_type == "random" and not self.shira_indices.is_meta:
             generator = torch.Generator()  # as in PEFT one of each shape, the same without a seed
             if config.random_seed is not None:
                 generator.manual_seed(config.random_seed)
-            order = torch.randperm(math.prod(self.site.shape), generator=generator)
+            order = torch.randperm(math.prod(self.spec.shape), generator=generator)
             self._choose(order[: len(self.shira_weight)].sort().values)
 
     @property
@@ -144,21 +144,21 @@ class ShiraAdapter(DeltaAdapter):
         if mask.shape != weight.shape or len(chosen) != len(self.shira_weight):
             raise ConfigError(
                 f"mask_fn chooses {len(chosen)} entries in a mask of shape {tuple(mask.shape)} for "
-                f"{self.site.path!r}; it should be {len(self.shira_weight)}, r (in + out), of the "
+                f"{self.spec.path!r}; it should be {len(self.shira_weight)}, r (in + out), of the "
                 f"weight's {tuple(weight.shape)}. (lora.mask_fn)"
             )
         self._choose(chosen)
 
     def _choose(self, flat: Tensor) -> None:
-        columns = self.site.shape[1]
+        columns = self.spec.shape[1]
         self.shira_indices.copy_(torch.stack([flat // columns, flat % columns]))
 
     def delta_weight(self) -> Tensor:
         """S, dense."""
         rows, columns = self.shira_indices.long()
-        flat = self.shira_weight.new_zeros(math.prod(self.site.shape))
+        flat = self.shira_weight.new_zeros(math.prod(self.spec.shape))
         values = self.scale() * self.shira_weight
-        return flat.index_add(0, rows * self.site.shape[1] + columns, values).view(self.site.shape)
+        return flat.index_add(0, rows * self.spec.shape[1] + columns, values).view(self.spec.shape)
 
     def forward(self, x: Tensor, y: Tensor, base: Base) -> Tensor:
         """y + x S^T, in y's dtype."""
@@ -166,13 +166,13 @@ class ShiraAdapter(DeltaAdapter):
             return super().forward(x, y, base)
         values = (self.scale() * self.shira_weight).to(x.dtype)
         rows = x.reshape(-1, x.shape[-1])
-        change = SparseProduct.apply(rows, values, self.shira_indices, self.site.shape)
+        change = SparseProduct.apply(rows, values, self.shira_indices, self.spec.shape)
         return y + change.reshape(y.shape).to(y.dtype)
 
     def _product_is_sparse(self, x: Tensor) -> bool:
         if x.device.type != "cpu" or torch.compiler.is_compiling():
             return False
-        if len(self.shira_weight) > SPARSE_SHARE * math.prod(self.site.shape):
+        if len(self.shira_weight) > SPARSE_SHARE * math.prod(self.spec.shape):
             return False
         rows = self.shira_indices[0]
         return bool((rows[1:] >= rows[:-1]).all())  # a file may have them in any order

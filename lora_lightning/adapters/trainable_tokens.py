@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_lightning.adapters.base import Adapter, Base, Site
+from lora_lightning.adapters.base import Adapter, AdapterSpec, Base
 from lora_lightning.errors import ConfigError
 from lora_lightning.utilities.autocast import is_autocast
-from lora_lightning.utilities.dtensor import copy_whole
+from lora_lightning.utilities.dtensor import copy_full
 
 
 class TokenRows(Adapter):
@@ -35,13 +35,13 @@ class TokenRows(Adapter):
         "trainable_tokens_delta": "token_adapter.trainable_tokens_delta"
     }
 
-    def __init__(self, site: Site, token_ids: Sequence[int]) -> None:
-        super().__init__(site.config, site.device)
-        check_token_ids(token_ids, site.shape[0], site.path)
+    def __init__(self, spec: AdapterSpec, token_ids: Sequence[int]) -> None:
+        super().__init__(spec.config, spec.device)
+        check_token_ids(token_ids, spec.shape[0], spec.path)
         self.token_ids = list(token_ids)
-        self.trainable_tokens_delta = site.parameter(len(self.token_ids), site.shape[1])
+        self.trainable_tokens_delta = spec.parameter(len(self.token_ids), spec.shape[1])
         for name in ("ids", "sorted_ids", "order"):
-            empty = torch.empty(len(self.token_ids), dtype=torch.long, device=site.device)
+            empty = torch.empty(len(self.token_ids), dtype=torch.long, device=spec.device)
             self.register_buffer(name, empty, persistent=False)
         self.reset_parameters()
 
@@ -62,7 +62,7 @@ class TokenRows(Adapter):
     @torch.no_grad()
     def start_from_weight(self, weight: Tensor) -> None:
         """The rows start as those of the table."""
-        copy_whole(self.trainable_tokens_delta, weight[self.token_ids])
+        copy_full(self.trainable_tokens_delta, weight[self.token_ids])
 
     def forward(self, x: Tensor, y: Tensor, base: Base) -> Tensor:
         """The rows y, those of trained tokens exchanged."""

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_lightning.adapters.base import Base, DeltaAdapter, Site
+from lora_lightning.adapters.base import AdapterSpec, Base, DeltaAdapter
 from lora_lightning.adapters.config import (
     AdapterConfig,
     check_choice,
@@ -162,20 +162,20 @@ class VeraAdapter(DeltaAdapter):
     }
     projections: Projections | None
 
-    def __init__(self, site: Site) -> None:
-        super().__init__(site, 1.0)
-        config: VeraConfig = site.config
-        self.site = dataclasses.replace(site, shared=None)
-        shared: Projections = site.shared
+    def __init__(self, spec: AdapterSpec) -> None:
+        super().__init__(spec, 1.0)
+        config: VeraConfig = spec.config
+        self.spec = dataclasses.replace(spec, shared=None)
+        shared: Projections = spec.shared
         self.shared = [shared]  # in a list: no child
         self.projections = None if shared.owned else shared
         if not shared.owned:
-            shared.owned, shared.base_dtype = True, site.base_dtype
-            shared.to_empty(device=site.device).to(site.dtype)
+            shared.owned, shared.base_dtype = True, spec.base_dtype
+            shared.to_empty(device=spec.device).to(spec.dtype)
         dropout = config.vera_dropout
         self.vera_dropout = nn.Dropout(dropout) if dropout else nn.Identity()
-        self.vera_lambda_d = site.parameter(config.r)
-        self.vera_lambda_b = site.parameter(site.shape[0])
+        self.vera_lambda_d = spec.parameter(config.r)
+        self.vera_lambda_b = spec.parameter(spec.shape[0])
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -186,13 +186,13 @@ class VeraAdapter(DeltaAdapter):
             self.vera_lambda_d.fill_(config.d_initial)
             self.vera_lambda_b.fill_(0 if config.init_weights else 1)
         if not config.init_weights:
-            normal_(self.vera_lambda_d, 1, self.site.generator("vera_lambda_d"))
+            normal_(self.vera_lambda_d, 1, self.spec.generator("vera_lambda_d"))
         if self.projections is not None:
             self.projections.reset_parameters()
 
     def matrices(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """A (r, in) and B (out, r)."""
-        out_features, in_features = self.site.shape
+        out_features, in_features = self.spec.shape
         shared = self.shared[0]
         a, b = shared.vera_A[:, :in_features], shared.vera_B[:out_features]
         return a.to(device), b.to(device)  # where the layers are spread over several

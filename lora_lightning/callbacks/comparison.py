@@ -19,7 +19,7 @@ from rich.table import Table
 from lora_lightning.adapters.modules_to_save import TrainedCopy
 from lora_lightning.engine.switching import adapter_names, disable_adapter
 from lora_lightning.errors import ConfigError, first_few
-from lora_lightning.layers.base import named_hosts
+from lora_lightning.layers.base import named_adapted_layers
 from lora_lightning.training import summary as report
 from lora_lightning.training.module_hooks import callbacks_of
 from lora_lightning.utilities.rng import random_state, seed_all, set_random_state
@@ -169,7 +169,7 @@ def compare_with_base(
         # Every process has a share of the batches.
         noise=None if noise is None else noise / math.sqrt(trainer.world_size),
         title=f"validation without and with the adapter, weights in memory{step}",
-        copies=[path for path, host in named_hosts(module) if _has_copy(host)],
+        copies=[path for path, layer in named_adapted_layers(module) if _has_copy(layer)],
     )
     if not isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
         _log(trainer, comparison)
@@ -301,8 +301,8 @@ def _noise(base: list[tuple[float, float]], tuned: list[tuple[float, float]]) ->
     return math.sqrt(squares * count / (count - 1)) / total
 
 
-def _has_copy(host: Any) -> bool:
-    return any(isinstance(adapter, TrainedCopy) for adapter in host.adapters.values())
+def _has_copy(layer: Any) -> bool:
+    return any(isinstance(adapter, TrainedCopy) for adapter in layer.adapters.values())
 
 
 def _log(trainer: Any, comparison: Comparison) -> None:

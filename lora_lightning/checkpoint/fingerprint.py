@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from lora_lightning.adapters.modules_to_save import TrainedCopy
 from lora_lightning.engine.bias import trained_biases
 from lora_lightning.errors import AdapterMismatchError
-from lora_lightning.layers.base import Host, named_hosts, walk
+from lora_lightning.layers.base import AdaptedLayer, named_adapted_layers, walk
 from lora_lightning.layers.quantized.base import packed_weight
-from lora_lightning.utilities.dtensor import whole
+from lora_lightning.utilities.dtensor import full_tensor
 
 SAMPLE = 65_536
 
@@ -38,14 +38,14 @@ def base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """
     # By identity: a weight can be shared, and a bias have several names.
     originals: dict[int, Tensor] = {}
-    for _, host in named_hosts(model):
-        for name, original in host.kept_tensors().items():
-            originals[id(host._parameters.get(name))] = original
+    for _, layer in named_adapted_layers(model):
+        for name, original in layer.kept_tensors().items():
+            originals[id(layer._parameters.get(name))] = original
     for _, module, record in trained_biases(model):
         originals[id(module.bias)] = record.original(module)
     replaced: list[str] = []
     for path, module in walk(model):
-        if isinstance(module, Host) and any(
+        if isinstance(module, AdaptedLayer) and any(
             isinstance(a, TrainedCopy) for a in module.adapters.values()
         ):
             replaced.append(path + ".")
@@ -57,7 +57,7 @@ def base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         if packed is not None:  # with its scales: the same indices stand for W and for 2 W
             del tensors["weight"]
             tensors |= packed.tensors()
-        kept = module.kept_tensors() if isinstance(module, Host) else {}
+        kept = module.kept_tensors() if isinstance(module, AdaptedLayer) else {}
         for name, tensor in tensors.items():
             yield prefix + name, originals.get(id(tensor), kept.get(name, tensor))
 
@@ -102,7 +102,7 @@ def fingerprint_difference(saved: Fingerprint, found: Fingerprint) -> list[str]:
 
 def digest(tensor: Tensor, limit: int | None = SAMPLE) -> str:
     """Hex digest of `limit` evenly spaced values (None: of all)."""
-    flat = whole(tensor.detach()).reshape(-1)
+    flat = full_tensor(tensor.detach()).reshape(-1)
     if flat.is_complex():
         flat = torch.view_as_real(flat).reshape(-1)
     if limit is not None:

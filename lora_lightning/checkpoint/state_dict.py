@@ -14,7 +14,7 @@ from lora_lightning.adapters.modules_to_save import TrainedCopy
 from lora_lightning.engine.bias import trained_biases
 from lora_lightning.engine.switching import adapter_names
 from lora_lightning.errors import AdapterMismatchError, AdapterStateError, first_few
-from lora_lightning.layers.base import named_hosts
+from lora_lightning.layers.base import named_adapted_layers
 from lora_lightning.utilities.compiled import plain_name
 
 KEY = "lora_lightning"  # under which a Lightning checkpoint says whose adapters it holds
@@ -48,7 +48,7 @@ def load_adapter_state_dict(
 
     """
     own = {short: tensor for short, _, tensor in _tensors(model, adapter_name)}
-    if any(adapter_name in host.merged_adapters for _, host in named_hosts(model)):
+    if any(adapter_name in layer.merged_adapters for _, layer in named_adapted_layers(model)):
         raise AdapterStateError(
             f"Adapter {adapter_name!r} is merged into the base, where other values would not act; "
             "call unmerge_adapter(model) first."
@@ -70,14 +70,14 @@ def load_adapter_state_dict(
 
 def materialize(model: nn.Module, adapter_name: str) -> None:
     """Give an adapter that was made on the meta device memory beside its module's own weights."""
-    for path, host in named_hosts(model):
-        adapter = host.adapters.get(adapter_name)
+    for path, layer in named_adapted_layers(model):
+        adapter = layer.adapters.get(adapter_name)
         if adapter is None:
             continue
         if not any(t.is_meta for t in (*adapter.parameters(), *adapter.buffers())):
             continue
-        own = {id(p) for p in host.adapters.parameters()}
-        device = next(p.device for p in host.parameters() if id(p) not in own)
+        own = {id(p) for p in layer.adapters.parameters()}
+        device = next(p.device for p in layer.parameters() if id(p) not in own)
         if device.type == "meta":
             raise AdapterMismatchError(
                 f"The base weight of {path!r} is on the meta device: load the base model before "
@@ -142,10 +142,10 @@ def _tensors(model: nn.Module, adapter_name: str) -> list[tuple[str, str, Tensor
             f"No adapter {adapter_name!r}; the model has {adapter_names(model) or 'none'}."
         )
     found = []
-    for path, host in named_hosts(model):
-        if adapter_name not in host.adapters:
+    for path, layer in named_adapted_layers(model):
+        if adapter_name not in layer.adapters:
             continue
-        adapter = host.adapters[adapter_name]
+        adapter = layer.adapters[adapter_name]
         prefix = path + "." if path else ""
         for name, tensor in adapter.state_dict().items():
             name = plain_name(name)

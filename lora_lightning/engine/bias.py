@@ -13,7 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.layers.base import Host, walk
+from lora_lightning.layers.base import AdaptedLayer, walk
 
 _RECORD = "_trained_bias"
 
@@ -44,18 +44,18 @@ class TrainedBias:
         """Exchange the values in the module for the hidden ones where `shown` changes."""
         if shown == self.shown:
             return
-        host = module if isinstance(module, Host) and module.merged_adapters else None
-        merged = [] if host is None else host.merged_adapters
-        if host is not None:  # what is merged into the one is not in the other
-            host.unmerge()
+        layer = module if isinstance(module, AdaptedLayer) and module.merged_adapters else None
+        merged = [] if layer is None else layer.merged_adapters
+        if layer is not None:  # what is merged into the one is not in the other
+            layer.unmerge()
         bias = self.parameter(module)
         kept = bias.detach().clone()
         # No backward formula reads a bias, so a graph that holds it (LayerNorm's does) stays good.
         with torch.autograd._unsafe_preserve_version_counter(bias):
             bias.copy_(self.hidden)
         self.hidden, self.shown = kept, shown
-        if host is not None:
-            host.merge(merged)
+        if layer is not None:
+            layer.merge(merged)
 
     def original(self, module: nn.Module) -> Tensor:
         """The values of before any training and merging."""
@@ -67,7 +67,7 @@ class TrainedBias:
 
 
 def _unmerged(module: nn.Module) -> Tensor:
-    kept = module.kept_tensors() if isinstance(module, Host) else {}
+    kept = module.kept_tensors() if isinstance(module, AdaptedLayer) else {}
     return kept.get("bias", TrainedBias.parameter(module))
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_lightning.adapters.base import Adapter, AdapterParts
+from lora_lightning.adapters.base import Adapter, MultiWeightAdapter
 from lora_lightning.adapters.lora.conv import LoraConvAdapter
 from lora_lightning.adapters.lora.embedding import LoraEmbeddingAdapter
 from lora_lightning.adapters.lora.linear import LoraAdapter, LoraConfig, LowRankAdapter
@@ -32,7 +32,7 @@ from lora_lightning.engine.task_arithmetic import (
     Update,
 )
 from lora_lightning.errors import AdapterStateError, ConfigError, nearest_hint
-from lora_lightning.layers.base import named_hosts
+from lora_lightning.layers.base import named_adapted_layers
 from lora_lightning.utilities.compiled import uncompiled
 
 COMBINABLE = (LoraAdapter, LoraConvAdapter, LoraEmbeddingAdapter)
@@ -114,11 +114,11 @@ def add_weighted_adapter(
     config = _config(model, combined, sorted(saved))
     # A module of several weights has one rank: it may exceed what the smallest of them has.
     extend_adapter(model, config, adapter_name, seed=seed, check_rank=False)
-    hosts = dict(named_hosts(model))
+    layers = dict(named_adapted_layers(model))
     for (path, part), update in combined.items():
-        _fill(_parts(hosts[path].adapters[adapter_name])[part], update)
+        _fill(_parts(layers[path].adapters[adapter_name])[part], update)
     for path, (_, source) in copies.items():
-        new = cast(TrainedCopy, hosts[path].adapters[adapter_name])
+        new = cast(TrainedCopy, layers[path].adapters[adapter_name])
         new.module.load_state_dict(source.module.state_dict())
 
 
@@ -141,10 +141,10 @@ def _check_request(
             f"delete_adapter(model, {adapter_name!r}), or choose another name."
         )
     check_enabled(model)
-    for path, host in named_hosts(model):
-        if host.merged_adapters:
+    for path, layer in named_adapted_layers(model):
+        if layer.merged_adapters:
             raise AdapterStateError(
-                f"Adapters {host.merged_adapters} are merged into the base ({path!r}, for one). "
+                f"Adapters {layer.merged_adapters} are merged into the base ({path!r}, for one). "
                 "Call unmerge_adapter(model) first."
             )
     for path, _, record in trained_biases(model):
@@ -158,8 +158,8 @@ def _check_request(
 def _trained_copies(model: nn.Module, names: list[str]) -> dict[str, tuple[str, TrainedCopy]]:
     """The trained copies of the adapters `names` by path, each with its adapter's name."""
     copies: dict[str, tuple[str, TrainedCopy]] = {}
-    for path, host in named_hosts(model):
-        for name, adapter in host.adapters.items():
+    for path, layer in named_adapted_layers(model):
+        for name, adapter in layer.adapters.items():
             if name not in names or not isinstance(adapter, TrainedCopy):
                 continue
             if path in copies:
@@ -176,9 +176,9 @@ def _updates(
 ) -> dict[Spot, dict[int, Update]]:
     """What the adapters `names` add to each weight, by their index in `names`."""
     updates: dict[Spot, dict[int, Update]] = defaultdict(dict)
-    for path, host in named_hosts(model):
+    for path, layer in named_adapted_layers(model):
         for index, name in enumerate(names):
-            if name not in host.adapters or isinstance(host.adapters[name], TrainedCopy):
+            if name not in layer.adapters or isinstance(layer.adapters[name], TrainedCopy):
                 continue
             for copied, (owner, _) in copies.items():
                 if f"{path}.".startswith(f"{copied}."):
@@ -186,7 +186,7 @@ def _updates(
                         f"{name!r} adapts {path!r}, but {owner!r} replaces {copied!r} by a trained "
                         "copy; the two cannot be combined. (lora.modules_to_save)"
                     )
-            for part, adapter in _parts(host.adapters[name]).items():
+            for part, adapter in _parts(layer.adapters[name]).items():
                 updates[path, part][index] = _update(path, name, adapter)
     if not updates:
         raise AdapterStateError(f"The adapters {names} update no weight: nothing to combine.")
@@ -217,7 +217,7 @@ def _update(path: str, name: str, adapter: Adapter) -> Update:
 
 
 def _parts(adapter: Adapter) -> dict[str, Adapter]:
-    if isinstance(adapter, AdapterParts):
+    if isinstance(adapter, MultiWeightAdapter):
         return {part: cast(Adapter, child) for part, child in adapter.named_children()}
     return {"": adapter}
 

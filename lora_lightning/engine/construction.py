@@ -9,18 +9,18 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.adapters.base import Adapter, AdapterParts, Site
+from lora_lightning.adapters.base import Adapter, AdapterSpec, MultiWeightAdapter
 from lora_lightning.adapters.config import AdapterConfig
 from lora_lightning.adapters.registry import classes_for
 from lora_lightning.adapters.trainable_tokens import TiedTokenRows, TokenRows
 from lora_lightning.engine.targets.selection import Selection
 from lora_lightning.errors import AdapterMismatchError, ConfigError
-from lora_lightning.layers.base import Host
-from lora_lightning.layers.conversion import become_host, grow, leave_host
-from lora_lightning.layers.experts import ExpertsHost
-from lora_lightning.layers.registry import host_type_for
+from lora_lightning.layers.base import AdaptedLayer
+from lora_lightning.layers.conversion import convert_back, convert_to_adapted, grow
+from lora_lightning.layers.experts import AdaptedExperts
+from lora_lightning.layers.registry import layer_type_for
 from lora_lightning.utilities.compiled import uncompiled
-from lora_lightning.utilities.dtensor import whole
+from lora_lightning.utilities.dtensor import full_tensor
 
 
 def make_adapters(
@@ -35,26 +35,26 @@ def make_adapters(
     start: Mapping[str, Tensor],
     autocast_adapter_dtype: bool,
 ) -> dict[str, Adapter]:
-    """The adapters for `targets`, by path; the modules become hosts, without the adapters yet.
+    """The adapters for `targets`, by path; the modules become layers, without the adapters yet.
 
     All are made before the first one is put on: a rank that does not fit shows here, and then the
     modules become again what they were. `known` are those of the same name on other modules,
     `start` has start values of A by path.
     """
-    fresh = [module for module in targets.values() if not isinstance(module, Host)]
+    fresh = [module for module in targets.values() if not isinstance(module, AdaptedLayer)]
     try:
         for path, module in targets.items():
-            host_type = ExpertsHost if path in selection.parameters else host_type_for(module)
-            become_host(module, cast(type[Host], host_type))
+            layer_type = AdaptedExperts if path in selection.parameters else layer_type_for(module)
+            convert_to_adapted(module, cast(type[AdaptedLayer], layer_type))
         shapes = {
-            path: list(cast(Host, module).weight_shapes().values())
+            path: list(cast(AdaptedLayer, module).weight_shapes().values())
             for path, module in targets.items()
         }
         shared = config.prepare(shapes, known) if shapes else None
         adapters = {
             path: _make_adapter(
                 path,
-                cast(Host, module),
+                cast(AdaptedLayer, module),
                 selection.parameters.get(path),
                 config,
                 adapter_name,
@@ -72,14 +72,14 @@ def make_adapters(
         return adapters
     except BaseException:
         for module in fresh:
-            if isinstance(module, Host):
-                leave_host(module)
+            if isinstance(module, AdaptedLayer):
+                convert_back(module)
         raise
 
 
 def _make_adapter(
     path: str,
-    host: Host,
+    layer: AdaptedLayer,
     parameters: list[str] | None,
     config: AdapterConfig,
     adapter_name: str,
@@ -91,24 +91,24 @@ def _make_adapter(
     autocast_adapter_dtype: bool,
 ) -> Adapter:
     parts: dict[str, Adapter] = {}
-    for weight_name in host.weight_shapes() if parameters is None else parameters:
-        stored = cast(Tensor, getattr(host, weight_name))
-        site = make_site(
-            path, host, weight_name, config, adapter_name, seed, device, check_rank, along
+    for weight_name in layer.weight_shapes() if parameters is None else parameters:
+        stored = cast(Tensor, getattr(layer, weight_name))
+        spec = make_spec(
+            path, layer, weight_name, config, adapter_name, seed, device, check_rank, along
         )
-        site = replace(site, shared=shared, autocast_adapter_dtype=autocast_adapter_dtype)
-        adapter = classes_for(config)[host.kind](site)
+        spec = replace(spec, shared=shared, autocast_adapter_dtype=autocast_adapter_dtype)
+        adapter = classes_for(config)[layer.kind](spec)
         if adapter.needs_weight and device is None:
             if stored.is_meta:
                 raise ConfigError(
                     f"The adapter of {path!r} starts from the base weight, which is on the meta "
                     "device and has no values yet: load the base first. (lora.init_lora_weights)"
                 )
-            adapter.start_from_weight(whole(host.base_weight(weight_name).detach()))
+            adapter.start_from_weight(full_tensor(layer.base_weight(weight_name).detach()))
         parts[weight_name] = adapter
-    if parts.keys() == {"weight"} and not isinstance(host, ExpertsHost):
+    if parts.keys() == {"weight"} and not isinstance(layer, AdaptedExperts):
         return parts["weight"]
-    return AdapterParts(config, parts)
+    return MultiWeightAdapter(config, parts)
 
 
 @torch.no_grad()
@@ -123,9 +123,9 @@ def _start_with(adapter: Adapter | None, path: str, values: Tensor) -> None:
     a.copy_(values)
 
 
-def make_site(
+def make_spec(
     path: str,
-    host: Host,
+    layer: AdaptedLayer,
     weight_name: str,
     config: AdapterConfig,
     adapter_name: str,
@@ -133,20 +133,20 @@ def make_site(
     device: torch.device | None,
     check_rank: bool,
     along: str | None = None,
-) -> Site:
-    """All that an adapter on one weight of `host` is made from."""
+) -> AdapterSpec:
+    """All that an adapter on one weight of `layer` is made from."""
     name = path if weight_name == "weight" else f"{path}.{weight_name}"
-    return Site(
+    return AdapterSpec(
         config=config,
-        kind=host.kind,
-        shape=host.weight_shapes()[weight_name],
-        path=f"{path}.{weight_name}" if isinstance(host, ExpertsHost) else path,
+        kind=layer.kind,
+        shape=layer.weight_shapes()[weight_name],
+        path=f"{path}.{weight_name}" if isinstance(layer, AdaptedExperts) else path,
         name=f"{name}.{adapter_name}",
         seed=seed,
-        device=cast(Tensor, getattr(host, weight_name)).device if device is None else device,
-        base_dtype=host.weight_dtype(weight_name),
-        conv=host.convolution(),
-        transposed=bool(getattr(host, "is_transposed", False)),
+        device=cast(Tensor, getattr(layer, weight_name)).device if device is None else device,
+        base_dtype=layer.weight_dtype(weight_name),
+        conv=layer.convolution(),
+        transposed=bool(getattr(layer, "is_transposed", False)),
         check_rank=check_rank,
         along=along,
     )
@@ -163,14 +163,16 @@ def train_tokens(
     autocast_adapter_dtype: bool,
 ) -> None:
     """Put trained rows on an embedding, and on every head that is tied to it."""
-    become_host(module, cast(type[Host], host_type_for(module)))
-    site = make_site(path, cast(Host, module), "weight", config, adapter_name, 0, device, True)
-    site = replace(site, autocast_adapter_dtype=autocast_adapter_dtype)
-    rows = TokenRows(site, selection.tokens[path])
+    convert_to_adapted(module, cast(type[AdaptedLayer], layer_type_for(module)))
+    spec = make_spec(
+        path, cast(AdaptedLayer, module), "weight", config, adapter_name, 0, device, True
+    )
+    spec = replace(spec, autocast_adapter_dtype=autocast_adapter_dtype)
+    rows = TokenRows(spec, selection.tokens[path])
     if device is None:
-        rows.start_from_weight(whole(cast(Host, module).base_weight().detach()))
-    grow(module, Host, adapter_name, rows)
+        rows.start_from_weight(full_tensor(cast(AdaptedLayer, module).base_weight().detach()))
+    grow(module, AdaptedLayer, adapter_name, rows)
     for other, owner in selection.tied.items():
         if owner == path:
             head = uncompiled(model.get_submodule(other))
-            grow(head, host_type_for(head) or Host, adapter_name, TiedTokenRows(rows))
+            grow(head, layer_type_for(head) or AdaptedLayer, adapter_name, TiedTokenRows(rows))

@@ -26,20 +26,20 @@ from lora_lightning.engine.switching import (
 )
 from lora_lightning.engine.targets.selection import Selection, select_modules
 from lora_lightning.errors import AdapterStateError, ConfigError, TargetError
-from lora_lightning.layers.base import Host, named_hosts, walk
+from lora_lightning.layers.base import AdaptedLayer, named_adapted_layers, walk
 from lora_lightning.layers.conversion import (
-    check_can_grow,
     check_can_shrink,
+    check_convertible,
     grow,
     shrink,
 )
 from lora_lightning.layers.multihead_attention import route_out_projections
 from lora_lightning.layers.quantized.cpu_packing import close_cpu_packing, reopen_cpu_packing
-from lora_lightning.layers.registry import host_type_for
-from lora_lightning.layers.sequential import SequentialHost
+from lora_lightning.layers.registry import layer_type_for
+from lora_lightning.layers.sequential import AdaptedSequential
 from lora_lightning.layers.torch_fast_path import close_fast_path, reopen_fast_path
 from lora_lightning.utilities.compiled import uncompiled
-from lora_lightning.utilities.dtensor import is_sharded, whole
+from lora_lightning.utilities.dtensor import full_tensor, is_sharded
 
 
 def inject_adapter(
@@ -146,12 +146,12 @@ def _extend(
     new_saved = _without_adapter(selection.saved, adapter_name)
     new_tokens = _without_adapter(_modules(model, selection.tokens), adapter_name)
     for path, module in {**new_targets, **_modules(model, selection.tied)}.items():
-        check_can_grow(module, path)
+        check_convertible(module, path)
     for path, module in new_tokens.items():
-        check_can_grow(module, path, "trainable_token_indices")
+        check_convertible(module, path, "trainable_token_indices")
         check_token_ids(selection.tokens[path], module.weight.shape[0], path)  # type: ignore[arg-type,index]
     for path, module in new_saved.items():
-        check_can_grow(module, path, "modules_to_save")
+        check_convertible(module, path, "modules_to_save")
     biases = _new_biases(model, config, adapter_name, set(selection.targets), selection.saved)
     if not (new_targets or new_saved or new_tokens or biases):
         return selection
@@ -177,13 +177,13 @@ def _extend(
     if not others:
         freeze(model)
     for path, adapter in adapters.items():
-        grow(new_targets[path], Host, adapter_name, adapter)
+        grow(new_targets[path], AdaptedLayer, adapter_name, adapter)
     for path, module in new_tokens.items():
         train_tokens(model, path, module, selection, config, adapter_name, device, autocast)
     for module in new_saved.values():
         trained = TrainedCopy(_copy_without_adapters(module, device), config)
-        plain = SequentialHost if isinstance(module, nn.Sequential) else Host
-        grow(module, host_type_for(module) or plain, adapter_name, trained)
+        plain = AdaptedSequential if isinstance(module, nn.Sequential) else AdaptedLayer
+        grow(module, layer_type_for(module) or plain, adapter_name, trained)
         trained.train(model.training)  # also where the module itself is a norm layer held still
     for module in biases:
         train_bias(module, adapter_name)
@@ -214,12 +214,16 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
             f"The model has no adapter {adapter_name!r}; it has {names or 'none at all'}."
         )
     _check_unmerged(model, adapter_name)
-    hosts = [(path, host) for path, host in named_hosts(model) if adapter_name in host.adapters]
-    for path, host in hosts:
-        if len(host.adapters) == 1:
-            check_can_shrink(host, path)
-    for _, host in hosts:
-        shrink(host, adapter_name)
+    layers = [
+        (path, layer)
+        for path, layer in named_adapted_layers(model)
+        if adapter_name in layer.adapters
+    ]
+    for path, layer in layers:
+        if len(layer.adapters) == 1:
+            check_can_shrink(layer, path)
+    for _, layer in layers:
+        shrink(layer, adapter_name)
     route_out_projections(model)
     for _, module, record in list(trained_biases(model)):
         if record.adapter_name == adapter_name:
@@ -251,10 +255,10 @@ def _check_name(name: str) -> None:
 
 
 def _check_unmerged(model: nn.Module, adapter_name: str | None = None) -> None:
-    for path, host in named_hosts(model):
-        if host.merged_adapters if adapter_name is None else adapter_name in host.merged_adapters:
+    for path, layer in named_adapted_layers(model):
+        if layer.merged_adapters if adapter_name is None else adapter_name in layer.merged_adapters:
             raise AdapterStateError(
-                f"Adapters {host.merged_adapters} are merged into the base ({path!r}, for one). "
+                f"Adapters {layer.merged_adapters} are merged into the base ({path!r}, for one). "
                 "Call unmerge_adapter(model) first."
             )
 
@@ -263,7 +267,7 @@ def _without_adapter(modules: dict[str, nn.Module], name: str) -> dict[str, nn.M
     return {
         path: module
         for path, module in modules.items()
-        if not (isinstance(module, Host) and name in module.adapters)
+        if not (isinstance(module, AdaptedLayer) and name in module.adapters)
     }
 
 
@@ -310,15 +314,15 @@ def _copy_without_adapters(module: nn.Module, device: torch.device | None) -> nn
     known: dict[int, Any] = {}
     for tensor in module.state_dict(keep_vars=True).values():
         if isinstance(tensor, Tensor) and (device is not None or is_sharded(tensor)):
-            values = whole(tensor.detach()).clone() if device is None else None
+            values = full_tensor(tensor.detach()).clone() if device is None else None
             new: Tensor = torch.empty_like(tensor, device=device) if values is None else values
             if isinstance(tensor, nn.Parameter):
                 new = nn.Parameter(new, tensor.requires_grad)
             known[id(tensor)] = new
     duplicate = copy.deepcopy(module, known)
-    for _, host in list(named_hosts(duplicate)):
-        for name in list(host.adapters):
-            shrink(host, name)
+    for _, layer in list(named_adapted_layers(duplicate)):
+        for name in list(layer.adapters):
+            shrink(layer, name)
     for _, holder, _ in list(trained_biases(duplicate)):
         forget_bias(holder)
     let_go(duplicate)
@@ -329,9 +333,9 @@ def _copy_without_adapters(module: nn.Module, device: torch.device | None) -> nn
 def adapters_named(model: nn.Module, adapter_name: str) -> dict[str, Adapter]:
     """The adapters of that name, by path of their module."""
     return {
-        path: host.adapters[adapter_name]
-        for path, host in named_hosts(model)
-        if adapter_name in host.adapters
+        path: layer.adapters[adapter_name]
+        for path, layer in named_adapted_layers(model)
+        if adapter_name in layer.adapters
     }
 
 

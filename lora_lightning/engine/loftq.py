@@ -26,8 +26,8 @@ from lora_lightning.errors import (
     CheckpointError,
     first_few,
 )
-from lora_lightning.layers.base import named_hosts
-from lora_lightning.layers.quantized.base import QuantizedHost
+from lora_lightning.layers.base import named_adapted_layers
+from lora_lightning.layers.quantized.base import AdaptedQuantizedLinear
 
 
 @torch.no_grad()
@@ -141,20 +141,20 @@ def start_from_rounding_error(
     """
     starts = []
     errors: dict[str, tuple[float, float]] = {}
-    for path, host in named_hosts(model):
-        if not isinstance(host, QuantizedHost) or adapter_name not in host.adapters:
+    for path, layer in named_adapted_layers(model):
+        if not isinstance(layer, AdaptedQuantizedLinear) or adapter_name not in layer.adapters:
             continue
-        adapter = host.adapters[adapter_name]
+        adapter = layer.adapters[adapter_name]
         if not isinstance(adapter, LoraAdapter):
             continue
-        if adapter_name in host.merged_adapters or adapter.needs_weight:
+        if adapter_name in layer.merged_adapters or adapter.needs_weight:
             reason = "already starts from the rounded weight (DoRA, PiSSA, OLoRA)"
-            reason = "is merged" if adapter_name in host.merged_adapters else reason
+            reason = "is merged" if adapter_name in layer.merged_adapters else reason
             raise AdapterStateError(
                 f"Adapter {adapter_name!r} of {path!r} {reason}; LoftQ cannot give it another "
                 "start. (lora.init_lora_weights)"
             )
-        rounded = host.base_weight()
+        rounded = layer.base_weight()
         weight = original(f"{path}.weight" if path else "weight").to(rounded)
         if weight.shape != rounded.shape or not torch.isfinite(weight).all():
             found = f"{tuple(weight.shape)}, expected {tuple(rounded.shape)}"

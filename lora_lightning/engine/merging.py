@@ -21,7 +21,7 @@ from lora_lightning.engine.switching import (
     set_adapter,
 )
 from lora_lightning.errors import AdapterStateError
-from lora_lightning.layers.base import Host, named_hosts
+from lora_lightning.layers.base import AdaptedLayer, named_adapted_layers
 from lora_lightning.layers.composition import part_of
 from lora_lightning.layers.conversion import check_can_shrink
 from lora_lightning.utilities.dtensor import is_flattened
@@ -53,29 +53,29 @@ def merge_adapter(model: nn.Module, names: str | Sequence[str] | None = None) ->
                 f"Adapter {name!r} is not active (active: {active or 'none'}); activate it with "
                 f"set_adapter(model, {name!r}) before merging."
             )
-    for _, host in named_hosts(model):
+    for _, layer in named_adapted_layers(model):
         for name in names:
-            if name in host.adapters and any(p.is_meta for p in host.adapters[name].parameters()):
-                host.check_filled(name)
+            if name in layer.adapters and any(p.is_meta for p in layer.adapters[name].parameters()):
+                layer.check_filled(name)
     _check_weights(model, names)
     _check_order(model, names)
-    before = [(host, list(host.merged_adapters)) for _, host in named_hosts(model)]
+    before = [(layer, list(layer.merged_adapters)) for _, layer in named_adapted_layers(model)]
     try:
-        for host, _ in before:
-            host.merge(names)
+        for layer, _ in before:
+            layer.merge(names)
     except BaseException:
-        for host, merged in before:
-            if host.merged_adapters != merged:
-                host.unmerge()
-                host.merge(merged)
+        for layer, merged in before:
+            if layer.merged_adapters != merged:
+                layer.unmerge()
+                layer.merge(merged)
         raise
 
 
 def unmerge_adapter(model: nn.Module) -> None:
     """Restore the weights of before `merge_adapter`, bit for bit."""
     check_enabled(model)
-    for _, host in named_hosts(model):
-        host.unmerge()
+    for _, layer in named_adapted_layers(model):
+        layer.unmerge()
 
 
 def merge_and_unload(model: nn.Module, names: str | Sequence[str] | None = None) -> nn.Module:
@@ -88,8 +88,8 @@ def merge_and_unload(model: nn.Module, names: str | Sequence[str] | None = None)
         AdapterStateError: As `merge_adapter`; nothing is changed then.
 
     """
-    for path, host in named_hosts(model):
-        check_can_shrink(host, path)
+    for path, layer in named_adapted_layers(model):
+        check_can_shrink(layer, path)
     before = active_adapters(model)
     trained = [(p, p.requires_grad) for p in model.parameters()]
     if names is not None:
@@ -103,12 +103,12 @@ def merge_and_unload(model: nn.Module, names: str | Sequence[str] | None = None)
             for parameter, required in trained:
                 parameter.requires_grad_(required)
         raise
-    for _, host in list(named_hosts(model)):
-        host.forget_originals()
-        for name in host.live_names():
-            adapter = host.adapters[name]
+    for _, layer in list(named_adapted_layers(model)):
+        layer.forget_originals()
+        for name in layer.live_names():
+            adapter = layer.adapters[name]
             if isinstance(adapter, TrainedCopy):
-                _take_over(host, adapter.module)
+                _take_over(layer, adapter.module)
     for _, module, record in list(trained_biases(model)):
         record.hidden = record.parameter(module).detach().clone()
     return unload(model)
@@ -121,8 +121,8 @@ def unload(model: nn.Module) -> nn.Module:
         `model`.
 
     """
-    for path, host in named_hosts(model):
-        check_can_shrink(host, path)
+    for path, layer in named_adapted_layers(model):
+        check_can_shrink(layer, path)
     unmerge_adapter(model)
     for name in adapter_names(model):
         delete_adapter(model, name)
@@ -141,26 +141,26 @@ def _check_weights(model: nn.Module, names: Sequence[str], copies_too: bool = Fa
         for parameter in module._parameters.values()
         if parameter is not None
     )
-    for _, host in named_hosts(model):
-        merging = [host.adapters[name] for name in names if name in host.adapters]
+    for _, layer in named_adapted_layers(model):
+        merging = [layer.adapters[name] for name in names if name in layer.adapters]
         if merging and all(isinstance(adapter, TiedTokenRows) for adapter in merging):
-            owners[id(host.weight)] -= 1  # it asks for the very rows that its table gets
-    for path, host in named_hosts(model):
-        merging = [host.adapters[name] for name in names if name in host.adapters]
+            owners[id(layer.weight)] -= 1  # it asks for the very rows that its table gets
+    for path, layer in named_adapted_layers(model):
+        merging = [layer.adapters[name] for name in names if name in layer.adapters]
         if all(isinstance(adapter, TiedTokenRows) for adapter in merging):
             continue
         written: list[tuple[str, nn.Parameter]] = []
-        for weight_name in host.weight_shapes():
+        for weight_name in layer.weight_shapes():
             parts = [part_of(adapter, weight_name) for adapter in merging]
             if not any(part is not None and not isinstance(part, TrainedCopy) for part in parts):
                 continue
-            bias_name = host.bias_name(weight_name)
+            bias_name = layer.bias_name(weight_name)
             names_written = [weight_name]
-            whole = bias_name in host._parameters or is_parametrized(host, bias_name)
-            if whole and any(part and _changes_bias(part, host, bias_name) for part in parts):
+            whole = bias_name in layer._parameters or is_parametrized(layer, bias_name)
+            if whole and any(part and _changes_bias(part, layer, bias_name) for part in parts):
                 names_written.append(bias_name)
             for name in names_written:
-                parameter = host._parameters.get(name)
+                parameter = layer._parameters.get(name)
                 if parameter is None:
                     raise AdapterStateError(
                         f"The {name} of {path!r} is computed from other tensors (a "
@@ -168,13 +168,13 @@ def _check_weights(model: nn.Module, names: Sequence[str], copies_too: bool = Fa
                         "parametrization first."
                     )
                 written.append((name, parameter))
-            if getattr(host, "max_norm", None) is not None:
+            if getattr(layer, "max_norm", None) is not None:
                 raise AdapterStateError(
                     f"{path!r} limits its rows to max_norm; a merged row would be limited together "
                     "with its update, which gives other values. Take it out of the targets, or "
                     "keep the adapter unmerged."
                 )
-            copies = [n for n in host.live_names() if not host.can_merge(n)]
+            copies = [n for n in layer.live_names() if not layer.can_merge(n)]
             if copies:
                 raise AdapterStateError(
                     f"Adapter {copies[0]!r} has a trained copy in the place of {path!r} "
@@ -182,8 +182,8 @@ def _check_weights(model: nn.Module, names: Sequence[str], copies_too: bool = Fa
                     f"{copies[0]!r} switched off, or leave the others unmerged."
                 )
         if copies_too and any(isinstance(adapter, TrainedCopy) for adapter in merging):
-            own = _adapter_parameters(host)
-            written += [(n, p) for n, p in host.named_parameters() if id(p) not in own]
+            own = _adapter_parameters(layer)
+            written += [(n, p) for n, p in layer.named_parameters() if id(p) not in own]
         for name, parameter in written:
             if parameter.is_meta:
                 raise AdapterStateError(f"{path!r} is on the meta device; load the base first.")
@@ -203,10 +203,10 @@ def _check_weights(model: nn.Module, names: Sequence[str], copies_too: bool = Fa
 
 def _check_order(model: nn.Module, names: Sequence[str]) -> None:
     # Additive adapters can be merged in any order; others act on what came before them.
-    for path, host in named_hosts(model):
-        order = [n for n in host.adapters if n in host.active_adapters and host.can_merge(n)]
-        merging = [n for n in order if n in names or n in host.merged_adapters]
-        if order[: len(merging)] != merging and not all(host.adapters[n].additive for n in order):
+    for path, layer in named_adapted_layers(model):
+        order = [n for n in layer.adapters if n in layer.active_adapters and layer.can_merge(n)]
+        merging = [n for n in order if n in names or n in layer.merged_adapters]
+        if order[: len(merging)] != merging and not all(layer.adapters[n].additive for n in order):
             raise AdapterStateError(
                 f"Adapters act on {path!r} in the order {order}, and not all of them add up: "
                 f"{merging} cannot be merged before those in front. Merge all of them, or the "
@@ -214,10 +214,10 @@ def _check_order(model: nn.Module, names: Sequence[str]) -> None:
             )
 
 
-def _changes_bias(part: Adapter, host: Host, bias_name: str) -> bool:
-    bias = getattr(host, bias_name, None)
-    return bias is not None and part.transform_bias(bias, host) is not bias
+def _changes_bias(part: Adapter, layer: AdaptedLayer, bias_name: str) -> bool:
+    bias = getattr(layer, bias_name, None)
+    return bias is not None and part.transform_bias(bias, layer) is not bias
 
 
-def _adapter_parameters(host: Host) -> set[int]:
-    return {id(parameter) for parameter in host.adapters.parameters()}
+def _adapter_parameters(layer: AdaptedLayer) -> set[int]:
+    return {id(parameter) for parameter in layer.adapters.parameters()}

@@ -36,7 +36,7 @@ from lora_lightning.adapters.adalora import AdaLoraAdapter, AdaLoraConfig
 from lora_lightning.engine.injection import adapters_named
 from lora_lightning.errors import AdapterMismatchError, ConfigError
 from lora_lightning.utilities.autocast import without_autocast
-from lora_lightning.utilities.dtensor import sharded_like, whole
+from lora_lightning.utilities.dtensor import distribute_like, full_tensor
 
 _TENSORS = ("lora_A", "lora_E", "lora_B")
 
@@ -126,12 +126,12 @@ class RankAllocator:
         if self.settled or over or all(p.grad is None for p in named.values()):
             return
         for key, p in named.items():
-            weight = whole(p)  # every process measures all of it
+            weight = full_tensor(p)  # every process measures all of it
             if key not in self.sensitivity:
                 self.sensitivity[key] = torch.zeros_like(weight)
                 self.uncertainty[key] = torch.zeros_like(weight)
             mean, deviation = self.sensitivity[key], self.uncertainty[key]
-            grad = torch.zeros_like(weight) if p.grad is None else whole(p.grad)
+            grad = torch.zeros_like(weight) if p.grad is None else full_tensor(p.grad)
             now = (weight * grad).abs()
             mean.mul_(self.config.beta1).add_(now, alpha=1 - self.config.beta1)
             deviation.mul_(self.config.beta2)
@@ -156,7 +156,7 @@ class RankAllocator:
         """Set E to zero where the last allocation left nothing."""
         for path, mask in self.masks.items():
             e = self.adapters[path].lora_E
-            e.masked_fill_(sharded_like(~mask.to(e.device).view(-1, 1), e), 0)
+            e.masked_fill_(distribute_like(~mask.to(e.device).view(-1, 1), e), 0)
 
     def _allocate(self, budget: int) -> None:
         scores = {path: self._importance(path) for path in self.adapters}
@@ -172,7 +172,7 @@ class RankAllocator:
         """Of each triplet of one adapter, (r,)."""
         a, e, b = (self._score(f"{path}.{name}") for name in _TENSORS)
         if a is None or e is None or b is None:  # it has never been stepped
-            return torch.zeros_like(whole(self.adapters[path].lora_E.detach())).flatten()
+            return torch.zeros_like(full_tensor(self.adapters[path].lora_E.detach())).flatten()
         return e.flatten() + a.mean(1) + b.mean(0)
 
     def _score(self, key: str) -> Tensor | None:
@@ -211,11 +211,11 @@ class RankAllocator:
                 continue
             # Lightning's manual optimization steps inside of autocast, which would narrow this.
             with without_autocast(p):
-                rows = whole(p) if key.endswith("lora_A") else whole(p).T
+                rows = full_tensor(p) if key.endswith("lora_A") else full_tensor(p).T
                 excess = rows @ rows.T - torch.eye(len(rows), dtype=p.dtype, device=p.device)
                 grad = excess @ rows
                 grad *= 2 * factor / excess.norm().clamp_min(torch.finfo(p.dtype).tiny)
-            grad = sharded_like((grad if key.endswith("lora_A") else grad.T).contiguous(), p)
+            grad = distribute_like((grad if key.endswith("lora_A") else grad.T).contiguous(), p)
             p.grad = grad if p.grad is None else p.grad.add_(grad)
 
     # -- the state -------------------------------------------------------------------------------

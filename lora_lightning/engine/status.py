@@ -13,7 +13,7 @@ from torch import nn
 from lora_lightning.engine.bias import trained_biases
 from lora_lightning.engine.switching import active_adapters, adapter_names
 from lora_lightning.errors import first_few
-from lora_lightning.layers.base import named_hosts
+from lora_lightning.layers.base import named_adapted_layers
 
 
 @dataclass
@@ -92,36 +92,36 @@ class AdapterStatus:
 
 def adapter_status(model: nn.Module) -> AdapterStatus:
     """Which adapters sit where, which of them act, are merged, or train."""
-    layers = []
+    entries = []
     biases: dict[str, list[str]] = {}
     for path, _, record in trained_biases(model):
         biases.setdefault(record.adapter_name, []).append(path)
-    for path, host in named_hosts(model):
-        layer = LayerStatus(
+    for path, layer in named_adapted_layers(model):
+        entry = LayerStatus(
             path,
-            host.base_type.__name__,
-            host.adapters_enabled,
-            active=list(host.active_adapters),
-            merged=list(host.merged_adapters),
+            layer.base_type.__name__,
+            layer.adapters_enabled,
+            active=list(layer.active_adapters),
+            merged=list(layer.merged_adapters),
         )
-        for name in host.adapters:
-            adapter = host.adapters[name]
+        for name in layer.adapters:
+            adapter = layer.adapters[name]
             parameters = list(adapter.parameters())
             required = {p.requires_grad for p in parameters if p.is_floating_point()}
-            layer.adapters[name] = type(adapter).__name__
-            layer.trainable[name] = required.pop() if len(required) == 1 else None
-            layer.parameters[name] = sum(p.numel() for p in parameters)
-            layer.devices[name] = sorted({str(p.device) for p in parameters})
-            layer.dtypes[name] = sorted({str(p.dtype).removeprefix("torch.") for p in parameters})
-        layers.append(layer)
+            entry.adapters[name] = type(adapter).__name__
+            entry.trainable[name] = required.pop() if len(required) == 1 else None
+            entry.parameters[name] = sum(p.numel() for p in parameters)
+            entry.devices[name] = sorted({str(p.device) for p in parameters})
+            entry.dtypes[name] = sorted({str(p.dtype).removeprefix("torch.") for p in parameters})
+        entries.append(entry)
     return AdapterStatus(
-        layers=layers,
+        layers=entries,
         adapters=adapter_names(model),
         active=active_adapters(model),
         biases=biases,
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         total_parameters=sum(p.numel() for p in model.parameters()),
-        irregular=_irregular(layers),
+        irregular=_irregular(entries),
     )
 
 

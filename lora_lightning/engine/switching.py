@@ -8,24 +8,28 @@ from math import isfinite
 
 from torch import nn
 
-from lora_lightning.adapters.base import Adapter, AdapterParts, DeltaAdapter
+from lora_lightning.adapters.base import Adapter, DeltaAdapter, MultiWeightAdapter
 from lora_lightning.adapters.modules_to_save import TrainedCopy
 from lora_lightning.engine.bias import trained_biases
 from lora_lightning.errors import AdapterStateError, nearest_hint
-from lora_lightning.layers.base import named_hosts
-from lora_lightning.layers.multihead_attention import AttentionHost
+from lora_lightning.layers.base import named_adapted_layers
+from lora_lightning.layers.multihead_attention import AdaptedMultiheadAttention
 from lora_lightning.layers.torch_fast_path import close_fast_path, reopen_fast_path
 
 
 def adapter_names(model: nn.Module) -> list[str]:
     """Names of the adapters on `model`, in the order they were added."""
-    return list(dict.fromkeys(name for _, host in named_hosts(model) for name in host.adapters))
+    return list(
+        dict.fromkeys(name for _, layer in named_adapted_layers(model) for name in layer.adapters)
+    )
 
 
 def active_adapters(model: nn.Module) -> list[str]:
     """Names of the adapters that act on `model`."""
     return list(
-        dict.fromkeys(name for _, host in named_hosts(model) for name in host.active_adapters)
+        dict.fromkeys(
+            name for _, layer in named_adapted_layers(model) for name in layer.active_adapters
+        )
     )
 
 
@@ -47,26 +51,26 @@ def set_adapter(model: nn.Module, names: str | Sequence[str], *, trainable: bool
     known = adapter_names(model)
     for name in names:
         _check_known(name, known)
-    hosts = list(named_hosts(model))
-    for path, host in hosts:
-        if host.merged_adapters and host.active_adapters != [
-            n for n in names if n in host.adapters
+    layers = list(named_adapted_layers(model))
+    for path, layer in layers:
+        if layer.merged_adapters and layer.active_adapters != [
+            n for n in names if n in layer.adapters
         ]:
             raise AdapterStateError(
-                f"Adapters {host.merged_adapters} are merged into the base; "
+                f"Adapters {layer.merged_adapters} are merged into the base; "
                 "call unmerge_adapter(model) before switching."
             )
         copies = [
-            n for n in names if n in host.adapters and isinstance(host.adapters[n], TrainedCopy)
+            n for n in names if n in layer.adapters and isinstance(layer.adapters[n], TrainedCopy)
         ]
         if len(copies) > 1:
             raise AdapterStateError(
                 f"Adapters {copies} each replace {path!r} by a copy of their own; only one of "
                 "them can be active at a time. Name it in one config only. (lora.modules_to_save)"
             )
-    for _, host in hosts:
-        host.active_adapters = [name for name in names if name in host.adapters]
-        for name, adapter in host.adapters.items():
+    for _, layer in layers:
+        layer.active_adapters = [name for name in names if name in layer.adapters]
+        for name, adapter in layer.adapters.items():
             _require_grad(adapter, trainable and name in names)
     for _, module, record in trained_biases(model):
         record.show(module, record.adapter_name in names)
@@ -99,17 +103,17 @@ def adapters_per_row(model: nn.Module, names: Sequence[str | None]) -> Iterator[
     for name in dict.fromkeys(names):
         if name is not None:
             _check_known(name, known)
-    hosts = [host for _, host in named_hosts(model)]
-    for path, host in named_hosts(model):
-        parts = any(isinstance(adapter, AdapterParts) for adapter in host.adapters.values())
-        if parts and not isinstance(host, AttentionHost):
+    layers = [layer for _, layer in named_adapted_layers(model)]
+    for path, layer in named_adapted_layers(model):
+        parts = any(isinstance(adapter, MultiWeightAdapter) for adapter in layer.adapters.values())
+        if parts and not isinstance(layer, AdaptedMultiheadAttention):
             raise AdapterStateError(
-                f"{path!r} ({host.base_type.__name__}) carries adapters on several weights; such "
+                f"{path!r} ({layer.base_type.__name__}) carries adapters on several weights; such "
                 "modules cannot give every row an adapter of its own. Run one batch per adapter."
             )
-        if host.merged_adapters:
+        if layer.merged_adapters:
             raise AdapterStateError(
-                f"Adapters {host.merged_adapters} are merged into the base, which every row would "
+                f"Adapters {layer.merged_adapters} are merged into the base, which every row would "
                 "go through; call unmerge_adapter(model) first."
             )
     for path, _, record in trained_biases(model):
@@ -118,14 +122,14 @@ def adapters_per_row(model: nn.Module, names: Sequence[str | None]) -> Iterator[
                 f"Adapter {record.adapter_name!r} trains {path!r} of the base itself (bias), which "
                 "all rows of a batch share. Run its rows as a batch of their own."
             )
-    before = [host.row_adapters for host in hosts]
-    for host in hosts:
-        host.row_adapters = list(names)
+    before = [layer.row_adapters for layer in layers]
+    for layer in layers:
+        layer.row_adapters = list(names)
     try:
         yield
     finally:
-        for host, rows in zip(hosts, before, strict=True):
-            host.row_adapters = rows
+        for layer, rows in zip(layers, before, strict=True):
+            layer.row_adapters = rows
 
 
 def scale_adapter(model: nn.Module, adapter_name: str, factor: float) -> None:
@@ -142,18 +146,20 @@ def scale_adapter(model: nn.Module, adapter_name: str, factor: float) -> None:
     """
     _check_known(adapter_name, adapter_names(model))
     scaled = []
-    for path, host in named_hosts(model):
-        if adapter_name not in host.adapters:
+    for path, layer in named_adapted_layers(model):
+        if adapter_name not in layer.adapters:
             continue
-        if adapter_name in host.merged_adapters:
+        if adapter_name in layer.merged_adapters:
             raise AdapterStateError(
                 f"Adapter {adapter_name!r} is merged into the base; call unmerge_adapter(model) "
                 "before scaling it."
             )
-        for part in host.adapters[adapter_name].modules():
+        for part in layer.adapters[adapter_name].modules():
             if isinstance(part, DeltaAdapter):
                 scaled.append(part)
-            elif isinstance(part, Adapter) and not isinstance(part, (AdapterParts, TrainedCopy)):
+            elif isinstance(part, Adapter) and not isinstance(
+                part, (MultiWeightAdapter, TrainedCopy)
+            ):
                 raise AdapterStateError(
                     f"The adapter {adapter_name!r} on {path!r} is a {type(part).__name__}, which "
                     "has no scaling."
@@ -166,12 +172,12 @@ def scale_adapter(model: nn.Module, adapter_name: str, factor: float) -> None:
 
 def activate_new(model: nn.Module, name: str, active: bool) -> None:
     """Bring freshly grown adapters `name` into the state `active`; others stay as they are."""
-    for _, host in named_hosts(model):
-        if name not in host.adapters:
+    for _, layer in named_adapted_layers(model):
+        if name not in layer.adapters:
             continue
-        if active and name not in host.active_adapters:
-            host.active_adapters = [*host.active_adapters, name]
-        _require_grad(host.adapters[name], active)
+        if active and name not in layer.active_adapters:
+            layer.active_adapters = [*layer.active_adapters, name]
+        _require_grad(layer.adapters[name], active)
     for _, module, record in trained_biases(model):
         if record.adapter_name == name:
             record.show(module, active)
@@ -181,9 +187,9 @@ def activate_new(model: nn.Module, name: str, active: bool) -> None:
 def set_trainable(model: nn.Module, name: str, trainable: bool) -> None:
     """Whether the tensors of an adapter require gradients; which adapters act stays as it is."""
     _check_known(name, adapter_names(model))
-    for _, host in named_hosts(model):
-        if name in host.adapters:
-            _require_grad(host.adapters[name], trainable)
+    for _, layer in named_adapted_layers(model):
+        if name in layer.adapters:
+            _require_grad(layer.adapters[name], trainable)
     for _, module, record in trained_biases(model):
         if record.adapter_name == name:
             # Hidden values do not train: in their place the base's own would.
@@ -210,7 +216,7 @@ def check_enabled(model: nn.Module) -> None:
 
     """
     _check_not_disabled(model)
-    if any(host.row_adapters is not None for _, host in named_hosts(model)):
+    if any(layer.row_adapters is not None for _, layer in named_adapted_layers(model)):
         raise AdapterStateError(
             "Every row has an adapter of its own at present: leave "
             "`with adapters_per_row(model, names):` first."
@@ -218,7 +224,7 @@ def check_enabled(model: nn.Module) -> None:
 
 
 def _check_not_disabled(model: nn.Module) -> None:
-    if not all(host.adapters_enabled for _, host in named_hosts(model)):
+    if not all(layer.adapters_enabled for _, layer in named_adapted_layers(model)):
         raise AdapterStateError(
             "The adapters are disabled at present: leave `with disable_adapter(model):` first."
         )
@@ -227,22 +233,22 @@ def _check_not_disabled(model: nn.Module) -> None:
 @contextmanager
 def disable_adapter(model: nn.Module) -> Iterator[None]:
     """Inside, the model is its base model bit for bit; afterwards everything is as it was."""
-    hosts = [host for _, host in named_hosts(model)]
-    enabled = [host.adapters_enabled for host in hosts]
-    merged = [list(host.merged_adapters) for host in hosts]
+    layers = [layer for _, layer in named_adapted_layers(model)]
+    enabled = [layer.adapters_enabled for layer in layers]
+    merged = [list(layer.merged_adapters) for layer in layers]
     biases = [(module, record, record.shown) for _, module, record in trained_biases(model)]
-    for host in hosts:
-        host.unmerge()
-        host.adapters_enabled = False
+    for layer in layers:
+        layer.unmerge()
+        layer.adapters_enabled = False
     for module, record, _ in biases:
         record.show(module, False)
     reopen_fast_path(model)
     try:
         yield
     finally:
-        for host, was_enabled, names in zip(hosts, enabled, merged, strict=True):
-            host.adapters_enabled = was_enabled
-            host.merge(names)
+        for layer, was_enabled, names in zip(layers, enabled, merged, strict=True):
+            layer.adapters_enabled = was_enabled
+            layer.merge(names)
         for module, record, shown in biases:
             record.show(module, shown)
         close_fast_path(model)

@@ -16,19 +16,19 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.adapters.base import Adapter, AdapterDict, AdapterParts, Base, Convolution
+from lora_lightning.adapters.base import Adapter, AdapterDict, Base, Convolution, MultiWeightAdapter
 from lora_lightning.adapters.modules_to_save import TrainedCopy
 from lora_lightning.errors import AdapterStateError
-from lora_lightning.layers.composition import HostPart, fold, part_of, split_copy
+from lora_lightning.layers.composition import WeightView, fold, part_of, split_copy
 from lora_lightning.layers.mixed_batch import forward_by_row
 from lora_lightning.utilities.autocast import without_autocast
 from lora_lightning.utilities.compiled import WRAPPED, is_wrapper
 
 
-class Host(nn.Module):
+class AdaptedLayer(nn.Module):
     """Mixin of the dynamic subclass.
 
-    The map of a host is a fold over its live adapters, in the order in which they were added (see
+    The map of a layer is a fold over its live adapters, in the order in which they were added (see
     `adapters/base.py`). A kind of module says, in a file of its own, what its weights are, how
     they are read and written, and how they act on an input.
 
@@ -42,7 +42,7 @@ class Host(nn.Module):
     """
 
     kind = "module"  # which adapter classes fit
-    host_type: type[Host]  # these two: what the dynamic class is made of
+    layer_type: type[AdaptedLayer]  # these two: what the dynamic class is made of
     base_type: type[nn.Module]
     adapters: AdapterDict
     row_adapters: list[str | None] | None
@@ -82,7 +82,7 @@ class Host(nn.Module):
 
     def peft_knows(self, adapter: Adapter) -> bool:
         """Whether PEFT computes the same from this adapter on this module."""
-        return not isinstance(adapter, AdapterParts)
+        return not isinstance(adapter, MultiWeightAdapter)
 
     # -- what adapters ask of their base (`adapters.base.Base`) ----------------------------------
 
@@ -102,7 +102,7 @@ class Host(nn.Module):
         bias = getattr(self, bias_name, None) if copy is None else copy.tensor(bias_name)
         if bias is None:
             return None
-        base: Base = self if name == "weight" else HostPart(self, name)
+        base: Base = self if name == "weight" else WeightView(self, name)
         for other in others:
             if other is adapter:
                 break
@@ -260,7 +260,7 @@ class Host(nn.Module):
 
     def _fold_weight(self, name: str, parts: list[Adapter], results: dict[str, Tensor]) -> None:
         weight = self.base_weight(name)
-        base: Base = self if name == "weight" else HostPart(self, name)
+        base: Base = self if name == "weight" else WeightView(self, name)
         start = total = weight.to(torch.promote_types(weight.dtype, torch.float32))
         with without_autocast(weight):  # which would narrow the products
             for part in parts:
@@ -313,38 +313,38 @@ class Host(nn.Module):
         reduced = super().__reduce_ex__(max(2, int(protocol)))
         if isinstance(reduced, str) or reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
             return reduced
-        return (_new_host, (self.host_type, self.base_type), *reduced[2:])
+        return (_new_adapted_layer, (self.layer_type, self.base_type), *reduced[2:])
 
 
-_CLASSES: dict[tuple[type[Host], type[nn.Module]], Any] = {}
+_CLASSES: dict[tuple[type[AdaptedLayer], type[nn.Module]], Any] = {}
 
 
-def adapted_class(host_type: type[Host], base_type: type[nn.Module]) -> Any:
+def adapted_class(layer_type: type[AdaptedLayer], base_type: type[nn.Module]) -> Any:
     """The subclass of `base_type` that carries adapters; the same one every time."""
-    if (host_type, base_type) in _CLASSES:
-        return _CLASSES[host_type, base_type]
+    if (layer_type, base_type) in _CLASSES:
+        return _CLASSES[layer_type, base_type]
     namespace = {
-        "__module__": host_type.__module__,
+        "__module__": layer_type.__module__,
         "__doc__": base_type.__doc__,
-        "host_type": host_type,
+        "layer_type": layer_type,
         "base_type": base_type,
     }
-    bases = (host_type, base_type)
+    bases = (layer_type, base_type)
     return _CLASSES.setdefault(bases, type(f"Adapted{base_type.__name__}", bases, namespace))
 
 
-def _new_host(host_type: type[Host], base_type: type[nn.Module]) -> Any:
-    cls = adapted_class(host_type, base_type)
+def _new_adapted_layer(layer_type: type[AdaptedLayer], base_type: type[nn.Module]) -> Any:
+    cls = adapted_class(layer_type, base_type)
     return cls.__new__(cls)
 
 
 def first_argument(
-    host: Host, args: tuple[Any, ...], kwargs: dict[str, Any]
+    layer: AdaptedLayer, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """(the input, the other positional, the other named arguments), also where it was named."""
     if args:
         return args[0], args[1:], kwargs
-    name = list(inspect.signature(host.base_type.forward).parameters)[1]  # after `self`
+    name = list(inspect.signature(layer.base_type.forward).parameters)[1]  # after `self`
     return kwargs[name], (), {key: value for key, value in kwargs.items() if key != name}
 
 
@@ -365,13 +365,17 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             ahead.append((path if name in WRAPPED else below + name, child))
 
 
-def named_hosts(model: nn.Module) -> Iterator[tuple[str, Host]]:
+def named_adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
     """Every module of `model` that carries adapters, by path."""
     for path, module in walk(model):
-        if isinstance(module, Host):
+        if isinstance(module, AdaptedLayer):
             yield path, module
 
 
 def adapter_owners(model: nn.Module) -> dict[int, str]:
-    """Path of the host by `id` of every parameter that its adapters own."""
-    return {id(p): path for path, host in named_hosts(model) for p in host.adapters.parameters()}
+    """Path of the layer by `id` of every parameter that its adapters own."""
+    return {
+        id(p): path
+        for path, layer in named_adapted_layers(model)
+        for p in layer.adapters.parameters()
+    }

@@ -1,4 +1,4 @@
-"""The map of a host: a fold over the adapters on one of its weights."""
+"""The map of a layer: a fold over the adapters on one of its weights."""
 
 from __future__ import annotations
 
@@ -8,36 +8,36 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from lora_lightning.adapters.base import Adapter, AdapterParts, Base
+from lora_lightning.adapters.base import Adapter, Base, MultiWeightAdapter
 from lora_lightning.adapters.modules_to_save import TrainedCopy
 
 if TYPE_CHECKING:
-    from lora_lightning.layers.base import Host
+    from lora_lightning.layers.base import AdaptedLayer
 
 
-class HostPart:
-    """One weight of a host that has several, as its adapters see it."""
+class WeightView:
+    """One weight of a layer that has several, as its adapters see it."""
 
-    def __init__(self, host: Host, name: str) -> None:
-        self.host = host
+    def __init__(self, layer: AdaptedLayer, name: str) -> None:
+        self.layer = layer
         self.name = name
 
     @property
     def bias(self) -> Tensor | None:
         """The bias that goes with the weight."""
-        return cast("Tensor | None", getattr(self.host, self.host.bias_name(self.name), None))
+        return cast("Tensor | None", getattr(self.layer, self.layer.bias_name(self.name), None))
 
     def apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
-        """The host's map with another weight, without bias."""
-        return self.host.apply_weight(x, weight)
+        """The layer's map with another weight, without bias."""
+        return self.layer.apply_weight(x, weight)
 
     def base_weight(self) -> Tensor:
         """The weight before any merge, dense, in the canonical layout."""
-        return self.host.base_weight(self.name)
+        return self.layer.base_weight(self.name)
 
     def bias_below(self, adapter: Adapter) -> Tensor | None:
         """The bias of the map that an adapter on the weight acts on."""
-        return self.host.bias_below(adapter, self.name)
+        return self.layer.bias_below(adapter, self.name)
 
 
 def fold(chain: list[Adapter], x: Tensor, base_map: Callable[[Tensor], Any], base: Base) -> Any:
@@ -63,4 +63,4 @@ def split_copy(chain: list[Adapter]) -> tuple[TrainedCopy | None, list[Adapter]]
 
 def part_of(adapter: Adapter, weight_name: str) -> Adapter | None:
     """What of an adapter sits on one weight of its module."""
-    return adapter.part(weight_name) if isinstance(adapter, AdapterParts) else adapter
+    return adapter.part(weight_name) if isinstance(adapter, MultiWeightAdapter) else adapter

@@ -1,4 +1,4 @@
-"""`nn.Conv1d`, `nn.Conv2d` and `nn.Conv3d` and their subclasses as hosts."""
+"""`nn.Conv1d`, `nn.Conv2d` and `nn.Conv3d` and their subclasses as layers."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_lightning.adapters.base import Adapter, Convolution
-from lora_lightning.layers.base import Host
+from lora_lightning.layers.base import AdaptedLayer
 
 CONVOLUTIONS = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
 _FUNCTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
-class ConvHost(Host):
+class AdaptedConv(AdaptedLayer):
     """y = W * x + b, weight (out_channels, in_channels / groups, *kernel_size)."""
 
     kind = "conv"

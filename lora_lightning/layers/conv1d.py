@@ -1,4 +1,4 @@
-"""transformers' `Conv1D` as a host: a Linear whose weight is stored (in, out), as in GPT-2."""
+"""transformers' `Conv1D` as a layer: a Linear whose weight is stored (in, out), as in GPT-2."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_lightning.layers.linear import LinearHost
+from lora_lightning.layers.linear import AdaptedLinear
 
 
-class Conv1DHost(LinearHost):
+class AdaptedConv1D(AdaptedLinear):
     """y = x W + b, weight stored (in_features, out_features), canonical its transpose."""
 
     def dense_weight(self, name: str = "weight") -> Tensor:

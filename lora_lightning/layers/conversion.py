@@ -1,4 +1,4 @@
-"""Turn a module into a host and back: the swap of its class."""
+"""Turn a module into a layer and back: the swap of its class."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from torch import nn
 
 from lora_lightning.adapters.base import Adapter, AdapterDict
 from lora_lightning.errors import AdapterStateError, TargetError
-from lora_lightning.layers.base import Host, adapted_class
+from lora_lightning.layers.base import AdaptedLayer, adapted_class
 from lora_lightning.layers.quantized.base import why_not_adaptable, why_not_trainable
 
-# What a host has in its dictionary beside what the module had.
+# What a layer has in its dictionary beside what the module had.
 _STATE = ("row_adapters", "_active", "_enabled", "_merged", "_kept", "_instance_forward")
-# All that a host would hide, or overwrite, of a module.
-_NEEDED = {"adapters", *_STATE, *(name for name in vars(Host) if name[:2] != "__")}
+# All that a layer would hide, or overwrite, of a module.
+_NEEDED = {"adapters", *_STATE, *(name for name in vars(AdaptedLayer) if name[:2] != "__")}
 _NEEDED -= {"forward", "active_adapters"}  # the latter transformers' models have, for peft
 
 
-def check_can_grow(module: nn.Module, path: str, option: str = "target_modules") -> None:
+def check_convertible(module: nn.Module, path: str, option: str = "target_modules") -> None:
     """Refuse modules whose class cannot be swapped, before anything is touched.
 
     Raises:
@@ -28,7 +28,7 @@ def check_can_grow(module: nn.Module, path: str, option: str = "target_modules")
     """
     saved = option == "modules_to_save"
     unfit = why_not_trainable(module) if saved else why_not_adaptable(module)
-    if isinstance(module, Host) and unfit is None:
+    if isinstance(module, AdaptedLayer) and unfit is None:
         return
     if isinstance(module, torch.jit.ScriptModule):
         reason = (
@@ -45,39 +45,41 @@ def check_can_grow(module: nn.Module, path: str, option: str = "target_modules")
     raise TargetError(f"{path!r} ({type(module).__name__}) {reason}. (lora.{option})")
 
 
-def grow(module: nn.Module, host_type: type[Host], name: str, adapter: Adapter) -> None:
+def grow(module: nn.Module, layer_type: type[AdaptedLayer], name: str, adapter: Adapter) -> None:
     """Put `adapter` on `module` under `name`, inactive; the first one swaps the module's class."""
-    become_host(module, host_type)
+    convert_to_adapted(module, layer_type)
     adapter.train(module.training)
-    cast(Host, module).adapters[name] = adapter
+    cast(AdaptedLayer, module).adapters[name] = adapter
 
 
-def shrink(module: Host, name: str) -> None:
+def shrink(module: AdaptedLayer, name: str) -> None:
     """Take adapter `name` off; the last one gives the module its own class back."""
     del module.adapters[name]
     module.active_adapters = [active for active in module.active_adapters if active != name]
     if not module.adapters:
-        leave_host(module)
+        convert_back(module)
 
 
-def become_host(module: nn.Module, host_type: type[Host]) -> None:
-    """Swap the module's class for one that can carry adapters; a host stays as it is."""
-    if isinstance(module, Host):
-        if module.host_type is Host and host_type is not Host:  # it has trained copies only
-            module.__class__ = adapted_class(host_type, module.base_type)
+def convert_to_adapted(module: nn.Module, layer_type: type[AdaptedLayer]) -> None:
+    """Swap the module's class for one that can carry adapters; a layer stays as it is."""
+    if isinstance(module, AdaptedLayer):
+        if (
+            module.layer_type is AdaptedLayer and layer_type is not AdaptedLayer
+        ):  # it has trained copies only
+            module.__class__ = adapted_class(layer_type, module.base_type)
         return
     instance_forward = module.__dict__.pop("forward", None)
-    module.__class__ = adapted_class(host_type, type(module))
-    host = cast(Host, module)
-    host.adapters = AdapterDict()
-    host.row_adapters = None
-    host._active, host._merged, host._kept = [], [], {}
-    host._enabled = True
-    host._instance_forward = instance_forward
+    module.__class__ = adapted_class(layer_type, type(module))
+    layer = cast(AdaptedLayer, module)
+    layer.adapters = AdapterDict()
+    layer.row_adapters = None
+    layer._active, layer._merged, layer._kept = [], [], {}
+    layer._enabled = True
+    layer._instance_forward = instance_forward
 
 
-def leave_host(module: Host) -> None:
-    """Give a host without adapters the class back that it had."""
+def convert_back(module: AdaptedLayer) -> None:
+    """Give a layer without adapters the class back that it had."""
     base_type, instance_forward = module.base_type, module._instance_forward
     for attribute in _STATE:
         del module.__dict__[attribute]
@@ -87,14 +89,14 @@ def leave_host(module: Host) -> None:
         module.forward = instance_forward  # type: ignore[method-assign]
 
 
-def check_can_shrink(module: Host, path: str) -> None:
+def check_can_shrink(module: AdaptedLayer, path: str) -> None:
     """Refuse modules whose class was swapped again on top of ours, before anything is touched.
 
     Raises:
         AdapterStateError: Naming `path`.
 
     """
-    if type(module) is not adapted_class(module.host_type, module.base_type):
+    if type(module) is not adapted_class(module.layer_type, module.base_type):
         raise AdapterStateError(
             f"{path!r} ({type(module).__name__}) was wrapped by other code after its adapters "
             "were added; take that wrapping off first, then the adapters."

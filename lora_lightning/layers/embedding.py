@@ -1,14 +1,14 @@
-"""`nn.Embedding` and its subclasses as hosts."""
+"""`nn.Embedding` and its subclasses as layers."""
 
 from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_lightning.layers.base import Host
+from lora_lightning.layers.base import AdaptedLayer
 
 
-class EmbeddingHost(Host):
+class AdaptedEmbedding(AdaptedLayer):
     """y = E[ids], weight (num_embeddings, embedding_dim)."""
 
     kind = "embedding"

@@ -1,6 +1,6 @@
 """Modules whose adapters sit on parameters: the fused experts of a mixture, or any matrix.
 
-The adapters of other hosts act on what a module answers; here they act on what it reads. While the
+The adapters of other layers act on what a module answers; here they act on what it reads. While the
 module's own forward runs, its adapted parameters are covered by attributes of the same names that
 stand for W + delta. The parameters themselves are never touched.
 
@@ -20,11 +20,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.adapters.base import Adapter, AdapterParts
+from lora_lightning.adapters.base import Adapter, MultiWeightAdapter
 from lora_lightning.adapters.lora.experts import LoraExpertsAdapter
 from lora_lightning.errors import AdapterStateError, TargetError
-from lora_lightning.layers.base import Host
-from lora_lightning.layers.composition import HostPart, split_copy
+from lora_lightning.layers.base import AdaptedLayer
+from lora_lightning.layers.composition import WeightView, split_copy
 from lora_lightning.layers.low_rank_weight import LowRankWeight
 from lora_lightning.layers.multihead_attention import attention_obstacle
 from lora_lightning.utilities.autocast import without_autocast
@@ -37,10 +37,10 @@ _IMPLEMENTATIONS = (None, "eager", "batched_mm", "grouped_mm")
 _locks: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 
 
-class ExpertsHost(Host):
+class AdaptedExperts(AdaptedLayer):
     """A module with adapted parameters: (experts, out, in), (experts, in, out) or (out, in).
 
-    Its adapters are `AdapterParts` with a part for each adapted parameter, under its name.
+    Its adapters are `MultiWeightAdapter` with a part for each adapted parameter, under its name.
     """
 
     kind = "experts"
@@ -119,7 +119,7 @@ class ExpertsHost(Host):
     def _adapted_names(self) -> list[str]:
         names: dict[str, None] = {}
         for adapter in self.adapters.values():
-            if isinstance(adapter, AdapterParts):
+            if isinstance(adapter, MultiWeightAdapter):
                 names.update(dict.fromkeys(adapter._modules))
         return list(names)
 
@@ -150,7 +150,7 @@ class ExpertsHost(Host):
         compiling = torch.compiler.is_compiling()
         with without_autocast(weight):
             for part in parts:
-                after = part.transform_weight(weight, HostPart(self, name))
+                after = part.transform_weight(weight, WeightView(self, name))
                 weight = torch.where(part.live, after, weight) if compiling else after
         return weight
 
@@ -200,11 +200,14 @@ def check_parameter(module: nn.Module, path: str, name: str) -> None:
         reason = "belongs to an attention, which target_modules adapts: name it there"
     elif isinstance(module, nn.RNNBase):
         reason = "is read past its name by its module: an adapter there would have no effect"
-    elif isinstance(module, Host) and module.host_type not in (Host, ExpertsHost):
+    elif isinstance(module, AdaptedLayer) and module.layer_type not in (
+        AdaptedLayer,
+        AdaptedExperts,
+    ):
         reason = f"belongs to a module that carries adapters of kind {module.kind!r} already"
     else:
         return
-    kind = (module.base_type if isinstance(module, Host) else type(module)).__name__
+    kind = (module.base_type if isinstance(module, AdaptedLayer) else type(module)).__name__
     raise TargetError(f"'{path}.{name}' (of a {kind}) {reason}. (lora.target_parameters)")
 
 

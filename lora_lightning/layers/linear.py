@@ -1,4 +1,4 @@
-"""`nn.Linear` and its subclasses as hosts."""
+"""`nn.Linear` and its subclasses as layers."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from lora_lightning.adapters.base import Adapter
 from lora_lightning.layers.autocast_cache import autocast_input
-from lora_lightning.layers.base import Host
+from lora_lightning.layers.base import AdaptedLayer
 from lora_lightning.layers.composition import fold, split_copy
 from lora_lightning.layers.fused_lora import add_lora, can_fuse, fused_lora, lora_terms
 
 
-class LinearHost(Host):
+class AdaptedLinear(AdaptedLayer):
     """y = W x + b, weight (out_features, in_features)."""
 
     kind = "linear"

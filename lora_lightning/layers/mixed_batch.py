@@ -13,13 +13,13 @@ from lora_lightning.errors import AdapterStateError
 from lora_lightning.layers.composition import part_of
 
 if TYPE_CHECKING:
-    from lora_lightning.layers.base import Host
+    from lora_lightning.layers.base import AdaptedLayer
 
 
 def forward_by_row(
-    host: Host, names: Sequence[str | None], x: Any, *args: Any, **kwargs: Any
+    layer: AdaptedLayer, names: Sequence[str | None], x: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    """The host's output, row i through adapter `names[i]` alone; None: through the base.
+    """The layer's output, row i through adapter `names[i]` alone; None: through the base.
 
     Rows of one adapter are computed together, just as a batch of their own would be.
 
@@ -31,20 +31,20 @@ def forward_by_row(
         found = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise AdapterStateError(
             f"adapters_per_row names an adapter for each of {len(names)} rows, but a "
-            f"{host.base_type.__name__} was called with {found}, whose first dimension is "
+            f"{layer.base_type.__name__} was called with {found}, whose first dimension is "
             "not the batch. Adapters per row need the batch first everywhere."
         )
-    here = [n if n is not None and n in host.adapters else None for n in names]
-    groups = dict.fromkeys(here if host.adapters_enabled else [None])
+    here = [n if n is not None and n in layer.adapters else None for n in names]
+    groups = dict.fromkeys(here if layer.adapters_enabled else [None])
     if len(groups) < 2:
-        return host.run(_chain(host, next(iter(groups), None)), x, *args, **kwargs)
+        return layer.run(_chain(layer, next(iter(groups), None)), x, *args, **kwargs)
     y: Tensor | None = None
     for name in groups:
         index = torch.tensor([i for i, n in enumerate(here) if n == name], device=x.device)
-        rows = host.run(_chain(host, name), x.index_select(0, index), *args, **kwargs)
+        rows = layer.run(_chain(layer, name), x.index_select(0, index), *args, **kwargs)
         if not isinstance(rows, Tensor):
             raise AdapterStateError(
-                f"A {host.base_type.__name__} answers with a {type(rows).__name__}, not a "
+                f"A {layer.base_type.__name__} answers with a {type(rows).__name__}, not a "
                 "tensor: its rows cannot be put together. Run one batch per adapter."
             )
         if y is None:
@@ -53,8 +53,8 @@ def forward_by_row(
     return y
 
 
-def _chain(host: Host, name: str | None) -> list[Adapter]:
-    part = None if name is None else part_of(host.adapters[name], "weight")
+def _chain(layer: AdaptedLayer, name: str | None) -> list[Adapter]:
+    part = None if name is None else part_of(layer.adapters[name], "weight")
     if part is not None and part.live.is_meta:
-        host.check_filled(str(name))
+        layer.check_filled(str(name))
     return [] if part is None else [part]

@@ -1,4 +1,4 @@
-"""`nn.MultiheadAttention` as a host: adapters on its input projections, and on `out_proj`.
+"""`nn.MultiheadAttention` as a layer: adapters on its input projections, and on `out_proj`.
 
     q, k, v = x_q W_q^T + b_q, x_k W_k^T + b_k, x_v W_v^T + b_v;
     head_i = softmax(q_i k_i^T / sqrt(d) + mask) v_i;    y = concat(head_1, ..., head_h) W_o^T + b_o
@@ -11,8 +11,8 @@ are only read. Where no adapter acts, torch's own forward runs, with its fast pa
 
 The input weights are `in_proj_weight` (3 e, e), rows in the order q, k, v; or, with kdim or vdim,
 `q_proj_weight` (e, e), `k_proj_weight` (e, kdim) and `v_proj_weight` (e, vdim). Adapters see each
-as a Linear. One on `out_proj` sits on that Linear itself; then the attention is a host even without
-adapters of its own (`route_out_projections`).
+as a Linear. One on `out_proj` sits on that Linear itself; then the attention is an adapted layer
+even without adapters of its own (`route_out_projections`).
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from lora_lightning.adapters.base import Adapter, Base
 from lora_lightning.adapters.modules_to_save import TrainedCopy
 from lora_lightning.errors import AdapterStateError
 from lora_lightning.layers.autocast_cache import autocast_input
-from lora_lightning.layers.base import Host, adapted_class, walk
-from lora_lightning.layers.composition import HostPart, fold, part_of, split_copy
-from lora_lightning.layers.conversion import become_host, leave_host
+from lora_lightning.layers.base import AdaptedLayer, adapted_class, walk
+from lora_lightning.layers.composition import WeightView, fold, part_of, split_copy
+from lora_lightning.layers.conversion import convert_back, convert_to_adapted
 
 PACKED = "in_proj_weight"
 SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
-class AttentionHost(Host):
+class AdaptedMultiheadAttention(AdaptedLayer):
     """Multi-head attention; shapes as in `nn.MultiheadAttention`."""
 
     kind = "linear"
@@ -166,7 +166,7 @@ class AttentionHost(Host):
     def _adapters_act(self) -> bool:
         if self.row_adapters is not None:
             return True
-        if isinstance(self.out_proj, Host) and self.out_proj.chain():
+        if isinstance(self.out_proj, AdaptedLayer) and self.out_proj.chain():
             return True
         return any(split_copy(self.chain(name))[1] for name in self.weight_shapes())
 
@@ -221,7 +221,7 @@ class AttentionHost(Host):
                 y = F.linear(z, weight, bias)
             return F.pad(y, absent) if any(absent) else y
 
-        y = self._fold(chains, autocast_input(x), base_map, HostPart(self, name))
+        y = self._fold(chains, autocast_input(x), base_map, WeightView(self, name))
         return y if y.shape[-1] == last - first else y[..., first:last]
 
     def _fold(
@@ -270,10 +270,14 @@ class AttentionHost(Host):
             return cast(Tensor, self.out_proj(y.transpose(0, 1))).transpose(0, 1)
         if copy is None:
             return cast(Tensor, self.out_proj(y))
-        chain: list[Adapter] = self.out_proj.chain() if isinstance(self.out_proj, Host) else []
+        chain: list[Adapter] = (
+            self.out_proj.chain() if isinstance(self.out_proj, AdaptedLayer) else []
+        )
         inner, others = split_copy(chain)
         module = cast(nn.MultiheadAttention, copy.module)
-        return cast(Tensor, fold(others, y, inner or module.out_proj, cast(Host, self.out_proj)))
+        return cast(
+            Tensor, fold(others, y, inner or module.out_proj, cast(AdaptedLayer, self.out_proj))
+        )
 
 
 def attend(
@@ -354,37 +358,38 @@ def _check_shape(name: str, expected: tuple[int, ...], tensor: Tensor) -> None:
 
 def attention_obstacle(module: nn.MultiheadAttention) -> str | None:
     """Why the projections of `module` cannot carry adapters, or None where they can."""
-    host = module if isinstance(module, Host) else None
-    kind = type(module) if host is None else host.base_type
+    layer = module if isinstance(module, AdaptedLayer) else None
+    kind = type(module) if layer is None else layer.base_type
     if kind.forward is not nn.MultiheadAttention.forward:
         return (
             f"{kind.__name__} has a forward of its own, of which it is not known whether it reads "
             "the projections' weights past their adapters"
         )
-    own = module.__dict__.get("forward") if host is None else host._instance_forward
+    own = module.__dict__.get("forward") if layer is None else layer._instance_forward
     if own is not None:
         return "its forward was replaced on the instance, and adapters would pass that by"
-    if host is not None and host.host_type not in (Host, AttentionHost):
+    if layer is not None and layer.layer_type not in (AdaptedLayer, AdaptedMultiheadAttention):
         return "single parameters of the attention carry adapters already (target_parameters)"
-    if host is None and hasattr(module, "adapters"):
+    if layer is None and hasattr(module, "adapters"):
         return "it already has an attribute `adapters` of its own, where adapters would live"
     return None
 
 
 def route_out_projections(model: nn.Module) -> None:
-    """Make each attention a host whose `out_proj` is one, and let go of those that need it no more.
+    """Convert each attention whose `out_proj` is adapted; convert back those that need it no more.
 
-    An empty host has nothing to merge or to save: it only calls `out_proj` instead of reading its
+    An empty layer has nothing to merge or to save: it only calls `out_proj` instead of reading its
     weight.
     """
     for _, module in list(walk(model)):
         if not isinstance(module, nn.MultiheadAttention) or attention_obstacle(module) is not None:
             continue
-        if isinstance(module.out_proj, Host):
-            become_host(module, AttentionHost)
+        if isinstance(module.out_proj, AdaptedLayer):
+            convert_to_adapted(module, AdaptedMultiheadAttention)
         elif (
-            isinstance(module, AttentionHost)
+            isinstance(module, AdaptedMultiheadAttention)
             and not module.adapters
-            and type(module) is adapted_class(AttentionHost, module.base_type)  # not swapped again
+            and type(module)
+            is adapted_class(AdaptedMultiheadAttention, module.base_type)  # not swapped again
         ):
-            leave_host(module)
+            convert_back(module)

@@ -1,4 +1,4 @@
-"""`nn.Sequential` as a host of trained copies: it runs its layers, but not its adapters."""
+"""`nn.Sequential` as a layer of trained copies: it runs its layers, but not its adapters."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any, cast
 
 from torch import nn
 
-from lora_lightning.layers.base import Host
+from lora_lightning.layers.base import AdaptedLayer
 
 
-class SequentialHost(Host):
+class AdaptedSequential(AdaptedLayer):
     """The layers of the container, one after the other."""
 
     def layers(self) -> dict[str, nn.Module]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from lora_lightning.layers.base import Host
+from lora_lightning.layers.base import AdaptedLayer
 
 _SWITCHES = (
     (nn.TransformerEncoderLayer, "activation_relu_or_gelu", 0),
@@ -20,10 +20,10 @@ _KEPT = "_fast_path_before_adapters"
 
 
 def close_fast_path(model: nn.Module) -> None:
-    """Make every encoder layer that holds a host call its children."""
+    """Make every encoder layer that holds a layer call its children."""
     for module, switch, closed in _encoders(model):
         if _KEPT not in module.__dict__ and any(
-            isinstance(child, Host) for child in module.modules()
+            isinstance(child, AdaptedLayer) for child in module.modules()
         ):
             module.__dict__[_KEPT] = getattr(module, switch)
             setattr(module, switch, closed)

@@ -18,7 +18,7 @@ from lora_lightning.engine.eva import FOUND, eva_start
 from lora_lightning.engine.injection import adapters_named, delete_adapter, extend_adapter
 from lora_lightning.engine.switching import active_adapters, adapter_names, set_adapter
 from lora_lightning.errors import ConfigError
-from lora_lightning.layers.base import named_hosts
+from lora_lightning.layers.base import named_adapted_layers
 from lora_lightning.training.module_hooks import let_train
 from lora_lightning.utilities.rng import random_state, set_random_state
 
@@ -90,9 +90,9 @@ def adopt_ranks(callback: LoraCallback, pl_module: LightningModule, saved: dict[
         callback.adapter_name,
         autocast_adapter_dtype=callback.autocast_adapter_dtype,
     )
-    for _, host in named_hosts(root):  # in the order that the optimizer's state goes by
-        for name in filter(host.adapters.__contains__, order):
-            host.adapters[name] = host.adapters.pop(name)
+    for _, layer in named_adapted_layers(root):  # in the order that the optimizer's state goes by
+        for name in filter(layer.adapters.__contains__, order):
+            layer.adapters[name] = layer.adapters.pop(name)
     set_adapter(root, [*active_adapters(root), callback.adapter_name])
     let_train(pl_module, root)
 

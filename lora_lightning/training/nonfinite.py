@@ -22,7 +22,7 @@ from torch.optim import LBFGS, Optimizer
 
 from lora_lightning.adapters.modules_to_save import TrainedCopy
 from lora_lightning.errors import ConfigError, NonfiniteError, did_you_mean, first_few
-from lora_lightning.layers.base import named_hosts
+from lora_lightning.layers.base import named_adapted_layers
 from lora_lightning.training.strategies.deepspeed import partitioned_gradients
 from lora_lightning.utilities.compiled import named_parameters
 from lora_lightning.utilities.dtensor import is_sharded
@@ -79,8 +79,8 @@ class NonfiniteGuard:
         # The running statistics of trained copies of norm layers move in forward already.
         self._statistics = [
             (buffer, buffer.clone())
-            for _, host in named_hosts(module)
-            for adapter in host.adapters.values()
+            for _, layer in named_adapted_layers(module)
+            for adapter in layer.adapters.values()
             if isinstance(adapter, TrainedCopy)
             for buffer in adapter.buffers()
         ]

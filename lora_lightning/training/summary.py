@@ -19,8 +19,8 @@ from lora_lightning.checkpoint.state_dict import adapter_state_dict
 from lora_lightning.engine.bias import trained_biases
 from lora_lightning.engine.injection import adapters_named
 from lora_lightning.errors import first_few
-from lora_lightning.layers.base import Host, walk
-from lora_lightning.layers.registry import host_type_for
+from lora_lightning.layers.base import AdaptedLayer, walk
+from lora_lightning.layers.registry import layer_type_for
 from lora_lightning.training.optimizers import trainable_parameters
 
 
@@ -50,12 +50,12 @@ def target_rows(model: nn.Module, adapter_name: str) -> list[TargetRow]:
     copies: dict[str, TargetRow] = {}
     for path, module in walk(model):
         name = shown_name(path)
-        carries = isinstance(module, Host) and adapter_name in module.adapters
+        carries = isinstance(module, AdaptedLayer) and adapter_name in module.adapters
         adapter: Any = module.adapters[adapter_name] if carries else None  # type: ignore[index]
         size = sum(p.numel() for p in adapter.parameters()) if adapter is not None else 0
         if isinstance(adapter, TrainedCopy):
             copies[path] = TargetRow(path, 1, 1, (), size, full=True)
-        elif adapter is not None or host_type_for(module) is not None:
+        elif adapter is not None or layer_type_for(module) is not None:
             row = rows[name]
             row.name, row.possible = name, row.possible + 1
             if adapter is not None:

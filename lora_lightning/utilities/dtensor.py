@@ -24,23 +24,23 @@ def is_flattened(tensor: Any) -> bool:
     return bool(getattr(tensor, "_fsdp_flattened", False))  # torch's mark
 
 
-def whole(tensor: Any) -> Any:
+def full_tensor(tensor: Any) -> Any:
     """All values of a tensor. Of a sharded one they are gathered: every process has to call it."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
-def whole_state(state: Any) -> Any:
+def full_state(state: Any) -> Any:
     """A state of nested containers with whole tensors, gathered by all processes together."""
     if is_sharded(state):
-        return whole(state).cpu()
+        return full_tensor(state).cpu()
     if isinstance(state, dict):
-        return {key: whole_state(item) for key, item in state.items()}
+        return {key: full_state(item) for key, item in state.items()}
     if isinstance(state, (list, tuple)):
-        return type(state)(whole_state(item) for item in state)
+        return type(state)(full_state(item) for item in state)
     return state
 
 
-def sharded_like(values: Tensor, own: Any) -> Tensor:
+def distribute_like(values: Tensor, own: Any) -> Tensor:
     """Whole `values`, which every process has, laid out as `own` is: nothing is communicated."""
     if not is_sharded(own) or is_sharded(values):
         return values
@@ -51,6 +51,6 @@ def sharded_like(values: Tensor, own: Any) -> Tensor:
 
 
 @torch.no_grad()
-def copy_whole(own: Tensor, values: Tensor) -> None:
+def copy_full(own: Tensor, values: Tensor) -> None:
     """Write whole `values`, which every process has, into a tensor that may be sharded."""
-    own.copy_(sharded_like(values.to(own.dtype), own))
+    own.copy_(distribute_like(values.to(own.dtype), own))

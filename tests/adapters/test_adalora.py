@@ -40,9 +40,9 @@ from lora_lightning.engine.rank_allocation import (
     without_masked,
 )
 from lora_lightning.errors import AdapterMismatchError, ConfigError, RankError
-from lora_lightning.layers.base import named_hosts
+from lora_lightning.layers.base import named_adapted_layers
 from tests.helpers.modules import Data, Net, run
-from tests.helpers.nets import HostNet, bit_equal, example_input, shake, trainable
+from tests.helpers.nets import OneLayerNet, bit_equal, example_input, shake, trainable
 from tests.helpers.paths import child_environment
 
 
@@ -65,10 +65,10 @@ class ConvNet(nn.Module):
         return torch.tanh(self.proj(x))
 
 
-def base_and_input(host: str, dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
-    if host == "conv2d":
+def base_and_input(layer: str, dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
+    if layer == "conv2d":
         return ConvNet().to(dtype), torch.randn(4, 3, 6, 6, dtype=dtype)
-    return HostNet(host).to(dtype), example_input(host, dtype)
+    return OneLayerNet(layer).to(dtype), example_input(layer, dtype)
 
 
 def peft_model(base: nn.Module, **options: Any) -> peft.PeftModel:
@@ -109,9 +109,9 @@ def assert_same(first: dict[str, Tensor], second: dict[str, Tensor], tolerance: 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
-@pytest.mark.parametrize("host", ["linear", "linear-without-bias", "conv1d", "conv2d"])
-def test_same_as_peft(host: str, dropout: float, dtype: torch.dtype) -> None:
-    base, x = base_and_input(host, dtype)
+@pytest.mark.parametrize("layer", ["linear", "linear-without-bias", "conv1d", "conv2d"])
+def test_same_as_peft(layer: str, dropout: float, dtype: torch.dtype) -> None:
+    base, x = base_and_input(layer, dtype)
     before = base(x)
     theirs, ours = pair(base, lora_dropout=dropout)
     tolerance = TOLERANCE[dtype]
@@ -238,7 +238,7 @@ def test_a_rank_beyond_the_layer_is_refused() -> None:
     ],
 )
 def test_every_step_is_that_of_pefts_allocator(schedule: dict[str, Any]) -> None:
-    theirs, ours = pair(HostNet("linear").double(), **schedule)
+    theirs, ours = pair(OneLayerNet("linear").double(), **schedule)
     config = adalora_adapters(ours)["layers.0.proj"].config
     allocator = RankAllocator(adalora_adapters(ours), config, 15)
     oracle = PeftAllocator(theirs.base_model.model, theirs.peft_config["default"], "default")
@@ -283,7 +283,7 @@ def test_every_step_is_that_of_pefts_allocator(schedule: dict[str, Any]) -> None
 
 
 def test_orthogonality_is_pefts_loss_term() -> None:
-    theirs, ours = pair(HostNet("conv1d").double(), orth_reg_weight=0.7)
+    theirs, ours = pair(OneLayerNet("conv1d").double(), orth_reg_weight=0.7)
     x = torch.randn(4, 6, dtype=torch.float64)
     inner = theirs.base_model.model
     forward = inner.forward
@@ -346,7 +346,7 @@ def test_state_of_other_adapters_is_refused() -> None:
 
 
 def finished_pair() -> tuple[peft.PeftModel, nn.Module]:
-    theirs, ours = pair(HostNet("linear").double())
+    theirs, ours = pair(OneLayerNet("linear").double())
     x = torch.randn(4, 6, dtype=torch.float64)
     allocator = RankAllocator(adalora_adapters(ours), AdaLoraConfig(init_r=4, target_r=2), 15)
     for step in (13, 15):
@@ -370,7 +370,7 @@ def test_pattern_and_pruned_tensors_are_those_peft_saves() -> None:
 
     # What peft saved, here.
     x = torch.randn(4, 6, dtype=torch.float64)
-    fresh = HostNet("linear").double()
+    fresh = OneLayerNet("linear").double()
     fresh.load_state_dict(ours.state_dict(), strict=False)
     options = peft_options(theirs)
     inject_adapter(fresh, AdaLoraConfig.from_file_options(options))
@@ -384,7 +384,7 @@ def test_pattern_and_pruned_tensors_are_those_peft_saves() -> None:
         options = {**config.file_options(), "rank_pattern": ranks}
         for key in ("exclude_modules", "layers_to_transform", "layers_pattern"):
             options.pop(key)
-        base = HostNet("linear").double()
+        base = OneLayerNet("linear").double()
         base.load_state_dict(ours.state_dict(), strict=False)
         loaded = peft_model(base, **options)
         named = {f"base_model.model.{key}": value for key, value in tensors.items()}
@@ -397,7 +397,7 @@ def test_folders_both_ways(tmp_path: Path) -> None:
     x = torch.randn(4, 6, dtype=torch.float64)
 
     def fresh() -> nn.Module:
-        base = HostNet("linear").double()
+        base = OneLayerNet("linear").double()
         base.load_state_dict(ours.state_dict(), strict=False)
         return base
 
@@ -425,7 +425,7 @@ def peft_options(model: peft.PeftModel) -> dict[str, Any]:
 
 
 def test_no_pattern_before_anything_was_masked() -> None:
-    _, ours = pair(HostNet("linear").double())
+    _, ours = pair(OneLayerNet("linear").double())
     assert rank_pattern(ours) == {}
     for adapter in adalora_adapters(ours).values():
         nn.init.zeros_(adapter.lora_E)
@@ -440,9 +440,9 @@ CONFIG = {"init_r": 6, "target_r": 3, "target_modules": ["embed", "body.2"]}
 
 def total_rank(model: nn.Module) -> int:
     return sum(
-        int((host.adapters["default"].lora_E != 0).sum())
-        for _, host in named_hosts(model)
-        if isinstance(host.adapters["default"], AdaLoraAdapter)
+        int((layer.adapters["default"].lora_E != 0).sum())
+        for _, layer in named_adapted_layers(model)
+        if isinstance(layer.adapters["default"], AdaLoraAdapter)
     )
 
 

@@ -260,7 +260,7 @@ def test_factorization_is_pefts(factor):
 def explicit_delta(adapter: LycorisAdapter, config) -> Tensor:
     """The update by definition, element by element where that is the definition."""
     t = dict(adapter.named_parameters())
-    shape, scaling = adapter.site.shape, config.alpha / config.r
+    shape, scaling = adapter.spec.shape, config.alpha / config.r
 
     def tucker(core: Tensor, a: Tensor, b: Tensor) -> Tensor:
         whole = torch.tensordot(a, torch.tensordot(core, b, dims=([1], [0])), dims=([0], [0]))

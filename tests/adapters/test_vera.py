@@ -99,7 +99,7 @@ def test_matrices_and_start_are_those_of_peft(dtype) -> None:
 
 
 def change(adapter: nn.Module, shared: Projections) -> Tensor:
-    out, into = len(adapter.vera_lambda_b), adapter.site.shape[1]
+    out, into = len(adapter.vera_lambda_b), adapter.spec.shape[1]
     b, d = adapter.vera_lambda_b.detach().diag(), adapter.vera_lambda_d.detach().diag()
     return b @ shared.vera_B[:out] @ d @ shared.vera_A[:, :into]
 

@@ -42,7 +42,7 @@ from lora_lightning import (
 )
 from lora_lightning.errors import AdapterMismatchError, AdapterStateError, CheckpointError
 from tests.helpers.modules import Net
-from tests.helpers.nets import HostNet, Transformer, bit_equal, shake, token_ids
+from tests.helpers.nets import OneLayerNet, Transformer, bit_equal, shake, token_ids
 
 CLOSE: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-10}
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -388,7 +388,7 @@ def test_rows_alone(tied: bool, tmp_path: Path) -> None:
 def test_rows_alone_of_several_tables(tmp_path: Path) -> None:
     """The same rows of every table are peft's too; different ones are ours alone."""
     torch.manual_seed(0)
-    base = HostNet("embedding").double()
+    base = OneLayerNet("embedding").double()
     inputs = torch.randint(0, 11, (4, 5))
     paths = ["layers.0.proj", "layers.1.proj"]
     for wanted, kind in (
@@ -505,7 +505,7 @@ def test_a_layer_in_two_places_is_ours_alone(tmp_path: Path) -> None:
 def test_a_copy_keeps_what_no_file_holds(tmp_path: Path) -> None:
     """A buffer that is not saved (Gemma's embed_scale) is the module's own in its copy too."""
     torch.manual_seed(0)
-    base = HostNet("embedding-scaled")
+    base = OneLayerNet("embedding-scaled")
     inputs = torch.randint(0, 11, (4, 5))
     model = ours(base, target_modules=["head"], modules_to_save=["layers.0.proj"])
     save_adapter(model, tmp_path)

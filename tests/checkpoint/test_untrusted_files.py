@@ -39,7 +39,7 @@ from lora_lightning import (
 from lora_lightning.adapters.registry import config_types
 from lora_lightning.errors import AdapterMismatchError, AdapterStateError, CheckpointError
 from tests.helpers.modules import Data, Net, run
-from tests.helpers.nets import HostNet, bit_equal, shake
+from tests.helpers.nets import OneLayerNet, bit_equal, shake
 from tests.helpers.untouched import untouched
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -50,7 +50,7 @@ PATIENCE = 5.0  # seconds, on a busy machine; what this is about would take hour
 def base() -> nn.Module:
     """With another adapter on it, and with state that a refusal might disturb."""
     torch.manual_seed(0)
-    model = HostNet("linear")
+    model = OneLayerNet("linear")
     inject_adapter(model, LoraConfig(r=1, target_modules=["layers.0.proj"], bias="all"), "other")
     model.layers[1].eval()
     model.head.weight.requires_grad_(True)
@@ -61,7 +61,7 @@ def base() -> nn.Module:
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that can be loaded."""
     torch.manual_seed(0)
-    model = HostNet("linear")
+    model = OneLayerNet("linear")
     options = {"target_modules": ["proj"], "modules_to_save": ["head"], "lora_alpha": 3}
     inject_adapter(model, LoraConfig(r=2, **options))
     shake([p for p in model.parameters() if p.requires_grad])
@@ -125,7 +125,7 @@ def test_the_good_one_loads(folder: Folder) -> None:
 
 
 def test_a_refusal_of_the_first_adapter_leaves_a_plain_model(folder: Folder) -> None:
-    model = HostNet("linear")
+    model = OneLayerNet("linear")
     model.norm.eval()
     before = untouched(model)
     folder.values(**{A: folder.tensors[A] * float("nan")})
@@ -380,7 +380,7 @@ SMALL: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module", params=sorted(config_types()))
 def any_type(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
-    model = HostNet("linear")
+    model = OneLayerNet("linear")
     config = config_types()[request.param](target_modules=["proj"], **SMALL[request.param])
     inject_adapter(model, config)
     path = tmp_path_factory.mktemp(request.param)
@@ -547,7 +547,7 @@ def test_base_tensors_that_are_the_bases_own_do_no_harm(folder: Folder) -> None:
 
 
 def adapted(lora_alpha: int = 8) -> nn.Module:
-    model = HostNet("linear")
+    model = OneLayerNet("linear")
     inject_adapter(model, LoraConfig(r=2, lora_alpha=lora_alpha, target_modules=["proj"]))
     return model
 

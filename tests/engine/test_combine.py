@@ -19,13 +19,13 @@ from transformers.pytorch_utils import Conv1D
 from lora_lightning import (
     active_adapters,
     adapter_names,
-    adapters,
     disable_adapter,
     inject_adapter,
     merge_adapter,
     set_adapter,
 )
-from lora_lightning.adapters.base import DeltaAdapter, Site
+from lora_lightning.adapters import registry
+from lora_lightning.adapters.base import AdapterSpec, DeltaAdapter
 from lora_lightning.adapters.config import AdapterConfig
 from lora_lightning.adapters.lora.linear import LoraConfig
 from lora_lightning.engine import task_arithmetic as ours_module
@@ -40,7 +40,7 @@ from lora_lightning.engine.task_arithmetic import (
     truncated_svd,
 )
 from lora_lightning.errors import AdapterStateError, ConfigError, LoraError, RankError
-from lora_lightning.layers.base import named_hosts
+from lora_lightning.layers.base import named_adapted_layers
 from tests.helpers.nets import bit_equal, shake
 
 WEIGHTS = [0.75, -0.5, 1.25]
@@ -254,7 +254,7 @@ def weighted_outputs(model: nn.Module, path: str, weights: dict[str, float]) -> 
 
 
 def paths_with(model: nn.Module, name: str) -> list[str]:
-    return [path for path, host in named_hosts(model) if name in host.adapters]
+    return [path for path, layer in named_adapted_layers(model) if name in layer.adapters]
 
 
 OPTIONS = {
@@ -278,7 +278,9 @@ def test_cat_is_the_exact_sum_on_every_kind_of_module(options):
     weights = {"a": 0.75, "b": -1.5, "c": 0.3}
     add_weighted_adapter(model, list(weights), list(weights.values()), "new", "cat")
     assert paths_with(model, "new") == [
-        path for path, host in named_hosts(model) if {"a", "b", "c"} & host.adapters.keys()
+        path
+        for path, layer in named_adapted_layers(model)
+        if {"a", "b", "c"} & layer.adapters.keys()
     ]
     for path in paths_with(model, "new"):
         expected = weighted_outputs(model, path, weights)
@@ -353,8 +355,8 @@ def test_start_values_can_double_the_rank_beyond_the_size_of_a_layer():
 
 def test_weights_multiply_the_adapter_as_it_acts_at_present():
     model = zoo(a={}, b={})
-    for _, host in named_hosts(model):
-        host.adapters["a"].set_scaling(0.3)
+    for _, layer in named_adapted_layers(model):
+        layer.adapters["a"].set_scaling(0.3)
     add_weighted_adapter(model, ["a", "b"], [0.5, 2.0], "new", "cat")
     for path in paths_with(model, "new"):
         close(output(model, path, "new"), weighted_outputs(model, path, {"a": 0.5, "b": 2.0}))
@@ -604,15 +606,15 @@ class OtherConfig(AdapterConfig):
 
 
 class OtherAdapter(DeltaAdapter):
-    def __init__(self, site: Site) -> None:
-        super().__init__(site, 1.0)
-        self.other = site.parameter(*site.shape)
+    def __init__(self, spec: AdapterSpec) -> None:
+        super().__init__(spec, 1.0)
+        self.other = spec.parameter(*spec.shape)
 
 
 def other_type() -> nn.Module:
     model = zoo(a={})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(adapters._TYPES, OtherConfig, lambda config: {"linear": OtherAdapter})
+        patch.setitem(registry._TYPES, OtherConfig, lambda config: {"linear": OtherAdapter})
         inject_adapter(model, OtherConfig(target_modules=["linear"]), "b")
     return model
 

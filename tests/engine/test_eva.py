@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lora_lightning import LoraCallback, LoraConfig, LoraError, adapter_state_dict, inject_adapter
 from lora_lightning.engine.eva import EvaConfig, PrincipalComponents, eva_start
 from lora_lightning.engine.injection import adapters_named
-from lora_lightning.layers.base import named_hosts
+from lora_lightning.layers.base import named_adapted_layers
 from tests.helpers.modules import Data, Net, run
 from tests.helpers.nets import bit_equal
 
@@ -226,8 +226,8 @@ def test_ranks_of_a_checkpoint_leave_the_other_adapters_as_they_were(tmp_path: P
     run(tmp_path, *callbacks()).validate(
         module, Data(), ckpt_path=tmp_path / "both.ckpt", verbose=False
     )
-    for _, host in named_hosts(module):
-        assert [*host.adapters] == [n for n in ("default", "frozen") if n in host.adapters]
+    for _, layer in named_adapted_layers(module):
+        assert [*layer.adapters] == [n for n in ("default", "frozen") if n in layer.adapters]
     trains = {name for name, p in module.named_parameters() if p.requires_grad}
     assert trains
     assert all(".adapters.default." in name for name in trains)

@@ -95,12 +95,12 @@ def test_a_quantised_model_starts_nearer_to_the_original(quant_type: str) -> Non
     errors = start_from_rounding_error(model, originals.__getitem__)
     assert list(errors) == ["0", "1"]
     for path, (alone, with_adapter) in errors.items():
-        host, weight = model[int(path)], originals[f"{path}.weight"]
-        rest = weight - host.base_weight()
+        layer, weight = model[int(path)], originals[f"{path}.weight"]
+        rest = weight - layer.base_weight()
         assert alone == pytest.approx(float(rest.norm() / weight.norm()), rel=1e-5)
-        rest = rest - host.adapters["default"].delta_weight().detach()
+        rest = rest - layer.adapters["default"].delta_weight().detach()
         assert with_adapter == pytest.approx(float(rest.norm() / weight.norm()), rel=1e-4)
-        best = torch.linalg.svdvals(weight - host.base_weight())[R:].norm() / weight.norm()
+        best = torch.linalg.svdvals(weight - layer.base_weight())[R:].norm() / weight.norm()
         assert with_adapter == pytest.approx(float(best), rel=1e-4)
     assert torch.equal(model[2].adapters["default"].lora_A, head)
     assert all(map(torch.equal, packed(model), before))

@@ -35,7 +35,7 @@ from lora_lightning import (
 )
 from lora_lightning.checkpoint.fingerprint import base_tensors
 from lora_lightning.errors import LoraError
-from lora_lightning.layers.base import named_hosts
+from lora_lightning.layers.base import named_adapted_layers
 from tests.helpers.nets import bit_equal, shake
 
 State = dict[str, Tensor]
@@ -219,7 +219,7 @@ class Mixes(RuleBasedStateMachine):
         return True
 
     def merged(self) -> bool:
-        return any(host.merged_adapters for _, host in named_hosts(self.model))
+        return any(layer.merged_adapters for _, layer in named_adapted_layers(self.model))
 
     @rule(name=NAMES, kind=st.sampled_from(sorted(MIXED)), where=st.sampled_from(["proj", "both"]))
     def inject(self, name: str, kind: str, where: str) -> None:
@@ -369,13 +369,13 @@ class BaseInHalf(RuleBasedStateMachine):
     @rule(names=st.lists(NAMES, max_size=3, unique=True))
     def switch(self, names: list[str]) -> None:
         with_names = [name for name in names if name in adapter_names(self.model)]
-        if not any(host.merged_adapters for _, host in named_hosts(self.model)):
+        if not any(layer.merged_adapters for _, layer in named_adapted_layers(self.model)):
             set_adapter(self.model, with_names)
 
     @rule()
     def train(self) -> None:
         parameters = [p for p in self.model.parameters() if p.requires_grad]
-        merged = any(host.merged_adapters for _, host in named_hosts(self.model))
+        merged = any(layer.merged_adapters for _, layer in named_adapted_layers(self.model))
         if parameters and adapter_names(self.model) and not merged:
             self.model.zero_grad()
             self.model(self.ids).float().square().mean().backward()

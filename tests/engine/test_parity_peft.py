@@ -1,4 +1,4 @@
-"""Same numbers as peft on every host and option: outputs, gradients, merges, training, init."""
+"""Same numbers as peft on every layer and option: outputs, gradients, merges, training, init."""
 
 from __future__ import annotations
 
@@ -20,7 +20,15 @@ from lora_lightning import (
     set_adapter,
     unload,
 )
-from tests.helpers.nets import CLASSES, HOSTS, HostNet, bit_equal, example_input, shake, trainable
+from tests.helpers.nets import (
+    CLASSES,
+    LAYERS,
+    OneLayerNet,
+    bit_equal,
+    example_input,
+    shake,
+    trainable,
+)
 
 # Added to r=4, lora_alpha=6, target_modules=["proj"]; the same words for both libraries.
 OPTIONS = {
@@ -46,10 +54,10 @@ OPTIONS = {
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 
-def pair(host: str, dtype: torch.dtype = torch.float64, **options):
+def pair(layer: str, dtype: torch.dtype = torch.float64, **options):
     """The same net twice, adapted by peft and by us, with the same random adapter values."""
     options = {"r": 4, "lora_alpha": 6, "target_modules": ["proj"], **options}
-    base = HostNet(host).to(dtype)
+    base = OneLayerNet(layer).to(dtype)
     theirs = peft_model(copy.deepcopy(base), options)
     ours = copy.deepcopy(base)
     inject_adapter(ours, LoraConfig(**options))
@@ -111,10 +119,10 @@ def base_weights(model: nn.Module) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("host", HOSTS)
-def test_outputs_gradients_merged_weights_and_base(host, options, dtype):
-    base, theirs, ours = pair(host, dtype, **options)
-    x = example_input(host, dtype)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_outputs_gradients_merged_weights_and_base(layer, options, dtype):
+    base, theirs, ours = pair(layer, dtype, **options)
+    x = example_input(layer, dtype)
     before = base(x)
     tolerance = TOLERANCE[dtype]
 
@@ -158,13 +166,13 @@ def test_this_comparison_can_fail():
 
 
 @pytest.mark.parametrize("active", [["default"], ["second"], ["default", "second"]], ids=str)
-@pytest.mark.parametrize("host", HOSTS)
-def test_several_adapters(host, active):
-    _, theirs, ours = pair(host)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_several_adapters(layer, active):
+    _, theirs, ours = pair(layer)
     second = {"r": 2, "lora_alpha": 3, "target_modules": ["1.proj", "head"], "use_rslora": True}
     theirs.add_adapter("second", peft.LoraConfig(**second))
     inject_adapter(ours, LoraConfig(**second), "second")
-    x = example_input(host, torch.float64)
+    x = example_input(layer, torch.float64)
     copy_weights(theirs, ours, "second")
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-10, atol=1e-10)  # second is inactive
 
@@ -186,11 +194,11 @@ def test_several_adapters(host, active):
     assert_same(base_weights(theirs), base_weights(ours), 1e-10)
 
 
-@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("option", ["plain", "rslora", "patterns", "bias-all", "modules_to_save"])
-def test_five_steps_of_adamw_take_the_same_path(host, option):
-    _, theirs, ours = pair(host, **OPTIONS[option])
-    x = example_input(host, torch.float64)
+def test_five_steps_of_adamw_take_the_same_path(layer, option):
+    _, theirs, ours = pair(layer, **OPTIONS[option])
+    x = example_input(layer, torch.float64)
     optimizers = [
         (model, torch.optim.AdamW(trainable(model).values(), lr=0.01)) for model in (theirs, ours)
     ]
@@ -209,10 +217,10 @@ def test_five_steps_of_adamw_take_the_same_path(host, option):
 
 
 @pytest.mark.parametrize("init", [True, False, "gaussian"])
-@pytest.mark.parametrize("host", ["linear", "embedding"])
-def test_start_values_are_distributed_as_in_peft(host, init):
+@pytest.mark.parametrize("layer", ["linear", "embedding"])
+def test_start_values_are_distributed_as_in_peft(layer, init):
     """Bound, mean and spread of 8,000 values and more; 0.05 is over four standard errors."""
-    wide = nn.Sequential(nn.Linear(400, 600) if host == "linear" else nn.Embedding(600, 400))
+    wide = nn.Sequential(nn.Linear(400, 600) if layer == "linear" else nn.Embedding(600, 400))
     options = {"r": 20, "target_modules": ["0"], "init_lora_weights": init}
     theirs = peft_model(copy.deepcopy(wide), options)
     inject_adapter(wide, LoraConfig(**options))
@@ -229,9 +237,9 @@ def test_start_values_are_distributed_as_in_peft(host, init):
         assert value.mean().abs() <= 0.05 * std
         # Normal values reach beyond 3 standard deviations, uniform ones end at sqrt(3) of them.
         assert (largest > 2.5 * std) == (expected_largest > 2.5 * expected_std), name
-    if host == "linear" and init is True:
+    if layer == "linear" and init is True:
         assert found["0.lora_A"].abs().max().item() == pytest.approx(400**-0.5, rel=0.01)
-    if host == "linear" and init == "gaussian":
+    if layer == "linear" and init == "gaussian":
         assert found["0.lora_A"].std().item() == pytest.approx(1 / 20, rel=0.05)
 
 

@@ -31,10 +31,10 @@ from lora_lightning import (
 from lora_lightning.checkpoint.fingerprint import base_tensors
 from lora_lightning.engine.switching import set_trainable
 from lora_lightning.errors import AdapterMismatchError, AdapterStateError, LoraError
-from lora_lightning.layers.base import named_hosts
+from lora_lightning.layers.base import named_adapted_layers
 from tests.helpers.nets import (
     WIDTH,
-    HostNet,
+    OneLayerNet,
     Transformer,
     bit_equal,
     example_input,
@@ -114,7 +114,7 @@ class Adapters(RuleBasedStateMachine):
         return True
 
     def merged(self) -> bool:
-        return any(host.merged_adapters for _, host in named_hosts(self.model))
+        return any(layer.merged_adapters for _, layer in named_adapted_layers(self.model))
 
     @rule(name=NAMES, kind=st.sampled_from(sorted(KINDS)), r=st.integers(1, 3))
     def inject(self, name: str, kind: str, r: int) -> None:
@@ -216,13 +216,13 @@ TestAdapters.settings = settings(
 # -- merging -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("host", ["linear", "conv1d", "embedding", "embedding-scaled"])
+@pytest.mark.parametrize("layer", ["linear", "conv1d", "embedding", "embedding-scaled"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_ten_merges_leave_no_drift(host, dtype):
-    model = HostNet(host).to(dtype)
+def test_ten_merges_leave_no_drift(layer, dtype):
+    model = OneLayerNet(layer).to(dtype)
     before = values(model)
     adapted(model, target_modules=["proj"])
-    x = example_input(host, dtype)
+    x = example_input(layer, dtype)
     first = model(x)
     for _ in range(10):
         merge_adapter(model)
@@ -263,7 +263,7 @@ def test_merging_twice_and_one_after_the_other():
     merge_adapter(model)
     merge_adapter(model)
     torch.testing.assert_close(model(x), expected)
-    assert [h.merged_adapters for _, h in named_hosts(model)] == [["default", "second"]]
+    assert [h.merged_adapters for _, h in named_adapted_layers(model)] == [["default", "second"]]
 
 
 def tied() -> nn.Module:
@@ -295,7 +295,7 @@ def test_values_that_are_not_finite_are_not_merged():
             merge(model)
         assert "values that are not finite" in str(caught.value)
         assert_bit_equal(values(model), broken)
-        assert not any(host.merged_adapters for _, host in named_hosts(model))
+        assert not any(layer.merged_adapters for _, layer in named_adapted_layers(model))
     assert bit_equal(model.layers[0].attn.q.weight, before["layers.0.attn.q.weight"])
 
 
@@ -430,7 +430,7 @@ def test_whatever_goes_wrong_in_merging_leaves_nothing_merged():
     with pytest.raises(AdapterStateError, match="on the meta device"):
         merge_adapter(model)
     assert bit_equal(model.layers[0].attn.q.weight, before)
-    assert not any(host.merged_adapters for _, host in named_hosts(model))
+    assert not any(layer.merged_adapters for _, layer in named_adapted_layers(model))
 
 
 @pytest.mark.parametrize("is_trainable", [True, False])
@@ -469,7 +469,7 @@ def test_no_state_is_loaded_into_a_merged_adapter():
 def test_a_saved_head_does_not_take_overhead_along():
     model = nn.ModuleDict({n: nn.Linear(3, 3) for n in ("head", "overhead", "subhead", "q")})
     adapted(model, target_modules=["q"], modules_to_save=["head"])
-    assert {path for path, _ in named_hosts(model)} == {"head", "q"}
+    assert {path for path, _ in named_adapted_layers(model)} == {"head", "q"}
     assert {name.split(".")[0] for name in trainable(model)} == {"head", "q"}
 
 

@@ -21,7 +21,7 @@ class ScaledEmbedding(nn.Embedding):
 
 
 # The module kinds that can carry adapters; all map the input of `example_input` to WIDTH values.
-HOSTS = {
+LAYERS = {
     "linear": lambda: nn.Linear(6, WIDTH),
     "linear-without-bias": lambda: nn.Linear(6, WIDTH, bias=False),
     "conv1d": lambda: Conv1D(WIDTH, 6),
@@ -31,24 +31,24 @@ HOSTS = {
 }
 
 
-def example_input(host: str, dtype: torch.dtype = torch.float32) -> Tensor:
-    if host.startswith("embedding"):
+def example_input(layer: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    if layer.startswith("embedding"):
         return torch.randint(0, VOCAB, (4, 5))
     return torch.randn(4, 5, 6, dtype=dtype)
 
 
 class Layer(nn.Module):
-    def __init__(self, host: str) -> None:
+    def __init__(self, layer: str) -> None:
         super().__init__()
-        self.proj = HOSTS[host]()
+        self.proj = LAYERS[layer]()
 
 
-class HostNet(nn.Module):
-    """Two numbered layers of the host kind under test that both read the input, and a head."""
+class OneLayerNet(nn.Module):
+    """Two numbered layers of the layer kind under test that both read the input, and a head."""
 
-    def __init__(self, host: str) -> None:
+    def __init__(self, layer: str) -> None:
         super().__init__()
-        self.layers = nn.ModuleList([Layer(host), Layer(host)])
+        self.layers = nn.ModuleList([Layer(layer), Layer(layer)])
         self.norm = nn.LayerNorm(WIDTH)
         self.head = nn.Linear(WIDTH, CLASSES)
 

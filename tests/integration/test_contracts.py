@@ -24,7 +24,7 @@ from lora_lightning import (
     unmerge_adapter,
 )
 from lora_lightning.errors import OptimizerError
-from lora_lightning.layers.base import Host
+from lora_lightning.layers.base import AdaptedLayer
 from lora_lightning.training.optimizers import check_coverage
 from tests.helpers.modules import Data, Net, run
 
@@ -72,11 +72,11 @@ def test_1_twin_subtracting_the_delta_drifts() -> None:
     module = Net().to(torch.bfloat16)
     before = copy.deepcopy(module.state_dict())
     inject_adapter(module, LoraConfig(r=2, target_modules=["embed"], init_lora_weights=False))
-    host: Any = module.embed
+    layer: Any = module.embed
     with torch.no_grad():
         for _ in range(10):
-            host.weight += host.adapters["default"].delta_weight()
-            host.weight -= host.adapters["default"].delta_weight()
+            layer.weight += layer.adapters["default"].delta_weight()
+            layer.weight -= layer.adapters["default"].delta_weight()
     assert not same(before, base_of(module))
 
 
@@ -144,7 +144,7 @@ def test_3_context_managers_leave_no_trace() -> None:
             "active": {
                 n: (list(m.active_adapters), m.adapters_enabled, list(m.merged_adapters))
                 for n, m in module.named_modules()
-                if isinstance(m, Host)
+                if isinstance(m, AdaptedLayer)
             },
         }
 

@@ -36,11 +36,11 @@ from lora_lightning import (
     unload,
     unmerge_adapter,
 )
-from lora_lightning.adapters.base import Adapter, AdapterParts
+from lora_lightning.adapters.base import Adapter, MultiWeightAdapter
 from lora_lightning.adapters.lora.experts import LoraExpertsAdapter
 from lora_lightning.errors import AdapterStateError, ConfigError, RankError, TargetError
 from lora_lightning.layers import experts as experts_file
-from lora_lightning.layers.experts import ExpertsHost
+from lora_lightning.layers.experts import AdaptedExperts
 from lora_lightning.layers.low_rank_weight import LowRankWeight
 from tests.helpers.nets import bit_equal, shake, trainable
 
@@ -723,7 +723,7 @@ def test_start_values(start: bool | str) -> None:
     )
     part = ours.experts.adapters["default"].part("gate_up_proj")
     assert isinstance(part, LoraExpertsAdapter)
-    assert isinstance(ours.experts, ExpertsHost)
+    assert isinstance(ours.experts, AdaptedExperts)
     assert part.scaling == pytest.approx(8 / 8**0.5)
     assert part.lora_A.shape == (8 * EXPERTS, HIDDEN)
     assert part.lora_A.dtype == torch.float64
@@ -803,7 +803,7 @@ def test_a_parametrization_does_not_hide_an_adapter() -> None:
 
 def test_parts_carry_the_parameter_names() -> None:
     ours = net("mixtral", r=3)
-    assert isinstance(ours.experts.adapters["default"], AdapterParts)
+    assert isinstance(ours.experts.adapters["default"], MultiWeightAdapter)
     assert set(trainable(ours)) == {
         f"experts.adapters.default.{parameter}.{tensor}"
         for parameter in ("gate_up_proj", "down_proj")

@@ -1,4 +1,4 @@
-"""hosts/fused_lora.py against the plain expression, written out here with ordinary operations."""
+"""layers/fused_lora.py against the plain expression, written out here with ordinary operations."""
 
 from __future__ import annotations
 

@@ -29,12 +29,12 @@ from lora_lightning.adapters.base import AdapterDict
 from lora_lightning.adapters.lora.linear import LoraAdapter
 from lora_lightning.errors import AdapterStateError, TargetError
 from lora_lightning.layers import autocast_cache as shared_cast
-from lora_lightning.layers.base import named_hosts
+from lora_lightning.layers.base import named_adapted_layers
 from tests.helpers.nets import (
-    HOSTS,
+    LAYERS,
     WIDTH,
     Attention,
-    HostNet,
+    OneLayerNet,
     ScaledEmbedding,
     Transformer,
     bit_equal,
@@ -69,12 +69,12 @@ def adapted(model: nn.Module, config: LoraConfig = PROJ, name: str = "default") 
 # -- the module stays itself -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("host", HOSTS)
-def test_start_is_bit_equal_and_the_old_state_dict_loads(host):
-    base = HostNet(host)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_start_is_bit_equal_and_the_old_state_dict_loads(layer):
+    base = OneLayerNet(layer)
     model = copy.deepcopy(base)
     inject_adapter(model, PROJ)
-    x = example_input(host)
+    x = example_input(layer)
     assert bit_equal(model(x), base(x))
     for before, after in zip(base.modules(), model.modules(), strict=False):
         if after is model.layers[0].proj:
@@ -87,13 +87,13 @@ def test_start_is_bit_equal_and_the_old_state_dict_loads(host):
     assert [n for n, _ in model.named_parameters() if ".adapters." not in n] == list(names)
 
 
-@pytest.mark.parametrize("host", HOSTS)
-def test_deepcopy_pickle_and_torch_save(host):
+@pytest.mark.parametrize("layer", LAYERS)
+def test_deepcopy_pickle_and_torch_save(layer):
     model = adapted(
-        HostNet(host), LoraConfig(r=2, target_modules=["proj"], modules_to_save=["head"])
+        OneLayerNet(layer), LoraConfig(r=2, target_modules=["proj"], modules_to_save=["head"])
     )
     shake([model.head.adapters["default"].module.weight])
-    x = example_input(host)
+    x = example_input(layer)
     expected = model(x)
     file = io.BytesIO()
     torch.save(model, file)
@@ -111,7 +111,7 @@ def test_deepcopy_pickle_and_torch_save(host):
         assert not torch.equal(other(x), expected), how
         assert bit_equal(model(x), expected), f"{how} shares tensors"
         unload(other)
-        assert type(other.layers[0].proj) is type(HOSTS[host]()), how
+        assert type(other.layers[0].proj) is type(LAYERS[layer]()), how
 
 
 def test_repr_shows_module_rank_and_alpha():
@@ -219,7 +219,7 @@ def test_a_trained_copy_is_called_like_the_module():
 
 
 def test_forward_hooks_still_fire_with_the_adapted_output():
-    model = HostNet("linear")
+    model = OneLayerNet("linear")
     seen = {"before": [], "after": []}
     proj = model.layers[0].proj
     proj.register_forward_pre_hook(lambda m, args: seen["before"].append(args[0]))
@@ -240,7 +240,7 @@ def test_one_module_under_two_names_gets_one_adapter():
     shared = nn.Linear(4, 4)
     model = nn.ModuleDict({"a": shared, "b": shared})
     adapted(model, LoraConfig(r=2))
-    assert [path for path, _ in named_hosts(model)] == ["a"]
+    assert [path for path, _ in named_adapted_layers(model)] == ["a"]
     assert len(trainable(model)) == 2
 
 
@@ -248,7 +248,7 @@ def test_one_module_under_two_names_gets_one_adapter():
 
 
 class OwnRun(nn.Linear):
-    """Its method would be hidden by the host's of the same name."""
+    """Its method would be hidden by the layer's of the same name."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.run(x)
@@ -482,10 +482,10 @@ def test_autocast_gives_a_users_own_forward_what_it_was_given():
     assert model[0].seen == [torch.float32]
 
 
-@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16], ids=str)
-def test_narrowing_the_base_keeps_the_adapters_exact(host, narrow):
-    model = adapted(HostNet(host))
+def test_narrowing_the_base_keeps_the_adapters_exact(layer, narrow):
+    model = adapted(OneLayerNet(layer))
     before = {name: p.detach().clone() for name, p in trainable(model).items()}
     identities = {name: id(p) for name, p in trainable(model).items()}
     model.to(narrow)
@@ -493,22 +493,22 @@ def test_narrowing_the_base_keeps_the_adapters_exact(host, narrow):
     for name, parameter in trainable(model).items():
         assert bit_equal(parameter, before[name]), name
         assert id(parameter) == identities[name], name  # an optimizer built before still holds it
-    assert model(example_input(host, narrow)).dtype == narrow
+    assert model(example_input(layer, narrow)).dtype == narrow
     model.double()
     assert all(p.dtype == torch.float64 for p in model.parameters())
 
 
 @pytest.mark.parametrize("base", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_adapters_are_fp32_or_wider(base):
-    model = adapted(HostNet("linear").to(base))
+    model = adapted(OneLayerNet("linear").to(base))
     expected = torch.float64 if base == torch.float64 else torch.float32
     assert {p.dtype for p in trainable(model).values()} == {expected}
 
 
-@pytest.mark.parametrize("host", ["linear", "conv1d"])
-def test_a_bf16_base_never_widens_its_activations(host):
-    model = adapted(HostNet(host).bfloat16(), LoraConfig(r=2, target_modules=["proj"]))
-    x = example_input(host, torch.bfloat16).requires_grad_()
+@pytest.mark.parametrize("layer", ["linear", "conv1d"])
+def test_a_bf16_base_never_widens_its_activations(layer):
+    model = adapted(OneLayerNet(layer).bfloat16(), LoraConfig(r=2, target_modules=["proj"]))
+    x = example_input(layer, torch.bfloat16).requires_grad_()
     own = {p.data_ptr() for p in model.parameters()}  # the fp32 masters are no activations
     kept = saved_for_backward(model.layers[0].proj, x)
     kept = [tensor for tensor in kept if tensor.data_ptr() not in own]
@@ -517,16 +517,16 @@ def test_a_bf16_base_never_widens_its_activations(host):
     assert max(tensor.numel() for tensor in kept) == x.numel()
 
 
-@pytest.mark.parametrize("host", HOSTS)
-def test_bf16_outputs_are_near_float64(host):
+@pytest.mark.parametrize("layer", LAYERS)
+def test_bf16_outputs_are_near_float64(layer):
     """Within two roundings of bf16 (2^-8 relative each) of the exact value."""
-    exact = adapted(HostNet(host).bfloat16().double())
-    narrow = HostNet(host)
+    exact = adapted(OneLayerNet(layer).bfloat16().double())
+    narrow = OneLayerNet(layer)
     narrow.load_state_dict({k: v for k, v in exact.state_dict().items() if ".adapters." not in k})
     narrow = adapted(narrow.bfloat16())
     for one, other in zip(trainable(narrow).values(), trainable(exact).values(), strict=True):
         other.data.copy_(one.data)
-    x = example_input(host, torch.bfloat16)
+    x = example_input(layer, torch.bfloat16)
     wide = x.double() if x.is_floating_point() else x
     found, expected = narrow.layers[0].proj(x), exact.layers[0].proj(wide)
     assert found.dtype == torch.bfloat16
@@ -536,9 +536,9 @@ def test_bf16_outputs_are_near_float64(host):
 def test_adapters_are_found_by_type_not_by_name():
     """A base with modules called like ours and peft's parts is no adapter."""
     model = nn.ModuleDict({"lora_A": nn.Linear(3, 3), "exploration_head": nn.Linear(3, 3)})
-    assert list(named_hosts(model)) == []
+    assert list(named_adapted_layers(model)) == []
     inject_adapter(model, LoraConfig(r=1, target_modules=["lora_A"]))
-    assert [path for path, _ in named_hosts(model)] == ["lora_A"]
+    assert [path for path, _ in named_adapted_layers(model)] == ["lora_A"]
     assert isinstance(model["lora_A"].adapters, AdapterDict)
     assert isinstance(model["lora_A"].adapters["default"], LoraAdapter)
     assert set(trainable(model)) == {

@@ -37,8 +37,8 @@ from lora_lightning.adapters.config import AdapterConfig
 from lora_lightning.adapters.registry import register_adapter
 from lora_lightning.engine.switching import adapters_per_row
 from lora_lightning.errors import AdapterStateError, TargetError
-from lora_lightning.layers.base import Host
-from lora_lightning.layers.multihead_attention import AttentionHost
+from lora_lightning.layers.base import AdaptedLayer
+from lora_lightning.layers.multihead_attention import AdaptedMultiheadAttention
 from tests.helpers.nets import bit_equal, shake
 
 E, HEADS, N, L, S = 12, 3, 2, 4, 5
@@ -235,10 +235,10 @@ def test_out_proj_alone_acts_and_its_attention_is_no_host_for_longer_than_needed
     torch.testing.assert_close(self_call(net, x), expected, rtol=1e-10, atol=1e-10)
     for duplicate in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
         assert bit_equal(self_call(duplicate, x), self_call(net, x))
-    assert isinstance(net.mha, AttentionHost)
+    assert isinstance(net.mha, AdaptedMultiheadAttention)
     inject_adapter(net, LoraConfig(r=1, target_modules=WHOLE), "second")
     delete_adapter(net, "second")
-    assert isinstance(net.mha, AttentionHost)
+    assert isinstance(net.mha, AdaptedMultiheadAttention)
     torch.testing.assert_close(self_call(net, x), expected, rtol=1e-10, atol=1e-10)
     delete_adapter(net, "default")
     assert type(net.mha) is nn.MultiheadAttention
@@ -346,9 +346,9 @@ class MixConfig(AdapterConfig):
 class Mix(Adapter):
     """W' = R W: every output row looks at all of those below."""
 
-    def __init__(self, site) -> None:
-        super().__init__(site.config, site.device)
-        self.mix = site.parameter(site.shape[0], site.shape[0])
+    def __init__(self, spec) -> None:
+        super().__init__(spec.config, spec.device)
+        self.mix = spec.parameter(spec.shape[0], spec.shape[0])
 
     def forward(self, x, y, base):
         return y @ self.mix.t().to(y.dtype)
@@ -871,7 +871,7 @@ def test_a_forward_of_its_own_is_refused(target):
         )
         assert "(lora.target_modules)" in str(caught.value)
         assert type(net.mha) is type(mha)
-        assert not any(isinstance(m, Host) for m in net.modules())
+        assert not any(isinstance(m, AdaptedLayer) for m in net.modules())
         selection = inject_adapter(net, LoraConfig(r=2, modules_to_save=["mha"]))
         assert "lin" in selection.targets
         assert list(selection.saved) == ["mha"]

@@ -28,7 +28,7 @@ from lora_lightning.engine.switching import set_trainable
 from lora_lightning.errors import AdapterStateError, TargetError
 from lora_lightning.layers import linear
 from lora_lightning.layers.fused_lora import add_lora
-from lora_lightning.layers.quantized.base import BitsandbytesHost, QuantizedHost
+from lora_lightning.layers.quantized.base import AdaptedBitsandbytesLinear, AdaptedQuantizedLinear
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
@@ -140,8 +140,8 @@ def test_the_module_stays_itself(kind: str) -> None:
     cls = type(layer)
     inject_adapter(model, LoraConfig(r=4))
     assert isinstance(layer, cls)
-    assert isinstance(layer, QuantizedHost)
-    assert isinstance(layer, BitsandbytesHost) == ("torchao" not in kind)
+    assert isinstance(layer, AdaptedQuantizedLinear)
+    assert isinstance(layer, AdaptedBitsandbytesLinear) == ("torchao" not in kind)
     assert layer.weight is weight
     assert [key for key in model.state_dict() if "adapters" not in key] == keys
     assert_same(parts(layer), before)
@@ -596,7 +596,7 @@ def test_a_quantised_model_of_transformers_trains(llama: str, method: str) -> No
     selection = inject_adapter(model, LoraConfig(r=4))
     assert len(selection.targets) == 14
     assert selection.left_out == ["lm_head"]
-    assert all(isinstance(m, QuantizedHost) for m in selection.targets.values())
+    assert all(isinstance(m, AdaptedQuantizedLinear) for m in selection.targets.values())
     assert type(model.lm_head) is nn.Linear
     fingerprint = base_fingerprint(model)
     trained = [p for p in model.parameters() if p.requires_grad]

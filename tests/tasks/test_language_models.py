@@ -19,7 +19,7 @@ from lora_lightning import CausalLM, LoraCallback, Seq2SeqLM
 from lora_lightning.data.samples.sample import IGNORED
 from lora_lightning.errors import ConfigError, ModelError, RecordError
 from lora_lightning.utilities.compiled import plain_name
-from lora_lightning.utilities.dtensor import whole
+from lora_lightning.utilities.dtensor import full_tensor
 from tests.helpers.modules import run
 from tests.helpers.processes import on_processes
 from tests.helpers.resuming import Run
@@ -167,7 +167,9 @@ class MeanOfMeans(WithSGD):
 
 
 def adapters(module: Any) -> dict[str, Tensor]:
-    return {n: whole(p).detach().clone() for n, p in module.named_parameters() if p.requires_grad}
+    return {
+        n: full_tensor(p).detach().clone() for n, p in module.named_parameters() if p.requires_grad
+    }
 
 
 def trained(folder: Path, kind: Any, model: str, batch_size: int, **options: Any) -> Any:

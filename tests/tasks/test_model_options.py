@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from lora_lightning import LoraCallback, LoraConfig, inject_adapter
 from lora_lightning.errors import ConfigError, ModelError
-from lora_lightning.layers.base import named_hosts
+from lora_lightning.layers.base import named_adapted_layers
 from lora_lightning.tasks import SequenceClassification
 from lora_lightning.tasks.model_options import ModelOptions
 from lora_lightning.tasks.network import build_network
@@ -425,7 +425,7 @@ def test_gradient_checkpointing_of_other_kinds(tmp_path: Path, kind: str) -> Non
     layers = repeated_layers(network)
     calls = [0] * len(layers)
     for place, layer in enumerate(layers):
-        _, first = next(named_hosts(layer))
+        _, first = next(named_adapted_layers(layer))
         first.register_forward_hook(
             lambda *_, place=place: calls.__setitem__(place, calls[place] + 1)
         )

@@ -21,7 +21,7 @@ from lora_lightning.errors import LoraError
 from lora_lightning.tasks import CausalLM, SequenceClassification, network
 from lora_lightning.tasks.sharding import repeated_layers
 from lora_lightning.utilities.compiled import named_parameters
-from lora_lightning.utilities.dtensor import is_sharded, whole
+from lora_lightning.utilities.dtensor import full_tensor, is_sharded
 from tests.helpers.modules import run
 from tests.helpers.processes import on_processes
 from tests.helpers.tiny_bert import save_tiny_bert
@@ -61,7 +61,9 @@ def fit(
     trainer.fit(module, loader)
     fsdp2 = devices == 2 and strategy is None
     assert all(is_sharded(p) for p in module.parameters()) == fsdp2
-    return {n: whole(p).detach().clone() for n, p in named_parameters(module) if p.requires_grad}
+    return {
+        n: full_tensor(p).detach().clone() for n, p in named_parameters(module) if p.requires_grad
+    }
 
 
 def on_two(folder: Path) -> dict[str, Any]:
@@ -93,7 +95,7 @@ def new_head(folder: Path) -> dict[str, Any]:
     trainer = run(folder / "head", lora, devices=2, strategy=ModelParallelStrategy(2, 1))
     rows = [{"input_ids": torch.arange(4, 8), "labels": torch.tensor(label)} for label in range(3)]
     trainer.fit(module, DataLoader(rows, 1))
-    weight = whole(module.network.classifier.weight).detach()
+    weight = full_tensor(module.network.classifier.weight).detach()
     return {"new": sorted(module.new_parameters), "weight": weight, "rates": len(rates(trainer))}
 
 

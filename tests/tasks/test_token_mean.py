@@ -22,7 +22,7 @@ from lora_lightning.errors import ConfigError
 from lora_lightning.tasks import SequenceClassification
 from lora_lightning.tasks.token_mean import TokenMean
 from lora_lightning.utilities.compiled import named_parameters
-from lora_lightning.utilities.dtensor import whole
+from lora_lightning.utilities.dtensor import full_tensor
 from tests.helpers.modules import run
 from tests.helpers.processes import on_processes
 from tests.helpers.resuming import Run, Spots
@@ -305,7 +305,7 @@ def on_rank(folder: Path) -> list[dict[str, Tensor]]:
             trainer.fit(module, loader(1, data))
             root = trainer.strategy.model
             with summoned(root) if isinstance(root, FullyShardedDataParallel) else nullcontext():
-                states.append({n: whole(p).clone() for n, p in named_parameters(module)})
+                states.append({n: full_tensor(p).clone() for n, p in named_parameters(module)})
     return states
 
 

@@ -37,7 +37,7 @@ from lora_lightning.checkpoint.integrity import damaged_parts
 from lora_lightning.checkpoint.sharded_reader import read_checkpoint_folder
 from lora_lightning.errors import CheckpointError, LoraError
 from lora_lightning.training.summary import end_lines
-from lora_lightning.utilities.dtensor import whole
+from lora_lightning.utilities.dtensor import full_tensor
 from tests.helpers.modules import Data, run
 from tests.helpers.processes import on_processes
 from tests.helpers.sharded_modules import (
@@ -106,10 +106,10 @@ def fit(
 
 def whole_state(module: nn.Module, optimizer: Any) -> dict[str, Any]:
     names = {id(p): name for name, p in module.named_parameters()}
-    state = {k: whole(v).clone() for k, v in module.state_dict().items() if ".adapters." in k}
+    state = {k: full_tensor(v).clone() for k, v in module.state_dict().items() if ".adapters." in k}
     for parameter, moments in optimizer.state.items():
         for key, value in moments.items():
-            state[f"{names[id(parameter)]}/{key}"] = whole(value).clone()
+            state[f"{names[id(parameter)]}/{key}"] = full_tensor(value).clone()
     return state
 
 
@@ -179,7 +179,7 @@ def on_two(folder: Path) -> dict[str, Any]:
     return {
         "runs": found,
         "mid-epoch": in_mid_epoch(folder / "mid-epoch"),
-        "twin": left_whole(folder / "twin"),
+        "twin": left_full_tensor(folder / "twin"),
         "saving": saving(folder / "saving"),
         "second trainer": second_trainer(folder / "second"),
         "refusals": refusals(folder),
@@ -212,7 +212,7 @@ def in_mid_epoch(folder: Path) -> dict[str, Any]:
     return found
 
 
-def left_whole(folder: Path) -> dict[str, Any]:
+def left_full_tensor(folder: Path) -> dict[str, Any]:
     """What two processes train where nobody shards adapters that came after sharding."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
@@ -306,7 +306,7 @@ class Spy(LoraCallback):
         before = torch.get_rng_state()
         super().grow(pl_module)
         self.undisturbed = torch.equal(before, torch.get_rng_state())
-        self.start = whole(pl_module.embed.adapters["default"].lora_A.detach()).clone()
+        self.start = full_tensor(pl_module.embed.adapters["default"].lora_A.detach()).clone()
 
 
 def evaluate(folder: Path) -> list[float]:

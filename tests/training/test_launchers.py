@@ -15,7 +15,7 @@ import sys
 import torch
 from tests.helpers.modules import *
 from lora_lightning import LoraCallback, LoraConfig, inject_adapter
-from lora_lightning.layers.base import named_hosts
+from lora_lightning.layers.base import named_adapted_layers
 from lora_lightning.training.strategies import launchers
 
 OPTIONS = dict(r=2, target_modules=["embed", "body.2"], modules_to_save=["head"])
@@ -50,7 +50,7 @@ def check_trained(module, folder):
     for name, tensor in Net().state_dict().items():
         assert torch.equal(state[name], tensor), name  # the base, bit for bit
     assert all(p.requires_grad == (".adapters." in n) for n, p in module.named_parameters())
-    assert all(host.active_adapters == ["default"] for _, host in named_hosts(module))
+    assert all(layer.active_adapters == ["default"] for _, layer in named_adapted_layers(module))
 
 
 def test_loss(trainer, module, **options):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lora_lightning import LoraCallback, LoraConfig, ShiraConfig, inject_adapter
 from lora_lightning.errors import AdapterStateError, TargetError
-from lora_lightning.layers.quantized.base import BitsandbytesHost
+from lora_lightning.layers.quantized.base import AdaptedBitsandbytesLinear
 from lora_lightning.training import precision
 from tests.helpers.modules import Data, Net, run
 
@@ -108,7 +108,7 @@ def assert_base_is_that_of(mode: str, module: Any) -> None:
     original = Wide()
     for name in ("embed", "body.2"):
         layer = module.get_submodule(name)
-        assert isinstance(layer, BitsandbytesHost)
+        assert isinstance(layer, AdaptedBitsandbytesLinear)
         dense = original.get_submodule(name)
         for one, other in zip(codes(layer), quantized(mode, dense.weight.data), strict=True):
             assert torch.equal(one.to(other), other)
@@ -217,7 +217,9 @@ def test_a_model_built_in_the_context_of_the_plugin(tmp_path: Path) -> None:
     config = LoraConfig(r=2, target_modules="all-linear")
     how = {"kind": WideInConfigureModel, "ignored": None, "config": config}
     module = fit(tmp_path / "straight", "nf4", **how)[0]
-    assert all(isinstance(module.get_submodule(n), BitsandbytesHost) for n in ("embed", "body.2"))
+    assert all(
+        isinstance(module.get_submodule(n), AdaptedBitsandbytesLinear) for n in ("embed", "body.2")
+    )
     found = adapters(module)
     assert {t.dtype for t in found.values()} == {torch.float32}
     fit(tmp_path / "broken", "nf4", epochs=1, **how)

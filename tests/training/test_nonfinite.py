@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lora_lightning import AdaLoraConfig, LoraCallback, LoraConfig, inject_adapter
 from lora_lightning.errors import ConfigError, NonfiniteError
 from lora_lightning.training import nonfinite
-from lora_lightning.utilities.dtensor import whole
+from lora_lightning.utilities.dtensor import full_tensor
 from tests.helpers.modules import Data, Net, run
 from tests.helpers.processes import on_processes
 from tests.helpers.sharded_modules import shard
@@ -407,7 +407,9 @@ def both_policies(folder: Path, way: str) -> dict[str, Any]:
         else:
             found["skipped"] = callback.guard.skipped
             found["state"] = {
-                name: whole(p.detach()) for name, p in module.named_parameters() if p.requires_grad
+                name: full_tensor(p.detach())
+                for name, p in module.named_parameters()
+                if p.requires_grad
             }
     # Together: gloo's threads abort a process that leaves while another still talks to it.
     torch.distributed.barrier()

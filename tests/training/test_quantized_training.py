@@ -18,8 +18,8 @@ import lora_lightning.callback
 from lora_lightning import LoraCallback, LoraConfig, inject_adapter, load_adapter
 from lora_lightning.checkpoint.fingerprint import base_fingerprint
 from lora_lightning.errors import AdapterMismatchError
-from lora_lightning.layers.base import named_hosts
-from lora_lightning.layers.quantized.base import QuantizedHost
+from lora_lightning.layers.base import named_adapted_layers
+from lora_lightning.layers.quantized.base import AdaptedQuantizedLinear
 from lora_lightning.training.weight_averaging import _differ
 from tests.helpers.modules import run
 from tests.helpers.processes import on_processes
@@ -83,9 +83,13 @@ def adapters(module: nn.Module) -> dict[str, Tensor]:
 
 
 def all_parts(module: Any) -> dict[str, Tensor]:
-    hosts = [(path, host) for path, host in named_hosts(module) if isinstance(host, QuantizedHost)]
-    assert len(hosts) == 7
-    return {f"{path}.{name}": t for path, host in hosts for name, t in parts(host).items()}
+    layers = [
+        (path, layer)
+        for path, layer in named_adapted_layers(module)
+        if isinstance(layer, AdaptedQuantizedLinear)
+    ]
+    assert len(layers) == 7
+    return {f"{path}.{name}": t for path, layer in layers for name, t in parts(layer).items()}
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -17,7 +17,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from lora_lightning.adapters.base import Base, Convolution, Site
+from lora_lightning.adapters.base import AdapterSpec, Base, Convolution
 from lora_lightning.adapters.initialization import kaiming_uniform_, normal_, zeros_
 from lora_lightning.adapters.lora.embedding import check_plain_start
 from lora_lightning.adapters.lora.linear import LoraConfig, LowRankAdapter
@@ -34,22 +34,22 @@ class LoraConvAdapter(LowRankAdapter):
 
     """
 
-    def __init__(self, site: Site) -> None:
-        check_plain_start(site, "conv")
-        conv = cast(Convolution, site.conv)
-        out_channels, in_channels, *kernel = site.shape
+    def __init__(self, spec: AdapterSpec) -> None:
+        check_plain_start(spec, "conv")
+        conv = cast(Convolution, spec.conv)
+        out_channels, in_channels, *kernel = spec.shape
         in_channels *= conv.groups
-        super().__init__(site, min(out_channels, in_channels * math.prod(kernel)))
+        super().__init__(spec, min(out_channels, in_channels * math.prod(kernel)))
         if self.r % conv.groups:
             raise RankError(
                 f"r={self.r} cannot be shared out over the {conv.groups} groups of "
-                f"{site.path!r}: it must be a multiple of them. Give this layer a rank of its own "
+                f"{spec.path!r}: it must be a multiple of them. Give this layer a rank of its own "
                 "with rank_pattern, or leave it out with exclude_modules. (lora.r)"
             )
         self.groups = conv.groups
-        self.lora_A = site.parameter(self.r, in_channels, *kernel)
-        self.lora_B = site.parameter(out_channels, self.r // conv.groups, *(1 for _ in kernel))
-        self.lora_B_bias = site.parameter(out_channels) if site.config.lora_bias else None
+        self.lora_A = spec.parameter(self.r, in_channels, *kernel)
+        self.lora_B = spec.parameter(out_channels, self.r // conv.groups, *(1 for _ in kernel))
+        self.lora_B_bias = spec.parameter(out_channels) if spec.config.lora_bias else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -57,11 +57,11 @@ class LoraConvAdapter(LowRankAdapter):
         super().reset_parameters()
         config = cast(LoraConfig, self.config)
         if config.init_lora_weights == "gaussian":
-            normal_(self.lora_A, 1 / self.r, self.site.generator("lora_A"))
+            normal_(self.lora_A, 1 / self.r, self.spec.generator("lora_A"))
         else:
-            kaiming_uniform_(self.lora_A, self.site.generator("lora_A"))
+            kaiming_uniform_(self.lora_A, self.spec.generator("lora_A"))
         if config.init_lora_weights is False:
-            kaiming_uniform_(self.lora_B, self.site.generator("lora_B"))
+            kaiming_uniform_(self.lora_B, self.spec.generator("lora_B"))
         else:
             zeros_(self.lora_B)
         if self.lora_B_bias is not None:
@@ -97,7 +97,7 @@ class LoraConvAdapter(LowRankAdapter):
         """scaling * B A as a kernel, (out, in, *kernel)."""
         if self.groups > 1:
             raise AdapterStateError(
-                f"The update of {self.site.path!r} reads all input channels, its base only those "
+                f"The update of {self.spec.path!r} reads all input channels, its base only those "
                 f"of one of {self.groups} groups: it cannot be merged. Keep the adapter unmerged, "
                 "or leave this layer out with exclude_modules. (lora.exclude_modules)"
             )

@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.adapters.base import Base, Site
+from lora_lightning.adapters.base import AdapterSpec, Base
 from lora_lightning.adapters.lora.conv import LoraConvAdapter
 from lora_lightning.adapters.lora.embedding import LoraEmbeddingAdapter
 from lora_lightning.adapters.lora.linear import LoraAdapter, LowRankAdapter
@@ -33,7 +33,7 @@ class _Dora(LowRankAdapter):
     magnitude_shape: tuple[int, ...] = (-1,)  # how m is laid along the output
 
     def _add_magnitude(self, *shape: int) -> None:
-        self.lora_magnitude_vector = self.site.parameter(*shape)
+        self.lora_magnitude_vector = self.spec.parameter(*shape)
         with torch.no_grad():
             self.lora_magnitude_vector.fill_(1)
 
@@ -85,9 +85,9 @@ class _Dora(LowRankAdapter):
 class DoraAdapter(_Dora, LoraAdapter):
     """DoRA on a linear map; lora_magnitude_vector (out)."""
 
-    def __init__(self, site: Site) -> None:
-        super().__init__(site)
-        self._add_magnitude(site.shape[0])
+    def __init__(self, spec: AdapterSpec) -> None:
+        super().__init__(spec)
+        self._add_magnitude(spec.shape[0])
 
     def start_from_weight(self, weight: Tensor) -> None:
         """A and B where they come from the weight, then the magnitude."""
@@ -100,22 +100,22 @@ class DoraAdapter(_Dora, LoraAdapter):
 class DoraEmbeddingAdapter(_Dora, LoraEmbeddingAdapter):
     """DoRA on an embedding table; lora_magnitude_vector (embedding_dim)."""
 
-    def __init__(self, site: Site) -> None:
-        super().__init__(site)
-        self._add_magnitude(site.shape[1])
+    def __init__(self, spec: AdapterSpec) -> None:
+        super().__init__(spec)
+        self._add_magnitude(spec.shape[1])
 
 
 class DoraConvAdapter(_Dora, LoraConvAdapter):
     """DoRA on a convolution; lora_magnitude_vector (1, out, 1, ...)."""
 
-    def __init__(self, site: Site) -> None:
-        if site.conv is not None and site.conv.groups > 1:
+    def __init__(self, spec: AdapterSpec) -> None:
+        if spec.conv is not None and spec.conv.groups > 1:
             raise ConfigError(
-                f"use_dora is not defined on {site.path!r}, a convolution of {site.conv.groups} "
+                f"use_dora is not defined on {spec.path!r}, a convolution of {spec.conv.groups} "
                 "groups: its update is no kernel of the base's shape. Leave it out with "
                 "exclude_modules. (lora.use_dora)"
             )
-        super().__init__(site)
-        ones = [1 for _ in site.shape[2:]]
+        super().__init__(spec)
+        ones = [1 for _ in spec.shape[2:]]
         self.magnitude_shape = (-1, *ones)
-        self._add_magnitude(1, site.shape[0], *ones)
+        self._add_magnitude(1, spec.shape[0], *ones)

@@ -12,7 +12,7 @@ from typing import cast
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_lightning.adapters.base import Base, Site
+from lora_lightning.adapters.base import AdapterSpec, Base
 from lora_lightning.adapters.initialization import normal_, zeros_
 from lora_lightning.adapters.lora.linear import LoraConfig, LowRankAdapter
 from lora_lightning.errors import ConfigError
@@ -30,22 +30,22 @@ class LoraEmbeddingAdapter(LowRankAdapter):
 
     """
 
-    def __init__(self, site: Site) -> None:
-        check_plain_start(site, "embedding")
-        num_embeddings, embedding_dim = site.shape
-        super().__init__(site, min(site.shape))
-        self.lora_embedding_A = site.parameter(self.r, num_embeddings)
-        self.lora_embedding_B = site.parameter(embedding_dim, self.r)
+    def __init__(self, spec: AdapterSpec) -> None:
+        check_plain_start(spec, "embedding")
+        num_embeddings, embedding_dim = spec.shape
+        super().__init__(spec, min(spec.shape))
+        self.lora_embedding_A = spec.parameter(self.r, num_embeddings)
+        self.lora_embedding_B = spec.parameter(embedding_dim, self.r)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """A zero and B ~ N(0, 1); both random where `init_lora_weights` is false."""
         super().reset_parameters()
         if cast(LoraConfig, self.config).init_lora_weights is False:
-            normal_(self.lora_embedding_A, 1.0, self.site.generator("lora_embedding_A"))
+            normal_(self.lora_embedding_A, 1.0, self.spec.generator("lora_embedding_A"))
         else:
             zeros_(self.lora_embedding_A)
-        normal_(self.lora_embedding_B, 1.0, self.site.generator("lora_embedding_B"))
+        normal_(self.lora_embedding_B, 1.0, self.spec.generator("lora_embedding_B"))
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A (r, num_embeddings) and B (embedding_dim, r)."""
@@ -71,19 +71,19 @@ class LoraEmbeddingAdapter(LowRankAdapter):
         return self.scale() * (self.lora_embedding_B @ self.lora_embedding_A).t()
 
 
-def check_plain_start(site: Site, kind: str) -> None:
+def check_plain_start(spec: AdapterSpec, kind: str) -> None:
     """Refuse options that are defined for linear maps only.
 
     Raises:
         ConfigError: Naming the option and the module.
 
     """
-    config: LoraConfig = site.config
+    config: LoraConfig = spec.config
     if config.lora_bias and kind == "embedding":
-        raise ConfigError(f"lora_bias has no meaning on the {kind} {site.path!r}. (lora.lora_bias)")
+        raise ConfigError(f"lora_bias has no meaning on the {kind} {spec.path!r}. (lora.lora_bias)")
     if config.init_lora_weights not in (True, False, "gaussian"):
         raise ConfigError(
             f"init_lora_weights={config.init_lora_weights!r} is defined for Linear modules, but "
-            f"{site.path!r} is of kind {kind!r}. Leave it out (lora.exclude_modules), or use true "
+            f"{spec.path!r} is of kind {kind!r}. Leave it out (lora.exclude_modules), or use true "
             "or 'gaussian'. (lora.init_lora_weights)"
         )

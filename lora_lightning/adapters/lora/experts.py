@@ -13,7 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from lora_lightning.adapters.base import Site
+from lora_lightning.adapters.base import AdapterSpec
 from lora_lightning.adapters.initialization import kaiming_uniform_, normal_, zeros_
 from lora_lightning.adapters.lora.embedding import check_plain_start
 from lora_lightning.adapters.lora.linear import LoraConfig, LowRankAdapter
@@ -30,16 +30,16 @@ class LoraExpertsAdapter(LowRankAdapter):
 
     """
 
-    def __init__(self, site: Site) -> None:
-        _check_options(site)
-        *experts, rows, columns = site.shape
+    def __init__(self, spec: AdapterSpec) -> None:
+        _check_options(spec)
+        *experts, rows, columns = spec.shape
         self.experts = experts[0] if experts else None
-        self.transposed = site.transposed and bool(experts)
+        self.transposed = spec.transposed and bool(experts)
         out_features, in_features = (columns, rows) if self.transposed else (rows, columns)
-        super().__init__(site, min(out_features, in_features))
+        super().__init__(spec, min(out_features, in_features))
         ranks = self.r * (self.experts or 1)
-        self.lora_A = site.parameter(ranks, in_features)
-        self.lora_B = site.parameter(out_features, ranks)
+        self.lora_A = spec.parameter(ranks, in_features)
+        self.lora_B = spec.parameter(out_features, ranks)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -47,11 +47,11 @@ class LoraExpertsAdapter(LowRankAdapter):
         super().reset_parameters()
         start = cast(LoraConfig, self.config).init_lora_weights
         if start == "gaussian":
-            normal_(self.lora_A, 1 / self.r, self.site.generator("lora_A"))
+            normal_(self.lora_A, 1 / self.r, self.spec.generator("lora_A"))
         else:
-            kaiming_uniform_(self.lora_A, self.site.generator("lora_A"))
+            kaiming_uniform_(self.lora_A, self.spec.generator("lora_A"))
         if start is False:
-            kaiming_uniform_(self.lora_B, self.site.generator("lora_B"))
+            kaiming_uniform_(self.lora_B, self.spec.generator("lora_B"))
         else:
             zeros_(self.lora_B)
 
@@ -75,13 +75,13 @@ class LoraExpertsAdapter(LowRankAdapter):
         return torch.matmul(left, right)
 
 
-def _check_options(site: Site) -> None:
-    check_plain_start(site, "experts")
-    config: LoraConfig = site.config
+def _check_options(spec: AdapterSpec) -> None:
+    check_plain_start(spec, "experts")
+    config: LoraConfig = spec.config
     for option in ("lora_dropout", "use_dora", "lora_bias"):
         if getattr(config, option):
             raise ConfigError(
-                f"{option} is set, but the update of the parameter {site.path!r} is part of its "
+                f"{option} is set, but the update of the parameter {spec.path!r} is part of its "
                 f"weight and {option} is not defined for that. Leave it at its default, or adapt "
                 f"modules and parameters by two adapters, one without it. (lora.{option})"
             )

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_lightning.adapters.base import Base, Convolution, DeltaAdapter, Site
+from lora_lightning.adapters.base import AdapterSpec, Base, Convolution, DeltaAdapter
 from lora_lightning.adapters.config import (
     RankedConfig,
     check_choice,
@@ -34,7 +34,7 @@ from lora_lightning.adapters.lora.init_weights import (
 )
 from lora_lightning.errors import AdapterStateError, ConfigError
 from lora_lightning.utilities.autocast import is_autocast
-from lora_lightning.utilities.dtensor import copy_whole
+from lora_lightning.utilities.dtensor import copy_full
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,13 +204,13 @@ class LowRankAdapter(DeltaAdapter):
         "lora_B_bias": "lora_B.bias",
     }
 
-    def __init__(self, site: Site, largest: int) -> None:
-        config: LoraConfig = site.config
-        self.r = site.rank(largest)
-        self.lora_alpha = site.alpha(config.lora_alpha)
+    def __init__(self, spec: AdapterSpec, largest: int) -> None:
+        config: LoraConfig = spec.config
+        self.r = spec.rank(largest)
+        self.lora_alpha = spec.alpha(config.lora_alpha)
         root = math.sqrt(self.r) if config.use_rslora else self.r
-        super().__init__(site, self.lora_alpha / root)
-        self.site = site
+        super().__init__(spec, self.lora_alpha / root)
+        self.spec = spec
         dropout = config.lora_dropout
         self.lora_dropout = nn.Dropout(dropout) if dropout else nn.Identity()
 
@@ -255,13 +255,13 @@ class LoraAdapter(LowRankAdapter):
     lora_A_start: Tensor | None
     lora_B_start: Tensor | None
 
-    def __init__(self, site: Site) -> None:
-        out_features, in_features = site.shape
-        super().__init__(site, min(site.shape))
-        self.lora_A = site.parameter(self.r, in_features)
-        self.lora_B = site.parameter(out_features, self.r)
-        self.lora_B_bias = site.parameter(out_features) if site.config.lora_bias else None
-        starts = site.config.starts_from_base
+    def __init__(self, spec: AdapterSpec) -> None:
+        out_features, in_features = spec.shape
+        super().__init__(spec, min(spec.shape))
+        self.lora_A = spec.parameter(self.r, in_features)
+        self.lora_B = spec.parameter(out_features, self.r)
+        self.lora_B_bias = spec.parameter(out_features) if spec.config.lora_bias else None
+        starts = spec.config.starts_from_base
         for name, tensor in (("lora_A_start", self.lora_A), ("lora_B_start", self.lora_B)):
             self.register_buffer(name, torch.zeros_like(tensor.detach()) if starts else None)
         self.reset_parameters()
@@ -270,18 +270,18 @@ class LoraAdapter(LowRankAdapter):
         """A and B as `init_lora_weights` says, unless they start from the base weight."""
         super().reset_parameters()
         start = cast(LoraConfig, self.config).init_lora_weights
-        generator = self.site.generator("lora_A")
+        generator = self.spec.generator("lora_A")
         if start == "gaussian":
             normal_(self.lora_A, 1 / self.r, generator)
         else:
             kaiming_uniform_(self.lora_A, generator)
         if start is False:
-            kaiming_uniform_(self.lora_B, self.site.generator("lora_B"))
+            kaiming_uniform_(self.lora_B, self.spec.generator("lora_B"))
         else:
             zeros_(self.lora_B)
         if start == "orthogonal":
             self._start_with(
-                *orthogonal_factors(self.r, self.site.shape, self.site.path, generator)
+                *orthogonal_factors(self.r, self.spec.shape, self.spec.path, generator)
             )
         if self.lora_B_bias is not None:
             zeros_(self.lora_B_bias)
@@ -296,15 +296,15 @@ class LoraAdapter(LowRankAdapter):
         """A and B from the base weight (PiSSA, OLoRA), and what they start with beside them."""
         start = str(cast(LoraConfig, self.config).init_lora_weights)
         factors = START_FROM_WEIGHT[start.partition("_")[0]]
-        generator = self.site.generator("lora_A")
+        generator = self.spec.generator("lora_A")
         self._start_with(*factors(weight, self.r, self.scaling, start, generator))
         cast(Tensor, self.lora_A_start).copy_(self.lora_A)
         cast(Tensor, self.lora_B_start).copy_(self.lora_B)
 
     @torch.no_grad()
     def _start_with(self, a: Tensor, b: Tensor) -> None:
-        copy_whole(self.lora_A, a)
-        copy_whole(self.lora_B, b)
+        copy_full(self.lora_A, a)
+        copy_full(self.lora_B, b)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A (k, in) and B (out, k); k = 2 r where what they started with is subtracted."""
@@ -361,7 +361,7 @@ class LoraAdapter(LowRankAdapter):
         """W + scaling * B A."""
         if self.lora_B_bias is not None and base.bias is None:
             raise AdapterStateError(
-                f"{self.site.path!r} has no bias that the adapter's own (lora_bias) could be "
+                f"{self.spec.path!r} has no bias that the adapter's own (lora_bias) could be "
                 "merged into. Keep the adapter unmerged. (lora.lora_bias)"
             )
         return super().transform_weight(weight, base)

@@ -20,7 +20,7 @@ from lora_lightning.checkpoint.peft.keys import also_saved_by_peft
 from lora_lightning.checkpoint.peft.modules import exact_names
 from lora_lightning.engine.injection import adapters_named
 from lora_lightning.errors import AdapterMismatchError, LoraError
-from lora_lightning.layers.base import named_hosts, walk
+from lora_lightning.layers.base import named_adapted_layers, walk
 from lora_lightning.layers.conv1d import is_conv1d
 
 # What PEFT calls these types; PEFT refuses other names, as it must.
@@ -61,7 +61,7 @@ def describe(model: nn.Module, adapter_name: str) -> dict[str, Any]:
     beside = (TrainedCopy, TokenRows, TiedTokenRows)  # which have options of their own
     targets = [path for path, a in adapters.items() if not isinstance(a, beside)]
     saved = [path for path, a in adapters.items() if isinstance(a, TrainedCopy)]
-    hosts = dict(named_hosts(model))
+    layers = dict(named_adapted_layers(model))
     base_config = getattr(model, "config", None)
     base_name = getattr(base_config, "name_or_path", None)
     common = {
@@ -71,11 +71,11 @@ def describe(model: nn.Module, adapter_name: str) -> dict[str, Any]:
     }
     # PEFT adapts a module in the first of the places that it has.
     places = Counter(id(child) for module in model.modules() for child in module._modules.values())
-    known = all(places[id(hosts[path])] <= 1 for path in adapters)
+    known = all(places[id(layers[path])] <= 1 for path in adapters)
     for path in also_saved_by_peft(model, saved):  # which must have no adapter inside
         known &= not any(target == path or target.startswith(f"{path}.") for target in targets)
     if config.peft_type in PEFT_TYPES:
-        known = known and all(hosts[path].peft_knows(adapters[path]) for path in targets)
+        known = known and all(layers[path].peft_knows(adapters[path]) for path in targets)
         if not targets:  # PEFT has a type of its own for that
             rows = {p: a.token_ids for p, a in adapters.items() if isinstance(a, TokenRows)}
             ids = next(iter(rows.values()), None)
@@ -87,12 +87,12 @@ def describe(model: nn.Module, adapter_name: str) -> dict[str, Any]:
     options = config.file_options()
     # What was selected, in so many words: PEFT's rules for "all-linear" depend on the model.
     options |= dict.fromkeys(_RULES)
-    attentions = [path for path in targets if isinstance(hosts[path], nn.MultiheadAttention)]
+    attentions = [path for path in targets if isinstance(layers[path], nn.MultiheadAttention)]
     outs = {f"{path}.out_proj" for path in attentions}  # which PEFT adapts along with them
-    by_module = {p for p in targets if hosts[p].kind != "experts" and p not in outs}
+    by_module = {p for p in targets if layers[p].kind != "experts" and p not in outs}
     for path in targets:  # PEFT adapts an out_proj without its attention, but it has no effect
         outer = path.rpartition(".")[0]
-        known &= not isinstance(hosts.get(outer), nn.MultiheadAttention) or outer in attentions
+        known &= not isinstance(layers.get(outer), nn.MultiheadAttention) or outer in attentions
     options["target_modules"] = exact_names([path for path, _ in walk(model)], by_module)
     options["modules_to_save"] = sorted(saved) or None
     if options.get("bias") == "none" and "bias" not in _peft_fields(config):
@@ -101,7 +101,7 @@ def describe(model: nn.Module, adapter_name: str) -> dict[str, Any]:
         **options,
         **common,
         "peft_type": config.peft_type if known else OWN + config.peft_type,
-        "fan_in_fan_out": bool(targets) and all(is_conv1d(hosts[path]) for path in targets),
+        "fan_in_fan_out": bool(targets) and all(is_conv1d(layers[path]) for path in targets),
     }
 
 

@@ -23,7 +23,7 @@ from lora_lightning.checkpoint.state_dict import config_differences
 from lora_lightning.engine.injection import adapters_named
 from lora_lightning.engine.targets.matching import matches_name
 from lora_lightning.errors import AdapterMismatchError, AdapterStateError, first_few
-from lora_lightning.layers.base import named_hosts
+from lora_lightning.layers.base import named_adapted_layers
 
 # Of a low-rank update, by the end of its key: in which dimension the rank is.
 _RANK_DIMENSION = {
@@ -51,7 +51,7 @@ class _Factor:
 
     def size(self, here: list[int], config: LoraConfig) -> list[int] | None:
         """The size of the tensor with the rank that `config` says; None where it does not fit."""
-        r = pattern_value(config.rank_pattern, self.part.site.path, config.r)
+        r = pattern_value(config.rank_pattern, self.part.spec.path, config.r)
         if r > self.part.r or r % getattr(self.part, "groups", 1):
             return None
         sizes = list(here)
@@ -126,7 +126,7 @@ def _slot(model: nn.Module, adapters: dict[str, Adapter], name: str) -> dict[str
             f"There is no adapter {name!r} to fill. Put one on first, with load_adapter or "
             "inject_adapter, of the largest rank that is to come."
         )
-    if any(name in host.merged_adapters for _, host in named_hosts(model)):
+    if any(name in layer.merged_adapters for _, layer in named_adapted_layers(model)):
         raise AdapterStateError(
             f"Adapter {name!r} is merged into the base; call unmerge_adapter(model) first."
         )
@@ -205,7 +205,7 @@ def _rescale(adapters: dict[str, Adapter], own: LoraConfig, incoming: LoraConfig
         for part in adapter.modules():
             if not isinstance(part, LowRankAdapter):
                 continue
-            path = part.site.path
+            path = part.spec.path
             r = pattern_value(incoming.rank_pattern, path, incoming.r)
             alpha = pattern_value(incoming.alpha_pattern, path, incoming.lora_alpha)
             part.own_scaling = alpha / (math.sqrt(r) if incoming.use_rslora else r)

@@ -12,12 +12,12 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
 
-from lora_lightning.adapters.base import Adapter, AdapterParts
+from lora_lightning.adapters.base import Adapter, MultiWeightAdapter
 from lora_lightning.adapters.modules_to_save import TrainedCopy
 from lora_lightning.adapters.trainable_tokens import TiedTokenRows, TokenRows
 from lora_lightning.checkpoint.fingerprint import base_tensors
 from lora_lightning.engine.bias import trained_biases
-from lora_lightning.layers.base import Host, named_hosts, walk
+from lora_lightning.layers.base import AdaptedLayer, named_adapted_layers, walk
 
 PREFIX = "base_model.model."
 OUT_PROJ_B = ".base_layer.out_proj.lora_B.weight"  # of an attention that is adapted as a whole
@@ -47,8 +47,8 @@ def tensors_to_load(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
 def rows_alone(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     """Trained rows as PEFT's TRAINABLE_TOKENS has them: also those of tied heads, once more."""
     found = {}
-    for path, host in named_hosts(model):
-        adapter = host.adapters.get(adapter_name)
+    for path, layer in named_adapted_layers(model):
+        adapter = layer.adapters.get(adapter_name)
         rows = adapter._rows[0] if isinstance(adapter, TiedTokenRows) else adapter
         if isinstance(rows, TokenRows):
             name = TOKEN_ROWS.partition(".")[2]
@@ -79,15 +79,15 @@ def tensors_of_base(model: nn.Module, paths: Sequence[str]) -> dict[str, Tensor]
 
 def parts_in_file(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Adapter]]:
     """(what stands before the tensors' names in the file, adapter) for every weight adapted."""
-    hosts = dict(named_hosts(model))
-    for path, host in hosts.items():
-        adapter = host.adapters.get(adapter_name)
+    layers = dict(named_adapted_layers(model))
+    for path, layer in layers.items():
+        adapter = layer.adapters.get(adapter_name)
         if adapter is None or isinstance(adapter, TrainedCopy):
             continue
-        prefix = PREFIX + _place(path, hosts, adapter_name)
-        if isinstance(adapter, AdapterParts):
+        prefix = PREFIX + _place(path, layers, adapter_name)
+        if isinstance(adapter, MultiWeightAdapter):
             names = [name for name, _ in adapter.named_children()]
-            for weight_name, place in host.file_places(names).items():
+            for weight_name, place in layer.file_places(names).items():
                 part = adapter.part(weight_name)
                 if part is not None:
                     yield prefix + place, part
@@ -100,11 +100,11 @@ def _key(prefix: str, name: str) -> str:
     return name if name.startswith("base_model.") else prefix + name
 
 
-def _place(path: str, hosts: dict[str, Host], adapter_name: str) -> str:
+def _place(path: str, layers: dict[str, AdaptedLayer], adapter_name: str) -> str:
     """The module's path as PEFT's wrappers spell it, with the dot at its end."""
     outer, _, last = path.rpartition(".")
     # PEFT keeps an attention's out_proj inside the wrapper of the attention itself.
-    if last == "out_proj" and outer in hosts and adapter_name in hosts[outer].adapters:
+    if last == "out_proj" and outer in layers and adapter_name in layers[outer].adapters:
         return f"{outer}.base_layer.{last}."
     return path + "." if path else ""
 
@@ -113,8 +113,8 @@ def _shared_with_base(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     """Trained copies and biases, which keep the names they have in the base."""
     found: dict[str, Tensor] = {}
     targets = set()
-    for path, host in named_hosts(model):
-        adapter = host.adapters.get(adapter_name)
+    for path, layer in named_adapted_layers(model):
+        adapter = layer.adapters.get(adapter_name)
         prefix = path + "." if path else ""
         if isinstance(adapter, TrainedCopy):
             state = adapter.module.state_dict()

@@ -22,7 +22,7 @@ from lora_lightning.engine.targets.matching import matches_name
 from lora_lightning.engine.targets.parameters import matching_parameters
 from lora_lightning.errors import AdapterMismatchError, did_you_mean, first_few
 from lora_lightning.layers.base import walk
-from lora_lightning.layers.registry import host_type_for
+from lora_lightning.layers.registry import layer_type_for
 
 
 @dataclass
@@ -92,7 +92,7 @@ def content_of_file(
             content.own[key] = f"{PREFIX}{table or path}.{TOKEN_ROWS}"
         elif tensor not in _own_tensors(modules[path]):
             content.own[key] = name
-            if host_type_for(modules[path]) is not None and not copied:
+            if layer_type_for(modules[path]) is not None and not copied:
                 targets.add(path)
         elif copied or (config.bias != "none" and tensor == "bias"):
             content.own[key] = name

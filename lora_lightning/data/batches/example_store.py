@@ -40,7 +40,7 @@ class Ragged:
     @classmethod
     def of(cls, lists: Iterable[Iterable[int]]) -> Ragged:
         """These lists."""
-        growing = _Growing()
+        growing = _Converting()
         for numbers in lists:
             growing.append(numbers)
         return growing.done()
@@ -57,7 +57,7 @@ class Ragged:
         return self._ends.diff().tolist()
 
 
-class _Growing:
+class _Converting:
     """What becomes a `Ragged`; a Python list of ints takes 8 bytes a number, and mostly 28 more."""
 
     def __init__(self) -> None:
@@ -85,7 +85,7 @@ class ExampleStore(Dataset[Tokens]):
     """
 
     def __init__(self, examples: Iterable[Example]) -> None:
-        input_ids, labels = _Growing(), _Growing()
+        input_ids, labels = _Converting(), _Converting()
         for example in examples:
             input_ids.append(example.input_ids)
             labels.append(example.labels)

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from lora_lightning.errors import did_you_mean, first_few
-from lora_lightning.layers.registry import SUPPORTED, host_type_for
+from lora_lightning.layers.registry import SUPPORTED, layer_type_for
 
 
 def near(name: str, modules: Iterable[str]) -> str:
@@ -25,7 +25,7 @@ def near(name: str, modules: Iterable[str]) -> str:
 def linear_names(modules: dict[str, nn.Module]) -> str:
     """The last parts of the paths of all adaptable modules, with how often each occurs."""
     names = Counter(
-        path.rpartition(".")[2] for path, module in modules.items() if host_type_for(module)
+        path.rpartition(".")[2] for path, module in modules.items() if layer_type_for(module)
     )
     if not names:
         return f"This model has no module of an adaptable kind ({SUPPORTED})."

@@ -28,9 +28,9 @@ from lora_lightning.engine.targets.parameters import select_parameters
 from lora_lightning.errors import TargetError, first_few
 from lora_lightning.layers.base import walk
 from lora_lightning.layers.conv1d import is_conv1d
-from lora_lightning.layers.conversion import check_can_grow
+from lora_lightning.layers.conversion import check_convertible
 from lora_lightning.layers.multihead_attention import attention_obstacle
-from lora_lightning.layers.registry import SUPPORTED, host_type_for
+from lora_lightning.layers.registry import SUPPORTED, layer_type_for
 
 
 @dataclass
@@ -204,16 +204,16 @@ def _check_adaptable(
     _check_attention("target_modules", path, obstacles)
     check_not_of_peft(path, modules)
     if isinstance(module, torch.jit.ScriptModule):
-        check_can_grow(module, path)
-    host_type = host_type_for(module)
-    if host_type is None:
+        check_convertible(module, path)
+    layer_type = layer_type_for(module)
+    if layer_type is None:
         raise TargetError(
             f"target_modules selects {path!r}, a {type(module).__name__}, which cannot carry an "
             f"adapter. Adaptable kinds: {SUPPORTED}. To train it in full, list it in "
             f"modules_to_save instead.\n  {linear_names(modules)}\n(lora.target_modules)"
         )
     kinds = classes_for(config)
-    if host_type.kind not in kinds:
+    if layer_type.kind not in kinds:
         raise TargetError(
             f"target_modules selects {path!r}, a {type(module).__name__}, but a "
             f"{config.peft_type} adapter is defined for modules of kind {', '.join(kinds)} only. "

@@ -1,4 +1,4 @@
-"""A Linear whose weight is held in few bits (bitsandbytes, torchao) as a host.
+"""A Linear whose weight is held in few bits (bitsandbytes, torchao) as a layer.
 
 y = Q x + b + what the adapters add. The base's forward is its own; adapters are fp32 tensors beside
 it that nobody quantises. Merging dequantises, adds in float32 and rounds again in the same way,
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.adapters.modules_to_save import TrainedCopy
-from lora_lightning.layers.base import Host, first_argument
-from lora_lightning.layers.linear import LinearHost
+from lora_lightning.layers.base import AdaptedLayer, first_argument
+from lora_lightning.layers.linear import AdaptedLinear
 from lora_lightning.layers.quantized.bitsandbytes import (
     Packed4bit,
     Packed8bit,
@@ -82,7 +82,7 @@ def why_not_trainable(module: nn.Module) -> str | None:
     return None
 
 
-class QuantizedHost(LinearHost):
+class AdaptedQuantizedLinear(AdaptedLinear):
     """y = Q x + b; Q stands for a dense weight (out_features, in_features)."""
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -96,7 +96,7 @@ class QuantizedHost(LinearHost):
     def dense_weight(self, name: str = "weight") -> Tensor:
         """The weight as it is now, dequantised to float32."""
         packed = packed_weight(self) if name == "weight" else None
-        return Host.dense_weight(self, name) if packed is None else packed.dense()
+        return AdaptedLayer.dense_weight(self, name) if packed is None else packed.dense()
 
     def base_weight(self, name: str = "weight") -> Tensor:
         """The weight as it was before any merge, dequantised to float32."""
@@ -135,7 +135,7 @@ class QuantizedHost(LinearHost):
         return tensors
 
 
-class BitsandbytesHost(QuantizedHost):
+class AdaptedBitsandbytesLinear(AdaptedQuantizedLinear):
     """A Linear of bitsandbytes, whose bias keeps its dtype.
 
     Its own forward would cast the bias, for good, to the dtype it computes in, and so round the

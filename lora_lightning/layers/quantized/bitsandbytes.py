@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.errors import AdapterStateError
-from lora_lightning.utilities.dtensor import is_sharded, whole
+from lora_lightning.utilities.dtensor import full_tensor, is_sharded
 
 
 def is_linear4bit(module: nn.Module) -> bool:
@@ -100,7 +100,7 @@ class Packed4bit:
             offset=state.offset,
             state2=state.state2,
         )
-        return dequantize_4bit(whole(self.data), wide)
+        return dequantize_4bit(full_tensor(self.data), wide)
 
     def like(self, dense: Tensor) -> Packed4bit:
         """Another W, rounded in the same way."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from lora_lightning.layers.base import Host
+from lora_lightning.layers.base import AdaptedLayer
 from lora_lightning.layers.quantized.bitsandbytes import Packed4bit, is_linear4bit
 
 _SWITCH = "support_avx512bf16_for_cpu"
@@ -21,8 +21,8 @@ _KEPT = "_cpu_packing_before_adapters"
 
 
 def close_cpu_packing(model: nn.Module) -> None:
-    """Make every Linear4bit of a model with hosts use the one layout that can be trained."""
-    if not any(isinstance(module, Host) for module in model.modules()):
+    """Make every Linear4bit of a model with layers use the one layout that can be trained."""
+    if not any(isinstance(module, AdaptedLayer) for module in model.modules()):
         return
     for module in _layers(model):
         if _KEPT not in module.__dict__:

@@ -14,7 +14,7 @@ from lora_lightning.checkpoint.fingerprint import base_tensors
 from lora_lightning.engine.switching import adapter_names
 from lora_lightning.engine.targets.selection import Selection
 from lora_lightning.errors import AdapterStateError, ConfigError, first_few
-from lora_lightning.layers.base import named_hosts
+from lora_lightning.layers.base import named_adapted_layers
 from lora_lightning.training.module_hooks import averaged_models, binding_of, callbacks_of
 from lora_lightning.training.optimizers import check_coverage, trainable_parameters
 from lora_lightning.training.strategies.deepspeed import is_deepspeed, whole_optimizers
@@ -90,10 +90,10 @@ def check_before_fit(trainer: Trainer, module: LightningModule, adapter_name: st
         AdapterStateError, ConfigError, OptimizerError: Saying which, and what to do.
 
     """
-    for path, host in named_hosts(module):
-        if host.merged_adapters:
+    for path, layer in named_adapted_layers(module):
+        if layer.merged_adapters:
             raise AdapterStateError(
-                f"Adapters {host.merged_adapters} are merged into the base ({path!r}, for one) "
+                f"Adapters {layer.merged_adapters} are merged into the base ({path!r}, for one) "
                 "and would not train. Call unmerge_adapter(module) before fit."
             )
     for averaged in averaged_models(trainer):

@@ -24,7 +24,7 @@ from lora_lightning.checkpoint.state_dict import adapter_state_dict
 from lora_lightning.engine.bias import trained_biases
 from lora_lightning.engine.switching import adapter_names
 from lora_lightning.errors import CheckpointError, ConfigError, first_few
-from lora_lightning.layers.base import named_hosts, walk
+from lora_lightning.layers.base import named_adapted_layers, walk
 from lora_lightning.training.checkpoints.metadata import kept_state
 from lora_lightning.training.module_hooks import averaged_models, binding_of, callbacks_of
 from lora_lightning.training.strategies.model_parallel import is_fsdp
@@ -74,7 +74,7 @@ def leave_out_adapters(module: LightningModule) -> None:
         )
     ignored = strategy.kwargs["ignored_modules"]
     known = {id(part) for part in ignored}
-    adapters = [host.adapters for _, host in named_hosts(module)]
+    adapters = [layer.adapters for _, layer in named_adapted_layers(module)]
     ignored += [part for part in adapters if id(part) not in known]
     biases = [name for name, _, _ in trained_biases(module)]
     if biases:
@@ -122,7 +122,11 @@ def setup_fsdp(self: Any, model: Any) -> Any:
     if binding.fsdp is None:
         leave_out_adapters(module)
         root = type(self)._setup_model(self, model)
-        own = [tensor for _, host in named_hosts(module) for tensor in _tensors(host.adapters)]
+        own = [
+            tensor
+            for _, layer in named_adapted_layers(module)
+            for tensor in _tensors(layer.adapters)
+        ]
         for tensor in own:
             tensor.data = tensor.data.to(self.root_device)
             dist.broadcast(tensor.data, src=0)
@@ -231,8 +235,8 @@ def _own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
     found = []
     for path, child in walk(module):
         found += [(f"{path}.{n}" if path else n, b) for n, b in persistent_buffers(child)]
-    for path, host in named_hosts(module):
-        for inner, part in host.adapters.named_modules():
+    for path, layer in named_adapted_layers(module):
+        for inner, part in layer.adapters.named_modules():
             prefix = ".".join(filter(None, (path, "adapters", inner)))
             found += [(f"{prefix}.{n}", b) for n, b in persistent_buffers(part)]
     return found

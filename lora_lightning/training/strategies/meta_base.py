@@ -25,11 +25,11 @@ from lora_lightning.adapters.trainable_tokens import TokenRows
 from lora_lightning.engine.bias import trained_biases
 from lora_lightning.engine.switching import adapter_names
 from lora_lightning.errors import AdapterMismatchError, ConfigError, first_few
-from lora_lightning.layers.base import named_hosts, walk
+from lora_lightning.layers.base import named_adapted_layers, walk
 from lora_lightning.training.checkpoints.metadata import remember_base
 from lora_lightning.training.module_hooks import binding_of, callbacks_of
 from lora_lightning.training.strategies.model_parallel import is_model_parallel
-from lora_lightning.utilities.dtensor import copy_whole, whole
+from lora_lightning.utilities.dtensor import copy_full, full_tensor
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
@@ -100,13 +100,13 @@ def load_base(module: LightningModule) -> None:
     saved = {key for callback in callbacks_of(module) for key in callback.saved_keys(module)}
     own = {key: t for key, t in module.state_dict().items() if key not in saved}
     _load(values, own)
-    for path, host in named_hosts(module):
+    for path, layer in named_adapted_layers(module):
         prefix = path + "." if path else ""
-        for adapter in host.adapters.modules():
+        for adapter in layer.adapters.modules():
             if isinstance(adapter, TrainedCopy):
                 _start_copy(adapter.module, prefix, values)
             elif isinstance(adapter, TokenRows):
-                adapter.start_from_weight(whole(host.base_weight().detach()))
+                adapter.start_from_weight(full_tensor(layer.base_weight().detach()))
     binding.base_to_come = False
     remember_base(module, fresh=True)
 
@@ -114,14 +114,14 @@ def load_base(module: LightningModule) -> None:
 def _start_copy(copy: nn.Module, prefix: str, values: Mapping[str, Tensor]) -> None:
     for name, tensor in copy.state_dict().items():
         if isinstance(tensor, Tensor):
-            copy_whole(tensor, values[prefix + name].to(tensor.device))
+            copy_full(tensor, values[prefix + name].to(tensor.device))
 
 
 def _load(values: Any, own: Mapping[str, Any]) -> None:
     _check(values, own)
     for key, tensor in own.items():
         if isinstance(tensor, Tensor):
-            copy_whole(tensor, values[key].to(tensor.device))
+            copy_full(tensor, values[key].to(tensor.device))
 
 
 def _check(values: Any, own: Mapping[str, Any]) -> None:

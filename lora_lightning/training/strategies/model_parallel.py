@@ -2,9 +2,9 @@
 
 Where the module is built before, adapters grow before it is sharded, and `fully_shard` takes them
 up with their modules. Where `configure_model` builds and shards at once, they grow afterwards: the
-adapters inside one FSDP unit then become a unit of their own. Hosts read the tensors of adapters
+adapters inside one FSDP unit then become a unit of their own. Layers read the tensors of adapters
 directly (the fused path, `transform_input`), so this unit is not entered by a forward of its own:
-every host gathers it when it is called. It stays gathered until backward is over, where FSDP
+every layer gathers it when it is called. It stays gathered until backward is over, where FSDP
 reduces its gradients together with those of units whose inputs needed none.
 """
 
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from lora_lightning.errors import ConfigError, TargetError, first_few
-from lora_lightning.layers.base import Host, named_hosts, walk
+from lora_lightning.layers.base import AdaptedLayer, named_adapted_layers, walk
 from lora_lightning.utilities.dtensor import is_sharded
 
 if TYPE_CHECKING:
@@ -99,9 +99,9 @@ def shard_adapters(module: LightningModule) -> None:
     if not is_model_parallel(module.trainer.strategy):
         return
     _check_no_tensor_parallel(module)
-    units: dict[tuple[nn.Module, Any], list[Host]] = {}
-    for path, host in named_hosts(module):
-        sharded = {is_sharded(p) for p in host.adapters.parameters()}
+    units: dict[tuple[nn.Module, Any], list[AdaptedLayer]] = {}
+    for path, layer in named_adapted_layers(module):
+        sharded = {is_sharded(p) for p in layer.adapters.parameters()}
         if False not in sharded:
             continue
         if len(sharded) == 2:
@@ -116,10 +116,10 @@ def shard_adapters(module: LightningModule) -> None:
                 "on every process by itself. Apply fully_shard to a module that contains it, "
                 "at the latest to the whole model. (trainer.strategy)"
             )
-        dtypes = frozenset(p.dtype for p in host.adapters.parameters())  # FSDP wants one a unit
-        units.setdefault((unit, dtypes), []).append(host)
-    for (unit, _), hosts in units.items():
-        _shard_together(unit, hosts)
+        dtypes = frozenset(p.dtype for p in layer.adapters.parameters())  # FSDP wants one a unit
+        units.setdefault((unit, dtypes), []).append(layer)
+    for (unit, _), layers in units.items():
+        _shard_together(unit, layers)
     plain = [n for n, p in module.named_parameters() if p.requires_grad and not is_sharded(p)]
     if plain:
         raise ConfigError(
@@ -151,19 +151,19 @@ def check_dtypes(module: nn.Module) -> None:
             )
 
 
-def _shard_together(unit: nn.Module, hosts: list[Host]) -> None:
+def _shard_together(unit: nn.Module, layers: list[AdaptedLayer]) -> None:
     from torch.distributed.fsdp import fully_shard
 
     mesh = next(p.device_mesh for p in unit.parameters() if is_sharded(p))  # type: ignore[attr-defined]
-    group: list[nn.Module] = [host.adapters for host in hosts]
+    group: list[nn.Module] = [layer.adapters for layer in layers]
     policy = unit._get_fsdp_state()._mp_policy  # type: ignore[operator]  # no public way
     fully_shard(group, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-    for host in hosts:
-        host.register_forward_pre_hook(_gather)
+    for layer in layers:
+        layer.register_forward_pre_hook(_gather)
 
 
-def _gather(host: nn.Module, args: Any) -> None:
-    host.adapters.unshard()  # type: ignore[operator,union-attr]
+def _gather(layer: nn.Module, args: Any) -> None:
+    layer.adapters.unshard()  # type: ignore[operator,union-attr]
 
 
 def _unit_around(module: nn.Module, path: str) -> nn.Module | None:

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from lora_lightning.errors import CheckpointError, OptimizerError, first_few
 from lora_lightning.utilities.compiled import named_parameters
-from lora_lightning.utilities.dtensor import is_sharded, sharded_like
+from lora_lightning.utilities.dtensor import distribute_like, is_sharded
 
 _OF_SCHEDULERS = {"initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum"}
 
@@ -130,4 +130,4 @@ def _laid_out(value: Any, parameter: nn.Parameter, what: str) -> Any:
             "Resume on one device or under DDP, or use an optimizer whose state has the "
             "parameters' shape (AdamW). (ckpt_path)"
         )
-    return sharded_like(value, parameter)
+    return distribute_like(value, parameter)

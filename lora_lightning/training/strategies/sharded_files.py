@@ -18,7 +18,7 @@ from lora_lightning.checkpoint.sharded_reader import is_checkpoint_folder
 from lora_lightning.checkpoint.state_dict import KEY
 from lora_lightning.training.collectives import save_together
 from lora_lightning.utilities.atomic_write import exchange
-from lora_lightning.utilities.dtensor import whole_state
+from lora_lightning.utilities.dtensor import full_state
 
 
 def save_sharded_checkpoint(
@@ -47,7 +47,7 @@ def save_sharded_checkpoint(
             raise
         on_first(lambda: _remove(old))
         return
-    gathered = {key: whole_state(checkpoint.get(key)) for key in ("state_dict", "optimizer_states")}
+    gathered = {key: full_state(checkpoint.get(key)) for key in ("state_dict", "optimizer_states")}
     if KEY in checkpoint and strategy.is_global_zero:
         full = {**checkpoint, **{k: v for k, v in gathered.items() if k in checkpoint}}
         manifest = {**checkpoint[KEY], HASHES: content_hashes(full)}

@@ -48,7 +48,7 @@ from lora_lightning.training.strategies.meta_base import load_base
 from lora_lightning.training.strategies.model_parallel import is_fsdp, is_model_parallel, reshard
 from lora_lightning.training.strategies.optimizer_names import with_names, with_numbers
 from lora_lightning.training.strategies.sharded_files import save_sharded_checkpoint, writes_folders
-from lora_lightning.utilities.dtensor import sharded_like, whole_state
+from lora_lightning.utilities.dtensor import distribute_like, full_state
 
 
 def override_state_methods(strategy: Any) -> None:
@@ -233,7 +233,7 @@ def load_adapters(module: nn.Module, state: dict[str, Any]) -> None:
     reshard(module)
     own = module.state_dict()
     parts = {
-        key: sharded_like(value, own.get(key)) if isinstance(value, Tensor) else value
+        key: distribute_like(value, own.get(key)) if isinstance(value, Tensor) else value
         for key, value in state.items()
     }
     left = module.load_state_dict(parts, strict=False).unexpected_keys
@@ -269,5 +269,5 @@ def _writes(strategy: Any) -> bool:
 def _to_be_written(strategy: Any, state: dict[str, Any]) -> dict[str, Any]:
     if writes_folders(strategy):
         return state
-    gathered: dict[str, Any] = whole_state(state)
+    gathered: dict[str, Any] = full_state(state)
     return gathered if strategy.is_global_zero else {}
