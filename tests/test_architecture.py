@@ -27,20 +27,56 @@ def modules() -> list[Path]:
     return sorted(PACKAGE.rglob("*.py"))
 
 
-def height(package: str) -> int:
-    return PACKAGES.index(package)
+def dotted(path: Path) -> str:
+    """The name under which a file of the package is imported."""
+    parts = [PACKAGE.name, *path.relative_to(PACKAGE).with_suffix("").parts]
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 def imports(path: Path) -> set[str]:
+    """All that a file imports of the package, in functions and under TYPE_CHECKING too."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if (
-            isinstance(node, ast.ImportFrom)
-            and node.module
-            and node.module.startswith("lora_lightning.")
-        ):
-            found.add(node.module)
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert not node.level, f"{path}: relative import"
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        found |= {name for name in names if name.startswith("lora_lightning.")}
     return found
+
+
+def import_graph() -> dict[str, set[str]]:
+    """Module -> the modules that it imports. Packages that load names lazily are left out."""
+    files = {dotted(path): path for path in modules()}
+    lazy = {name for name, path in files.items() if "lazy_names(" in path.read_text()} - {
+        "lora_lightning.utilities.lazy"
+    }
+    return {
+        name: (imports(path) & files.keys()) - lazy - {name}
+        for name, path in files.items()
+        if name not in lazy
+    }
+
+
+def cycle(graph: dict[str, set[str]]) -> list[str]:
+    """A way from a module back to itself, or nothing."""
+    done: set[str] = set()
+
+    def visit(name: str, way: list[str]) -> list[str]:
+        if name in way:
+            return [*way[way.index(name) :], name]
+        if name in done:
+            return []
+        for imported in sorted(graph.get(name, ())):
+            if found := visit(imported, [*way, name]):
+                return found
+        done.add(name)
+        return []
+
+    return next((found for name in sorted(graph) if (found := visit(name, []))), [])
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
@@ -50,7 +86,20 @@ def test_imports_go_down_only(path: Path) -> None:
         return  # public names, loaded when they are used
     for imported in imports(path):
         package = imported.split(".")[1]
-        assert height(package) <= height(own[0]), f"{'/'.join(own)} imports {imported}"
+        if package in PACKAGES:
+            assert PACKAGES.index(package) <= PACKAGES.index(own[0]), f"{path} imports {imported}"
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    assert not cycle(import_graph())
+
+
+def test_the_search_for_cycles_can_fail() -> None:
+    graph = import_graph()
+    graph["lora_lightning.errors"] = {"lora_lightning.cli.main"}  # the bottom imports the top
+    found = cycle(graph)
+    assert found[0] == found[-1]
+    assert {"lora_lightning.errors", "lora_lightning.cli.main"} <= {*found}
 
 
 @pytest.mark.parametrize("folder", DATA)

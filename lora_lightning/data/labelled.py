@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 from torch.utils.data import DataLoader, Dataset
 
 from lora_lightning.data.data_module import SplitDataModule
-from lora_lightning.data.samples.sample import IGNORED
 from lora_lightning.errors import ConfigError, RecordError, first_few, nearest_hint
+from lora_lightning.utilities.constants import IGNORE_INDEX
 
 
 class LabelledDataModule(SplitDataModule):
@@ -177,4 +177,7 @@ class Labelled(Dataset[Any]):
             return self.examples[index]
         first = self.examples[0]  # once: an image is decoded for it
         labels = first["labels"]
-        return {**first, "labels": [IGNORED] * len(labels) if isinstance(labels, list) else IGNORED}
+        return {
+            **first,
+            "labels": [IGNORE_INDEX] * len(labels) if isinstance(labels, list) else IGNORE_INDEX,
+        }

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from lora_lightning.data.labelled_texts import Example, LabelledTextDataModule
-from lora_lightning.data.samples.sample import IGNORED
 from lora_lightning.data.sources.tagged_words import (
     Sentence,
     find_label_column,
@@ -19,6 +18,7 @@ from lora_lightning.data.sources.tagged_words import (
     read_sentences,
 )
 from lora_lightning.errors import ConfigError
+from lora_lightning.utilities.constants import IGNORE_INDEX
 
 
 class TokenClassificationDataModule(LabelledTextDataModule):
@@ -157,14 +157,14 @@ class _PaddedWords:
             if key in examples[0]:
                 batch[key] = pad_sequence(
                     [torch.tensor(example[key]) for example in examples],
-                    batch_first=True, padding_value=IGNORED, padding_side=self.side,
+                    batch_first=True, padding_value=IGNORE_INDEX, padding_side=self.side,
                 )  # fmt: skip
         return dict(batch)
 
 
 def _spread(values: Sequence[int], places: Sequence[int | None], length: int) -> list[int]:
-    """`values` at their `places`, `IGNORED` in all others."""
-    spread = [IGNORED] * length
+    """`values` at their `places`, `IGNORE_INDEX` in all others."""
+    spread = [IGNORE_INDEX] * length
     for value, place in zip(values, places, strict=True):
         if place is not None:
             spread[place] = value

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
-from lora_lightning.data.samples.sample import IGNORED
 from lora_lightning.errors import ConfigError
 from lora_lightning.layers.base import adapter_owners
 from lora_lightning.tasks.class_names import (
@@ -19,6 +18,7 @@ from lora_lightning.tasks.class_names import (
 )
 from lora_lightning.tasks.optimization import check_not_negative
 from lora_lightning.tasks.pretrained_task import Batch, PretrainedTask, ancestors
+from lora_lightning.utilities.constants import IGNORE_INDEX
 
 
 class Classification(PretrainedTask):
@@ -85,10 +85,10 @@ class Classification(PretrainedTask):
     def add_metrics(self, names: list[str]) -> None:
         """Accuracy, and macro F1 of what is evaluated."""
         for stage in ("train", "val", "test"):
-            accuracy = MulticlassAccuracy(len(names), average="micro", ignore_index=IGNORED)
+            accuracy = MulticlassAccuracy(len(names), average="micro", ignore_index=IGNORE_INDEX)
             self.metrics[f"{stage}_accuracy"] = accuracy
             if stage != "train":
-                f1 = MulticlassF1Score(len(names), average="macro", ignore_index=IGNORED)
+                f1 = MulticlassF1Score(len(names), average="macro", ignore_index=IGNORE_INDEX)
                 self.metrics[f"{stage}_f1"] = f1
 
     def forward(self, batch: Batch) -> Tensor:
@@ -156,13 +156,13 @@ class Classification(PretrainedTask):
             labels,
             weight=weights,
             label_smoothing=self.label_smoothing if training else 0.0,
-            ignore_index=IGNORED,
+            ignore_index=IGNORE_INDEX,
             reduction="sum",
         )
 
     def _weight_of(self, labels: Tensor, training: bool) -> Tensor:
         """The sum of the weights that `_loss_sum` takes losses by."""
-        labelled = (labels != IGNORED).float()
+        labelled = (labels != IGNORE_INDEX).float()
         if training and self.class_weights:
             labelled = labelled * self._weights.to(labels.device)[labels.clamp(min=0)]
         return labelled.sum()

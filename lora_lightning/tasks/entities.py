@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lora_lightning.data.samples.sample import IGNORED
+from lora_lightning.utilities.constants import IGNORE_INDEX
 
 Entity = tuple[int, int, str]
 
@@ -73,9 +73,9 @@ class EntityF1(Metric):
 
         Args:
             predicted: Class ids (sentences, tokens).
-            labels: Those of first sub-tokens, else `IGNORED`.
+            labels: Those of first sub-tokens, else `IGNORE_INDEX`.
         """
-        kept = labels != IGNORED
+        kept = labels != IGNORE_INDEX
         for classes, truth, words in zip(predicted.cpu(), labels.cpu(), kept.cpu(), strict=True):
             said, true = (
                 entities([self.names[number] for number in row[words].tolist()])

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.data.samples.sample import IGNORED
 from lora_lightning.errors import ConfigError, RecordError
 from lora_lightning.tasks.generation_options import check_generation_options
 from lora_lightning.tasks.lm_loss import LMLoss, TokenLoss
 from lora_lightning.tasks.pretrained_task import Batch, PretrainedTask
+from lora_lightning.utilities.constants import IGNORE_INDEX
 from lora_lightning.utilities.dtensor import is_sharded
 from lora_lightning.utilities.pretrained import load_pretrained
 
@@ -60,7 +60,7 @@ class LanguageModel(PretrainedTask):
         return {name: tensor for name, tensor in batch.items() if name != "labels"}
 
     def targets(self, batch: Batch) -> Tensor:
-        """The token that each position of the output is to predict, or `IGNORED`."""
+        """The token that each position of the output is to predict, or `IGNORE_INDEX`."""
         raise NotImplementedError
 
     def labels(self, batch: Batch) -> Tensor:
@@ -72,14 +72,14 @@ class LanguageModel(PretrainedTask):
         if "labels" not in batch:
             raise RecordError(
                 f"{type(self).__name__} learns from batches with `input_ids` and `labels` (the ids "
-                f"of learned tokens, {IGNORED} elsewhere), and found one with {[*batch]}. "
+                f"of learned tokens, {IGNORE_INDEX} elsewhere), and found one with {[*batch]}. "
                 "TextDataModule makes them. (data)"
             )
         return batch["labels"]
 
     def batch_weight(self, batch: Batch) -> Tensor:
         """How many tokens are learned."""
-        return (self.targets(batch) != IGNORED).sum()
+        return (self.targets(batch) != IGNORE_INDEX).sum()
 
     def forward(self, batch: Batch) -> Tensor:
         """Scores (batch, length, vocabulary) of the next token."""

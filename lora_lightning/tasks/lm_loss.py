@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
-from lora_lightning.data.samples.sample import IGNORED
 from lora_lightning.tasks.head_loss import head_loss
 from lora_lightning.utilities.compiled import uncompiled
+from lora_lightning.utilities.constants import IGNORE_INDEX
 from lora_lightning.utilities.dtensor import is_sharded
 from lora_lightning.utilities.rng import random_state, set_random_state
 
@@ -22,7 +22,7 @@ SOFT_CAPPED = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_
 
 
 def next_tokens(labels: Tensor, position_ids: Tensor | None = None) -> Tensor:
-    """What each position of a causal LM is to predict: the label after it, or `IGNORED`.
+    """What each position of a causal LM is to predict: the label after it, or `IGNORE_INDEX`.
 
     Args:
         labels: (B, T), each at the place of its token.
@@ -30,8 +30,8 @@ def next_tokens(labels: Tensor, position_ids: Tensor | None = None) -> Tensor:
             before it does not predict its first token.
     """
     if position_ids is not None:
-        labels = labels.masked_fill(position_ids == 0, IGNORED)
-    return pad(labels[:, 1:], (0, 1), value=IGNORED)
+        labels = labels.masked_fill(position_ids == 0, IGNORE_INDEX)
+    return pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
 
 
 @dataclass(frozen=True)
@@ -74,16 +74,16 @@ class LMLoss:
             network: With `get_output_embeddings`.
             inputs: What the network is given; no labels.
             targets: (B, T): the token that each position of the (decoder's) output is to predict,
-                or `IGNORED`.
+                or `IGNORE_INDEX`.
         """
         if self.by_chunks is not False:
             found = self._by_chunks(network, inputs, targets)
             if found is not None:
                 return found
         outputs = network(**inputs)
-        scores = outputs.logits[targets != IGNORED]
+        scores = outputs.logits[targets != IGNORE_INDEX]
         wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
-        wanted = targets[targets != IGNORED]
+        wanted = targets[targets != IGNORE_INDEX]
         correct = None if torch.is_grad_enabled() else (wide.argmax(dim=-1) == wanted).sum()
         total = cross_entropy(wide, wanted, reduction="sum")
         return TokenLoss(total, correct, _balance(network, outputs))
@@ -161,7 +161,7 @@ class Finish:
 
 
 def _summed(scores_of: Any, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
-    learned = targets != IGNORED
+    learned = targets != IGNORE_INDEX
     states, wanted = hidden[learned], targets[learned]
     if len(states):
         return head_loss(scores_of, states, wanted)

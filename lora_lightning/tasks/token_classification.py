@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_lightning.data.samples.sample import IGNORED
 from lora_lightning.tasks.classification import Classification
 from lora_lightning.tasks.entities import EntityF1, writes_entities
 from lora_lightning.tasks.pretrained_task import Batch
+from lora_lightning.utilities.constants import IGNORE_INDEX
 
 
 class TokenClassification(Classification):
@@ -63,7 +63,7 @@ class TokenClassification(Classification):
         labels, per_word = [], []
         rows = zip(probabilities, batch["words"], batch["word_count"].tolist(), strict=True)
         for tokens, words, count in rows:
-            first = words != IGNORED
+            first = words != IGNORE_INDEX
             found = tokens.new_full((count, tokens.shape[-1]), float("nan"))
             found[words[first]] = tokens[first]
             names: list[str | None] = [None] * count

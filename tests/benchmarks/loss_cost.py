@@ -28,8 +28,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lora_lightning.data.samples.sample import IGNORED
 from lora_lightning.tasks.head_loss import head_loss
+from lora_lightning.utilities.constants import IGNORE_INDEX
 
 FEATURES = 512
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -40,7 +40,7 @@ def plain(head: nn.Linear, hidden: Tensor, labels: Tensor) -> Tensor:
 
 
 def chunked(head: nn.Linear, hidden: Tensor, labels: Tensor) -> Tensor:
-    learned = labels != IGNORED
+    learned = labels != IGNORE_INDEX
     return head_loss(head, hidden[learned], labels[learned])[0]
 
 
@@ -80,7 +80,7 @@ def measure(vocabulary: int, dtype: torch.dtype, options: Any) -> None:
     head = nn.Linear(FEATURES, vocabulary, bias=False).to(dtype).requires_grad_(False)
     hidden = torch.randn(options.tokens, FEATURES).to(dtype).requires_grad_()
     labels = torch.randint(0, vocabulary, (options.tokens,))
-    labels[torch.rand(options.tokens) >= options.learned] = IGNORED
+    labels[torch.rand(options.tokens) >= options.learned] = IGNORE_INDEX
     inputs = head, hidden, labels
     clock = time.process_time if options.threads == 1 else time.perf_counter
     with torch.no_grad():

@@ -4,8 +4,9 @@ import pytest
 
 from lora_lightning.data.encoding.causal import Encoder
 from lora_lightning.data.encoding.report import EncodingReport
-from lora_lightning.data.samples.sample import IGNORED, Chat
+from lora_lightning.data.samples.sample import Chat
 from lora_lightning.errors import ConfigError, RecordError
+from lora_lightning.utilities.constants import IGNORE_INDEX
 from tests.helpers.tiny_lm import CHATML, tiny_tokenizer
 
 WHERE = "my.jsonl, line 3"
@@ -25,10 +26,10 @@ LEARNED = ["I am fine.<|im_end|>", "It is five.<|im_end|>"]
 
 def learned_parts(tokenizer, example):
     """The runs of learned tokens as text."""
-    parts, before = [], IGNORED
+    parts, before = [], IGNORE_INDEX
     for label in example.labels:
-        if label != IGNORED:
-            if before == IGNORED:
+        if label != IGNORE_INDEX:
+            if before == IGNORE_INDEX:
                 parts.append([])
             parts[-1].append(label)
         before = label

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from lora_lightning.data.encoding.causal import Encoder
 from lora_lightning.data.encoding.chat import ChatTurns
-from lora_lightning.data.samples.sample import IGNORED, Chat, Document, PromptCompletion
+from lora_lightning.data.samples.sample import Chat, Document, PromptCompletion
+from lora_lightning.utilities.constants import IGNORE_INDEX
 from tests.helpers.tiny_lm import CHATML, tiny_tokenizer
 
 WHERE = "my.jsonl, line 3"
@@ -29,9 +30,9 @@ def learned(tokenizer, example):
     """(token, learned?) for each token."""
     assert len(example.labels) == len(example.input_ids)
     pairs = list(zip(example.input_ids, example.labels, strict=True))
-    assert all(label in (token, IGNORED) for token, label in pairs)
+    assert all(label in (token, IGNORE_INDEX) for token, label in pairs)
     tokens = tokenizer.convert_ids_to_tokens(example.input_ids)
-    return [(t, label != IGNORED) for t, (_, label) in zip(tokens, pairs, strict=True)]
+    return [(t, label != IGNORE_INDEX) for t, (_, label) in zip(tokens, pairs, strict=True)]
 
 
 def read(tokens):
@@ -118,7 +119,7 @@ def test_a_chat_is_what_transformers_makes_of_it(style):
     assert whole[: len(ids)] == ids
     assert tokenizer.decode(whole[len(ids) :]) in ("", "\n")  # after the last turn's end
     starts = [
-        n for n, y in enumerate(example.labels) if n and y != IGNORED == example.labels[n - 1]
+        n for n, y in enumerate(example.labels) if n and y != IGNORE_INDEX == example.labels[n - 1]
     ]
     turns = [n for n, m in enumerate(messages) if m["role"] == "assistant"]
     for start, turn in zip(starts, turns, strict=True):
@@ -151,8 +152,8 @@ def test_any_content(style, question, answer, other):
         messages[:1], add_generation_prompt=True, return_dict=False
     )
     assert example.input_ids[: len(asked)] == asked
-    assert set(example.labels[: len(asked)]) == {IGNORED} != {example.labels[len(asked)]}
-    runs = "".join("L" if y != IGNORED else " " for y in example.labels).split()
+    assert set(example.labels[: len(asked)]) == {IGNORE_INDEX} != {example.labels[len(asked)]}
+    runs = "".join("L" if y != IGNORE_INDEX else " " for y in example.labels).split()
     assert len(runs) == 2
     end = tokenizer.convert_tokens_to_ids(BY_HAND[style][-1][0])
     assert sum(y == end for y in example.labels) == 2

@@ -7,8 +7,9 @@ import pytest
 from lora_lightning.data.encoding.causal import Encoder
 from lora_lightning.data.encoding.report import EncodingReport
 from lora_lightning.data.encoding.seq2seq import Seq2SeqEncoder
-from lora_lightning.data.samples.sample import IGNORED, Chat, Document, PromptCompletion
+from lora_lightning.data.samples.sample import Chat, Document, PromptCompletion
 from lora_lightning.errors import ConfigError, RecordError
+from lora_lightning.utilities.constants import IGNORE_INDEX
 from tests.helpers.tiny_lm import tiny_tokenizer
 
 SHORT = PromptCompletion("Question:", " It is five.", "my.jsonl, line 1")  # 2 + 4 + 1 tokens
@@ -70,9 +71,9 @@ def test_documents_can_be_split(words):
         for before, label in zip(part.input_ids, part.labels[1:], strict=False)
     ]
     assert learned == [*pairwise(whole.input_ids)]
-    assert all(part.labels[0] == IGNORED for part in parts)
+    assert all(part.labels[0] == IGNORE_INDEX for part in parts)
     assert all(
-        label in (IGNORED, token)
+        label in (IGNORE_INDEX, token)
         for part in parts
         for token, label in zip(part.input_ids, part.labels, strict=True)
     )
@@ -156,7 +157,7 @@ def test_prompt_and_target_carry_the_tokenizers_own_marks(tokenizer):
     assert example.input_ids == tokenizer(SHORT.prompt).input_ids
     target = tokenizer(SHORT.completion, add_special_tokens=False).input_ids
     assert example.labels == [*target, tokenizer.eos_token_id]  # all learned, and where it ends
-    assert IGNORED not in example.labels
+    assert IGNORE_INDEX not in example.labels
 
 
 def test_both_are_cut_and_counted():

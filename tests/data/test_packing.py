@@ -11,7 +11,8 @@ from torch import Tensor
 from lora_lightning.data.batches.collate import PackRows, PadRows
 from lora_lightning.data.batches.example_store import BatchRows, ExampleStore, Ragged, Tokens
 from lora_lightning.data.batches.packing import best_fit_decreasing
-from lora_lightning.data.samples.sample import IGNORED, Example
+from lora_lightning.data.samples.sample import Example
+from lora_lightning.utilities.constants import IGNORE_INDEX
 
 VOCABULARY = 64
 
@@ -23,7 +24,7 @@ def examples(count: int = 11, longest: int = 12, seed: int = 0) -> list[Example]
     for _ in range(count):
         ids = [chance.randrange(1, VOCABULARY) for _ in range(chance.randint(2, longest))]
         read = max(len(ids) // 3, 1)
-        made.append(Example(ids, [IGNORED] * read + ids[read:]))
+        made.append(Example(ids, [IGNORE_INDEX] * read + ids[read:]))
     return made
 
 
@@ -62,7 +63,9 @@ def loss_and_gradients(network: torch.nn.Module, batch: dict[str, Tensor]) -> tu
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     logits = network(**inputs, use_cache=False).logits
     loss = torch.nn.functional.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(), batch["labels"][:, 1:].flatten(), ignore_index=IGNORED
+        logits[:, :-1].flatten(0, 1).float(),
+        batch["labels"][:, 1:].flatten(),
+        ignore_index=IGNORE_INDEX,
     )
     loss.backward()
     gradients = [p.grad.flatten() for p in network.parameters() if p.grad is not None]
@@ -110,7 +113,7 @@ def test_packed_is_unpacked_under_flex_attention(kind):
                 torch.nn.functional.cross_entropy(
                     logits[:, :-1].flatten(0, 1),
                     batch["labels"][:, 1:].flatten(),
-                    ignore_index=IGNORED,
+                    ignore_index=IGNORE_INDEX,
                 )
             )
     assert found[0].item() == pytest.approx(found[1].item(), rel=1e-5)
@@ -190,13 +193,13 @@ def test_the_comparison_can_fail(broken, monkeypatch):
 
 def test_packed_rows_by_hand():
     rows = [
-        [tokens([5, 6, 7], [5, 6, 7]), tokens([8, 9], [IGNORED, 9])],
-        [tokens([3, 4], [IGNORED, 4])],
+        [tokens([5, 6, 7], [5, 6, 7]), tokens([8, 9], [IGNORE_INDEX, 9])],
+        [tokens([3, 4], [IGNORE_INDEX, 4])],
     ]
     batch = PackRows(6, pad_id=1)(rows)
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 1], [3, 4, 1, 1, 1, 1]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0], [0, 1, 0, 1, 2, 3]]
-    n = IGNORED
+    n = IGNORE_INDEX
     assert batch["labels"].tolist() == [[n, 6, 7, n, 9, n], [n, 4, n, n, n, n]]
     flat = PackRows(6, flat=True)(rows)
     assert flat["input_ids"].tolist() == [[5, 6, 7, 8, 9, 3, 4]]
@@ -208,7 +211,7 @@ def test_padded_rows_by_hand():
     batch = PadRows(pad_id=1)([[tokens([5, 6, 7], [5, 6, 7])], [tokens([8], [2, 9])]])
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 1, 1]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
-    assert batch["labels"].tolist() == [[5, 6, 7], [2, 9, IGNORED]]
+    assert batch["labels"].tolist() == [[5, 6, 7], [2, 9, IGNORE_INDEX]]
 
 
 def tokens(input_ids: list[int], labels: list[int]) -> Tokens:
@@ -265,7 +268,7 @@ def test_the_row_past_the_end_teaches_nothing():
     store = ExampleStore(examples(3))
     for rows in (BatchRows(store), BatchRows(store, [[0, 2], [1]])):
         (filler,) = rows[len(rows)]
-        assert set(filler.labels.tolist()) == {IGNORED}
+        assert set(filler.labels.tolist()) == {IGNORE_INDEX}
         with pytest.raises(IndexError):
             rows[len(rows) + 1]
     assert store[0].labels.tolist() == examples(3)[0].labels

@@ -23,9 +23,9 @@ from lora_lightning.data.batches.collate import PackRows
 from lora_lightning.data.batches.epoch_sampler import EpochSampler
 from lora_lightning.data.batches.packing_check import check_packing
 from lora_lightning.data.encoding.for_model import encoding_for
-from lora_lightning.data.samples.sample import IGNORED
 from lora_lightning.errors import ConfigError, LoraError, RecordError
 from lora_lightning.tasks import CausalLM
+from lora_lightning.utilities.constants import IGNORE_INDEX
 from tests.helpers.modules import run
 from tests.helpers.tiny_lm import tiny_llama, tiny_tokenizer
 
@@ -79,7 +79,9 @@ def learned(batches: Any) -> Counter[tuple[int, ...]]:
             places = range(len(ids)) if positions is None else positions[row].tolist()
             starts = [i for i, place in enumerate(places) if place == 0] + [len(ids)]
             for start, end in pairwise(starts):
-                length = max((i for i in range(start, end) if labels[i] != IGNORED), default=None)
+                length = max(
+                    (i for i in range(start, end) if labels[i] != IGNORE_INDEX), default=None
+                )
                 if length is not None:
                     found[tuple(ids[start : length + 1])] += 1
     return found

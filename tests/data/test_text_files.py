@@ -9,8 +9,8 @@ import pytest
 
 from lora_lightning.data.encoding.causal import Encoder
 from lora_lightning.data.samples.formats import read_samples
-from lora_lightning.data.samples.sample import IGNORED
 from lora_lightning.data.sources.rows import read_rows
+from lora_lightning.utilities.constants import IGNORE_INDEX
 from tests.helpers.tiny_lm import CHATML, tiny_tokenizer
 
 MESSAGES = [
@@ -84,7 +84,7 @@ def test_the_same_conversation_is_the_same_example(kind, form, tokenizer, tmp_pa
         for text in (prompt, "It is five.<|im_end|>")
     )
     assert example.input_ids == read + learned
-    assert example.labels == [IGNORED] * len(read) + learned
+    assert example.labels == [IGNORE_INDEX] * len(read) + learned
 
 
 def test_turns_that_the_file_excludes_are_not_learned(tokenizer, tmp_path):
@@ -96,5 +96,5 @@ def test_turns_that_the_file_excludes_are_not_learned(tokenizer, tmp_path):
             {"messages": [MESSAGES[0], {**MESSAGES[1], "weight": weight}, *again]},
         )
         (example,) = examples(tmp_path / "a.jsonl", tokenizer)
-        texts.append(tokenizer.decode([label for label in example.labels if label != IGNORED]))
+        texts.append(tokenizer.decode([label for label in example.labels if label != IGNORE_INDEX]))
     assert texts == ["Hello<|im_end|>", "It is five.<|im_end|>Hello<|im_end|>"]

@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from lora_lightning import CausalLM, LoraCallback, Seq2SeqLM
-from lora_lightning.data.samples.sample import IGNORED
 from lora_lightning.errors import ConfigError, ModelError, RecordError
 from lora_lightning.utilities.compiled import plain_name
+from lora_lightning.utilities.constants import IGNORE_INDEX
 from lora_lightning.utilities.dtensor import full_tensor
 from tests.helpers.modules import run
 from tests.helpers.processes import on_processes
@@ -62,14 +62,18 @@ def padded(rows: list[list[int]], filling: int) -> Tensor:
 
 
 def causal(rows: list[list[int]]) -> dict[str, Tensor]:
-    labels = [[IGNORED] * PROMPT + row[PROMPT:] for row in rows]
+    labels = [[IGNORE_INDEX] * PROMPT + row[PROMPT:] for row in rows]
     mask = padded([[1] * len(row) for row in rows], 0)
-    return {"input_ids": padded(rows, 0), "attention_mask": mask, "labels": padded(labels, IGNORED)}
+    return {
+        "input_ids": padded(rows, 0),
+        "attention_mask": mask,
+        "labels": padded(labels, IGNORE_INDEX),
+    }
 
 
 def seq2seq(rows: list[list[int]]) -> dict[str, Tensor]:
     inputs, targets = [row[:3] for row in rows], [row[2:] for row in rows]
-    return {"input_ids": padded(inputs, 0), "attention_mask": torch.ones(len(rows), 3), "labels": padded(targets, IGNORED)}  # fmt: skip
+    return {"input_ids": padded(inputs, 0), "attention_mask": torch.ones(len(rows), 3), "labels": padded(targets, IGNORE_INDEX)}  # fmt: skip
 
 
 KINDS: dict[str, Any] = {"causal": (CausalLM, causal), "seq2seq": (Seq2SeqLM, seq2seq)}
@@ -97,7 +101,7 @@ def scores_and_labels(module: Any, collate: Any) -> tuple[Tensor, Tensor]:
     labels = batch["labels"]
     if not network.config.is_encoder_decoder:
         scores, labels = scores[:, :-1], labels[:, 1:]
-    return scores[labels != IGNORED], labels[labels != IGNORED]
+    return scores[labels != IGNORE_INDEX], labels[labels != IGNORE_INDEX]
 
 
 @both

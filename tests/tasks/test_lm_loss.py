@@ -14,10 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from lora_lightning import LoraConfig, inject_adapter
-from lora_lightning.data.samples.sample import IGNORED
 from lora_lightning.tasks import head_loss as head_loss_module
 from lora_lightning.tasks.head_loss import head_loss
 from lora_lightning.tasks.lm_loss import Finish, LMLoss, next_tokens
+from lora_lightning.utilities.constants import IGNORE_INDEX
 
 WORDS = 97
 SIZES = {"vocab_size": WORDS, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}  # fmt: skip
@@ -69,8 +69,8 @@ def batch_of(network: Any) -> tuple[dict[str, Tensor], Tensor]:
     torch.manual_seed(1)
     ids = torch.randint(3, WORDS, (3, 12))
     labels = ids.clone()
-    labels[:, :4] = IGNORED
-    labels[1, 7:] = IGNORED
+    labels[:, :4] = IGNORE_INDEX
+    labels[1, 7:] = IGNORE_INDEX
     if network.config.is_encoder_decoder:
         shifted = network.prepare_decoder_input_ids_from_labels(labels)
         return {"input_ids": ids[:, :9], "decoder_input_ids": shifted}, labels
@@ -107,7 +107,7 @@ def check_equal(network: Any, by_chunks: bool = True, tolerance: float = 1e-10) 
         found = loss(network, inputs, targets)
         scores = network(**inputs).logits
     assert float(abs(found.total - truth.detach()) / truth.detach()) < tolerance
-    assert found.correct == ((scores.argmax(-1) == targets) & (targets != IGNORED)).sum()
+    assert found.correct == ((scores.argmax(-1) == targets) & (targets != IGNORE_INDEX)).sum()
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -193,7 +193,7 @@ def test_a_batch_without_learned_tokens() -> None:
     """A loss of 0, and gradients of 0 for all that other processes have gradients for."""
     network = build("Llama")
     inputs, targets = batch_of(network)
-    found = LMLoss()(network, inputs, torch.full_like(targets, IGNORED))
+    found = LMLoss()(network, inputs, torch.full_like(targets, IGNORE_INDEX))
     assert found.total == 0
     zeros = gradients(network, found.total)
     assert zeros.keys() == gradients(network, plainly(network, inputs, targets)).keys()
@@ -202,9 +202,9 @@ def test_a_batch_without_learned_tokens() -> None:
 
 def test_a_packed_row_predicts_no_first_tokens() -> None:
     labels = torch.tensor([[1, 2, 3, 4, 5, 6]])
-    assert next_tokens(labels).tolist() == [[2, 3, 4, 5, 6, IGNORED]]
+    assert next_tokens(labels).tolist() == [[2, 3, 4, 5, 6, IGNORE_INDEX]]
     places = torch.tensor([[0, 1, 2, 0, 1, 2]])
-    assert next_tokens(labels, places).tolist() == [[2, 3, IGNORED, 5, 6, IGNORED]]
+    assert next_tokens(labels, places).tolist() == [[2, 3, IGNORE_INDEX, 5, 6, IGNORE_INDEX]]
 
 
 @pytest.mark.parametrize("asked", [True, False])
@@ -214,14 +214,14 @@ def test_balance_of_experts(asked: bool) -> None:
     torch.manual_seed(0)
     network = AutoModelForCausalLM.from_config(config).eval()  # experts know no float64
     inputs, targets = batch_of(network)
-    labels = torch.full_like(targets, IGNORED)
+    labels = torch.full_like(targets, IGNORE_INDEX)
     labels[:, 1:] = targets[:, :-1]
     theirs = network(**inputs, labels=labels)
     loss = LMLoss()
     found = loss(network, inputs, targets)
     assert loss.by_chunks
     assert (found.balance is not None) is asked
-    mean = found.total / (targets != IGNORED).sum()
+    mean = found.total / (targets != IGNORE_INDEX).sum()
     assert torch.allclose(mean + (found.balance or 0), theirs.loss, rtol=1e-6)
     assert not asked or not torch.allclose(mean, theirs.loss, rtol=1e-3)
 

@@ -16,11 +16,11 @@ from torch.utils.data import DataLoader
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from lora_lightning import LoraCallback
-from lora_lightning.data.samples.sample import IGNORED
 from lora_lightning.errors import LoraError
 from lora_lightning.tasks import CausalLM, SequenceClassification, network
 from lora_lightning.tasks.sharding import repeated_layers
 from lora_lightning.utilities.compiled import named_parameters
+from lora_lightning.utilities.constants import IGNORE_INDEX
 from lora_lightning.utilities.dtensor import full_tensor, is_sharded
 from tests.helpers.modules import run
 from tests.helpers.processes import on_processes
@@ -46,7 +46,7 @@ def fit(
     torch._dynamo.reset()
     ids = torch.randint(0, 200, (12, 10), generator=torch.Generator().manual_seed(3))
     prompt = torch.arange(10) < torch.arange(12)[:, None] % 7
-    labels = ids.masked_fill(prompt, IGNORED)
+    labels = ids.masked_fill(prompt, IGNORE_INDEX)
     rows = [{"input_ids": i, "labels": label} for i, label in zip(ids, labels, strict=True)]
     own = list(range(int(os.environ.get("RANK", 0)), 12, devices))
     loader = DataLoader(rows, 4 // devices, sampler=own)

@@ -30,7 +30,7 @@ from tests.helpers.tiny_bert import save_tiny_bert
 from tests.training.test_fsdp1 import on_cpu
 
 summoned = FullyShardedDataParallel.summon_full_params
-WORDS, IGNORED = 13, -100
+WORDS, IGNORE_INDEX = 13, -100
 # Learned tokens of each text: very uneven, some with none.
 LENGTHS = (1, 12, 3, 0, 7, 2, 30, 1, 0, 4, 1, 9)
 
@@ -52,7 +52,7 @@ class Tokens(TokenMean):
         return self.head(self.body(self.embed(words)).tanh())
 
     def batch_weight(self, batch: Tensor) -> Tensor:
-        return (batch[:, 1] != IGNORED).sum()
+        return (batch[:, 1] != IGNORE_INDEX).sum()
 
     def summed_loss(self, batch: Tensor) -> Tensor:
         scores = self(batch[:, 0]).transpose(1, 2)
@@ -88,7 +88,7 @@ def texts(lengths: tuple[int, ...] = LENGTHS) -> list[Tensor]:
     found = []
     for learned in lengths:
         text = torch.randint(0, WORDS, (2, 31), generator=generator)
-        text[1, learned:] = IGNORED
+        text[1, learned:] = IGNORE_INDEX
         found.append(text)
     return found
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from lora_lightning.data.batches.example_store import Tokens
-from lora_lightning.data.samples.sample import IGNORED
+from lora_lightning.utilities.constants import IGNORE_INDEX
 
 Batch = dict[str, Tensor]
 Row = Sequence[Tokens]  # the examples of a row; without packing it has one
@@ -21,7 +21,7 @@ class PadRows:
     """One example a row, padded to the longest of the batch.
 
     `input_ids`, `attention_mask` (B, T) and `labels`: (B, T) of a causal LM, (B, L) of an
-    encoder-decoder, padded with `IGNORED`.
+    encoder-decoder, padded with `IGNORE_INDEX`.
 
     Args:
         pad_id: Any id; it is masked.
@@ -36,7 +36,7 @@ class PadRows:
         return {
             "input_ids": _padded(ids, self.pad_id),
             "attention_mask": _padded([torch.ones_like(i) for i in ids], 0),
-            "labels": _padded([example.labels for example in examples], IGNORED),
+            "labels": _padded([example.labels for example in examples], IGNORE_INDEX),
         }
 
 
@@ -95,14 +95,14 @@ class PackRows:
         if key == "position_ids":
             filling = torch.arange(missing)
         else:
-            filling = torch.full((missing,), IGNORED if key == "labels" else self.pad_id)
+            filling = torch.full((missing,), IGNORE_INDEX if key == "labels" else self.pad_id)
         return torch.cat([row[key], filling])
 
 
 def _end_to_end(row: Row) -> Batch:
     labels = torch.cat([example.labels for example in row]).long()
     positions = torch.cat([torch.arange(len(example.input_ids)) for example in row])
-    labels[positions == 0] = IGNORED
+    labels[positions == 0] = IGNORE_INDEX
     return {
         "input_ids": torch.cat([example.input_ids for example in row]).long(),
         "labels": labels,

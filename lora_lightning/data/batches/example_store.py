@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lora_lightning.data.samples.sample import IGNORED, Example
+from lora_lightning.data.samples.sample import Example
+from lora_lightning.utilities.constants import IGNORE_INDEX
 
 
 class Tokens(NamedTuple):
@@ -124,7 +125,7 @@ class BatchRows(Dataset[list[Tokens]]):
     def __getitem__(self, index: int) -> list[Tokens]:
         if index == len(self):
             first = self.store[0]
-            return [first._replace(labels=torch.full_like(first.labels, IGNORED))]
+            return [first._replace(labels=torch.full_like(first.labels, IGNORE_INDEX))]
         if not 0 <= index < len(self):
             raise IndexError(index)
         if self._rows is None:

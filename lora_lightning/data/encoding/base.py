@@ -7,8 +7,9 @@ from itertools import islice
 from typing import Any
 
 from lora_lightning.data.encoding.report import EncodingReport
-from lora_lightning.data.samples.sample import IGNORED, Document, Example, Sample
+from lora_lightning.data.samples.sample import Document, Example, Sample
 from lora_lightning.errors import ConfigError, RecordError, nearest_hint
+from lora_lightning.utilities.constants import IGNORE_INDEX
 
 # Samples that are tokenised in one call: a fast tokenizer works on a list in parallel.
 BLOCK = 1000
@@ -118,7 +119,7 @@ class SampleEncoder:
         return [
             Example(
                 ids[start : start + self.max_length],
-                [IGNORED, *labels[start + 1 : start + self.max_length]],
+                [IGNORE_INDEX, *labels[start + 1 : start + self.max_length]],
             )
             for start in range(0, len(ids) - 1, self.max_length - 1)
         ]
@@ -144,7 +145,7 @@ class SampleEncoder:
 
     def _learned(self, part: Example, whole: Example, where: str, report: EncodingReport) -> bool:
         """Whether something of `part` is learned; counts it."""
-        learned = sum(label != IGNORED for label in part.labels)
+        learned = sum(label != IGNORE_INDEX for label in part.labels)
         if not learned:
             if self.untrainable == "error":
                 raise RecordError(self._nothing_learned(whole, where))
@@ -157,7 +158,9 @@ class SampleEncoder:
         return True
 
     def _nothing_learned(self, example: Example, where: str) -> str:
-        read_only = next((n for n, label in enumerate(example.labels) if label != IGNORED), None)
+        read_only = next(
+            (n for n, label in enumerate(example.labels) if label != IGNORE_INDEX), None
+        )
         if read_only is None:
             reason = "it has no text, or no turn of the assistant, to learn. Remove it"
         else:

@@ -10,8 +10,9 @@ from lora_lightning.data.encoding.chat import ChatTurns, Marked
 from lora_lightning.data.encoding.chat_template import ChatTemplate
 from lora_lightning.data.encoding.pieces import Ids, PieceTokenizer
 from lora_lightning.data.encoding.report import EncodingReport
-from lora_lightning.data.samples.sample import IGNORED, Chat, Document, Example, Sample
+from lora_lightning.data.samples.sample import Chat, Document, Example, Sample
 from lora_lightning.errors import ConfigError
+from lora_lightning.utilities.constants import IGNORE_INDEX
 
 
 class _Piece(NamedTuple):
@@ -98,16 +99,16 @@ class Encoder(SampleEncoder):
         labels: Ids = []
         for piece, part in zip(pieces, ids, strict=True):
             input_ids += part
-            labels += part if piece.learned else [IGNORED] * len(part)
+            labels += part if piece.learned else [IGNORE_INDEX] * len(part)
         if not isinstance(sample, Chat):  # a chat template writes both itself
             input_ids = self._begun(input_ids)
-            labels = [*[IGNORED] * (len(input_ids) - len(labels)), *labels]
-            labels[: len(self._before)] = [IGNORED] * len(self._before)
+            labels = [*[IGNORE_INDEX] * (len(input_ids) - len(labels)), *labels]
+            labels[: len(self._before)] = [IGNORE_INDEX] * len(self._before)
             eos = end_of_sequence(self.tokenizer)
             if input_ids[-1:] != [eos]:
                 input_ids.append(eos)
                 labels.append(eos)
-        labels[:1] = [IGNORED] * len(labels[:1])
+        labels[:1] = [IGNORE_INDEX] * len(labels[:1])
         return Example(input_ids, labels)
 
     def _begun(self, ids: Ids) -> Ids:

@@ -6,9 +6,6 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
-# A label that the loss leaves out (torch's and transformers' value).
-IGNORED = -100
-
 
 @dataclass(frozen=True)
 class Document:
@@ -72,7 +69,7 @@ class Example:
     Attributes:
         input_ids: What the model reads.
         labels: For a causal LM as many as `input_ids`: labels[i] is input_ids[i] where that token
-            is learned (from the tokens before it: the loss shifts), else `IGNORED`. For an
+            is learned (from the tokens before it: the loss shifts), else `IGNORE_INDEX`. For an
             encoder-decoder the ids of the target, of a length of its own.
     """
 
