@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
 import re
 import shlex
@@ -159,7 +160,16 @@ def test_setup_commands_are_one_line_each() -> None:
     assert len(setup) == 2
     assert all("\n" not in command for command in setup)
     assert setup[0].endswith("lora-lightning fit --config configs/quickstart.yaml")
-    assert setup[1].endswith("pytest -n 2")
+    assert setup[1].endswith("""/pytest -m "not soak\"""")
+
+
+def test_the_readme_and_ci_run_every_test_once() -> None:
+    calls = re.findall(r'/pytest"? -m (?:"([^"]+)"|(\w+))', README + (ROOT / ".ci/run").read_text())
+    selections = [quoted or word for quoted, word in calls]
+    assert len(selections) == 2
+    for markers in itertools.product([False, True], repeat=3):
+        marked = dict(zip(("slow", "soak", "gpu"), markers, strict=True))
+        assert sum(eval(selection, {}, marked) for selection in selections) == 1, marked
 
 
 def test_figures_and_names_are_current() -> None:
