@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lora_lightning.utilities.lazy import lazy_names
+from lora_lightning.utilities.lazy_imports import lazy_names
 
 __version__ = "0.1.0"
 

@@ -74,7 +74,7 @@ from lora_lightning.training.strategies.meta_base import expect_base, load_base_
 from lora_lightning.training.strategies.model_parallel import check_model_parallel
 from lora_lightning.training.strategies.state import override_state_methods
 from lora_lightning.training.weight_averaging import average_what_trains
-from lora_lightning.utilities.compiled import uncompiled
+from lora_lightning.utilities.wrappers import unwrapped
 
 
 class LoraCallback(Callback):
@@ -249,7 +249,7 @@ class LoraCallback(Callback):
                 f"module={self.module!r}: {type(pl_module).__name__} has no such submodule.{hint} "
                 f"At its top: {top or 'none'}. (lora.module)"
             )
-        return uncompiled(pl_module.get_submodule(self.module))
+        return unwrapped(pl_module.get_submodule(self.module))
 
     def saved_keys(self, pl_module: LightningModule) -> dict[str, list[int]]:
         """Key in the LightningModule's state dict and shape of every tensor of this adapter."""

@@ -52,7 +52,7 @@ def import_graph() -> dict[str, set[str]]:
     """Module -> the modules that it imports. Packages that load names lazily are left out."""
     files = {dotted(path): path for path in modules()}
     lazy = {name for name, path in files.items() if "lazy_names(" in path.read_text()} - {
-        "lora_lightning.utilities.lazy"
+        "lora_lightning.utilities.lazy_imports"
     }
     return {
         name: (imports(path) & files.keys()) - lazy - {name}

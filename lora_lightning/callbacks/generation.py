@@ -13,9 +13,9 @@ from torch import nn
 from lora_lightning.errors import ConfigError, first_few
 from lora_lightning.layers.base import walk
 from lora_lightning.tasks.generation_options import check_generation_options
-from lora_lightning.utilities.compiled import plain_name
 from lora_lightning.utilities.dtensor import is_sharded
 from lora_lightning.utilities.rng import random_state, seed_all, set_random_state
+from lora_lightning.utilities.wrappers import plain_name
 
 # Generation options that return more than one text, or something else, or are options of their own.
 _REFUSED = ("return_dict_in_generate", "num_return_sequences", "max_new_tokens", "max_length")

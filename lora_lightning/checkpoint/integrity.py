@@ -43,8 +43,8 @@ def damaged_parts(checkpoint: Mapping[str, Any]) -> list[str] | None:
 
     None where it cannot be told: the checkpoint carries no hashes (an older version wrote it).
     """
-    manifest = checkpoint.get(KEY)
-    hashes = manifest.get(HASHES) if isinstance(manifest, Mapping) else None
+    metadata = checkpoint.get(KEY)
+    hashes = metadata.get(HASHES) if isinstance(metadata, Mapping) else None
     if not isinstance(hashes, Mapping):
         return None
     found = content_hashes(checkpoint)

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.adapters.config import AdapterConfig
 from lora_lightning.adapters.modules_to_save import TrainedCopy
+from lora_lightning.checkpoint.compatibility import tensor_differences
 from lora_lightning.engine.bias import trained_biases
 from lora_lightning.engine.switching import adapter_names
-from lora_lightning.errors import AdapterMismatchError, AdapterStateError, first_few
+from lora_lightning.errors import AdapterMismatchError, AdapterStateError
 from lora_lightning.layers.base import named_adapted_layers
-from lora_lightning.utilities.compiled import plain_name
+from lora_lightning.utilities.wrappers import plain_name
 
 KEY = "lora_lightning"  # under which a Lightning checkpoint says whose adapters it holds
 FORMAT = 1  # of what it says there
@@ -93,46 +91,6 @@ def materialize(model: nn.Module, adapter_name: str) -> None:
 def saved_keys(model: nn.Module, adapter_name: str) -> dict[str, list[int]]:
     """Key in `model.state_dict()` and shape of every tensor that belongs to an adapter."""
     return {key: list(tensor.shape) for _, key, tensor in _tensors(model, adapter_name)}
-
-
-def tensor_differences(saved: Mapping[str, list[int]], found: Mapping[str, list[int]]) -> list[str]:
-    """What differs between the tensors of a checkpoint and those of a model, a line per kind."""
-    missing = sorted(found.keys() - saved.keys())
-    extra = sorted(saved.keys() - found.keys())
-    shapes = [
-        f"{key} {saved[key]} in the checkpoint, {found[key]} here"
-        for key in sorted(saved.keys() & found.keys())
-        if list(saved[key]) != list(found[key])
-    ]
-    lines = []
-    if missing:
-        lines.append(f"missing in the checkpoint: {first_few(missing)}")
-    if extra:
-        lines.append(f"only in the checkpoint: {first_few(extra)}")
-    if shapes:
-        lines.append(f"other shape: {first_few(shapes, 2)}")
-    return lines
-
-
-def config_differences(saved: Mapping[str, Any], config: AdapterConfig) -> list[str]:
-    """The options in which a checkpoint's adapter computes something else, a line each."""
-    differences = []
-    for spec in dataclasses.fields(config):
-        value: Any = getattr(config, spec.name)
-        default = spec.default_factory() if callable(spec.default_factory) else spec.default
-        there = saved.get(spec.name, default)  # an option that is younger than the checkpoint
-        if spec.name not in config.free_to_change and there != value:
-            differences.append(
-                f"{spec.name}: {there!r} in the checkpoint, {value!r} here (lora.{spec.name})"
-            )
-    known = {spec.name for spec in dataclasses.fields(config)}
-    other = type(config).from_dict({k: v for k, v in saved.items() if k in known})
-    if other.starts_from_base != config.starts_from_base:
-        one, two = (getattr(c, "init_lora_weights", None) for c in (other, config))
-        differences.append(
-            f"init_lora_weights: {one!r} in the checkpoint, {two!r} here (lora.init_lora_weights)"
-        )
-    return differences
 
 
 def _tensors(model: nn.Module, adapter_name: str) -> list[tuple[str, str, Tensor]]:

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from lora_lightning.utilities.lazy import lazy_names
+from lora_lightning.utilities.lazy_imports import lazy_names
 
 if TYPE_CHECKING:
     from lora_lightning.data.docstrings import StdlibDocstrings as StdlibDocstrings

@@ -33,7 +33,7 @@ from lora_lightning.engine.task_arithmetic import (
 )
 from lora_lightning.errors import AdapterStateError, ConfigError, nearest_hint
 from lora_lightning.layers.base import named_adapted_layers
-from lora_lightning.utilities.compiled import uncompiled
+from lora_lightning.utilities.wrappers import unwrapped
 
 COMBINABLE = (LoraAdapter, LoraConvAdapter, LoraEmbeddingAdapter)
 Spot = tuple[str, str]  # path of a module, and name of the part where its adapters have several
@@ -239,7 +239,7 @@ def _config(model: nn.Module, combined: dict[Spot, Update], saved: list[str]) ->
         exclude_modules=[
             f"{path}.out_proj"
             for path in ranks
-            if isinstance(uncompiled(model.get_submodule(path)), nn.MultiheadAttention)
+            if isinstance(unwrapped(model.get_submodule(path)), nn.MultiheadAttention)
             and f"{path}.out_proj" not in ranks
         ]
         or None,

@@ -19,8 +19,8 @@ from lora_lightning.layers.base import AdaptedLayer
 from lora_lightning.layers.conversion import convert_back, convert_to_adapted, grow
 from lora_lightning.layers.experts import AdaptedExperts
 from lora_lightning.layers.registry import layer_type_for
-from lora_lightning.utilities.compiled import uncompiled
 from lora_lightning.utilities.dtensor import full_tensor
+from lora_lightning.utilities.wrappers import unwrapped
 
 
 def make_adapters(
@@ -174,5 +174,5 @@ def train_tokens(
     grow(module, AdaptedLayer, adapter_name, rows)
     for other, owner in selection.tied.items():
         if owner == path:
-            head = uncompiled(model.get_submodule(other))
+            head = unwrapped(model.get_submodule(other))
             grow(head, layer_type_for(head) or AdaptedLayer, adapter_name, TiedTokenRows(rows))

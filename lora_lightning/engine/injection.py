@@ -17,7 +17,7 @@ from lora_lightning.adapters.trainable_tokens import check_token_ids
 from lora_lightning.engine.bias import biases_to_train, forget_bias, train_bias, trained_biases
 from lora_lightning.engine.construction import make_adapters, train_tokens
 from lora_lightning.engine.loftq import original_weights, start_from_rounding_error
-from lora_lightning.engine.norm_stats import hold_still, let_go
+from lora_lightning.engine.norm_stats import freeze_norm_stats, unfreeze_norm_stats
 from lora_lightning.engine.switching import (
     activate_new,
     active_adapters,
@@ -38,8 +38,8 @@ from lora_lightning.layers.quantized.cpu_packing import close_cpu_packing, reope
 from lora_lightning.layers.registry import layer_type_for
 from lora_lightning.layers.sequential import AdaptedSequential
 from lora_lightning.layers.torch_fast_path import close_fast_path, reopen_fast_path
-from lora_lightning.utilities.compiled import uncompiled
 from lora_lightning.utilities.dtensor import full_tensor, is_sharded
+from lora_lightning.utilities.wrappers import unwrapped
 
 
 def inject_adapter(
@@ -193,7 +193,7 @@ def _extend(
     close_fast_path(model)
     close_cpu_packing(model)
     activate_new(model, adapter_name, active)
-    hold_still(model)
+    freeze_norm_stats(model)
     loftq = getattr(config, "loftq_config", None)
     if loftq is not None and not low_cpu_mem_usage:
         start_from_rounding_error(model, original_weights(loftq.weights), adapter_name)
@@ -233,7 +233,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     reopen_cpu_packing(model)
     close_cpu_packing(model)
     if not adapter_names(model):
-        let_go(model)
+        unfreeze_norm_stats(model)
 
 
 def freeze(model: nn.Module) -> None:
@@ -243,7 +243,7 @@ def freeze(model: nn.Module) -> None:
         for parameter in module.parameters(recurse=False):
             if id(parameter) not in kept:
                 parameter.requires_grad_(False)
-    hold_still(model)
+    freeze_norm_stats(model)
 
 
 def _check_name(name: str) -> None:
@@ -272,7 +272,7 @@ def _without_adapter(modules: dict[str, nn.Module], name: str) -> dict[str, nn.M
 
 
 def _modules(model: nn.Module, paths: Iterable[str]) -> dict[str, nn.Module]:
-    return {path: uncompiled(model.get_submodule(path)) for path in paths}
+    return {path: unwrapped(model.get_submodule(path)) for path in paths}
 
 
 def _new_biases(
@@ -325,7 +325,7 @@ def _copy_without_adapters(module: nn.Module, device: torch.device | None) -> nn
             shrink(layer, name)
     for _, holder, _ in list(trained_biases(duplicate)):
         forget_bias(holder)
-    let_go(duplicate)
+    unfreeze_norm_stats(duplicate)
     route_out_projections(duplicate)
     return duplicate
 

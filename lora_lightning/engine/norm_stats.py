@@ -23,7 +23,7 @@ def train(self: nn.Module, mode: bool = True) -> nn.Module:
     return self
 
 
-def hold_still(model: nn.Module) -> None:
+def freeze_norm_stats(model: nn.Module) -> None:
     """Put every frozen norm layer with running statistics into eval mode for good."""
     for _, module in walk(model):
         if isinstance(module, _NormBase) and module.track_running_stats and not _trains(module):
@@ -32,8 +32,8 @@ def hold_still(model: nn.Module) -> None:
             module.train = partial(train, module)  # type: ignore[method-assign, assignment]
 
 
-def let_go(model: nn.Module) -> None:
-    """Undo `hold_still`; the layers take on the mode of `model`."""
+def unfreeze_norm_stats(model: nn.Module) -> None:
+    """Undo `freeze_norm_stats`; the layers take on the mode of `model`."""
     for _, module in walk(model):
         if getattr(module.__dict__.get("train"), "func", None) is train:
             del module.__dict__["train"]

@@ -22,7 +22,7 @@ from lora_lightning.errors import AdapterStateError
 from lora_lightning.layers.composition import WeightView, fold, part_of, split_copy
 from lora_lightning.layers.mixed_batch import forward_by_row
 from lora_lightning.utilities.autocast import without_autocast
-from lora_lightning.utilities.compiled import WRAPPED, is_wrapper
+from lora_lightning.utilities.wrappers import WRAPPED, is_wrapper
 
 
 class AdaptedLayer(nn.Module):

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
 from lora_lightning.tasks.head_loss import head_loss
-from lora_lightning.utilities.compiled import uncompiled
 from lora_lightning.utilities.constants import IGNORE_INDEX
 from lora_lightning.utilities.dtensor import is_sharded
 from lora_lightning.utilities.rng import random_state, set_random_state
+from lora_lightning.utilities.wrappers import unwrapped
 
 # How configs name what a model does to scores after its head.
 MULTIPLIED = ("logit_scale", "lm_head_multiplier", "output_multiplier")  # Cohere, Falcon-H1, ...
@@ -89,7 +89,7 @@ class LMLoss:
         return TokenLoss(total, correct, _balance(network, outputs))
 
     def _by_chunks(self, network: Any, inputs: dict[str, Any], targets: Tensor) -> TokenLoss | None:
-        head = uncompiled(network.get_output_embeddings())
+        head = unwrapped(network.get_output_embeddings())
         if head is None:
             self.by_chunks = False
             _say_so(network)

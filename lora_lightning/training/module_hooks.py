@@ -28,7 +28,7 @@ from lora_lightning.training.optimizers import (
     frozen_left_out,
     may_be_fused,
 )
-from lora_lightning.utilities.compiled import under_own_names
+from lora_lightning.utilities.wrappers import under_own_names
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule

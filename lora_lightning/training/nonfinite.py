@@ -24,8 +24,8 @@ from lora_lightning.adapters.modules_to_save import TrainedCopy
 from lora_lightning.errors import ConfigError, NonfiniteError, did_you_mean, first_few
 from lora_lightning.layers.base import named_adapted_layers
 from lora_lightning.training.strategies.deepspeed import partitioned_gradients
-from lora_lightning.utilities.compiled import named_parameters
 from lora_lightning.utilities.dtensor import is_sharded
+from lora_lightning.utilities.wrappers import named_parameters
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

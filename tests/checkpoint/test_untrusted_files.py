@@ -795,7 +795,7 @@ def entry(content: dict[str, Any]) -> dict[str, Any]:
 
 LORA_A = "embed.adapters.default.lora_A"
 SPOILT: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "no manifest": (lambda c: c.update(lora_lightning=None), "is damaged"),
+    "no metadata": (lambda c: c.update(lora_lightning=None), "is damaged"),
     "a list": (lambda c: c.update(lora_lightning=[]), "is damaged"),
     "empty": (lambda c: c.update(lora_lightning={}), "is damaged"),
     "newer": (lambda c: c["lora_lightning"].update(format=99), "Update lora_lightning"),

@@ -13,7 +13,7 @@ import yaml
 from torch import Tensor
 
 import lora_lightning.cli.main
-from lora_lightning.checkpoint.sharded_reader import read_checkpoint_folder
+from lora_lightning.checkpoint.sharded_folder import read_checkpoint_folder
 from tests.helpers.processes import on_processes
 from tests.helpers.tiny_lm import tiny_llama
 

@@ -128,7 +128,7 @@ def test_3_only_adapters_require_gradients(tmp_path: Path) -> None:
 
 
 def test_3_twin_norm_left_in_train_mode_moves(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(lora_lightning.engine.injection, "hold_still", lambda _: None)
+    monkeypatch.setattr(lora_lightning.engine.injection, "freeze_norm_stats", lambda _: None)
     moved = frozen_tensors_that_moved(tmp_path)
     assert moved == {"norm.running_mean", "norm.running_var", "norm.num_batches_tracked"}
 

@@ -17,9 +17,9 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from lora_lightning import CausalLM, LoraCallback, Seq2SeqLM
 from lora_lightning.errors import ConfigError, ModelError, RecordError
-from lora_lightning.utilities.compiled import plain_name
 from lora_lightning.utilities.constants import IGNORE_INDEX
 from lora_lightning.utilities.dtensor import full_tensor
+from lora_lightning.utilities.wrappers import plain_name
 from tests.helpers.modules import run
 from tests.helpers.processes import on_processes
 from tests.helpers.resuming import Run

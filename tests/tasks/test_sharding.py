@@ -19,9 +19,9 @@ from lora_lightning import LoraCallback
 from lora_lightning.errors import LoraError
 from lora_lightning.tasks import CausalLM, SequenceClassification, network
 from lora_lightning.tasks.sharding import repeated_layers
-from lora_lightning.utilities.compiled import named_parameters
 from lora_lightning.utilities.constants import IGNORE_INDEX
 from lora_lightning.utilities.dtensor import full_tensor, is_sharded
+from lora_lightning.utilities.wrappers import named_parameters
 from tests.helpers.modules import run
 from tests.helpers.processes import on_processes
 from tests.helpers.tiny_bert import save_tiny_bert

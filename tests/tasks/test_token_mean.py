@@ -21,8 +21,8 @@ from lora_lightning import AdaLoraConfig, LoraCallback
 from lora_lightning.errors import ConfigError
 from lora_lightning.tasks import SequenceClassification
 from lora_lightning.tasks.token_mean import TokenMean
-from lora_lightning.utilities.compiled import named_parameters
 from lora_lightning.utilities.dtensor import full_tensor
+from lora_lightning.utilities.wrappers import named_parameters
 from tests.helpers.modules import run
 from tests.helpers.processes import on_processes
 from tests.helpers.resuming import Run, Spots

@@ -39,7 +39,7 @@ from lora_lightning.checkpoint.integrity import (
     damaged_parts,
     with_hashes,
 )
-from lora_lightning.checkpoint.sharded_reader import is_checkpoint_folder
+from lora_lightning.checkpoint.sharded_folder import is_checkpoint_folder
 from lora_lightning.errors import CheckpointError
 from lora_lightning.training.checkpoints import files as checkpoint_files
 from lora_lightning.training.checkpoints.files import DurableCheckpointIO, newest_good

@@ -23,12 +23,12 @@ from torch.optim.swa_utils import get_ema_avg_fn
 from torch.utils.data import DataLoader
 
 from lora_lightning import LoraConfig, load_adapter, merge_adapter, save_adapter
-from lora_lightning.checkpoint.sharded_reader import read_checkpoint_folder
+from lora_lightning.checkpoint.sharded_folder import read_checkpoint_folder
 from lora_lightning.checkpoint.state_dict import KEY
 from lora_lightning.errors import AdapterStateError, ConfigError, LoraError
 from lora_lightning.training.eva import adopt_ranks
 from lora_lightning.training.strategies.fsdp import GradientAverage, check_fsdp
-from lora_lightning.utilities.compiled import plain_name
+from lora_lightning.utilities.wrappers import plain_name
 from tests.helpers.modules import BuiltInConfigureModel, Data, run
 from tests.helpers.processes import on_processes
 from tests.training.test_fsdp2 import Quiet, equal, fit, make_callback, whole_state

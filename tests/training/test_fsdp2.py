@@ -34,7 +34,7 @@ from lora_lightning import (
     save_adapter,
 )
 from lora_lightning.checkpoint.integrity import damaged_parts
-from lora_lightning.checkpoint.sharded_reader import read_checkpoint_folder
+from lora_lightning.checkpoint.sharded_folder import read_checkpoint_folder
 from lora_lightning.errors import CheckpointError, LoraError
 from lora_lightning.training.summary import end_lines
 from lora_lightning.utilities.dtensor import full_tensor

@@ -27,7 +27,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lora_lightning import LoraCallback, LoraError
-from lora_lightning.checkpoint.sharded_reader import read_checkpoint_folder
+from lora_lightning.checkpoint.sharded_folder import read_checkpoint_folder
 from tests.helpers.modules import Data, run
 from tests.helpers.paths import ROOT
 from tests.helpers.processes import on_processes

@@ -16,8 +16,8 @@ from lora_lightning.adapters.config import AdapterConfig
 from lora_lightning.adapters.modules_to_save import TrainedCopy
 from lora_lightning.adapters.registry import config_type_of
 from lora_lightning.adapters.trainable_tokens import TiedTokenRows, TokenRows
+from lora_lightning.checkpoint.peft.file_content import exact_names
 from lora_lightning.checkpoint.peft.keys import also_saved_by_peft
-from lora_lightning.checkpoint.peft.modules import exact_names
 from lora_lightning.engine.injection import adapters_named
 from lora_lightning.errors import AdapterMismatchError, LoraError
 from lora_lightning.layers.base import named_adapted_layers, walk

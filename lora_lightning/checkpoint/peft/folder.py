@@ -19,6 +19,8 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from lora_lightning.adapters.config import AdapterConfig
+from lora_lightning.checkpoint.compatibility import check_values, tensor_differences
+from lora_lightning.checkpoint.loading import load_adapters
 from lora_lightning.checkpoint.peft.config import (
     OWN,
     TOKENS,
@@ -27,6 +29,7 @@ from lora_lightning.checkpoint.peft.config import (
     for_twice,
     parse,
 )
+from lora_lightning.checkpoint.peft.file_content import FileContent, content_of_file
 from lora_lightning.checkpoint.peft.keys import (
     OUT_PROJ_B,
     also_saved_by_peft,
@@ -35,10 +38,8 @@ from lora_lightning.checkpoint.peft.keys import (
     tensors_to_load,
     tensors_to_save,
 )
-from lora_lightning.checkpoint.peft.modules import FileContent, content_of_file
-from lora_lightning.checkpoint.reader import check_values, load_from_checkpoint
-from lora_lightning.checkpoint.sharded_reader import is_checkpoint_folder
-from lora_lightning.checkpoint.state_dict import materialize, tensor_differences
+from lora_lightning.checkpoint.sharded_folder import is_checkpoint_folder
+from lora_lightning.checkpoint.state_dict import materialize
 from lora_lightning.engine.injection import delete_adapter, extend_adapter, unchanged_on_error
 from lora_lightning.engine.switching import adapter_names
 from lora_lightning.errors import (
@@ -50,8 +51,8 @@ from lora_lightning.errors import (
     nearest_hint,
 )
 from lora_lightning.utilities.atomic_write import write_atomically
-from lora_lightning.utilities.compiled import plain_name
 from lora_lightning.utilities.dtensor import is_sharded
+from lora_lightning.utilities.wrappers import plain_name
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
@@ -145,7 +146,7 @@ def load_adapter(
                 f"loaded from a folder that holds them as {TENSORS} beside {CONFIG}."
             )
         with unchanged_on_error(model):
-            return load_from_checkpoint(model, place, adapter_name, autocast_adapter_dtype)
+            return load_adapters(model, place, adapter_name, autocast_adapter_dtype)
     folder = place.parent if place.is_file() else place
     options = _read_config(folder)
     if options.get("peft_type") != MIX:

@@ -9,13 +9,13 @@ from dataclasses import replace
 from torch import nn
 
 from lora_lightning.adapters.config import ALL_LINEAR, AdapterConfig
+from lora_lightning.engine.targets.hints import linear_names, near
 from lora_lightning.engine.targets.matching import (
     is_excluded,
     layer_index,
     matches_name,
     wanted_layers,
 )
-from lora_lightning.engine.targets.names import linear_names, near
 from lora_lightning.errors import TargetError, first_few
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from lora_lightning.layers.base import walk
-from lora_lightning.utilities.compiled import uncompiled
+from lora_lightning.utilities.wrappers import unwrapped
 
 
 def output_heads(model: nn.Module) -> list[str]:
@@ -24,7 +24,7 @@ def output_heads(model: nn.Module) -> list[str]:
         head = model_part.get_output_embeddings()
         if head is None:
             head = getattr(module, "score", None) or getattr(module, "classifier", None)
-        head = uncompiled(head)
+        head = unwrapped(head)
         heads += [f"{path}.{sub}" if path else sub for sub, m in walk(module) if m is head]
     return heads
 
@@ -35,7 +35,7 @@ def input_embeddings(model: nn.Module) -> list[str]:
     for path, module in walk(model):
         if hasattr(module, "base_model_prefix") and hasattr(module, "get_input_embeddings"):
             model_part: Any = module
-            table = uncompiled(model_part.get_input_embeddings())
+            table = unwrapped(model_part.get_input_embeddings())
             prefix = path + "." if path else ""
             found += [prefix + sub for sub, m in walk(module) if m is table]
     return list(dict.fromkeys(found))

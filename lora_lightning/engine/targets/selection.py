@@ -22,8 +22,8 @@ from lora_lightning.engine.targets.checks import (
     check_something_is_left,
 )
 from lora_lightning.engine.targets.embeddings import input_embeddings, output_heads
+from lora_lightning.engine.targets.hints import kinds_in, linear_names, near, top_names
 from lora_lightning.engine.targets.matching import is_excluded, matches_name, matches_target
-from lora_lightning.engine.targets.names import kinds_in, linear_names, near, top_names
 from lora_lightning.engine.targets.parameters import select_parameters
 from lora_lightning.errors import TargetError, first_few
 from lora_lightning.layers.base import walk

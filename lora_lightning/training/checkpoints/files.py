@@ -26,7 +26,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lora_lightning.checkpoint.integrity import HASHES, damaged_parts, with_hashes
 from lora_lightning.checkpoint.peft.folder import CONFIG
-from lora_lightning.checkpoint.sharded_reader import is_checkpoint_folder
+from lora_lightning.checkpoint.sharded_folder import is_checkpoint_folder
 from lora_lightning.checkpoint.state_dict import KEY
 from lora_lightning.errors import CheckpointError, LoraError, did_you_mean, first_few
 from lora_lightning.training.collectives import save_together

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 
 from lora_lightning.checkpoint.peft.folder import load_adapter
-from lora_lightning.checkpoint.reader import read_checkpoint
+from lora_lightning.checkpoint.single_file import read_adapter_checkpoint
 from lora_lightning.checkpoint.state_dict import KEY
 from lora_lightning.engine.switching import set_adapter
 
@@ -40,7 +40,7 @@ def load_from_checkpoint(
         AdapterMismatchError: If adapters or base do not fit.
 
     """
-    checkpoint = read_checkpoint(checkpoint_path)
+    checkpoint = read_adapter_checkpoint(checkpoint_path)
     owned = {key for entry in checkpoint[KEY]["adapters"].values() for key in entry["tensors"]}
     state = checkpoint["state_dict"]
     checkpoint["state_dict"] = {key: state[key] for key in state if key not in owned}

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import lora_lightning
+from lora_lightning.checkpoint.compatibility import config_differences, tensor_differences
 from lora_lightning.checkpoint.fingerprint import (
     Fingerprint,
     base_fingerprint,
@@ -15,15 +16,15 @@ from lora_lightning.checkpoint.fingerprint import (
     fingerprint_difference,
     persistent_buffers,
 )
-from lora_lightning.checkpoint.state_dict import FORMAT, KEY, config_differences, tensor_differences
+from lora_lightning.checkpoint.state_dict import FORMAT, KEY
 from lora_lightning.engine.bias import trained_biases
 from lora_lightning.errors import AdapterMismatchError, CheckpointError, first_few
 from lora_lightning.layers.base import walk
 from lora_lightning.training.module_hooks import Binding, binding_of
 from lora_lightning.training.resume.run_state import add_run_state
 from lora_lightning.training.strategies.model_parallel import is_fsdp, is_model_parallel
-from lora_lightning.utilities.compiled import plain_name
 from lora_lightning.utilities.dtensor import is_flattened
+from lora_lightning.utilities.wrappers import plain_name
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
@@ -90,9 +91,9 @@ def check_checkpoint(
         AdapterMismatchError: If adapters, options, tensors or the base model differ.
 
     """
-    manifest = checkpoint.get(KEY)
+    metadata = checkpoint.get(KEY)
     state = {plain_name(k): v for k, v in checkpoint.get("state_dict", {}).items()}
-    if manifest is None:
+    if metadata is None:
         own = {key for callback in callbacks for key in callback.saved_keys(module)}
         base = [key for key in map(plain_name, module.state_dict()) if key not in own]
         if base and all(key in state for key in base):
@@ -114,17 +115,17 @@ def check_checkpoint(
             "state that fit could resume from. To start a new run from its adapters, give its path "
             "to LoraCallback(init_from=...) in place of ckpt_path. (lora.init_from)"
         )
-    if manifest["format"] > FORMAT:
+    if metadata["format"] > FORMAT:
         raise CheckpointError(
-            f"This checkpoint has format {manifest['format']}, written by lora_lightning "
-            f"{manifest['version']}; this is {lora_lightning.__version__}, which reads up to "
+            f"This checkpoint has format {metadata['format']}, written by lora_lightning "
+            f"{metadata['version']}; this is {lora_lightning.__version__}, which reads up to "
             f"format {FORMAT}. Update lora_lightning. (ckpt_path)"
         )
-    saved_base, own_base = manifest["base"], binding_of(module).fingerprint or {}
+    saved_base, own_base = metadata["base"], binding_of(module).fingerprint or {}
     # First what both bases have: where that differs, adapters differ as a consequence only.
     shared = saved_base.keys() & own_base.keys()
     _check_base({k: saved_base[k] for k in shared}, {k: own_base[k] for k in shared})
-    differences = _adapter_differences(manifest["adapters"], state, module, callbacks)
+    differences = _adapter_differences(metadata["adapters"], state, module, callbacks)
     if differences:
         raise AdapterMismatchError(
             "The checkpoint's adapters are not those of this run; nothing was loaded.\n  "

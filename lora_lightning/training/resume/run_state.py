@@ -33,8 +33,8 @@ from lora_lightning.training.resume.resumable_loader import (
     set_generator_states,
     warn_of_workers,
 )
-from lora_lightning.utilities.compiled import named_parameters
 from lora_lightning.utilities.rng import random_state, seed_all, set_random_state
+from lora_lightning.utilities.wrappers import named_parameters
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule

@@ -28,7 +28,7 @@ from lora_lightning.layers.base import named_adapted_layers, walk
 from lora_lightning.training.checkpoints.metadata import kept_state
 from lora_lightning.training.module_hooks import averaged_models, binding_of, callbacks_of
 from lora_lightning.training.strategies.model_parallel import is_fsdp
-from lora_lightning.utilities.compiled import named_parameters
+from lora_lightning.utilities.wrappers import named_parameters
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule

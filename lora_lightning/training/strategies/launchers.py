@@ -27,7 +27,7 @@ from lora_lightning.errors import ConfigError
 from lora_lightning.layers.base import walk
 from lora_lightning.training.checkpoints.metadata import reduce_checkpoint
 from lora_lightning.training.module_hooks import binding_of, callbacks_of
-from lora_lightning.utilities.compiled import under_own_names
+from lora_lightning.utilities.wrappers import under_own_names
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule

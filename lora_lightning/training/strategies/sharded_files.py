@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_lightning.checkpoint.integrity import HASHES, content_hashes
-from lora_lightning.checkpoint.sharded_reader import is_checkpoint_folder
+from lora_lightning.checkpoint.sharded_folder import is_checkpoint_folder
 from lora_lightning.checkpoint.state_dict import KEY
 from lora_lightning.training.collectives import save_together
 from lora_lightning.utilities.atomic_write import exchange
@@ -50,8 +50,8 @@ def save_sharded_checkpoint(
     gathered = {key: full_state(checkpoint.get(key)) for key in ("state_dict", "optimizer_states")}
     if KEY in checkpoint and strategy.is_global_zero:
         full = {**checkpoint, **{k: v for k, v in gathered.items() if k in checkpoint}}
-        manifest = {**checkpoint[KEY], HASHES: content_hashes(full)}
-        checkpoint = {**checkpoint, KEY: manifest}
+        metadata = {**checkpoint[KEY], HASHES: content_hashes(full)}
+        checkpoint = {**checkpoint, KEY: metadata}
     on_first(lambda: _remove(partial))  # of a run that was killed
     save_together(
         strategy, lambda: save(strategy, dict(checkpoint), partial, storage_options), path

@@ -27,7 +27,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_lightning.checkpoint.sharded_reader import is_checkpoint_folder, read_checkpoint_folder
+from lora_lightning.checkpoint.sharded_folder import is_checkpoint_folder, read_checkpoint_folder
 from lora_lightning.errors import CheckpointError, first_few
 from lora_lightning.training.checkpoints.metadata import expect_only_adapters, kept_state
 from lora_lightning.training.module_hooks import averaged_models, callbacks_of

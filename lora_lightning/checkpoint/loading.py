@@ -6,41 +6,35 @@ A file is untrusted input, as a PEFT folder is: what it says is checked, and its
 from __future__ import annotations
 
 import dataclasses
-import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lora_lightning.adapters.config import AdapterConfig
 from lora_lightning.adapters.registry import config_type_of
+from lora_lightning.checkpoint.compatibility import check_values, tensor_differences
 from lora_lightning.checkpoint.fingerprint import base_fingerprint, fingerprint_difference
-from lora_lightning.checkpoint.integrity import damaged_parts
 from lora_lightning.checkpoint.peft.config import made_from
-from lora_lightning.checkpoint.peft.modules import exact_names
-from lora_lightning.checkpoint.sharded_reader import is_checkpoint_folder, read_checkpoint_folder
+from lora_lightning.checkpoint.peft.file_content import exact_names
+from lora_lightning.checkpoint.single_file import read_adapter_checkpoint
 from lora_lightning.checkpoint.state_dict import (
-    FORMAT,
     KEY,
     adapter_state_dict,
     load_adapter_state_dict,
     saved_keys,
-    tensor_differences,
 )
 from lora_lightning.engine.injection import inject_adapter
 from lora_lightning.engine.targets.parameters import matching_parameters
 from lora_lightning.errors import (
     AdapterMismatchError,
     AdapterStateError,
-    CheckpointError,
     first_few,
 )
 from lora_lightning.layers.base import walk
 
 
-def load_from_checkpoint(
+def load_adapters(
     model: nn.Module, file: Path, adapter_name: str | None, autocast_adapter_dtype: bool = True
 ) -> list[str]:
     """Put the adapters of a Lightning checkpoint on `model`, the LightningModule or its inside.
@@ -56,7 +50,7 @@ def load_from_checkpoint(
         AdapterMismatchError: If adapters or base differ.
 
     """
-    checkpoint = read_checkpoint(file)
+    checkpoint = read_adapter_checkpoint(file)
     entries: dict[str, Any] = checkpoint[KEY]["adapters"]
     if adapter_name is None:
         wanted = {name: name for name in entries}
@@ -84,38 +78,6 @@ def load_from_checkpoint(
             + "\n  ".join(lines[:4])
         )
     return list(wanted.values())
-
-
-def check_values(values: Mapping[str, Tensor], own: Mapping[str, Tensor], where: str) -> None:
-    """Refuse tensors out of a file that cannot be what was trained.
-
-    Args:
-        values: By name. Floating point of 16, 32 or 64 bits fits any such, integers any integers.
-        own: The tensors that are to take them.
-        where: The file, for messages.
-
-    Raises:
-        AdapterMismatchError: If a value is of another kind than here, or not finite in the dtype
-            that it has here.
-
-    """
-    for name, value in values.items():
-        if _kind(value.dtype) is None or _kind(value.dtype) != _kind(own[name].dtype):
-            raise AdapterMismatchError(
-                f"{where} holds {name!r} as {value.dtype}, which cannot be loaded as "
-                f"{own[name].dtype}."
-            )
-        if value.is_floating_point() and not torch.isfinite(value.to(own[name].dtype)).all():
-            raise AdapterMismatchError(
-                f"{where} holds values that are not finite (NaN or infinity) in {name!r}: the "
-                "adapter has diverged, or the file is damaged."
-            )
-
-
-def _kind(dtype: torch.dtype) -> str | None:
-    if dtype.is_complex or (dtype.is_floating_point and dtype.itemsize < 2):
-        return None
-    return "float" if dtype.is_floating_point else "bool" if dtype == torch.bool else "integer"
 
 
 def _load_one(
@@ -155,79 +117,6 @@ def _load_one(
     state = {short: tensors[key] for short, key in zip(own, keys, strict=True)}
     check_values(state, own, where)
     load_adapter_state_dict(root, state, name)
-
-
-def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The content of an adapter-only Lightning checkpoint.
-
-    Raises:
-        CheckpointError: If the file is damaged or of another kind.
-
-    """
-    file = Path(path)
-    try:
-        if is_checkpoint_folder(file):
-            checkpoint = read_checkpoint_folder(file)
-        else:
-            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged files raise almost anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0].partition(". ")[0]
-        raise CheckpointError(f"{str(file)!r} cannot be read as a checkpoint: {reason}.") from None
-    if not isinstance(checkpoint, dict) or KEY not in checkpoint:
-        raise CheckpointError(
-            f"{str(file)!r} is no adapter checkpoint: it was not written by a run with "
-            "LoraCallback. A PEFT adapter is loaded from its folder."
-        )
-    manifest = checkpoint[KEY]
-    found = manifest.get("format") if isinstance(manifest, dict) else None
-    if isinstance(found, int) and found > FORMAT:
-        raise CheckpointError(
-            f"{str(file)!r} has format {found}, written by a newer lora_lightning; this one reads "
-            f"up to format {FORMAT}. Update lora_lightning."
-        )
-    if not (isinstance(found, int) and _is_whole(manifest, checkpoint.get("state_dict"))):
-        raise CheckpointError(
-            f"{str(file)!r} is damaged: its entry {KEY!r} does not say what the file holds."
-        )
-    parts = damaged_parts(checkpoint)
-    if parts:
-        raise CheckpointError(
-            f"{str(file)!r} is damaged: {first_few(parts, 3)} is not what was written."
-        )
-    return checkpoint
-
-
-def _is_whole(manifest: dict[str, Any], state: Any) -> bool:
-    adapters, base = manifest.get("adapters"), manifest.get("base")
-    if not (isinstance(adapters, dict) and adapters and _is_fingerprint(base)):
-        return False
-    if not (isinstance(state, dict) and all(isinstance(key, str) for key in (*state, *adapters))):
-        return False
-    for entry in adapters.values():
-        types = {"config": dict, "module": str, "tensors": dict}
-        if not isinstance(entry, dict) or not isinstance(entry.get("peft_type", ""), str):
-            return False
-        if not all(isinstance(entry.get(key), kind) for key, kind in types.items()):
-            return False
-        if not entry["tensors"] or not all(isinstance(key, str) for key in entry["config"]):
-            return False
-        if not all(isinstance(state.get(key), Tensor) for key in entry["tensors"]):
-            return False
-        inside = f"{entry['module']}." if entry["module"] else ""
-        if not all(key.startswith(inside) for key in entry["tensors"]):
-            return False
-    return True
-
-
-def _is_fingerprint(base: Any) -> bool:
-    return (
-        isinstance(base, dict)
-        and bool(base)
-        and all(
-            isinstance(name, str) and isinstance(entry, list) and len(entry) == 3
-            for name, entry in base.items()
-        )
-    )
 
 
 def _owners(entry: dict[str, Any], adapter_name: str) -> dict[str, set[str]]:

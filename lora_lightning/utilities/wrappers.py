@@ -1,9 +1,9 @@
-"""Names without what `self.net = torch.compile(self.net)` puts into them.
+"""Names without what torch.compile and FSDP1 put into them when they wrap a module.
 
 The wrapper that torch.compile returns holds the module as its child `_orig_mod`, so "net.weight"
 becomes "net._orig_mod.weight" in every state dict. Targets, saved keys and fingerprints leave that
-part out: a compiled run resumes from an uncompiled one's checkpoint, and the other way round.
-FSDP1 and its activation checkpointing wrap modules likewise.
+part out: a compiled run resumes from the checkpoint of one that was not compiled, and the other way
+round. FSDP1 and its activation checkpointing wrap modules likewise.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def is_wrapper(module: Any) -> bool:
     return isinstance(module, nn.Module) and any(name in module._modules for name in WRAPPED)
 
 
-def uncompiled(module: Any) -> Any:
+def unwrapped(module: Any) -> Any:
     """The module inside such wrappers; everything else is returned as it is."""
     while is_wrapper(module):
         module = next(module._modules[name] for name in WRAPPED if name in module._modules)
