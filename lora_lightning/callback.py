@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lora_lightning.adapters.config import AdapterConfig
 from lora_lightning.adapters.lora.linear import LoraConfig
 from lora_lightning.checkpoint.peft.folder import load_adapter
-from lora_lightning.checkpoint.state_dict import KEY, saved_keys
+from lora_lightning.checkpoint.state_dict import KEY
 from lora_lightning.engine.injection import (
     adapters_named,
     extend_adapter,
@@ -24,10 +24,10 @@ from lora_lightning.engine.switching import (
     set_adapter,
 )
 from lora_lightning.engine.targets.selection import Selection
-from lora_lightning.errors import ConfigError, nearest_hint
-from lora_lightning.layers.base import walk
+from lora_lightning.errors import ConfigError
 from lora_lightning.training import summary as report
 from lora_lightning.training.adalora_schedule import RankSchedule
+from lora_lightning.training.adapter_callback import AdapterCallback
 from lora_lightning.training.checkpoints.files import protect_checkpoints
 from lora_lightning.training.checkpoints.metadata import remember_base
 from lora_lightning.training.checks.run import (
@@ -45,14 +45,9 @@ from lora_lightning.training.checks.training import (
     check_still_there,
     check_what_trains,
 )
-from lora_lightning.training.eva import start_values, starts_from_data, take_over_ranks
-from lora_lightning.training.module_hooks import (
-    bind,
-    binding_of,
-    callbacks_of,
-    let_train,
-    overrides,
-)
+from lora_lightning.training.eva import let_train, start_values, starts_from_data, take_over_ranks
+from lora_lightning.training.module_hooks import bind
+from lora_lightning.training.module_state import callbacks_of, defines_hook, module_state
 from lora_lightning.training.nonfinite import NonfiniteGuard, check_same_policy
 from lora_lightning.training.options import (
     check_options,
@@ -74,10 +69,9 @@ from lora_lightning.training.strategies.meta_base import expect_base, load_base_
 from lora_lightning.training.strategies.model_parallel import check_model_parallel
 from lora_lightning.training.strategies.state import override_state_methods
 from lora_lightning.training.weight_averaging import average_what_trains
-from lora_lightning.utilities.wrappers import unwrapped
 
 
-class LoraCallback(Callback):
+class LoraCallback(AdapterCallback):
     """Fine-tune an unchanged LightningModule with LoRA adapters.
 
     Adapters grow on the module when the Trainer sets it up, for fit, validate, test and predict
@@ -129,15 +123,16 @@ class LoraCallback(Callback):
         super().__init__()
         check_options(config, config_options, init_from)
         self.config: AdapterConfig = LoraConfig(**config_options) if config is None else config
-        self.given = self.config  # EVA finds other ranks for every module
+        self._requested_config = self.config  # EVA finds other ranks for every module
         self.adapter_name = adapter_name
         self.module = module
         self.init_from = init_from
         self.trainable = trainable
         self.lr = lr
+        self.nonfinite = nonfinite
         self.enabled = enabled
         self.autocast_adapter_dtype = autocast_adapter_dtype
-        self.selection = Selection()
+        self._selection = Selection()
         self.ranks = RankSchedule()  # for AdaLoRA
         self.guard = NonfiniteGuard(nonfinite)
         self.preemption = Preemption()
@@ -170,7 +165,7 @@ class LoraCallback(Callback):
         check_names(callbacks_of(pl_module))
         check_callbacks(trainer)
         check_strategy(trainer)
-        check_deepspeed(trainer, [c.given for c in callbacks_of(pl_module)])
+        check_deepspeed(trainer, [c._requested_config for c in callbacks_of(pl_module)])
         check_model_parallel(trainer, starts_from_data(self))
         check_launcher(trainer, pl_module, self.adapter_name)
         check_precision(trainer)
@@ -181,18 +176,18 @@ class LoraCallback(Callback):
             raise ConfigError(
                 "Nothing would train: every LoraCallback has trainable=False. (lora.trainable)"
             )
-        check_same_policy({c.adapter_name: c.guard.policy for c in callbacks_of(pl_module)})
+        check_same_policy({c.adapter_name: c.nonfinite for c in callbacks_of(pl_module)})
         bind(pl_module)
-        if not (overrides(pl_module, "configure_model") or overrides(pl_module, "setup")):
-            self.grow(pl_module)
+        if not (defines_hook(pl_module, "configure_model") or defines_hook(pl_module, "setup")):
+            self._attach(pl_module)
 
-    def grow(self, pl_module: LightningModule) -> None:
+    def _attach(self, pl_module: LightningModule) -> None:
         """Put this adapter on the module; what carries it already keeps it."""
         check_not_wrapped(pl_module)
         load_base_at_once(pl_module)
         convert_before_growth(pl_module)
         check_base_has_values(pl_module)
-        root = self.root(pl_module)
+        root = self._root(pl_module)
         take_returned(self, pl_module)
         if self.init_from is not None:
             self._load(root, self.init_from)
@@ -207,7 +202,7 @@ class LoraCallback(Callback):
         # Processes that nobody seeded have seeds of their own.
         seed = pl_module.trainer.strategy.broadcast(torch.initial_seed())
         with unchanged_on_error(root):
-            self.selection = extend_adapter(
+            self._selection = extend_adapter(
                 root,
                 self.config,
                 self.adapter_name,
@@ -232,30 +227,14 @@ class LoraCallback(Callback):
             )
         self.config = next(iter(adapters_named(root, self.adapter_name).values())).config
 
-    def root(self, pl_module: LightningModule) -> nn.Module:
-        """The submodule that is adapted.
+    def _leaves_step_out(self) -> bool:
+        return self.guard.skipping
 
-        Raises:
-            ConfigError: If the module has no submodule of that path.
+    def _stop_if_asked(self, trainer: Trainer) -> None:
+        self.preemption.at_safe_point(trainer)
 
-        """
-        if not self.module:
-            return pl_module
-        paths = [path for path, _ in walk(pl_module) if path]
-        if self.module not in paths:
-            hint = nearest_hint(self.module, paths)
-            top = ", ".join(path for path in paths if "." not in path)
-            raise ConfigError(
-                f"module={self.module!r}: {type(pl_module).__name__} has no such submodule.{hint} "
-                f"At its top: {top or 'none'}. (lora.module)"
-            )
-        return unwrapped(pl_module.get_submodule(self.module))
-
-    def saved_keys(self, pl_module: LightningModule) -> dict[str, list[int]]:
-        """Key in the LightningModule's state dict and shape of every tensor of this adapter."""
-        prefix = f"{self.module}." if self.module else ""
-        keys = saved_keys(self.root(pl_module), self.adapter_name)
-        return {prefix + key: shape for key, shape in keys.items()}
+    def _rank_allocation(self) -> dict[str, Any] | None:
+        return self.ranks.state()
 
     # -- training ------------------------------------------------------------------------------
 
@@ -263,12 +242,12 @@ class LoraCallback(Callback):
         """Check that exactly the adapters train, and let them."""
         if not self.enabled:
             return
-        check_still_there(pl_module, self.selection)
+        check_still_there(pl_module, self._selection)
         check_before_fit(trainer, pl_module, self.adapter_name)
         average_what_trains(trainer)
         self.guard.start(trainer, pl_module)
-        binding_of(pl_module).learning_rates = configured_rates(trainer)
-        for adapter in adapters_named(self.root(pl_module), self.adapter_name).values():
+        module_state(pl_module).learning_rates = configured_rates(trainer)
+        for adapter in adapters_named(self._root(pl_module), self.adapter_name).values():
             adapter.train()  # also where the base came in eval mode (from_pretrained)
         self._gradients_checked = False
 
@@ -280,17 +259,19 @@ class LoraCallback(Callback):
             return
         if self._is_first(pl_module):
             self.preemption.watch(trainer)
-        root = self.root(pl_module)
+        root = self._root(pl_module)
         self.ranks.start(trainer, root, self.config, self.adapter_name)
         if trainer.is_global_zero:
             report.show(
-                report.start_table(root, self.adapter_name, self.selection.left_out),
+                report.start_table(root, self.adapter_name, self._selection.left_out),
                 *report.start_lines(pl_module, root, self.adapter_name),
             )
             if self._is_last(pl_module):
                 check_hyperparameters(pl_module)
                 check_hyperparameters(trainer.datamodule)  # type: ignore[attr-defined]
-                log_options(trainer, {c.adapter_name: c.given for c in callbacks_of(pl_module)})
+                log_options(
+                    trainer, {c.adapter_name: c._requested_config for c in callbacks_of(pl_module)}
+                )
                 report.show(
                     report.batch_line(
                         report.batch_size(trainer.train_dataloader),

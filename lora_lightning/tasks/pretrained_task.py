@@ -29,7 +29,7 @@ from lora_lightning.tasks.optimization import (
     is_trial,
 )
 from lora_lightning.tasks.sharding import data_parallel_mesh
-from lora_lightning.training.module_hooks import callbacks_of
+from lora_lightning.training.module_state import callbacks_of
 from lora_lightning.training.optimizers import may_be_fused
 from lora_lightning.training.progress import TrainingProgress
 

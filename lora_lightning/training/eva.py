@@ -15,27 +15,31 @@ from lora_lightning.adapters.config import AdapterConfig
 from lora_lightning.adapters.lora.linear import LoraConfig
 from lora_lightning.checkpoint.state_dict import adapter_state_dict
 from lora_lightning.engine.eva import FOUND, eva_start
-from lora_lightning.engine.injection import adapters_named, delete_adapter, extend_adapter
-from lora_lightning.engine.switching import active_adapters, adapter_names, set_adapter
+from lora_lightning.engine.injection import adapters_named, delete_adapter, extend_adapter, freeze
+from lora_lightning.engine.switching import (
+    active_adapters,
+    adapter_names,
+    set_adapter,
+    set_trainable,
+)
 from lora_lightning.errors import ConfigError
 from lora_lightning.layers.base import named_adapted_layers
-from lora_lightning.training.module_hooks import let_train
+from lora_lightning.training.adapter_callback import AdapterCallback
+from lora_lightning.training.module_state import callbacks_of
 from lora_lightning.utilities.rng import random_state, set_random_state
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-    from lora_lightning.callback import LoraCallback
 
-
-def starts_from_data(callback: LoraCallback) -> bool:
+def starts_from_data(callback: AdapterCallback) -> bool:
     """Whether the callback was asked for EVA."""
-    return getattr(callback.given, "init_lora_weights", True) == "eva"
+    return getattr(callback._requested_config, "init_lora_weights", True) == "eva"
 
 
-def take_over_ranks(callback: LoraCallback, pl_module: LightningModule, root: nn.Module) -> None:
+def take_over_ranks(callback: AdapterCallback, pl_module: LightningModule, root: nn.Module) -> None:
     """The ranks that were found for this module before; none if it was only evaluated."""
-    callback.config = callback.given
+    callback.config = callback._requested_config
     adapters = [*adapters_named(root, callback.adapter_name).values()]
     if not adapters:
         return
@@ -46,11 +50,11 @@ def take_over_ranks(callback: LoraCallback, pl_module: LightningModule, root: nn
     if plain and not learnt and pl_module.trainer.state.fn == "fit":
         delete_adapter(root, callback.adapter_name)  # it has not seen the data yet
     elif isinstance(found, LoraConfig):
-        callback.config = _with_ranks_of(found, callback.given)
+        callback.config = _with_ranks_of(found, callback._requested_config)
 
 
 def start_values(
-    callback: LoraCallback, pl_module: LightningModule, root: nn.Module
+    callback: AdapterCallback, pl_module: LightningModule, root: nn.Module
 ) -> dict[str, Tensor] | None:
     """What EVA finds in the data of this run, if it is asked for and was not found before."""
     config = callback.config
@@ -62,7 +66,9 @@ def start_values(
     return start
 
 
-def adopt_ranks(callback: LoraCallback, pl_module: LightningModule, saved: dict[str, Any]) -> None:
+def adopt_ranks(
+    callback: AdapterCallback, pl_module: LightningModule, saved: dict[str, Any]
+) -> None:
     """Take the ranks over that EVA found when the run of a checkpoint began.
 
     Called before the checkpoint's tensors are loaded, and before there are optimizers.
@@ -80,11 +86,11 @@ def adopt_ranks(callback: LoraCallback, pl_module: LightningModule, saved: dict[
             "this one's have the ranks that EVA found. Resume on a single device or under DDP, or "
             "put the adapter on before fit: load_adapter(module, path). (lora.init_lora_weights)"
         )
-    root = callback.root(pl_module)
+    root = callback._root(pl_module)
     order = adapter_names(root)
     delete_adapter(root, callback.adapter_name)
     callback.config = config
-    callback.selection = extend_adapter(
+    callback._selection = extend_adapter(
         root,
         config,
         callback.adapter_name,
@@ -95,6 +101,14 @@ def adopt_ranks(callback: LoraCallback, pl_module: LightningModule, saved: dict[
             layer.adapters[name] = layer.adapters.pop(name)
     set_adapter(root, [*active_adapters(root), callback.adapter_name])
     let_train(pl_module, root)
+
+
+def let_train(module: LightningModule, root: nn.Module) -> None:
+    """Freeze all but the adapters on `root` whose callbacks say that they train."""
+    freeze(module)
+    for callback in callbacks_of(module):
+        if callback.adapter_name in adapter_names(root):
+            set_trainable(root, callback.adapter_name, callback.trainable)
 
 
 def _config_and_start(

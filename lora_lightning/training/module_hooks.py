@@ -11,16 +11,23 @@ hook did before.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import nn
 
-from lora_lightning.engine.injection import freeze
-from lora_lightning.engine.switching import adapter_names, set_trainable
+from lora_lightning.checkpoint.state_dict import KEY
+from lora_lightning.engine.switching import adapter_names
 from lora_lightning.errors import CheckpointError
+from lora_lightning.training.checkpoints.metadata import check_checkpoint, reduce_checkpoint
+from lora_lightning.training.eva import adopt_ranks
+from lora_lightning.training.module_state import (
+    callbacks_of,
+    defines_hook,
+    module_state,
+    original_hook,
+    override_hook,
+)
 from lora_lightning.training.optimizers import (
     cover_trainable,
     default_optimizer,
@@ -28,111 +35,18 @@ from lora_lightning.training.optimizers import (
     frozen_left_out,
     may_be_fused,
 )
+from lora_lightning.training.resume.run_state import continue_run, prepare_run_state
+from lora_lightning.training.strategies.fsdp import leave_out_adapters
+from lora_lightning.training.strategies.model_parallel import grow_before_sharding, shard_adapters
 from lora_lightning.utilities.wrappers import under_own_names
-
-if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule
-
-    from lora_lightning.callback import LoraCallback
-    from lora_lightning.checkpoint.fingerprint import Fingerprint
-
-_BINDING = "_lora_binding"
-_LIGHTNING_CORE = ("lightning.pytorch.core.", "pytorch_lightning.core.")
-
-
-@dataclass
-class Binding:
-    """What is remembered on a module.
-
-    Attributes:
-        originals: What was in the instance's own dictionary before each override, or None.
-        fingerprint: The base model's, taken when the adapters were grown.
-        buffers: Digests of the base's persistent buffers at that time.
-        base_to_come: Whether the base was built on the meta device and is not loaded yet.
-        returned: What child processes trained, until the module has the layers for it.
-        fsdp: FSDP1's wrapper of the module, and what averages the adapters' gradients.
-        reached: Parameters (ids) that had a gradient, where gradients do not stay.
-        run_state: What a checkpoint says of this process, until training starts.
-        learning_rates: As configured in this run, one for each parameter group.
-
-    """
-
-    originals: dict[str, Any] = field(default_factory=dict)
-    fingerprint: Fingerprint | None = None
-    buffers: dict[str, list[str]] = field(default_factory=dict)
-    base_to_come: bool = False
-    returned: dict[str, Any] = field(default_factory=dict)
-    fsdp: tuple[Any, Any] | None = None
-    reached: set[int] = field(default_factory=set)
-    run_state: dict[str, Any] | None = None
-    learning_rates: list[float] = field(default_factory=list)
-
-
-def binding_of(module: LightningModule) -> Binding:
-    """The module's binding, made on first use."""
-    return module.__dict__.setdefault(_BINDING, Binding())
-
-
-def overrides(module: LightningModule, hook: str) -> bool:
-    """Whether the user's module defines `hook` itself, on its class or on the instance."""
-    if (
-        _own_attribute(module, hook) is not None
-        or binding_of(module).originals.get(hook) is not None
-    ):
-        return True
-    owner = next(cls for cls in type(module).__mro__ if hook in cls.__dict__)
-    # By name, so that modules of the `pytorch_lightning` package count as well.
-    return not owner.__module__.startswith(_LIGHTNING_CORE)
 
 
 def bind(module: LightningModule) -> None:
     """Install the overrides; doing it again changes nothing."""
     for hook, override in _OVERRIDES.items():
-        if hook == "configure_model" and not overrides(module, hook):
-            continue  # Lightning asks whether it is overridden and would then call it
-        if not _is_ours(module.__dict__.get(hook)):
-            binding_of(module).originals[hook] = _own_attribute(module, hook)
-            setattr(module, hook, MethodType(override, module))
-
-
-def _own_attribute(module: LightningModule, hook: str) -> Any:
-    """What the user has put on the instance under this name, if anything."""
-    current = module.__dict__.get(hook)
-    # A bound override comes back from pickle as the class's own method of the same name.
-    from_class = getattr(current, "__func__", None) is getattr(type(module), hook)
-    return None if _is_ours(current) or from_class else current
-
-
-def _is_ours(method: Any) -> bool:
-    return getattr(method, "__func__", None) in _OVERRIDES.values()
-
-
-def _original(module: LightningModule, hook: str) -> Callable[..., Any]:
-    on_instance = binding_of(module).originals.get(hook)
-    return on_instance or MethodType(getattr(type(module), hook), module)
-
-
-def callbacks_of(module: LightningModule) -> list[LoraCallback]:
-    """The enabled LoraCallbacks of the module's Trainer, in order."""
-    from lora_lightning.callback import LoraCallback
-
-    trainer = getattr(module, "_trainer", None)
-    callbacks = getattr(trainer, "callbacks", [])
-    return [c for c in callbacks if isinstance(c, LoraCallback) and c.enabled]
-
-
-def let_train(module: LightningModule, root: nn.Module) -> None:
-    """Freeze all but the adapters on `root` whose callbacks say that they train."""
-    freeze(module)
-    for callback in callbacks_of(module):
-        if callback.adapter_name in adapter_names(root):
-            set_trainable(root, callback.adapter_name, callback.trainable)
-
-
-def averaged_models(trainer: Any) -> list[Any]:
-    """The copies of the module that WeightAveraging callbacks keep during fit."""
-    models = [getattr(callback, "_average_model", None) for callback in trainer.callbacks]
-    return [model for model in models if model is not None]
+        # Lightning asks whether configure_model is overridden and would then call it.
+        if hook != "configure_model" or defines_hook(module, hook):
+            override_hook(module, hook, override)
 
 
 # -- the overrides, under the names of the hooks (pickle looks bound methods up by name) -----------
@@ -140,8 +54,8 @@ def averaged_models(trainer: Any) -> list[Any]:
 
 def setup(self: LightningModule, stage: str) -> None:
     """The module's own `setup`, then growth, unless `configure_model` is still to build."""
-    binding_of(self).run_state = None  # of a run that never came to train
-    binding_of(self).reached = set()
+    module_state(self).resumed_from = None  # of a run that never came to train
+    module_state(self).had_gradient = set()
     if stage == "fit" and adapter_names(self) and not callbacks_of(self):
         rank_zero_warn(
             f"The module carries the adapters {adapter_names(self)} of an earlier run, but this "
@@ -149,27 +63,21 @@ def setup(self: LightningModule, stage: str) -> None:
             "checks what trains. Add the LoraCallback again, or make the adapters part of the "
             "model with merge_and_unload(module). (trainer.callbacks)"
         )
-    _original(self, "setup")(stage)
-    if not overrides(self, "configure_model"):
+    original_hook(self, "setup")(stage)
+    if not defines_hook(self, "configure_model"):
         for callback in callbacks_of(self):
-            callback.grow(self)
+            callback._attach(self)
 
 
 def configure_model(self: LightningModule) -> None:
     """The module's own `configure_model`, then growth."""
-    from lora_lightning.training.strategies.fsdp import leave_out_adapters
-    from lora_lightning.training.strategies.model_parallel import (
-        grow_before_sharding,
-        shard_adapters,
-    )
-
     callbacks = callbacks_of(self)
     if callbacks:
         grow_before_sharding(self, callbacks)
         leave_out_adapters(self)
-    _original(self, "configure_model")()
+    original_hook(self, "configure_model")()
     for callback in callbacks:
-        callback.grow(self)
+        callback._attach(self)
     if callbacks:
         shard_adapters(self)
 
@@ -178,11 +86,11 @@ def configure_optimizers(self: LightningModule) -> Any:
     """The module's own optimizers, narrowed to what trains; AdamW where it has none."""
     callbacks = callbacks_of(self)
     if not callbacks:
-        return _original(self, "configure_optimizers")()
+        return original_hook(self, "configure_optimizers")()
     configured = None
     with frozen_left_out() as meant_for:
-        if overrides(self, "configure_optimizers"):
-            configured = _original(self, "configure_optimizers")()
+        if defines_hook(self, "configure_optimizers"):
+            configured = original_hook(self, "configure_optimizers")()
     optimizers = find_optimizers(configured)
     if not optimizers:
         return default_optimizer(self, callbacks[0].lr, may_be_fused(self.trainer))
@@ -192,35 +100,29 @@ def configure_optimizers(self: LightningModule) -> Any:
 
 def configure_gradient_clipping(self: LightningModule, *args: Any, **kwargs: Any) -> None:
     """The module's own clipping, except in a step that is left out: no gradients are there."""
-    if not any(callback.guard.skipping for callback in callbacks_of(self)):
-        _original(self, "configure_gradient_clipping")(*args, **kwargs)
+    if not any(callback._leaves_step_out() for callback in callbacks_of(self)):
+        original_hook(self, "configure_gradient_clipping")(*args, **kwargs)
 
 
 def on_train_batch_end(self: LightningModule, *args: Any, **kwargs: Any) -> None:
     """The last hook of a batch, after those of all callbacks: stop here if the machine is taken."""
-    _original(self, "on_train_batch_end")(*args, **kwargs)
+    original_hook(self, "on_train_batch_end")(*args, **kwargs)
     for callback in callbacks_of(self)[:1]:
-        callback.preemption.at_safe_point(self.trainer)
+        callback._stop_if_asked(self.trainer)
 
 
 def on_save_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> None:
     """The last hook before a checkpoint is written, of whatever kind: drop the base."""
-    from lora_lightning.training.checkpoints.metadata import reduce_checkpoint
-
-    _original(self, "on_save_checkpoint")(checkpoint)
+    original_hook(self, "on_save_checkpoint")(checkpoint)
     callbacks = callbacks_of(self)
     # Without a fingerprint nothing has grown yet: a run that failed in setup is being saved.
-    if callbacks and binding_of(self).fingerprint is not None:
+    if callbacks and module_state(self).base_fingerprint is not None:
         reduce_checkpoint(checkpoint, self, callbacks)
 
 
 def on_load_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> None:
     """The last hook before weights are loaded: refuse what does not fit."""
-    from lora_lightning.training.checkpoints.metadata import KEY, check_checkpoint
-    from lora_lightning.training.eva import adopt_ranks
-    from lora_lightning.training.resume.run_state import prepare_run_state
-
-    _original(self, "on_load_checkpoint")(checkpoint)
+    original_hook(self, "on_load_checkpoint")(checkpoint)
     callbacks = callbacks_of(self)
     if not callbacks and KEY in checkpoint:
         raise CheckpointError(
@@ -234,7 +136,7 @@ def on_load_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> Non
                 adopt_ranks(callback, self, saved)
         check_checkpoint(checkpoint, self, callbacks)
         for part in checkpoint.keys() & {"state_dict", "current_model_state"}:
-            if binding_of(self).fsdp is not None:
+            if module_state(self).fsdp is not None:
                 continue  # goes by plain names, and a unit's state dict would gather the base
             checkpoint[part] = under_own_names(self, checkpoint[part])
         prepare_run_state(checkpoint, self)
@@ -242,9 +144,7 @@ def on_load_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> Non
 
 def on_train_start(self: LightningModule) -> None:
     """The last hook before batches are asked for: go on where a checkpoint left off."""
-    from lora_lightning.training.resume.run_state import continue_run
-
-    _original(self, "on_train_start")()
+    original_hook(self, "on_train_start")()
     if callbacks_of(self):
         continue_run(self)
 

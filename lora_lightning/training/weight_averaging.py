@@ -14,7 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from lora_lightning.training.module_hooks import averaged_models
+
+def averaged_models(trainer: Any) -> list[Any]:
+    """The copies of the module that WeightAveraging callbacks keep during fit."""
+    models = [getattr(callback, "_average_model", None) for callback in trainer.callbacks]
+    return [model for model in models if model is not None]
 
 
 def average_what_trains(trainer: Any) -> None:

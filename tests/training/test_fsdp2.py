@@ -302,9 +302,9 @@ def starts(folder: Path) -> dict[str, Any]:
 class Spy(LoraCallback):
     """Looks at A and at the random state when adapters have grown, before DDP hands A to all."""
 
-    def grow(self, pl_module: Any) -> None:
+    def _attach(self, pl_module: Any) -> None:
         before = torch.get_rng_state()
-        super().grow(pl_module)
+        super()._attach(pl_module)
         self.undisturbed = torch.equal(before, torch.get_rng_state())
         self.start = full_tensor(pl_module.embed.adapters["default"].lora_A.detach()).clone()
 

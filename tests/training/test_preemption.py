@@ -378,7 +378,10 @@ def command(
     def call(directory: str, *arguments: str, callbacks: Any = ()) -> tuple[int, str]:
         entries = [
             {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": saver},
-            *({"class_path": "test_preemption.Signal", "init_args": c} for c in callbacks),
+            *(
+                {"class_path": "tests.training.test_preemption.Signal", "init_args": c}
+                for c in callbacks
+            ),
         ]
         config = {
             "lora": {"r": 2, "lora_dropout": 0.1, "modules_to_save": ["head"]},

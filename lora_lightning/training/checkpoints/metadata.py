@@ -20,7 +20,8 @@ from lora_lightning.checkpoint.state_dict import FORMAT, KEY
 from lora_lightning.engine.bias import trained_biases
 from lora_lightning.errors import AdapterMismatchError, CheckpointError, first_few
 from lora_lightning.layers.base import walk
-from lora_lightning.training.module_hooks import Binding, binding_of
+from lora_lightning.training.adapter_callback import AdapterCallback
+from lora_lightning.training.module_state import ModuleState, module_state
 from lora_lightning.training.resume.run_state import add_run_state
 from lora_lightning.training.strategies.model_parallel import is_fsdp, is_model_parallel
 from lora_lightning.utilities.dtensor import is_flattened
@@ -29,13 +30,12 @@ from lora_lightning.utilities.wrappers import plain_name
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
 
-    from lora_lightning.callback import LoraCallback
 
 _EXTRA_STATE = "_extra_state"  # what a user's module keeps by get_extra_state
 
 
 def reduce_checkpoint(
-    checkpoint: dict[str, Any], module: LightningModule, callbacks: list[LoraCallback]
+    checkpoint: dict[str, Any], module: LightningModule, callbacks: list[AdapterCallback]
 ) -> None:
     """Leave only what training changed in `checkpoint["state_dict"]`, and say whose it is."""
     adapters: dict[str, dict[str, Any]] = {
@@ -44,7 +44,7 @@ def reduce_checkpoint(
             "config": callback.config.to_dict(),
             "autocast_adapter_dtype": callback.autocast_adapter_dtype,
             "module": callback.module or "",
-            "tensors": callback.saved_keys(module),
+            "tensors": callback._saved_keys(module),
         }
         for callback in callbacks
     }
@@ -55,23 +55,23 @@ def reduce_checkpoint(
         "format": FORMAT,
         "version": lora_lightning.__version__,
         "adapters": adapters,
-        "base": binding_of(module).fingerprint,
+        "base": module_state(module).base_fingerprint,
     }
     if "optimizer_states" in checkpoint:  # absent with save_weights_only: nothing to resume then
         add_run_state(checkpoint, module)
         for callback in callbacks:
-            adapters[callback.adapter_name]["rank_allocation"] = callback.ranks.state()
+            adapters[callback.adapter_name]["rank_allocation"] = callback._rank_allocation()
 
 
 def kept_state(
-    state: dict[str, Any], module: LightningModule, callbacks: list[LoraCallback]
+    state: dict[str, Any], module: LightningModule, callbacks: list[AdapterCallback]
 ) -> dict[str, Any]:
     """What of the module's state dict training changed: adapters, and buffers that moved.
 
     Under plain names: as if nothing had been given to torch.compile.
     """
-    keep = {key for callback in callbacks for key in callback.saved_keys(module)}
-    keep.update(_changed_buffers(module, binding_of(module)))
+    keep = {key for callback in callbacks for key in callback._saved_keys(module)}
+    keep.update(_changed_buffers(module, module_state(module)))
     # Biases of adapters that do not act: the module shows the base's own.
     hidden = {n: r.hidden for n, _, r in trained_biases(module) if n in keep and not r.shown}
     return {
@@ -82,7 +82,7 @@ def kept_state(
 
 
 def check_checkpoint(
-    checkpoint: dict[str, Any], module: LightningModule, callbacks: list[LoraCallback]
+    checkpoint: dict[str, Any], module: LightningModule, callbacks: list[AdapterCallback]
 ) -> None:
     """Refuse a checkpoint that does not belong to this run, before anything is loaded.
 
@@ -94,7 +94,7 @@ def check_checkpoint(
     metadata = checkpoint.get(KEY)
     state = {plain_name(k): v for k, v in checkpoint.get("state_dict", {}).items()}
     if metadata is None:
-        own = {key for callback in callbacks for key in callback.saved_keys(module)}
+        own = {key for callback in callbacks for key in callback._saved_keys(module)}
         base = [key for key in map(plain_name, module.state_dict()) if key not in own]
         if base and all(key in state for key in base):
             raise CheckpointError(
@@ -121,7 +121,7 @@ def check_checkpoint(
             f"{metadata['version']}; this is {lora_lightning.__version__}, which reads up to "
             f"format {FORMAT}. Update lora_lightning. (ckpt_path)"
         )
-    saved_base, own_base = metadata["base"], binding_of(module).fingerprint or {}
+    saved_base, own_base = metadata["base"], module_state(module).base_fingerprint or {}
     # First what both bases have: where that differs, adapters differ as a consequence only.
     shared = saved_base.keys() & own_base.keys()
     _check_base({k: saved_base[k] for k in shared}, {k: own_base[k] for k in shared})
@@ -169,21 +169,21 @@ def remember_base(module: LightningModule, fresh: bool) -> None:
         fresh: Whether it carried no adapter before; what was remembered is void then.
 
     """
-    binding = binding_of(module)
-    if binding.base_to_come:
-        binding.fingerprint = {}
+    remembered = module_state(module)
+    if remembered.base_on_meta:
+        remembered.base_fingerprint = {}
         return
     if any(map(is_flattened, module.parameters())):
         return  # FSDP1 has spread it over the processes as it was
     found = base_fingerprint(module)
-    known = {} if fresh else binding.fingerprint or {}
+    known = {} if fresh else remembered.base_fingerprint or {}
     if not known:
-        binding.buffers = {name: _digests(buffer) for name, buffer in _base_buffers(module)}
-    # Buffers may have moved in training, and another dtype is the Trainer's own cast of the base.
-    stays = [
-        n for n in known if n in found and (n in binding.buffers or known[n][1] != found[n][1])
-    ]
-    binding.fingerprint = _agreed({**found, **{name: known[name] for name in stays}}, module)
+        remembered.buffer_digests = {n: _digests(buffer) for n, buffer in _base_buffers(module)}
+    for name in known.keys() & found.keys():
+        # Buffers may have moved in training; another dtype is the Trainer's own cast of the base.
+        if name in remembered.buffer_digests or known[name][1] != found[name][1]:
+            found[name] = known[name]
+    remembered.base_fingerprint = _agreed(found, module)
 
 
 def _agreed(own: Fingerprint, module: LightningModule) -> Fingerprint:
@@ -225,12 +225,12 @@ def _digests(buffer: Tensor) -> list[str]:
     return [digest(b, limit=None) for b in (buffer, *(buffer.to(cast) for cast in casts))]
 
 
-def _changed_buffers(module: nn.Module, binding: Binding) -> list[str]:
+def _changed_buffers(module: nn.Module, remembered: ModuleState) -> list[str]:
     # A base buffer that training moves (a codebook, an EMA) would be lost with the base.
     return [
         name
         for name, buffer in _base_buffers(module)
-        if digest(buffer, limit=None) not in binding.buffers.get(name, [])
+        if digest(buffer, limit=None) not in remembered.buffer_digests.get(name, [])
     ]
 
 
@@ -238,17 +238,17 @@ def _adapter_differences(
     saved: dict[str, Any],
     state: dict[str, Any],
     module: LightningModule,
-    callbacks: list[LoraCallback],
+    callbacks: list[AdapterCallback],
 ) -> list[str]:
     names = [callback.adapter_name for callback in callbacks]
     lines = [f"adapter {name!r}: only in the checkpoint" for name in saved if name not in names]
-    buffers = binding_of(module).buffers
+    buffers = module_state(module).buffer_digests
     for callback in callbacks:
         name = callback.adapter_name
         if name not in saved:
             lines.append(f"adapter {name!r}: not in the checkpoint, which has {sorted(saved)}")
             continue
-        expected = callback.saved_keys(module)
+        expected = callback._saved_keys(module)
         stated = saved[name]["tensors"]
         there, here = saved[name].get("peft_type", "LORA"), callback.config.peft_type
         if there != here:

@@ -15,10 +15,11 @@ from lora_lightning.engine.switching import adapter_names
 from lora_lightning.engine.targets.selection import Selection
 from lora_lightning.errors import AdapterStateError, ConfigError, first_few
 from lora_lightning.layers.base import named_adapted_layers
-from lora_lightning.training.module_hooks import averaged_models, binding_of, callbacks_of
+from lora_lightning.training.module_state import callbacks_of, module_state
 from lora_lightning.training.optimizers import check_coverage, trainable_parameters
 from lora_lightning.training.strategies.deepspeed import is_deepspeed, whole_optimizers
 from lora_lightning.training.strategies.model_parallel import check_dtypes, reshard
+from lora_lightning.training.weight_averaging import averaged_models
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -132,7 +133,7 @@ def check_what_trains(trainer: Trainer, module: LightningModule) -> None:
     """
     reshard(module)  # validation may have left it gathered
     check_coverage(whole_optimizers(trainer.optimizers), module)
-    owned = {key for callback in callbacks_of(module) for key in callback.saved_keys(module)}
+    owned = {key for callback in callbacks_of(module) for key in callback._saved_keys(module)}
     others = [name for name in trainable_parameters(module) if name not in owned]
     if others:
         raise AdapterStateError(
@@ -165,8 +166,8 @@ def check_first_gradients(module: LightningModule) -> None:
 
     """
     trainable = trainable_parameters(module)
-    binding = binding_of(module)
-    reached, binding.reached = binding.reached, set()  # of this run only
+    remembered = module_state(module)
+    reached, remembered.had_gradient = remembered.had_gradient, set()  # of this run only
     without = [n for n, p in trainable.items() if p.grad is None and id(p) not in reached]
     if len(without) == len(trainable):
         raise AdapterStateError(

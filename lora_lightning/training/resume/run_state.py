@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lora_lightning.checkpoint.state_dict import KEY
 from lora_lightning.training.checks.run import check_no_search, searching
-from lora_lightning.training.module_hooks import binding_of
+from lora_lightning.training.module_state import module_state
 from lora_lightning.training.optimizers import trainable_parameters
 from lora_lightning.training.resume.learning_rates import warn_of_changed_rates
 from lora_lightning.training.resume.loop_state import (
@@ -54,7 +54,7 @@ def add_run_state(checkpoint: dict[str, Any], module: LightningModule) -> None:
     checkpoint[KEY]["processes"] = _gather(own, trainer.world_size)
     checkpoint[KEY]["metrics"] = monitored(trainer)
     checkpoint[KEY]["epoch_averages"] = epoch_averages(trainer)
-    checkpoint[KEY]["learning_rates"] = binding_of(module).learning_rates
+    checkpoint[KEY]["learning_rates"] = module_state(module).learning_rates
     complete_loops(checkpoint["loops"]["fit_loop"], trainer)
 
 
@@ -81,20 +81,20 @@ def prepare_run_state(checkpoint: dict[str, Any], module: LightningModule) -> No
     # Not where a tuner takes back what it has trained: it keeps the random state itself.
     if trainer.fit_loop._data_fetcher is None:
         check_no_search(trainer)
-        binding_of(module).run_state = own
+        module_state(module).resumed_from = own
     elif trainer.strategy.restore_checkpoint_after_setup and not searching(trainer):
         # `configure_optimizers` came before, and may have asked for the length of the data.
-        binding_of(module).run_state = own
+        module_state(module).resumed_from = own
 
 
 def continue_run(module: LightningModule) -> None:
     """Where the checkpoint left off; the last thing before batches are asked for."""
-    own, binding_of(module).run_state = binding_of(module).run_state, None
+    own, module_state(module).resumed_from = module_state(module).resumed_from, None
     if own is not None:
         warn_of_averages(module.trainer, own["epoch_averages"])
-        rates = binding_of(module).learning_rates
+        rates = module_state(module).learning_rates
         warn_of_changed_rates(own["learning_rates"], rates)
-        binding_of(module).learning_rates = own["learning_rates"] or rates  # what it goes on from
+        module_state(module).learning_rates = own["learning_rates"] or rates  # what it goes on from
         continue_loops(module.trainer, own["metrics"])
         _continue(module, own)
         fetcher: Any = module.trainer.fit_loop._data_fetcher

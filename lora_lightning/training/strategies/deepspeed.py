@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from lora_lightning.errors import CheckpointError, ConfigError, OptimizerError, first_few
 from lora_lightning.training.collectives import save_together
-from lora_lightning.training.module_hooks import binding_of, callbacks_of, overrides
+from lora_lightning.training.module_state import callbacks_of, defines_hook, module_state
 from lora_lightning.training.optimizers import check_coverage, trainable_parameters
 
 if TYPE_CHECKING:
@@ -246,7 +246,7 @@ def setup_deepspeed(self: Any, model: Any) -> Any:
     module = self.lightning_module
     if callbacks_of(module):
         self.config.pop("bf16", None)
-        if not overrides(module, "configure_gradient_clipping"):
+        if not defines_hook(module, "configure_gradient_clipping"):
             # The engine clips, and Lightning would warn that ours, which it cannot tell from
             # one of the user's, does not.
             module.__dict__.pop("configure_gradient_clipping", None)
@@ -303,7 +303,7 @@ def _keep_groups(lr_scheduler: Any, kept: list[int], count: int) -> None:
 
 def _watch_gradients(module: LightningModule) -> None:
     """Note which parameters the first backward pass reaches: ZeRO frees their gradients at once."""
-    reached = binding_of(module).reached = set()
+    reached = module_state(module).had_gradient = set()
 
     def watch(parameter: nn.Parameter) -> None:
         def note(_: Tensor) -> None:

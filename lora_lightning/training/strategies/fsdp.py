@@ -26,8 +26,9 @@ from lora_lightning.engine.switching import adapter_names
 from lora_lightning.errors import CheckpointError, ConfigError, first_few
 from lora_lightning.layers.base import named_adapted_layers, walk
 from lora_lightning.training.checkpoints.metadata import kept_state
-from lora_lightning.training.module_hooks import averaged_models, binding_of, callbacks_of
+from lora_lightning.training.module_state import callbacks_of, module_state
 from lora_lightning.training.strategies.model_parallel import is_fsdp
+from lora_lightning.training.weight_averaging import averaged_models
 from lora_lightning.utilities.wrappers import named_parameters
 
 if TYPE_CHECKING:
@@ -113,13 +114,13 @@ def setup_fsdp(self: Any, model: Any) -> Any:
     module = self.lightning_module
     if not callbacks_of(module):
         return type(self)._setup_model(self, model)
-    binding = binding_of(module)
+    remembered = module_state(module)
     if averaged_models(module.trainer):
         raise ConfigError(
             "WeightAveraging swaps whole models, and under FSDP each process has parts of the base "
             "only. Take it out, or use strategy='ddp'. (trainer.callbacks)"
         )
-    if binding.fsdp is None:
+    if remembered.fsdp is None:
         leave_out_adapters(module)
         root = type(self)._setup_model(self, model)
         own = [
@@ -131,13 +132,13 @@ def setup_fsdp(self: Any, model: Any) -> Any:
             tensor.data = tensor.data.to(self.root_device)
             dist.broadcast(tensor.data, src=0)
         average = GradientAverage([p for p in own if isinstance(p, nn.Parameter)])
-        binding.fsdp = root, average
-    binding.fsdp[1].begin()
+        remembered.fsdp = root, average
+    remembered.fsdp[1].begin()
     # Gradients are whole here, so that the plain way to clip them is right.
     self.precision_plugin.clip_grad_by_norm = Precision.clip_grad_by_norm.__get__(
         self.precision_plugin
     )
-    return binding.fsdp[0]
+    return remembered.fsdp[0]
 
 
 @dataclass
@@ -201,8 +202,8 @@ def fsdp_module_state(module: LightningModule) -> dict[str, Any]:
         if type(child).get_extra_state is not nn.Module.get_extra_state:
             state[f"{path}._extra_state" if path else "_extra_state"] = child.get_extra_state()
     for callback in callbacks_of(module):
-        own = adapter_state_dict(callback.root(module), callback.adapter_name)
-        state.update(zip(callback.saved_keys(module), own.values(), strict=True))
+        own = adapter_state_dict(callback._root(module), callback.adapter_name)
+        state.update(zip(callback._saved_keys(module), own.values(), strict=True))
     return kept_state(state, module, callbacks_of(module))
 
 

@@ -25,14 +25,14 @@ from lora_lightning.engine.injection import inject_adapter
 from lora_lightning.engine.switching import adapter_names
 from lora_lightning.errors import ConfigError
 from lora_lightning.layers.base import walk
+from lora_lightning.training.adapter_callback import AdapterCallback
 from lora_lightning.training.checkpoints.metadata import reduce_checkpoint
-from lora_lightning.training.module_hooks import binding_of, callbacks_of
+from lora_lightning.training.module_state import callbacks_of, module_state
 from lora_lightning.utilities.wrappers import under_own_names
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
 
-    from lora_lightning.callback import LoraCallback
 
 _original_extra = _MultiProcessingLauncher.get_extra_results
 _original_update = _MultiProcessingLauncher.update_main_process_results
@@ -61,13 +61,13 @@ def check_launcher(trainer: Any, pl_module: LightningModule, adapter_name: str) 
         )
 
 
-def take_returned(callback: LoraCallback, pl_module: LightningModule) -> None:
+def take_returned(callback: AdapterCallback, pl_module: LightningModule) -> None:
     """Put on the adapter that came back before the module had built the layers it belongs on."""
-    returned = binding_of(pl_module).returned
+    returned = module_state(pl_module).from_children
     entry = returned.get("adapters", {}).pop(callback.adapter_name, None)
     if entry is None:
         return
-    root = callback.root(pl_module)
+    root = callback._root(pl_module)
     if callback.adapter_name not in adapter_names(root):
         config = config_type_of(entry["peft_type"]).from_dict(entry["config"])
         inject_adapter(
@@ -109,7 +109,7 @@ def _update_main_process_results(self: Any, trainer: Any, extra: dict[str, Any])
     adapters = checkpoint[KEY]["adapters"]
     owned = {key for entry in adapters.values() for key in entry["tensors"]}
     moved = {key: state.pop(key) for key in list(state) if key not in owned}
-    binding_of(module).returned = {"adapters": adapters, "state_dict": state, "moved": moved}
+    module_state(module).from_children = {"adapters": adapters, "state_dict": state, "moved": moved}
     module.trainer = trainer  # as after a fit in this process
     if not _has_modules_of(module, owned):
         rank_zero_warn(
@@ -119,7 +119,7 @@ def _update_main_process_results(self: Any, trainer: Any, extra: dict[str, Any])
         )
         return
     for callback in callbacks_of(module):
-        callback.grow(module)
+        callback._attach(module)
 
 
 def _has_modules_of(module: LightningModule, keys: Iterable[str]) -> bool:

@@ -27,7 +27,7 @@ from lora_lightning.engine.switching import adapter_names
 from lora_lightning.errors import AdapterMismatchError, ConfigError, first_few
 from lora_lightning.layers.base import named_adapted_layers, walk
 from lora_lightning.training.checkpoints.metadata import remember_base
-from lora_lightning.training.module_hooks import binding_of, callbacks_of
+from lora_lightning.training.module_state import callbacks_of, module_state
 from lora_lightning.training.strategies.model_parallel import is_model_parallel
 from lora_lightning.utilities.dtensor import copy_full, full_tensor
 
@@ -68,7 +68,7 @@ def expect_base(module: LightningModule) -> None:
             "bias='lora_only' and 'all' keep the base's own biases aside, which on the meta device "
             "have no values. Use bias='none', or load the base in __init__. (lora.bias)"
         )
-    binding_of(module).base_to_come = True
+    module_state(module).base_on_meta = True
 
 
 def load_base_at_once(module: LightningModule) -> None:
@@ -93,11 +93,11 @@ def load_base(module: LightningModule) -> None:
         AdapterMismatchError: If tensors are missing, left over or of another shape.
 
     """
-    binding = binding_of(module)
-    if not binding.base_to_come:
+    remembered = module_state(module)
+    if not remembered.base_on_meta:
         return
     values: Mapping[str, Tensor] = getattr(module, HOOK)()
-    saved = {key for callback in callbacks_of(module) for key in callback.saved_keys(module)}
+    saved = {key for callback in callbacks_of(module) for key in callback._saved_keys(module)}
     own = {key: t for key, t in module.state_dict().items() if key not in saved}
     _load(values, own)
     for path, layer in named_adapted_layers(module):
@@ -107,7 +107,7 @@ def load_base(module: LightningModule) -> None:
                 _start_copy(adapter.module, prefix, values)
             elif isinstance(adapter, TokenRows):
                 adapter.start_from_weight(full_tensor(layer.base_weight().detach()))
-    binding.base_to_come = False
+    remembered.base_on_meta = False
     remember_base(module, fresh=True)
 
 

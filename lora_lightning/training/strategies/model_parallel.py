@@ -83,7 +83,7 @@ def grow_before_sharding(module: LightningModule, callbacks: list[Any]) -> None:
     reshard(module)  # a run before may have left it gathered
     for callback in callbacks:
         try:
-            callback.grow(module)
+            callback._attach(module)
         except (TargetError, ConfigError):  # not built yet; what is wrong shows again afterwards
             continue
 

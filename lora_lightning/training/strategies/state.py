@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from lora_lightning.checkpoint.sharded_folder import is_checkpoint_folder, read_checkpoint_folder
 from lora_lightning.errors import CheckpointError, first_few
 from lora_lightning.training.checkpoints.metadata import expect_only_adapters, kept_state
-from lora_lightning.training.module_hooks import averaged_models, callbacks_of
+from lora_lightning.training.module_state import callbacks_of
 from lora_lightning.training.strategies.deepspeed import (
     is_deepspeed,
     save_whole_checkpoint,
@@ -48,6 +48,7 @@ from lora_lightning.training.strategies.meta_base import load_base
 from lora_lightning.training.strategies.model_parallel import is_fsdp, is_model_parallel, reshard
 from lora_lightning.training.strategies.optimizer_names import with_names, with_numbers
 from lora_lightning.training.strategies.sharded_files import save_sharded_checkpoint, writes_folders
+from lora_lightning.training.weight_averaging import averaged_models
 from lora_lightning.utilities.dtensor import distribute_like, full_state
 
 

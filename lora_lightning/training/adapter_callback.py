@@ -1,0 +1,84 @@
+"""The part of a `LoraCallback` that the modules of this package use: its options and its adapter.
+
+They find callbacks by this class and so need not import `LoraCallback`, which imports them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
+
+from lora_lightning.adapters.config import AdapterConfig
+from lora_lightning.checkpoint.state_dict import saved_keys
+from lora_lightning.engine.targets.selection import Selection
+from lora_lightning.errors import ConfigError, nearest_hint
+from lora_lightning.layers.base import walk
+from lora_lightning.utilities.wrappers import unwrapped
+
+
+class AdapterCallback(Callback):
+    """Base class of `LoraCallback`.
+
+    Attributes:
+        config: The adapter's options; ranks that EVA has found are in them.
+        adapter_name, module, init_from, trainable, lr, nonfinite, enabled, autocast_adapter_dtype:
+            As in `LoraCallback`.
+        _requested_config: The options as they were given.
+        _selection: The modules that carry the adapter; empty until it is attached.
+
+    """
+
+    config: AdapterConfig
+    adapter_name: str
+    module: str | None
+    init_from: str | None
+    trainable: bool
+    lr: float
+    nonfinite: str
+    enabled: bool
+    autocast_adapter_dtype: bool
+    _requested_config: AdapterConfig
+    _selection: Selection
+
+    def _root(self, pl_module: LightningModule) -> nn.Module:
+        """The submodule that is adapted.
+
+        Raises:
+            ConfigError: If the module has no submodule of that path.
+
+        """
+        if not self.module:
+            return pl_module
+        paths = [path for path, _ in walk(pl_module) if path]
+        if self.module not in paths:
+            hint = nearest_hint(self.module, paths)
+            top = ", ".join(path for path in paths if "." not in path)
+            raise ConfigError(
+                f"module={self.module!r}: {type(pl_module).__name__} has no such submodule.{hint} "
+                f"At its top: {top or 'none'}. (lora.module)"
+            )
+        return unwrapped(pl_module.get_submodule(self.module))
+
+    def _saved_keys(self, pl_module: LightningModule) -> dict[str, list[int]]:
+        """Key in the LightningModule's state dict and shape of every tensor of this adapter."""
+        prefix = f"{self.module}." if self.module else ""
+        keys = saved_keys(self._root(pl_module), self.adapter_name)
+        return {prefix + key: shape for key, shape in keys.items()}
+
+    def _attach(self, pl_module: LightningModule) -> None:
+        """Attach the adapter; where the module carries it already, keep it."""
+        raise NotImplementedError
+
+    def _leaves_step_out(self) -> bool:
+        """True while an optimizer step is under way that is left out."""
+        raise NotImplementedError
+
+    def _stop_if_asked(self, trainer: Trainer) -> None:
+        """Save and end the run where a signal has asked for it."""
+        raise NotImplementedError
+
+    def _rank_allocation(self) -> dict[str, Any] | None:
+        """AdaLoRA's ranks for a checkpoint; None for other types."""
+        raise NotImplementedError

@@ -1,0 +1,103 @@
+"""The record that a run keeps on its LightningModule, and the callbacks that act on it.
+
+It stands in the module's own dictionary, where `deepcopy` and `pickle` take it along.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import MethodType
+from typing import Any
+
+from lightning.pytorch import LightningModule
+
+from lora_lightning.checkpoint.fingerprint import Fingerprint
+from lora_lightning.training.adapter_callback import AdapterCallback
+
+_ATTRIBUTE = "_lora_state"
+_LIGHTNING_CORE = ("lightning.pytorch.core.", "pytorch_lightning.core.")
+
+
+@dataclass
+class ModuleState:
+    """All that is remembered on a module.
+
+    Attributes:
+        overrides: The hooks that are overridden on the instance, by name.
+        original_hooks: What was in the instance's own dictionary before each override, or None.
+        base_fingerprint: The base model's, taken when the adapters were attached.
+        buffer_digests: Digests of the base's persistent buffers at that time.
+        base_on_meta: True while the base is on the meta device, to be loaded by the strategy.
+        from_children: What child processes trained, until the module has the layers for it.
+        fsdp: FSDP1's wrapper of the module, and what averages the adapters' gradients.
+        had_gradient: Parameters (ids) that had a gradient, where gradients do not stay.
+        resumed_from: What a checkpoint says of this process, until training starts.
+        learning_rates: As configured in this run, one for each parameter group.
+
+    """
+
+    overrides: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    original_hooks: dict[str, Any] = field(default_factory=dict)
+    base_fingerprint: Fingerprint | None = None
+    buffer_digests: dict[str, list[str]] = field(default_factory=dict)
+    base_on_meta: bool = False
+    from_children: dict[str, Any] = field(default_factory=dict)
+    fsdp: tuple[Any, Any] | None = None
+    had_gradient: set[int] = field(default_factory=set)
+    resumed_from: dict[str, Any] | None = None
+    learning_rates: list[float] = field(default_factory=list)
+
+
+def module_state(module: LightningModule) -> ModuleState:
+    """The module's record, made on first use."""
+    state: ModuleState = module.__dict__.setdefault(_ATTRIBUTE, ModuleState())
+    return state
+
+
+def callbacks_of(module: LightningModule) -> list[AdapterCallback]:
+    """The enabled LoraCallbacks of the module's Trainer, in order."""
+    trainer = getattr(module, "_trainer", None)
+    callbacks = getattr(trainer, "callbacks", [])
+    return [c for c in callbacks if isinstance(c, AdapterCallback) and c.enabled]
+
+
+# -- hooks that are overridden on the instance -----------------------------------------------------
+
+
+def override_hook(module: LightningModule, hook: str, override: Callable[..., Any]) -> None:
+    """Bind `override` to the module in place of `hook`; doing it again changes nothing."""
+    if not _is_override(module, hook, module.__dict__.get(hook)):
+        state = module_state(module)
+        state.original_hooks[hook] = _set_by_user(module, hook)
+        state.overrides[hook] = override
+        setattr(module, hook, MethodType(override, module))
+
+
+def original_hook(module: LightningModule, hook: str) -> Callable[..., Any]:
+    """The hook that an override stands before."""
+    on_instance: Callable[..., Any] | None = module_state(module).original_hooks.get(hook)
+    return on_instance or MethodType(getattr(type(module), hook), module)
+
+
+def defines_hook(module: LightningModule, hook: str) -> bool:
+    """Tell whether the user's module defines `hook` itself, on its class or on the instance."""
+    on_instance = _set_by_user(module, hook), module_state(module).original_hooks.get(hook)
+    if on_instance != (None, None):
+        return True
+    owner = next(cls for cls in type(module).__mro__ if hook in cls.__dict__)
+    # By name, so that modules of the `pytorch_lightning` package count as well.
+    return not owner.__module__.startswith(_LIGHTNING_CORE)
+
+
+def _set_by_user(module: LightningModule, hook: str) -> Any:
+    """What the user has put on the instance under this name, if anything."""
+    current = module.__dict__.get(hook)
+    # A bound override comes back from pickle as the class's own method of the same name.
+    from_class = getattr(current, "__func__", None) is getattr(type(module), hook)
+    return None if _is_override(module, hook, current) or from_class else current
+
+
+def _is_override(module: LightningModule, hook: str, method: Any) -> bool:
+    override = module_state(module).overrides.get(hook)
+    return override is not None and getattr(method, "__func__", None) is override
