@@ -28,7 +28,7 @@ from lora_lightning.cli.main import LoraCLI
 from lora_lightning.data import TextDataModule
 from lora_lightning.errors import CheckpointError
 from lora_lightning.tasks.pretrained_task import PretrainedTask
-from tests.helpers.modules import Data, Net
+from tests.helpers.lightning_modules import Data, Net
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny_lm import tiny_llama
 
@@ -122,8 +122,8 @@ def test_commands_parse(call: str, tmp_path: Path, monkeypatch: Any) -> None:
     assert words[1] in {"fit", "validate", "test", "predict"}
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     (mine,) = (block for block in blocks("yaml") if "my_module" in block)
-    mine = mine.replace("my_module.MyModel", "tests.helpers.modules.Net").replace(
-        "my_module.MyData", "tests.helpers.modules.Data"
+    mine = mine.replace("my_module.MyModel", "tests.helpers.lightning_modules.Net").replace(
+        "my_module.MyData", "tests.helpers.lightning_modules.Data"
     )
     (tmp_path / "mine.yaml").write_text(mine)
     monkeypatch.chdir(tmp_path)
@@ -145,8 +145,8 @@ def test_yaml_is_accepted(config: str, tmp_path: Path, monkeypatch: Any) -> None
         if "my_module" in content.get(section, {"class_path": "my_module"})["class_path"]:
             content[section] = {
                 "class_path": {
-                    "model": "tests.helpers.modules.Net",
-                    "data": "tests.helpers.modules.Data",
+                    "model": "tests.helpers.lightning_modules.Net",
+                    "data": "tests.helpers.lightning_modules.Data",
                 }[section]
             }
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(content))

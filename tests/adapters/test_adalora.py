@@ -41,9 +41,10 @@ from lora_lightning.engine.rank_allocation import (
 )
 from lora_lightning.errors import AdapterMismatchError, ConfigError, RankError
 from lora_lightning.layers.base import named_adapted_layers
-from tests.helpers.modules import Data, Net, run
-from tests.helpers.nets import OneLayerNet, bit_equal, example_input, shake, trainable
+from tests.helpers.lightning_modules import Data, Net, make_trainer
 from tests.helpers.paths import child_environment
+from tests.helpers.tensors import bit_equal, randomize, trainable
+from tests.helpers.torch_models import OneLayerNet, example_input
 
 
 @pytest.fixture(autouse=True)
@@ -92,7 +93,7 @@ def pair(base: nn.Module, **options: Any) -> tuple[peft.PeftModel, nn.Module]:
     theirs = peft_model(copy.deepcopy(base), **options)
     ours = copy.deepcopy(base)
     inject_adapter(ours, AdaLoraConfig(**options))
-    shake(trainable(theirs).values())
+    randomize(trainable(theirs).values())
     state = peft.get_peft_model_state_dict(theirs)
     load_adapter_state_dict(ours, {short(key): value for key, value in state.items()})
     return theirs, ours
@@ -162,7 +163,7 @@ def test_starts_as_the_base_with_small_vectors() -> None:
 def test_bf16_base_keeps_fp32_adapters() -> None:
     model = nn.Sequential(nn.Linear(16, 16)).bfloat16()
     inject_adapter(model, AdaLoraConfig(init_r=4, target_r=2))
-    shake(trainable(model).values())
+    randomize(trainable(model).values())
     x = torch.randn(5, 16, dtype=torch.bfloat16)
     adapter = model[0].adapters["default"]
     assert {p.dtype for p in adapter.parameters()} == {torch.float32}
@@ -178,7 +179,7 @@ def test_bf16_base_keeps_fp32_adapters() -> None:
 def test_compiles_once_whatever_the_ranks() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
     inject_adapter(model, AdaLoraConfig(init_r=4, target_r=2))
-    shake(trainable(model).values())
+    randomize(trainable(model).values())
     x = torch.randn(3, 8)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     first = compiled(x)
@@ -317,7 +318,7 @@ def test_a_budget_that_does_not_fall_and_a_module_that_is_never_called() -> None
     inject_adapter(model, AdaLoraConfig(init_r=4, target_r=2), "less")
     for name, left in (("full", {"used": 4, "idle": 4}), ("less", {"used": 4, "idle": 0})):
         adapters = adalora_adapters(model, name)
-        shake(p for adapter in adapters.values() for p in adapter.parameters())
+        randomize(p for adapter in adapters.values() for p in adapter.parameters())
         for p in adapters["used"].parameters():
             p.grad = torch.randn_like(p)
         allocator = RankAllocator(adapters, adapters["used"].config, 3)
@@ -331,7 +332,7 @@ def test_state_of_other_adapters_is_refused() -> None:
     for width in (8, 6):
         model = nn.Sequential(nn.Linear(width, 8))
         inject_adapter(model, AdaLoraConfig(init_r=4, target_r=2))
-        shake(trainable(model).values())
+        randomize(trainable(model).values())
         model(torch.randn(3, width)).sum().backward()
         allocator = RankAllocator(adalora_adapters(model), AdaLoraConfig(init_r=4, target_r=2), 5)
         allocator.step()
@@ -470,7 +471,7 @@ def test_total_rank_falls_to_the_target(tmp_path: Path, capsys: Any, accumulate:
     watch = Watch(lora)
     module = Net()
     options = {"accumulate_grad_batches": accumulate, "max_epochs": 3 * accumulate}
-    run(tmp_path, lora, watch, **options).fit(module, Data())
+    make_trainer(tmp_path, lora, watch, **options).fit(module, Data())
     ranks = watch.ranks[accumulate - 1 :: accumulate]
     assert len(ranks) == 12
     assert ranks[:2] == [12, 12]
@@ -484,15 +485,17 @@ def test_total_rank_falls_to_the_target(tmp_path: Path, capsys: Any, accumulate:
 
 def test_a_run_that_is_too_short(tmp_path: Path, capsys: Any) -> None:
     with pytest.raises(ConfigError, match="leave none of 4 optimizer steps"):
-        run(tmp_path, LoraCallback(AdaLoraConfig(**CONFIG, tinit=4))).fit(Net(), Data())
+        make_trainer(tmp_path, LoraCallback(AdaLoraConfig(**CONFIG, tinit=4))).fit(Net(), Data())
     with pytest.warns(UserWarning, match="ends after 4 optimizer steps, before .*step 9"):
-        run(tmp_path, LoraCallback(AdaLoraConfig(**CONFIG, total_step=9))).fit(Net(), Data())
+        make_trainer(tmp_path, LoraCallback(AdaLoraConfig(**CONFIG, total_step=9))).fit(
+            Net(), Data()
+        )
     assert "ranks are not final: 4 of 9 steps" in capsys.readouterr().out
-    endless = run(tmp_path, LoraCallback(AdaLoraConfig(**CONFIG)), max_epochs=-1)
+    endless = make_trainer(tmp_path, LoraCallback(AdaLoraConfig(**CONFIG)), max_epochs=-1)
     with pytest.raises(ConfigError, match=r"Set total_step, or max_steps.*\(lora.total_step\)"):
         endless.fit(Net(), Data())
     lora = LoraCallback(AdaLoraConfig(**CONFIG, tinit=40, tfinal=40))
-    run(tmp_path, lora, fast_dev_run=True).fit(Net(), Data())
+    make_trainer(tmp_path, lora, fast_dev_run=True).fit(Net(), Data())
 
 
 class Regression(LightningModule):
@@ -557,7 +560,7 @@ def test_trajectory_of_a_peft_loop(tmp_path: Path, order: str) -> None:
             snapshots.append({k: v.clone() for k, v in state.items()})
 
     loader = DataLoader(regression_data(), batch_size=12)
-    run(tmp_path, lora, Keep(), max_epochs=3, gradient_clip_val=clip).fit(module, loader)
+    make_trainer(tmp_path, lora, Keep(), max_epochs=3, gradient_clip_val=clip).fit(module, loader)
     assert len(snapshots) == 16
 
     class WithLoss(nn.Module):
@@ -613,7 +616,7 @@ def test_two_optimizers_with_a_part_each(tmp_path: Path) -> None:
         lora = LoraCallback(AdaLoraConfig(**REGRESSION), module="net")
         loader = DataLoader(regression_data(), batch_size=12)
         torch.manual_seed(0)
-        run(tmp_path, lora, scores, max_epochs=3).fit(module, loader)
+        make_trainer(tmp_path, lora, scores, max_epochs=3).fit(module, loader)
         assert lora.ranks.allocator.steps == 15
         states.append({**adapter_state_dict(module.net), "scores": scores.last["0.lora_A"]})
     assert_same(*states, 1e-12)
@@ -641,7 +644,9 @@ def test_gradient_scaler(tmp_path: Path, fused: bool) -> None:
         module = Scaled()
         module.with_inf = scaler is not None
         lora = LoraCallback(AdaLoraConfig(**CONFIG, init_lora_weights=False), nonfinite="ignore")
-        run(tmp_path, lora, Watch(lora), max_epochs=2, plugins=[plugin]).fit(module, Data())
+        make_trainer(tmp_path, lora, Watch(lora), max_epochs=2, plugins=[plugin]).fit(
+            module, Data()
+        )
         allocator = lora.ranks.allocator
         assert allocator.steps == 8
         assert allocator.settled
@@ -657,7 +662,7 @@ def test_averaged_weights_keep_the_final_ranks(tmp_path: Path) -> None:
     lora = LoraCallback(AdaLoraConfig(**CONFIG, tfinal=2))
     averaging = WeightAveraging(avg_fn=get_ema_avg_fn(0.9))
     module = Net()
-    run(tmp_path, lora, averaging, max_epochs=2).fit(module, Data())
+    make_trainer(tmp_path, lora, averaging, max_epochs=2).fit(module, Data())
     assert total_rank(module) == 6
 
 
@@ -668,7 +673,7 @@ def test_a_frozen_adapter_has_no_schedule(tmp_path: Path, capsys: Any) -> None:
         trainable=False,
     )
     module = Net()
-    run(tmp_path, frozen, LoraCallback(r=2)).fit(module, Data())
+    make_trainer(tmp_path, frozen, LoraCallback(r=2)).fit(module, Data())
     assert frozen.ranks.allocator is None
     assert "rank of" not in (text := capsys.readouterr().out)  # the line that a schedule ends with
     assert "not final" not in text
@@ -677,7 +682,7 @@ def test_a_frozen_adapter_has_no_schedule(tmp_path: Path, capsys: Any) -> None:
 
 def test_other_adapter_types_have_no_allocation(tmp_path: Path) -> None:
     saver = ModelCheckpoint(tmp_path, save_last=True)
-    run(tmp_path, LoraCallback(r=2), saver).fit(Net(), Data())
+    make_trainer(tmp_path, LoraCallback(r=2), saver).fit(Net(), Data())
     saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert saved["lora_lightning"]["adapters"]["default"]["rank_allocation"] is None
 
@@ -686,13 +691,13 @@ SCRIPT = """
 import os, sys
 import torch
 from torch.utils.data import DataLoader
-from tests.adapters.test_adalora import REGRESSION, AdaLoraConfig, LoraCallback, Regression, regression_data, run
+from tests.adapters.test_adalora import REGRESSION, AdaLoraConfig, LoraCallback, Regression, make_trainer, regression_data
 
 folder, devices = sys.argv[1], int(sys.argv[2])
 torch.manual_seed(0)
 module = Regression()
 lora = LoraCallback(AdaLoraConfig(**REGRESSION), module="net")
-trainer = run(folder, lora, max_epochs=3, devices=devices, gradient_clip_val=0.01,
+trainer = make_trainer(folder, lora, max_epochs=3, devices=devices, gradient_clip_val=0.01,
               strategy="ddp" if devices > 1 else "auto", use_distributed_sampler=False)
 mine = list(range(int(os.environ.get("LOCAL_RANK", 0)), 60, devices))
 trainer.fit(module, DataLoader(regression_data(), batch_size=12 // devices, sampler=mine))
@@ -742,7 +747,7 @@ def fit(
     lora = LoraCallback(AdaLoraConfig(**CONFIG, **schedule))
     saver = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, save_last=True)
     module = Net()
-    trainer = run(folder, lora, *callbacks, saver, max_epochs=epochs, **options)
+    trainer = make_trainer(folder, lora, *callbacks, saver, max_epochs=epochs, **options)
     trainer.fit(module, Data(), ckpt_path=ckpt_path)
     state = trainer.optimizers[0].state_dict()["state"]
     moments = {f"{i}.{k}": v for i, s in state.items() for k, v in s.items() if torch.is_tensor(v)}
@@ -795,7 +800,7 @@ def test_a_checkpoint_by_a_callback_before_ours(tmp_path: Path) -> None:
 
     lora = LoraCallback(AdaLoraConfig(**CONFIG, tinit=3, tfinal=6, deltaT=3, lora_dropout=0.2))
     seed_everything(7, verbose=False)
-    run(tmp_path, Early(), lora, max_epochs=6).fit(Net(), Data())
+    make_trainer(tmp_path, Early(), lora, max_epochs=6).fit(Net(), Data())
     saved = torch.load(tmp_path / "early.ckpt", weights_only=True)
     state = saved["lora_lightning"]["adapters"]["default"]["rank_allocation"]
     assert state["steps"] == 12
@@ -815,7 +820,7 @@ def test_a_longer_run_keeps_the_ranks(tmp_path: Path) -> None:
 
     lora = LoraCallback(AdaLoraConfig(**CONFIG))
     module = Net()
-    trainer = run(tmp_path, lora, max_epochs=2)
+    trainer = make_trainer(tmp_path, lora, max_epochs=2)
     trainer.fit(module, Data())
     trainer.fit_loop.max_epochs = 4
     trainer.fit(module, Data())

@@ -26,9 +26,9 @@ from lora_lightning import (
     unmerge_adapter,
 )
 from lora_lightning.errors import ConfigError
-from tests.helpers.modules import Data, Net, run
-from tests.helpers.nets import bit_equal, shake
+from tests.helpers.lightning_modules import Data, Net, make_trainer
 from tests.helpers.paths import ROOT
+from tests.helpers.tensors import bit_equal, randomize
 
 TEXT = (ROOT / "CONTRIBUTING.md").read_text()
 
@@ -52,7 +52,7 @@ def test_it_runs_merges_mixes_and_saves(example: dict[str, Any], tmp_path: Path)
     assert bit_equal(model(x), base(x))
     inject_adapter(model, LoraConfig(r=2), "lora")
     set_adapter(model, ["gain", "lora"])
-    shake([p for p in model.parameters() if p.requires_grad], 0.3)
+    randomize([p for p in model.parameters() if p.requires_grad], 0.3)
     gain, lora = adapter_state_dict(model, "gain"), adapter_state_dict(model, "lora")
     factor = 1 + 2 * gain["0.gain_g"]
     weight = factor[:, None] * base[0].weight + 4 * lora["0.lora_B"] @ lora["0.lora_A"]
@@ -70,7 +70,7 @@ def test_it_runs_merges_mixes_and_saves(example: dict[str, Any], tmp_path: Path)
 
 def test_it_trains_and_resumes_in_lightning(example: dict[str, Any], tmp_path: Path) -> None:
     module = Net()
-    trainer = run(tmp_path, LoraCallback(example["GainConfig"]()))
+    trainer = make_trainer(tmp_path, LoraCallback(example["GainConfig"]()))
     trainer.fit(module, Data())
     trainer.save_checkpoint(tmp_path / "x.ckpt")
     trained = adapter_state_dict(module)

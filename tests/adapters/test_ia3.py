@@ -13,8 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from lora_lightning import inject_adapter, scale_adapter
 from lora_lightning.adapters.ia3 import Ia3Config
 from lora_lightning.errors import AdapterStateError, ConfigError, TargetError
-from tests.helpers.nets import bit_equal, shake, trainable
-from tests.helpers.peft_pairs import (
+from tests.helpers.compared_with_peft import (
     Chain,
     assert_compiles,
     assert_merges,
@@ -23,6 +22,7 @@ from tests.helpers.peft_pairs import (
     close,
     pair,
 )
+from tests.helpers.tensors import bit_equal, randomize, trainable
 
 NETS = {
     "linear": (lambda: Chain(first=nn.Linear(6, 8), proj=nn.Linear(8, 5)), (4, 3, 6)),
@@ -69,7 +69,7 @@ def test_conv1d_and_circular_padding_which_peft_does_not_have(feedforward) -> No
     x = torch.randn(2, 4, 7, dtype=torch.float64)
     model = copy.deepcopy(base)
     inject_adapter(model, ours(target_modules=["proj"], feedforward_modules=feedforward))
-    shake(trainable(model).values())
+    randomize(trainable(model).values())
     factors = model.proj.adapters["default"].ia3_l.view(1, -1, 1)
     assert factors.shape[1] == (4 if feedforward else 6)
     expected = base.proj(x * factors) if feedforward else base.proj(x) * factors

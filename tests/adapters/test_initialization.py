@@ -17,7 +17,8 @@ from lora_lightning import (
     load_adapter_state_dict,
 )
 from lora_lightning.adapters.initialization import generator_for, kaiming_uniform_, normal_
-from tests.helpers.nets import ScaledEmbedding, Transformer, bit_equal, trainable
+from tests.helpers.tensors import bit_equal, trainable
+from tests.helpers.torch_models import ScaledEmbedding, Transformer
 
 WIDE = LoraConfig(r=2, target_modules=["q", "v", "embed"], init_lora_weights=False)
 NARROW = LoraConfig(r=2, target_modules=["v"], init_lora_weights=False)

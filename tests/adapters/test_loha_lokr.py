@@ -28,7 +28,7 @@ from lora_lightning.adapters.loha import LohaConfig
 from lora_lightning.adapters.lokr import LokrConfig, factorization
 from lora_lightning.adapters.lycoris import LycorisAdapter
 from lora_lightning.errors import ConfigError, RankError, TargetError
-from tests.helpers.nets import bit_equal, shake, trainable
+from tests.helpers.tensors import bit_equal, randomize, trainable
 
 TYPES = {"loha": (LohaConfig, peft.LoHaConfig), "lokr": (LokrConfig, peft.LoKrConfig)}
 Build = Callable[[], nn.Module]
@@ -108,7 +108,7 @@ def adapted(build: Build, config, dtype: torch.dtype = torch.float64, std: float
     model = Net(build).to(dtype)
     inject_adapter(model, config, seed=1)
     if std is not None:
-        shake(trainable(model).values(), std)
+        randomize(trainable(model).values(), std)
     return model
 
 
@@ -131,7 +131,7 @@ def pair(kind: str, build: Build, options: dict):
     values = tensors_of(theirs)
     mine = dict(adapter_of(ours).named_parameters())
     assert {k: v.shape for k, v in mine.items()} == {k: v.shape for k, v in values.items()}
-    shake(values.values())
+    randomize(values.values())
     with torch.no_grad():
         for name, value in values.items():
             mine[name].copy_(value)

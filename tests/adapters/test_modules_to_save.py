@@ -18,7 +18,7 @@ from lora_lightning import (
     unload,
 )
 from lora_lightning.adapters.modules_to_save import TrainedCopy
-from tests.helpers.nets import bit_equal, shake
+from tests.helpers.tensors import bit_equal, randomize
 
 HALF = [torch.bfloat16, torch.float16]
 
@@ -82,7 +82,7 @@ def test_other_adapters_on_top_of_it() -> None:
         inject_adapter(model, OftConfig(oft_block_size=2, target_modules=["0"]), "oft")
         set_adapter(model, ["whole", "lora", "oft"])
         torch.manual_seed(0)
-        shake([p for p in model.parameters() if p.requires_grad], 0.1)
+        randomize([p for p in model.parameters() if p.requires_grad], 0.1)
     x = torch.randn(2, 3, 8)
     narrow: Any = base[0](x.to(torch.bfloat16), x.to(torch.bfloat16), x.to(torch.bfloat16))[0]
     assert narrow.dtype == torch.bfloat16

@@ -20,8 +20,7 @@ from lora_lightning import (
 )
 from lora_lightning.adapters.oft import OftAdapter, OftConfig
 from lora_lightning.errors import ConfigError, RankError
-from tests.helpers.nets import bit_equal, shake, trainable
-from tests.helpers.peft_pairs import (
+from tests.helpers.compared_with_peft import (
     Chain,
     assert_compiles,
     assert_merges,
@@ -31,6 +30,7 @@ from tests.helpers.peft_pairs import (
     gradients,
     pair,
 )
+from tests.helpers.tensors import bit_equal, randomize, trainable
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not divide")
 
@@ -149,7 +149,7 @@ def test_transformers_conv1d_and_the_definition(exact) -> None:
     model = copy.deepcopy(base)
     config = ours(target_modules=["proj"], oft_block_size=4, use_cayley_neumann=not exact)
     inject_adapter(model, config)
-    shake(trainable(model).values(), 0.2)
+    randomize(trainable(model).values(), 0.2)
     r = rotation(model.proj.adapters["default"])
     if exact:
         close(r @ r.t(), torch.eye(12, dtype=torch.float64))
@@ -173,7 +173,7 @@ def test_convolutions_have_their_kernel_rotated(conv, shape) -> None:
     base = Chain(proj=conv()).double()
     model = copy.deepcopy(base)
     inject_adapter(model, ours(target_modules=["proj"], oft_block_size=4))
-    shake(trainable(model).values(), 0.2)
+    randomize(trainable(model).values(), 0.2)
     x = torch.randn(shape, dtype=torch.float64)
     expected = copy.deepcopy(base)
     with torch.no_grad():
@@ -213,7 +213,7 @@ def test_mixes_with_a_trained_copy_below() -> None:
     inject_adapter(model, LoraConfig(r=1, target_modules=["last"], modules_to_save=["proj"]), "a")
     inject_adapter(model, ours(target_modules=["proj"], oft_block_size=4), "b")
     set_adapter(model, ["a", "b"])
-    shake(trainable(model).values(), 0.2)
+    randomize(trainable(model).values(), 0.2)
     saved = model.proj.adapters["a"].module
     weight = rotated(model.proj.adapters["b"], saved.weight)
     x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
@@ -225,7 +225,7 @@ def test_block_dropout_keeps_some_blocks_from_rotating_in_training() -> None:
     base = Chain(proj=nn.Linear(400, 3, bias=False)).double()
     model = copy.deepcopy(base)
     inject_adapter(model, ours(target_modules=["proj"], oft_block_size=2, module_dropout=0.3))
-    shake(trainable(model).values(), 0.2)
+    randomize(trainable(model).values(), 0.2)
     adapter = model.proj.adapters["default"]
     full = adapter.eval().turn()
     turn = adapter.train().forward_turn()
@@ -265,7 +265,7 @@ def test_small_rotations_survive_bfloat16() -> None:
 def test_autocast_makes_the_rotation_in_float32() -> None:
     model = Chain(proj=nn.Linear(32, 4))
     inject_adapter(model, ours(target_modules=["proj"], use_cayley_neumann=False))
-    shake(trainable(model).values(), 0.1)
+    randomize(trainable(model).values(), 0.1)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         turn = model.proj.adapters["default"].turn()
         y = model.proj(torch.randn(3, 32))

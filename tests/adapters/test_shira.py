@@ -21,8 +21,7 @@ from lora_lightning import (
 )
 from lora_lightning.adapters.shira import ShiraConfig, SparseProduct
 from lora_lightning.errors import ConfigError, RankError, TargetError
-from tests.helpers.nets import bit_equal, shake, trainable
-from tests.helpers.peft_pairs import (
+from tests.helpers.compared_with_peft import (
     Chain,
     assert_compiles,
     assert_merges,
@@ -32,6 +31,7 @@ from tests.helpers.peft_pairs import (
     gradients,
     pair,
 )
+from tests.helpers.tensors import bit_equal, randomize, trainable
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # peft's sparse tensors
 
@@ -112,7 +112,7 @@ def test_transformers_conv1d() -> None:
     base = Chain(proj=Conv1D(40, 36)).double()
     model = copy.deepcopy(base)
     inject_adapter(model, ours(target_modules=["proj"]))
-    shake(trainable(model).values())
+    randomize(trainable(model).values())
     adapter = model.proj.adapters["default"]
     dense = torch.zeros(40, 36, dtype=torch.float64)
     for (row, column), value in zip(adapter.shira_indices.t(), adapter.shira_weight, strict=True):
@@ -172,7 +172,7 @@ def test_only_wanted_gradients_are_computed(wanted) -> None:
 def test_sparse_and_dense_products_agree(dtype, monkeypatch) -> None:
     base = chain("sparse").to(dtype)
     inject_adapter(base, ours())
-    shake(trainable(base).values())
+    randomize(trainable(base).values())
     x = example("sparse").to(dtype)
     y, found = base(x), gradients(base, x)
     monkeypatch.setattr("lora_lightning.adapters.shira.SPARSE_SHARE", 0)
@@ -187,7 +187,7 @@ def test_sparse_and_dense_products_agree(dtype, monkeypatch) -> None:
 def test_autocast() -> None:
     model = chain("sparse").float()
     inject_adapter(model, ours())
-    shake(trainable(model).values())
+    randomize(trainable(model).values())
     x = example("sparse").float()
     exact = model(x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -199,7 +199,7 @@ def test_autocast() -> None:
 def test_entries_of_a_file_in_any_order() -> None:
     model = chain("sparse")
     inject_adapter(model, ours())
-    shake(trainable(model).values())
+    randomize(trainable(model).values())
     x = example("sparse")
     y = model(x)
     state = {name: tensor.clone() for name, tensor in adapter_state_dict(model).items()}
@@ -217,7 +217,7 @@ def test_inputs_of_any_number_of_dimensions(shape) -> None:
     base = Chain(proj=chain("sparse").first)
     model = copy.deepcopy(base)
     inject_adapter(model, ours(target_modules=["proj"]))
-    shake(trainable(model).values())
+    randomize(trainable(model).values())
     x = torch.randn(shape, dtype=torch.float64)
     y = model(x)
     merge_adapter(model)
@@ -261,7 +261,7 @@ def test_a_scaled_update() -> None:
     base = chain("sparse")
     model = copy.deepcopy(base)
     inject_adapter(model, ours(target_modules=["proj"]))
-    shake(trainable(model).values())
+    randomize(trainable(model).values())
     x = torch.randn(3, 40, dtype=torch.float64)
     change = model.proj(x) - base.proj(x)
     scale_adapter(model, "default", 0.5)

@@ -25,7 +25,7 @@ from lora_lightning import (
     unmerge_adapter,
 )
 from lora_lightning.engine.injection import adapters_named
-from tests.helpers.nets import bit_equal, shake
+from tests.helpers.tensors import bit_equal, randomize
 
 TOKENS = [7, 3, 11]
 
@@ -53,7 +53,7 @@ def test_same_as_peft(tied: bool, wanted: object, tmp_path: Path) -> None:
     base = llama(tied)
     options = {"target_modules": ["q_proj"], "r": 2, "trainable_token_indices": wanted}
     theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**options))
-    shake([p for p in theirs.parameters() if p.requires_grad], 0.3)
+    randomize([p for p in theirs.parameters() if p.requires_grad], 0.3)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs.save_pretrained(tmp_path / "theirs")
@@ -137,7 +137,7 @@ def test_tables_that_share_a_weight_share_the_rows(wanted: dict) -> None:
     every = torch.arange(6)
     assert bit_equal(model(every), base(every))
     (rows,) = (p for p in model.parameters() if p.requires_grad)
-    shake([rows])
+    randomize([rows])
     table = base.one.weight.detach().clone()
     table[[3, 1]] = rows.detach()
     torch.testing.assert_close(model(every), 3 * table)
@@ -164,7 +164,7 @@ def test_deepcopy_keeps_head_and_table_together() -> None:
     model = llama()
     inject_adapter(model, LoraConfig(target_modules=[], trainable_token_indices=TOKENS))
     twin = copy.deepcopy(model)
-    shake([p for p in twin.parameters() if p.requires_grad])
+    randomize([p for p in twin.parameters() if p.requires_grad])
     assert not torch.allclose(loss_of(twin), loss_of(model))
     rows = adapters_named(twin, "default")
     assert rows["lm_head"]._rows[0] is rows["model.embed_tokens"]

@@ -24,8 +24,7 @@ from lora_lightning import (
 from lora_lightning.adapters.vera import Projections, VeraConfig
 from lora_lightning.engine.injection import extend_adapter
 from lora_lightning.errors import AdapterStateError, ConfigError, RankError, TargetError
-from tests.helpers.nets import bit_equal, shake, trainable
-from tests.helpers.peft_pairs import (
+from tests.helpers.compared_with_peft import (
     Chain,
     assert_compiles,
     assert_merges,
@@ -34,6 +33,7 @@ from tests.helpers.peft_pairs import (
     close,
     pair,
 )
+from tests.helpers.tensors import bit_equal, randomize, trainable
 
 NETS = {
     "linear": lambda: Chain(first=nn.Linear(6, 9), proj=nn.Linear(9, 5), last=nn.Linear(5, 7)),
@@ -121,7 +121,7 @@ def test_two_of_them_have_matrices_of_their_own() -> None:
     inject_adapter(model, ours(), "a")
     inject_adapter(model, ours(projection_prng_key=5, r=6, target_modules=["proj"]), "b")
     set_adapter(model, ["a", "b"])
-    shake(trainable(model).values())
+    randomize(trainable(model).values())
     one, other = matrices(model)
     assert other.vera_A.shape == (6, 9)
     delta = change(model.proj.adapters["a"], one) + change(model.proj.adapters["b"], other)
@@ -134,7 +134,7 @@ def test_a_scaled_update() -> None:
     base = NETS["linear"]().double()
     model = copy.deepcopy(base)
     inject_adapter(model, ours())
-    shake(trainable(model).values())
+    randomize(trainable(model).values())
     x = torch.randn(3, 6, dtype=torch.float64)
     whole = model.first(x) - base.first(x)
     scale_adapter(model, "default", 0.5)
@@ -155,7 +155,7 @@ def same_memory(model: nn.Module) -> bool:
 def test_matrices_exist_once_whatever_is_done_to_the_model() -> None:
     model = NETS["linear"]()
     inject_adapter(model, ours())
-    shake(trainable(model).values())
+    randomize(trainable(model).values())
     x = torch.randn(2, 6)
     y = model(x)
     assert same_memory(model)
@@ -176,7 +176,7 @@ def test_matrices_exist_once_whatever_is_done_to_the_model() -> None:
 def test_meta_device_and_back() -> None:
     model = NETS["linear"]()
     inject_adapter(model, ours(save_projection=False))
-    shake(trainable(model).values())
+    randomize(trainable(model).values())
     state = adapter_state_dict(model)
     assert not any("vera_A" in name for name in state)
     other = copy.deepcopy(model)
@@ -194,7 +194,7 @@ def test_matrices_come_from_the_state_where_they_are_saved() -> None:
     inject_adapter(model, ours())
     state = adapter_state_dict(model)
     assert [name for name in state if "vera_A" in name] == ["first.projections.vera_A"]
-    shake(state.values())  # another torch may have drawn others
+    randomize(state.values())  # another torch may have drawn others
     other = copy.deepcopy(model)
     load_adapter_state_dict(other, state)
     x = torch.randn(2, 6)
@@ -261,7 +261,7 @@ def test_random_start() -> None:
 def test_autocast() -> None:
     model = NETS["linear"]()
     inject_adapter(model, ours())
-    shake(trainable(model).values())
+    randomize(trainable(model).values())
     x = torch.randn(4, 6)
     exact = model(x)
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -19,7 +19,7 @@ from rich.console import Console
 from lora_lightning import LoraCallback, compare_with_base
 from lora_lightning.callbacks import Comparison, comparison
 from lora_lightning.errors import ConfigError
-from tests.helpers.modules import BuiltInConfigureModel, Data, Net, run
+from tests.helpers.lightning_modules import BuiltInConfigureModel, Data, Net, make_trainer
 from tests.helpers.processes import on_processes
 
 
@@ -45,7 +45,7 @@ def truth(net: torch.nn.Module) -> dict[str, float]:
 
 def fitted(folder: Path, module: LightningModule, *callbacks: Any, **options: Any) -> Any:
     lora = LoraCallback(r=4, target_modules=["2", "embed"])
-    trainer = run(folder, lora, *callbacks, **{"max_epochs": 10, **options})
+    trainer = make_trainer(folder, lora, *callbacks, **{"max_epochs": 10, **options})
     trainer.fit(module, Data())
     return trainer
 
@@ -112,7 +112,9 @@ def test_both_passes_draw_the_same(tmp_path: Path) -> None:
 
 def test_data_that_fit_was_given(tmp_path: Path) -> None:
     data = Data()
-    trainer = run(tmp_path, LoraCallback(r=2, target_modules=["embed"]), limit_val_batches=2)
+    trainer = make_trainer(
+        tmp_path, LoraCallback(r=2, target_modules=["embed"]), limit_val_batches=2
+    )
     trainer.fit(Metered(), data.train_dataloader(), data.val_dataloader())
     compared = compare_with_base(trainer)  # limit_val_batches holds here as well
     x, y = (t[:32] for t in Data().dataset.tensors)
@@ -128,7 +130,7 @@ def test_fast_dev_run(tmp_path: Path) -> None:
 
 def test_a_model_built_late_and_a_trained_copy(tmp_path: Path) -> None:
     lora = LoraCallback(r=4, target_modules=["embed"], modules_to_save=["head"])
-    trainer = run(tmp_path, lora, max_epochs=3)
+    trainer = make_trainer(tmp_path, lora, max_epochs=3)
     trainer.fit(BuiltInConfigureModel(), Data())
     compared = compare_with_base(trainer)
     assert compared.base["val_loss"] == pytest.approx(truth(Net())["val_loss"], rel=1e-5)
@@ -204,7 +206,7 @@ def test_nothing_to_compare(tmp_path: Path, module: Any, options: Any, message: 
 
 
 def test_no_adapter(tmp_path: Path) -> None:
-    trainer = run(tmp_path)
+    trainer = make_trainer(tmp_path)
     with pytest.raises(ConfigError, match="this Trainer has run none"):
         compare_with_base(trainer)
     trainer.fit(Net(), Data())
@@ -219,11 +221,11 @@ class WithoutValidation(Data):
 
 @pytest.mark.filterwarnings("ignore:Total length of `list`:UserWarning")
 def test_no_validation_data(tmp_path: Path) -> None:
-    trainer = run(tmp_path, LoraCallback(r=2, target_modules=["embed"]))
+    trainer = make_trainer(tmp_path, LoraCallback(r=2, target_modules=["embed"]))
     trainer.fit(Net(), Data().train_dataloader())
     with pytest.raises(ConfigError, match=r"no validation data .* \(data.val;"):
         compare_with_base(trainer)
-    trainer = run(tmp_path, LoraCallback(r=2, target_modules=["embed"]))
+    trainer = make_trainer(tmp_path, LoraCallback(r=2, target_modules=["embed"]))
     trainer.fit(Net(), WithoutValidation())
     with pytest.raises(ConfigError, match=r"the validation data are empty"):
         compare_with_base(trainer)
@@ -312,12 +314,12 @@ def test_ddp(tmp_path: Path) -> None:
 
 
 def compared_sharded(folder: str, meta: bool) -> list[Any]:
-    from tests.helpers.sharded_modules import BuiltAndSharded, OnMeta
+    from tests.helpers.fsdp2_modules import BuiltAndSharded, OnMeta
 
     strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
     lora = LoraCallback(r=4, target_modules=["2", "embed"])
     options: Any = {"strategy": strategy, "devices": 2, "max_epochs": 10}
-    trainer = run(Path(folder), lora, **options)
+    trainer = make_trainer(Path(folder), lora, **options)
     module = OnMeta() if meta else BuiltAndSharded()
     trainer.fit(module, Data())
     compared = compare_with_base(trainer)
@@ -328,7 +330,7 @@ def compared_sharded(folder: str, meta: bool) -> list[Any]:
 @pytest.mark.slow
 @pytest.mark.parametrize("meta", [False, True])
 def test_fsdp2(tmp_path: Path, meta: bool) -> None:
-    from tests.helpers.sharded_modules import Quiet
+    from tests.helpers.fsdp2_modules import Quiet
 
     first, second = on_processes(2, compared_sharded, str(tmp_path), meta)
     # The module does not reduce over processes: the mean over them is that of all data.

@@ -16,7 +16,7 @@ from lora_lightning.data import TextDataModule
 from lora_lightning.data.samples.sample import Chat, Document, prompt_and_answer
 from lora_lightning.errors import ConfigError
 from lora_lightning.tasks import CausalLM
-from tests.helpers.modules import run
+from tests.helpers.lightning_modules import make_trainer
 from tests.helpers.tiny_lm import tiny_llama, tiny_tokenizer
 
 TEXTS = [
@@ -64,7 +64,7 @@ def test_a_causal_lm(tmp_path: Path, capsys: Any) -> None:
     texts = TextSamples(["Paris is the"], max_new_tokens=6)
     lora = LoraCallback(r=8)
     options: Any = {"max_epochs": 8, "logger": CSVLogger(tmp_path), "log_every_n_steps": 5}
-    trainer = run(tmp_path, lora, texts, **options)
+    trainer = make_trainer(tmp_path, lora, texts, **options)
     trainer.fit(module, loader(), loader())
 
     read = sum(len(tiny_tokenizer()(text)["input_ids"]) for text in TEXTS)
@@ -124,7 +124,7 @@ def test_prompts_of_the_data_module(
     texts = TextSamples(max_new_tokens=3)
     lora = LoraCallback(r=2)
     options: Any = {"max_epochs": 1, "logger": CSVLogger(tmp_path)}
-    run(tmp_path, lora, texts, **options).fit(CausalLM(folder), data)
+    make_trainer(tmp_path, lora, texts, **options).fit(CausalLM(folder), data)
     row = rows_of(tmp_path)[0]
     assert row["prompt"] == prompt
     assert row["expected"] == expected
@@ -156,4 +156,4 @@ def test_no_validation_data_for_prompts(tmp_path: Path) -> None:
     path.write_text("".join(json.dumps(record) + "\n" for record in PAIRS))
     folder = str(tiny_llama(tmp_path / "model"))
     with pytest.raises(ConfigError, match="the validation data give none, so name some"):
-        run(tmp_path, TextSamples()).fit(CausalLM(folder), TextDataModule(str(path), 0))
+        make_trainer(tmp_path, TextSamples()).fit(CausalLM(folder), TextDataModule(str(path), 0))

@@ -21,7 +21,7 @@ from lora_lightning.callbacks import TextSamples, generation
 from lora_lightning.callbacks.text_loggers import log_texts
 from lora_lightning.callbacks.text_samples import as_table
 from lora_lightning.errors import ConfigError
-from tests.helpers.modules import Net, run
+from tests.helpers.lightning_modules import Net, make_trainer
 from tests.helpers.processes import on_processes
 from tests.helpers.tiny_lm import tiny_llama, tiny_tokenizer
 
@@ -78,7 +78,7 @@ def fit(folder: str, where: Path, *callbacks: Any, seed: int = 1, **options: Any
     module = Talker(folder)
     options = {"max_epochs": 4, "logger": CSVLogger(where), **options}
     lora = LoraCallback(r=4, target_modules=["q_proj", "v_proj", "down_proj"], lora_dropout=0.1)
-    trainer = run(where, lora, *callbacks, **options)
+    trainer = make_trainer(where, lora, *callbacks, **options)
     trainer.fit(module, Talk(folder))
     return trainer
 
@@ -176,7 +176,7 @@ def test_gradient_checkpointing_stays_on(tmp_path: Path, folder: str) -> None:
     module = Checkpointed(folder)
     lora = LoraCallback(r=2, target_modules=["q_proj"])
     callback = TextSamples(every_n_steps=1, max_new_tokens=5)
-    trainer = run(tmp_path, lora, callback, logger=CSVLogger(tmp_path))
+    trainer = make_trainer(tmp_path, lora, callback, logger=CSVLogger(tmp_path))
     trainer.fit(module, Talk(folder))
     assert module.lm.is_gradient_checkpointing
     assert module.lm.config.use_cache is False
@@ -187,7 +187,7 @@ def test_sampling_is_the_same_at_every_call(tmp_path: Path, folder: str) -> None
     """So that what changes in a text is the model."""
     texts = TextSamples(every_n_steps=1, max_new_tokens=8, generation=SAMPLED)
     lora = LoraCallback(r=2, target_modules=["q_proj"])
-    trainer = run(tmp_path, lora, texts, logger=CSVLogger(tmp_path), max_epochs=1)
+    trainer = make_trainer(tmp_path, lora, texts, logger=CSVLogger(tmp_path), max_epochs=1)
     module = Talker(folder)
     module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=0.0)  # type: ignore[method-assign]
     trainer.fit(module, Talk(folder))
@@ -212,7 +212,9 @@ def test_chats_without_adapter(tmp_path: Path) -> None:
     folder = str(tiny_llama(tmp_path / "model", "chatml"))
     chat = [{"role": "system", "content": "Hello"}, {"role": "user", "content": "How are you?"}]
     torch.manual_seed(0)
-    trainer = run(tmp_path, TextSamples([chat], max_new_tokens=4), logger=CSVLogger(tmp_path))
+    trainer = make_trainer(
+        tmp_path, TextSamples([chat], max_new_tokens=4), logger=CSVLogger(tmp_path)
+    )
     module = Talker(folder)
     module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=0.0)  # type: ignore[method-assign]
     trainer.fit(module, Talk(folder))
@@ -255,7 +257,7 @@ def test_an_encoder_decoder(tmp_path: Path, folder: str) -> None:
     options: Any = {"generation": {"min_new_tokens": 3}, "tokenizer": tokenizer}
     texts = TextSamples(["Hello world"], max_new_tokens=5, **options)
     lora = LoraCallback(r=2, target_modules=["q", "v"])
-    trainer = run(tmp_path, lora, texts, logger=CSVLogger(tmp_path))
+    trainer = make_trainer(tmp_path, lora, texts, logger=CSVLogger(tmp_path))
     trainer.fit(Translator(), Talk(folder).train_dataloader())
     (row,) = samples(tmp_path)  # there is no validation: at the end
     assert row["step"] == 3
@@ -295,18 +297,18 @@ class Nameless(Talker):
     ],
 )
 def test_refusals(tmp_path: Path, folder: str, kind: Any, options: Any, message: str) -> None:
-    trainer = run(tmp_path, TextSamples(**options))
+    trainer = make_trainer(tmp_path, TextSamples(**options))
     with pytest.raises(ConfigError, match=message):
         trainer.fit(kind(folder), Talk(folder))
     assert trainer.global_step == 0
 
 
 def test_no_prompts(tmp_path: Path, folder: str) -> None:
-    trainer = run(tmp_path, TextSamples())
+    trainer = make_trainer(tmp_path, TextSamples())
     with pytest.raises(ConfigError, match=r"TextSamples has no prompts: .* \(prompts\)"):
         trainer.fit(Talker(folder), Talk(folder).train_dataloader())
     with pytest.raises(ConfigError, match="Net has none"):
-        run(tmp_path, TextSamples(["a"])).fit(Net(), Talk(folder).train_dataloader())
+        make_trainer(tmp_path, TextSamples(["a"])).fit(Net(), Talk(folder).train_dataloader())
     with pytest.raises(ConfigError, match=r"must be at least 1, found 0. \(max_new_tokens\)"):
         TextSamples(max_new_tokens=0)
     with pytest.raises(ConfigError, match=r"must be at least 1, found 0. \(every_n_steps\)"):
@@ -436,7 +438,7 @@ def on_two_sharded(folder: str, where: str, writes: bool) -> dict[str, Any]:
     lora = LoraCallback(r=4, target_modules=["q_proj", "v_proj"])
     strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
     options: Any = {"strategy": strategy, "devices": 2, "logger": CSVLogger(where)}
-    run(Path(where), lora, *texts, **options).fit(module, Talk(folder))
+    make_trainer(Path(where), lora, *texts, **options).fit(module, Talk(folder))
     return {k: v.full_tensor() for k, v in module.state_dict().items() if ".adapters." in k}
 
 

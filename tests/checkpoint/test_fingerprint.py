@@ -27,7 +27,8 @@ from lora_lightning.checkpoint.fingerprint import (
     fingerprint_difference,
 )
 from lora_lightning.errors import AdapterMismatchError
-from tests.helpers.nets import Transformer, shake, token_ids, trainable
+from tests.helpers.tensors import randomize, trainable
+from tests.helpers.torch_models import Transformer, token_ids
 
 
 def difference(one: nn.Module, other: nn.Module) -> list[str]:
@@ -80,7 +81,7 @@ def test_adapters_training_and_merging_do_not_matter(options):
     before = base_fingerprint(model)
     steps = {
         "injected": lambda: inject_adapter(model, LoraConfig(r=2, **options)),
-        "trained": lambda: shake(trainable(model).values()),
+        "trained": lambda: randomize(trainable(model).values()),
         "merged": lambda: merge_adapter(model),
         "unmerged": lambda: unmerge_adapter(model),
         "inactive": lambda: set_adapter(model, []),
@@ -100,7 +101,7 @@ def test_merged_rows_of_a_tied_table_do_not_matter():
     model = copy.deepcopy(base)
     tokens = {"embed": [1, 2]}
     inject_adapter(model, LoraConfig(target_modules=[], trainable_token_indices=tokens))
-    shake(trainable(model).values())
+    randomize(trainable(model).values())
     merge_adapter(model)
     assert difference(model, base) == []
 
@@ -109,7 +110,7 @@ def test_folding_an_adapter_in_makes_another_base():
     model = Transformer()
     before = base_fingerprint(model)
     inject_adapter(model, LoraConfig(r=2, target_modules=["q"]))
-    shake(trainable(model).values())
+    randomize(trainable(model).values())
     merge_and_unload(model)
     assert fingerprint_difference(before, base_fingerprint(model)) == [
         "layers.0.attn.q.weight: other values",
@@ -124,9 +125,9 @@ def test_a_head_that_is_trained_in_full_is_left_out():
     names = set(base_fingerprint(model))
     assert names == {name for name, _ in Transformer().named_parameters() if "head" not in name}
     other = copy.deepcopy(model)
-    shake([other.head.weight])
+    randomize([other.head.weight])
     assert difference(model, other) == []
-    shake([other.norm.weight])
+    randomize([other.norm.weight])
     assert difference(model, other) == ["norm.weight: other values"]
 
 

@@ -41,8 +41,9 @@ from lora_lightning import (
     set_adapter,
 )
 from lora_lightning.errors import AdapterMismatchError, AdapterStateError, CheckpointError
-from tests.helpers.modules import Net
-from tests.helpers.nets import OneLayerNet, Transformer, bit_equal, shake, token_ids
+from tests.helpers.lightning_modules import Net
+from tests.helpers.tensors import bit_equal, randomize
+from tests.helpers.torch_models import OneLayerNet, Transformer, token_ids
 
 CLOSE: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-10}
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -51,7 +52,7 @@ CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 def ours(base: nn.Module, name: str = "default", **options: Any) -> nn.Module:
     model = copy.deepcopy(base)
     inject_adapter(model, LoraConfig(**{"r": 2, **options}), name)
-    shake([p for p in model.parameters() if p.requires_grad], 0.3)
+    randomize([p for p in model.parameters() if p.requires_grad], 0.3)
     return model
 
 
@@ -59,7 +60,7 @@ def theirs(base: nn.Module, **options: Any) -> peft.PeftModel:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of tied weights, of what it mutates
         model = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**{"r": 2, **options}))
-    shake([p for p in model.parameters() if p.requires_grad], 0.3)
+    randomize([p for p in model.parameters() if p.requires_grad], 0.3)
     return model.eval() if not base.training else model
 
 
@@ -247,7 +248,7 @@ def test_names_of_adapters(tmp_path: Path) -> None:
         warnings.simplefilter("ignore")
         peft_model.add_adapter("other", peft.LoraConfig(r=3, target_modules=["v"]))
     peft_model.set_adapter("other")
-    shake([p for p in peft_model.parameters() if p.requires_grad], 0.3)
+    randomize([p for p in peft_model.parameters() if p.requires_grad], 0.3)
     save_theirs(peft_model, tmp_path / "theirs")  # "default" at its top, "other" inside
     again = copy.deepcopy(base)
     load_adapter(again, tmp_path / "theirs")
@@ -282,7 +283,7 @@ def test_several_adapters_of_different_types_in_one_folder(tmp_path: Path) -> No
     inject_adapter(model, LoraConfig(r=1, target_modules=["k"], modules_to_save=["head"]), "three")
     names = ["three", "two", "one"]
     set_adapter(model, names)
-    shake([p for p in model.parameters() if p.requires_grad], 0.3)
+    randomize([p for p in model.parameters() if p.requires_grad], 0.3)
     save_adapter(model, tmp_path, ["two", "one", "three", "one"])
     assert sorted(p.name for p in tmp_path.iterdir()) == [CONFIG, "one", "three", "two"]
     again = copy.deepcopy(base)
@@ -369,7 +370,7 @@ def test_rows_alone(tied: bool, tmp_path: Path) -> None:
     source = peft.get_peft_model(
         copy.deepcopy(base), peft.TrainableTokensConfig(token_indices=[5, 2])
     )
-    shake([p for p in source.parameters() if p.requires_grad], 0.3)
+    randomize([p for p in source.parameters() if p.requires_grad], 0.3)
     save_theirs(source, tmp_path / "theirs")
     model = copy.deepcopy(base)
     load_adapter(model, tmp_path / "theirs")
@@ -415,7 +416,7 @@ def test_inside_of_a_lightning_module(tmp_path: Path) -> None:
     x = torch.randn(3, 8, dtype=torch.float64)
     base = copy.deepcopy(module.body)
     inject_adapter(module.body, LoraConfig(r=2))
-    shake([p for p in module.body.parameters() if p.requires_grad], 0.3)
+    randomize([p for p in module.body.parameters() if p.requires_grad], 0.3)
     save_adapter(module.body, tmp_path / "body")
     assert all(key.startswith("base_model.model.2.") for key in keys_of(tmp_path / "body"))
     z = module.norm(module.embed(x))

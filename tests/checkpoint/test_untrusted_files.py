@@ -38,9 +38,10 @@ from lora_lightning import (
 )
 from lora_lightning.adapters.registry import config_types
 from lora_lightning.errors import AdapterMismatchError, AdapterStateError, CheckpointError
-from tests.helpers.modules import Data, Net, run
-from tests.helpers.nets import OneLayerNet, bit_equal, shake
-from tests.helpers.untouched import untouched
+from tests.helpers.lightning_modules import Data, Net, make_trainer
+from tests.helpers.tensors import bit_equal, randomize
+from tests.helpers.torch_models import OneLayerNet
+from tests.helpers.unchanged import unchanged_check
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 A = "base_model.model.layers.0.proj.lora_A.weight"
@@ -64,7 +65,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = OneLayerNet("linear")
     options = {"target_modules": ["proj"], "modules_to_save": ["head"], "lora_alpha": 3}
     inject_adapter(model, LoraConfig(r=2, **options))
-    shake([p for p in model.parameters() if p.requires_grad])
+    randomize([p for p in model.parameters() if p.requires_grad])
     folder = tmp_path_factory.mktemp("good")
     save_adapter(model, folder)
     return folder
@@ -105,7 +106,7 @@ def folder(good: Path, tmp_path: Path) -> Folder:
 def refused(path: Any, words: str = "", error: type[LoraError] = LoraError, **options: Any) -> str:
     """The text of the refusal; nothing about the model has changed."""
     model = base()
-    before = untouched(model)
+    before = unchanged_check(model)
     began = time.monotonic()
     with pytest.raises(error, match=words or None) as caught:
         load_adapter(model, path, **options)
@@ -117,7 +118,7 @@ def refused(path: Any, words: str = "", error: type[LoraError] = LoraError, **op
 
 def test_the_good_one_loads(folder: Folder) -> None:
     model = base()
-    before = untouched(model)
+    before = unchanged_check(model)
     load_adapter(model, folder.path)
     assert adapter_names(model) == ["other", "default"]
     delete_adapter(model, "default")
@@ -127,7 +128,7 @@ def test_the_good_one_loads(folder: Folder) -> None:
 def test_a_refusal_of_the_first_adapter_leaves_a_plain_model(folder: Folder) -> None:
     model = OneLayerNet("linear")
     model.norm.eval()
-    before = untouched(model)
+    before = unchanged_check(model)
     folder.values(**{A: folder.tensors[A] * float("nan")})
     with pytest.raises(LoraError):
         load_adapter(model, folder.path)
@@ -245,12 +246,12 @@ def test_names(name: str, folder: Folder) -> None:
 def test_states_in_which_nothing_can_be_loaded(folder: Folder) -> None:
     model = base()
     with disable_adapter(model):
-        before = untouched(model)
+        before = unchanged_check(model)
         with pytest.raises(AdapterStateError, match="disabled at present"):
             load_adapter(model, folder.path)
         before()
     merge_adapter(model)
-    before = untouched(model)
+    before = unchanged_check(model)
     with pytest.raises(AdapterStateError, match="merged"):
         load_adapter(model, folder.path)
     before()
@@ -404,7 +405,7 @@ def test_any_value_for_any_key(any_type: Path, data: st.DataObject) -> None:
     (place / CONFIG).write_text(json.dumps(changed))
     (place / TENSORS).write_bytes((any_type / TENSORS).read_bytes())
     model = base()
-    before = untouched(model)
+    before = unchanged_check(model)
     try:
         load_adapter(model, place)
     except LoraError:
@@ -435,7 +436,7 @@ def test_flipped_bits_in_the_header(folder: Folder) -> None:
     content = (folder.path / TENSORS).read_bytes()
     header = 8 + struct.unpack("<Q", content[:8])[0]
     model = base()
-    before = untouched(model)
+    before = unchanged_check(model)
     outcomes = set()
     for place in range(0, header, 3):
         spoilt = bytearray(content)
@@ -581,7 +582,7 @@ def test_a_full_disk(after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         "lora_lightning.utilities.atomic_write.open", FullDisk(after), raising=False
     )
     model = adapted(lora_alpha=4)  # both files change
-    shake(model.parameters())
+    randomize(model.parameters())
     with pytest.raises(CheckpointError, match=r"cannot be written to .*: No space left"):
         save_adapter(model, tmp_path)
     assert contents(tmp_path) == before
@@ -614,7 +615,7 @@ def test_interrupted_between_the_files(
         monkeypatch.setattr(os, "link", no_links)
     monkeypatch.setattr(os, "replace", fails)
     model = adapted(lora_alpha=4)  # both files change
-    shake(model.parameters())
+    randomize(model.parameters())
     with pytest.raises((CheckpointError, KeyboardInterrupt)):
         save_adapter(model, tmp_path)
     assert contents(tmp_path) == before
@@ -669,7 +670,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Net]
     for name, chosen in callbacks.items():
         torch.manual_seed(0)
         module = Net()
-        trainer = run(folder, *chosen, max_steps=3, max_epochs=-1)
+        trainer = make_trainer(folder, *chosen, max_steps=3, max_epochs=-1)
         trainer.fit(module, Data())
         trainer.save_checkpoint(folder / f"{name}.ckpt")
         found[name] = (folder / f"{name}.ckpt", module.eval())
@@ -724,7 +725,7 @@ def test_checkpoints_onto_a_part(
     with torch.no_grad():
         other = Net()
         other.body[2].weight += 1e-3
-    before = untouched(other)
+    before = unchanged_check(other)
     with pytest.raises(AdapterMismatchError, match=r"another base model.*\n.*2.weight: other val"):
         load_adapter(other.body, path, adapter)
     before()
@@ -736,25 +737,25 @@ def test_checkpoints_onto_a_part(
 def test_checkpoints_of_another_base(runs: dict[str, tuple[Path, Net]]) -> None:
     path, _ = runs["one"]
     for model in (nn.Sequential(nn.Linear(3, 3)), nn.ModuleDict({"net": Net()})):
-        before = untouched(model)
+        before = unchanged_check(model)
         with pytest.raises(AdapterMismatchError, match="give the model that was trained"):
             load_adapter(model, path)
         before()
     wrong = Net()
     with torch.no_grad():
         wrong.norm.weight[3] += 1e-6
-    before = untouched(wrong)
+    before = unchanged_check(wrong)
     with pytest.raises(AdapterMismatchError, match=r"norm.weight: other values"):
         load_adapter(wrong, path)
     before()
     wider = Net(width=12)
-    before = untouched(wider)
+    before = unchanged_check(wider)
     with pytest.raises(AdapterMismatchError, match=r"\[2, 16\] in the checkpoint, \[2, 12\] here"):
         load_adapter(wider, path)
     before()
     taken = Net()
     load_adapter(taken, path)
-    before = untouched(taken)
+    before = unchanged_check(taken)
     with pytest.raises(AdapterStateError, match="already has an adapter 'default'"):
         load_adapter(taken, path)
     before()
@@ -762,7 +763,7 @@ def test_checkpoints_of_another_base(runs: dict[str, tuple[Path, Net]]) -> None:
 
 def not_loaded(path: Path, words: str, error: type[LoraError] = LoraError) -> None:
     module = Net()
-    before = untouched(module)
+    before = unchanged_check(module)
     with pytest.raises(error, match=words) as caught:
         load_adapter(module, path)
     before()
@@ -863,7 +864,7 @@ def test_the_watch_can_fail() -> None:
         lambda m: setattr(m.head, "note", 1),
     ):
         model = base()
-        before = untouched(model)
+        before = unchanged_check(model)
         before()
         change(model)
         with pytest.raises(AssertionError):

@@ -17,7 +17,7 @@ import yaml
 
 import lora_lightning.cli.main
 from tests.helpers.paths import ROOT
-from tests.helpers.resuming import differences
+from tests.helpers.resumable_run import differences
 
 CONFIG: dict[str, Any] = {
     "lora": {"r": 2, "lora_dropout": 0.1, "modules_to_save": ["head"]},
@@ -36,7 +36,7 @@ CONFIG: dict[str, Any] = {
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A user's folder: a module, its data and a config."""
-    (tmp_path / "modules.py").write_text((ROOT / "tests/helpers/modules.py").read_text())
+    (tmp_path / "modules.py").write_text((ROOT / "tests/helpers/lightning_modules.py").read_text())
     write(tmp_path / "my.yaml", CONFIG)
     return tmp_path
 

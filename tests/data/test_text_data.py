@@ -26,7 +26,7 @@ from lora_lightning.data.encoding.for_model import encoding_for
 from lora_lightning.errors import ConfigError, LoraError, RecordError
 from lora_lightning.tasks import CausalLM
 from lora_lightning.utilities.constants import IGNORE_INDEX
-from tests.helpers.modules import run
+from tests.helpers.lightning_modules import make_trainer
 from tests.helpers.tiny_lm import tiny_llama, tiny_tokenizer
 
 
@@ -186,7 +186,7 @@ def test_a_stream_that_gives_no_batch_is_an_error(model, tmp_path):
     for lora in ([], [LoraCallback()]):
         data = TextDataModule(train=path, val=0, max_length=64, streaming=True, untrainable="drop")
         with pytest.raises(RecordError, match="gave no batch, at least on one of 1 processes"):
-            run(tmp_path, *lora, max_steps=2).fit(CausalLM(model), data)
+            make_trainer(tmp_path, *lora, max_steps=2).fit(CausalLM(model), data)
 
 
 def test_the_state_of_a_stream_is_three_numbers(model, train):
@@ -253,7 +253,7 @@ def test_predicting_answers_in_order(workers, model, tmp_path):
     prompts = write(tmp_path / "p.jsonl", rows)
     data = TextDataModule(predict=prompts, batch_size=4, num_workers=workers)
     module = CausalLM(model, max_new_tokens=3)
-    answers = run(tmp_path).predict(module, data)
+    answers = make_trainer(tmp_path).predict(module, data)
     assert [len(batch) for batch in answers] == [4, 2]
     alone = []
     for row in rows:
@@ -392,7 +392,7 @@ def opt(folder: Path) -> str:
 
 def fit(folder: Path, module: LightningModule, data: TextDataModule, **options: Any) -> Any:
     callbacks = [LoraCallback(r=2)] if isinstance(module, CausalLM) else []
-    trainer = run(folder, *callbacks, **{"max_steps": 2, "max_epochs": -1, **options})
+    trainer = make_trainer(folder, *callbacks, **{"max_steps": 2, "max_epochs": -1, **options})
     trainer.fit(module, data)
     return trainer
 

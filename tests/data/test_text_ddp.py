@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 
 from lora_lightning import LoraCallback, TextDataModule
 from lora_lightning.tasks import CausalLM
-from tests.helpers.modules import run
+from tests.helpers.lightning_modules import make_trainer
 from tests.helpers.processes import on_processes
 from tests.helpers.tiny_lm import tiny_llama
 from tests.tasks.test_sharding import LAYERS
@@ -72,7 +72,7 @@ def train(
         Steps(folder),
     )
     options = {"max_epochs": 2, "devices": devices, "strategy": strategy_of(strategy)}
-    trainer = run(folder, LoraCallback(r=2), steps, **options)
+    trainer = make_trainer(folder, LoraCallback(r=2), steps, **options)
     trainer.fit(module, TextDataModule(max_length=64, **how), ckpt_path=checkpoint)
     adapter = [p.detach() for p in module.parameters() if p.requires_grad]
     if strategy == "fsdp2":

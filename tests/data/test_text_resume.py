@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, seed_everything
 from lora_lightning import LoraCallback, TextDataModule
 from lora_lightning.data.batches.stream import StreamPass
 from lora_lightning.utilities.pretrained import load_pretrained
-from tests.helpers.modules import run
+from tests.helpers.lightning_modules import make_trainer
 from tests.helpers.tiny_lm import tiny_llama
 
 # Epoch and batch after which checkpoints are written.
@@ -70,7 +70,7 @@ def fit(folder: Path, model: str, train: str, lora: bool, checkpoint: Path | Non
         torch.rand(5)  # another process, with luck of its own
     options = {"max_length": 64, "batch_size": 3, "shuffle_buffer": 8, **how}
     callbacks = [LoraCallback(r=2)] if lora else []
-    trainer = run(folder, *callbacks, Spots(folder), max_epochs=2)
+    trainer = make_trainer(folder, *callbacks, Spots(folder), max_epochs=2)
     module = Reader(model)
     trainer.fit(module, TextDataModule(train=train, **options), ckpt_path=checkpoint)
     return module.read, torch.cat([p.detach().flatten() for p in module.parameters()])

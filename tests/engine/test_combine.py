@@ -41,7 +41,7 @@ from lora_lightning.engine.task_arithmetic import (
 )
 from lora_lightning.errors import AdapterStateError, ConfigError, LoraError, RankError
 from lora_lightning.layers.base import named_adapted_layers
-from tests.helpers.nets import bit_equal, shake
+from tests.helpers.tensors import bit_equal, randomize
 
 WEIGHTS = [0.75, -0.5, 1.25]
 
@@ -223,7 +223,7 @@ def zoo(**configs: dict) -> nn.Module:
     model = Zoo().double()
     for name, options in configs.items():
         inject_adapter(model, LoraConfig(**{"r": 2, "target_modules": EVERY[:-1], **options}), name)
-        shake(p for key, p in model.named_parameters() if f".adapters.{name}." in key)
+        randomize(p for key, p in model.named_parameters() if f".adapters.{name}." in key)
     return model
 
 
@@ -302,7 +302,7 @@ def test_cat_on_groups_of_few_inputs_and_many_outputs():
     model = nn.Sequential(nn.Conv1d(2, 12, 1, groups=2)).double()
     for name in ("a", "b"):
         inject_adapter(model, LoraConfig(r=2, target_modules=["0"]), name)
-    shake(model[0].adapters.parameters())
+    randomize(model[0].adapters.parameters())
     x = randn(1, 2, 5)
     with disable_adapter(model):
         base = model(x)
@@ -320,7 +320,7 @@ def test_every_projection_of_an_attention(combination, sizes):
     for name in ("a", "b"):
         config = LoraConfig(r=2, target_modules=["attn"], use_rslora=name == "b", lora_alpha=2)
         inject_adapter(model, config, name)
-    shake(model["attn"].adapters.parameters())
+    randomize(model["attn"].adapters.parameters())
     density = 0.5 if "ties" in combination else None
     add_weighted_adapter(model, ["a", "b"], [0.5, -2.0], "new", combination, density=density)
     adapters = model["attn"].adapters

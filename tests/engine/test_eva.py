@@ -16,8 +16,8 @@ from lora_lightning import LoraCallback, LoraConfig, LoraError, adapter_state_di
 from lora_lightning.engine.eva import EvaConfig, PrincipalComponents, eva_start
 from lora_lightning.engine.injection import adapters_named
 from lora_lightning.layers.base import named_adapted_layers
-from tests.helpers.modules import Data, Net, run
-from tests.helpers.nets import bit_equal
+from tests.helpers.lightning_modules import Data, Net, make_trainer
+from tests.helpers.tensors import bit_equal
 
 
 def rows(n: int, features: int = 6, seed: int = 0) -> Tensor:
@@ -154,7 +154,7 @@ def test_a_run_starts_from_its_data_and_resumes_exactly(tmp_path: Path) -> None:
         model = module()
         torch.manual_seed(3)
         saver = ModelCheckpoint(save_last=True)
-        run(tmp_path / folder, callback(), saver, max_epochs=epochs).fit(
+        make_trainer(tmp_path / folder, callback(), saver, max_epochs=epochs).fit(
             model, Data(), ckpt_path=ckpt
         )
         return model
@@ -170,7 +170,9 @@ def test_a_run_starts_from_its_data_and_resumes_exactly(tmp_path: Path) -> None:
 
     again = module()  # a checkpoint of other ranks than these data would give
     saved = next((tmp_path / "half").rglob("last.ckpt"))
-    results = run(tmp_path, callback()).validate(again, Data(), ckpt_path=saved, verbose=False)
+    results = make_trainer(tmp_path, callback()).validate(
+        again, Data(), ckpt_path=saved, verbose=False
+    )
     assert results
     assert {k: t.shape for k, t in adapter_state_dict(again).items()} == {
         k: t.shape for k, t in one.items()
@@ -191,10 +193,10 @@ def test_one_trainer_trains_and_evaluates(tmp_path: Path) -> None:
         return {name: tensor.shape for name, tensor in adapter_state_dict(model).items()}
 
     expected = module()
-    run(tmp_path, callback()).fit(expected, Data())
+    make_trainer(tmp_path, callback()).fit(expected, Data())
 
     model, lora = module(), callback()
-    trainer = run(tmp_path, lora)
+    trainer = make_trainer(tmp_path, lora)
     trainer.validate(model, Data(), verbose=False)  # as it is before fine-tuning
     torch.manual_seed(0)
     trainer.fit(model, Data())
@@ -203,12 +205,16 @@ def test_one_trainer_trains_and_evaluates(tmp_path: Path) -> None:
     trainer.validate(model, Data(), verbose=False)
     trainer.predict(model, Data())
     assert all(bit_equal(t, trained[name]) for name, t in adapter_state_dict(model).items())
-    run(tmp_path, callback(), max_epochs=2).fit(model, Data())  # goes on with the same ranks
+    make_trainer(tmp_path, callback(), max_epochs=2).fit(
+        model, Data()
+    )  # goes on with the same ranks
     assert shapes(model) == shapes(expected)
-    run(tmp_path, lora).fit(other := module(), Data())  # looks at the data for another module
+    make_trainer(tmp_path, lora).fit(
+        other := module(), Data()
+    )  # looks at the data for another module
     assert shapes(other) == shapes(expected)
     with pytest.raises(LoraError, match="r: 2 there, 1 here"):
-        run(tmp_path, callback(r=1)).validate(model, Data(), verbose=False)
+        make_trainer(tmp_path, callback(r=1)).validate(model, Data(), verbose=False)
 
 
 def test_ranks_of_a_checkpoint_leave_the_other_adapters_as_they_were(tmp_path: Path) -> None:
@@ -217,13 +223,13 @@ def test_ranks_of_a_checkpoint_leave_the_other_adapters_as_they_were(tmp_path: P
         frozen = LoraCallback(r=1, adapter_name="frozen", trainable=False)
         return [found, frozen]
 
-    trainer = run(tmp_path, *callbacks(rank_pattern={"embed": 3}))
+    trainer = make_trainer(tmp_path, *callbacks(rank_pattern={"embed": 3}))
     trainer.fit(Net(), Data())
     trainer.save_checkpoint(tmp_path / "both.ckpt")
     saved = torch.load(tmp_path / "both.ckpt", weights_only=True)["lora_lightning"]["adapters"]
     assert saved["default"]["config"]["rank_pattern"]
     module = Net()
-    run(tmp_path, *callbacks()).validate(
+    make_trainer(tmp_path, *callbacks()).validate(
         module, Data(), ckpt_path=tmp_path / "both.ckpt", verbose=False
     )
     for _, layer in named_adapted_layers(module):
@@ -244,7 +250,7 @@ def test_random_state_is_left_alone(tmp_path: Path) -> None:
             step(batch, i),
         )[1]
         torch.manual_seed(5)
-        run(tmp_path, LoraCallback(r=2, init_lora_weights=start)).fit(model, Data())
+        make_trainer(tmp_path, LoraCallback(r=2, init_lora_weights=start)).fit(model, Data())
         orders.append(torch.cat(seen))
     assert bit_equal(*orders)
 

@@ -40,9 +40,10 @@ from lora_lightning import (
 from lora_lightning.adapters.registry import config_types
 from lora_lightning.engine.injection import adapters_named
 from lora_lightning.errors import AdapterMismatchError, AdapterStateError
-from tests.helpers.modules import BuiltInConfigureModel, Data, Net, run
-from tests.helpers.nets import VOCAB, Transformer, bit_equal, shake, token_ids, trainable
-from tests.helpers.untouched import untouched
+from tests.helpers.lightning_modules import BuiltInConfigureModel, Data, Net, make_trainer
+from tests.helpers.tensors import bit_equal, randomize, trainable
+from tests.helpers.torch_models import VOCAB, Transformer, token_ids
+from tests.helpers.unchanged import unchanged_check
 
 CLOSE: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-10}
 
@@ -51,7 +52,7 @@ def add(model: nn.Module, name: str, seed: int = 0, **options: Any) -> nn.Module
     """An adapter with values that matter."""
     inject_adapter(model, LoraConfig(**{"r": 2, **options}), name)
     torch.manual_seed(seed + len(name) + ord(name[0]))
-    shake([p for n, p in model.named_parameters() if f".adapters.{name}." in n], 0.3)
+    randomize([p for n, p in model.named_parameters() if f".adapters.{name}." in n], 0.3)
     return model
 
 
@@ -171,7 +172,7 @@ def test_generate_with_a_cache_keeps_every_row_with_its_adapter() -> None:
 
 def test_what_rows_refuse() -> None:
     model = add(nn.Sequential(nn.Linear(4, 4)), "french")
-    before = untouched(model)
+    before = unchanged_check(model)
     x = torch.randn(2, 4)
     with pytest.raises(AdapterStateError, match=r"No adapter 'frensh'.*Did you mean 'french'"):
         adapters_per_row(model, ["frensh", None]).__enter__()
@@ -204,7 +205,7 @@ def test_rows_nest_and_end_with_an_error() -> None:
     set_adapter(model, ["a", "b"])
     x = torch.randn(2, 4, dtype=torch.float64)
     plain = model(x)
-    before = untouched(model)
+    before = unchanged_check(model)
     with adapters_per_row(model, ["a", None]):
         outer = model(x)
         with adapters_per_row(model, ["b", "b"]):
@@ -291,7 +292,7 @@ def test_scale_is_of_one_adapter_and_of_this_run(tmp_path: Path) -> None:
 
 def test_what_scaling_refuses() -> None:
     model = add(nn.Sequential(nn.Linear(4, 4)), "alpha")
-    before = untouched(model)
+    before = unchanged_check(model)
     with pytest.raises(AdapterStateError, match="Did you mean 'alpha'"):
         scale_adapter(model, "alfa", 2)
     for factor in (float("nan"), float("inf"), "2", None):
@@ -304,7 +305,7 @@ def test_what_scaling_refuses() -> None:
     rows = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 4))
     options = {"target_modules": ["1"], "trainable_token_indices": {"0": [1]}}
     add(rows, "a", **options)
-    before = untouched(rows)
+    before = unchanged_check(rows)
     with pytest.raises(AdapterStateError, match="TokenRows, which has no scaling"):
         scale_adapter(rows, "a", 2)
     before()
@@ -432,7 +433,7 @@ def test_a_swap_that_does_not_fit_changes_nothing(case: str, tmp_path: Path) -> 
     base = Transformer()
     path = folder(tmp_path, base, 1, **{"target_modules": ["q"], **theirs})
     model = add(copy.deepcopy(base), "default", **{"target_modules": ["q"], "r": 4, **ours})
-    before = untouched(model)
+    before = unchanged_check(model)
     with pytest.raises(AdapterMismatchError, match=words) as caught:
         hotswap_adapter(model, path)
     assert "nothing was changed" in str(caught.value)
@@ -443,7 +444,7 @@ def test_what_a_swap_refuses(tmp_path: Path) -> None:
     base = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     path = folder(tmp_path / "good", base, 1)
     model = add(copy.deepcopy(base), "default")
-    before = untouched(model)
+    before = unchanged_check(model)
     tensors = load_file(path / "adapter_model.safetensors")
     key = "base_model.model.0.lora_A.weight"
     for change, words in (
@@ -470,7 +471,7 @@ def test_what_a_swap_refuses(tmp_path: Path) -> None:
     loha = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     inject_adapter(loha, lora_lightning.LohaConfig(r=2))
     save_file(tensors, path / "adapter_model.safetensors")
-    before = untouched(loha)
+    before = unchanged_check(loha)
     with pytest.raises(AdapterMismatchError, match="of type LORA, this one of type LOHA"):
         hotswap_adapter(loha, path)
     before()
@@ -629,7 +630,7 @@ def test_made_without_memory_then_filled(name: str, second: bool) -> None:
             inject_adapter(carrier, LoraConfig(r=1, target_modules=["proj"]), "before")
     inject_adapter(source, empty_config(name))
     set_adapter(source, "default")
-    shake([p for p in trainable(source).values() if p.is_floating_point()], 0.3)
+    randomize([p for p in trainable(source).values() if p.is_floating_point()], 0.3)
     state = {key: tensor.clone() for key, tensor in adapter_state_dict(source).items()}
 
     random = torch.get_rng_state()
@@ -640,7 +641,7 @@ def test_made_without_memory_then_filled(name: str, second: bool) -> None:
     assert with_values == [key for key in empty if key.endswith("seen")]  # is in no file
     assert active_adapters(model) == (["before"] if second else ["default"])
     set_adapter(model, "default")
-    before = untouched(model)
+    before = unchanged_check(model)
     with pytest.raises(AdapterStateError, match="no values yet"):
         model(ids)
     with pytest.raises(LoraError, match="no values"):
@@ -673,7 +674,7 @@ def test_a_state_that_does_not_fit_leaves_it_empty(name: str) -> None:
     inject_adapter(source, empty_config(name))
     inject_adapter(model, empty_config(name), low_cpu_mem_usage=True)
     state = adapter_state_dict(source)
-    before = untouched(model)
+    before = unchanged_check(model)
     for key in list(state)[:1] + list(state)[-1:]:
         with pytest.raises(AdapterMismatchError, match="missing"):
             load_adapter_state_dict(model, {k: t for k, t in state.items() if k != key})
@@ -695,7 +696,7 @@ def test_a_base_without_values_comes_first() -> None:
 
 def fit(folder: Path, module: nn.Module, *callbacks: Any, **options: Any) -> Any:
     torch.manual_seed(1)
-    trainer = run(folder, *callbacks, **{"max_steps": 3, "max_epochs": -1, **options})
+    trainer = make_trainer(folder, *callbacks, **{"max_steps": 3, "max_epochs": -1, **options})
     trainer.fit(module, Data())
     return trainer
 
@@ -770,7 +771,7 @@ def test_resume_with_two_is_exact(tmp_path: Path) -> None:
     def trained(epochs: int, **options: Any) -> Net:
         torch.manual_seed(3 if options else 1)
         module = Net()
-        run(tmp_path, *callbacks(), max_epochs=epochs).fit(module, Data(), **options)
+        make_trainer(tmp_path, *callbacks(), max_epochs=epochs).fit(module, Data(), **options)
         return module
 
     whole = trained(4)
@@ -780,7 +781,7 @@ def test_resume_with_two_is_exact(tmp_path: Path) -> None:
     for name in "ab":
         assert same(values(resumed, name), values(whole, name))
     with pytest.raises(AdapterMismatchError, match="adapter 'b': only in the checkpoint"):
-        run(tmp_path, callbacks()[0], max_epochs=5).fit(Net(), Data(), ckpt_path=last)
+        make_trainer(tmp_path, callbacks()[0], max_epochs=5).fit(Net(), Data(), ckpt_path=last)
 
 
 @pytest.mark.parametrize("kind", [Net, BuiltInConfigureModel])
@@ -795,7 +796,7 @@ def test_start_from_a_folder_and_from_a_checkpoint(kind: type, tmp_path: Path) -
         LoraCallback(adapter_name="style", init_from=str(tmp_path / "style"), trainable=False),
         LoraCallback(adapter_name="more", init_from=str(tmp_path / "b.ckpt")),
     ]
-    run(tmp_path, *callbacks).validate(module, Data(), verbose=False)
+    make_trainer(tmp_path, *callbacks).validate(module, Data(), verbose=False)
     assert same(values(module, "style"), values(style, "style"))
     assert same(values(module, "more"), values(source, "b"))
     assert callbacks[0].config.r == 2

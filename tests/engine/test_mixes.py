@@ -36,7 +36,7 @@ from lora_lightning import (
 from lora_lightning.checkpoint.fingerprint import base_tensors
 from lora_lightning.errors import LoraError
 from lora_lightning.layers.base import named_adapted_layers
-from tests.helpers.nets import bit_equal, shake
+from tests.helpers.tensors import bit_equal, randomize
 
 State = dict[str, Tensor]
 
@@ -151,7 +151,7 @@ def adapted(kinds: tuple[str, ...], **options) -> tuple[nn.Module, nn.Module]:
     for kind in kinds:
         inject_adapter(model, config_for(kind, **options), kind)
     set_adapter(model, list(kinds))
-    shake([p for p in model.parameters() if p.requires_grad], 0.4)
+    randomize([p for p in model.parameters() if p.requires_grad], 0.4)
     return base, model
 
 
@@ -227,7 +227,7 @@ class Mixes(RuleBasedStateMachine):
         if self.attempt(inject_adapter, config_for(kind, target_modules=targets), name):
             self.kinds[name], self.factors[name] = kind, 1.0
             own = (p for k, p in self.model.named_parameters() if f".adapters.{name}." in k)
-            shake([p for p in own if p.is_floating_point()], 0.2)
+            randomize([p for p in own if p.is_floating_point()], 0.2)
 
     @rule(names=st.lists(NAMES, max_size=3, unique=True))
     def switch(self, names: list[str]) -> None:
@@ -364,7 +364,7 @@ class BaseInHalf(RuleBasedStateMachine):
             inject_adapter(self.model, config_for(kind, target_modules=targets), name)
         except LoraError:
             return
-        shake([p for k, p in self.model.named_parameters() if f".adapters.{name}." in k], 0.2)
+        randomize([p for k, p in self.model.named_parameters() if f".adapters.{name}." in k], 0.2)
 
     @rule(names=st.lists(NAMES, max_size=3, unique=True))
     def switch(self, names: list[str]) -> None:

@@ -28,7 +28,7 @@ from lora_lightning import (
     unmerge_adapter,
 )
 from lora_lightning.checkpoint.peft.keys import tensors_to_load
-from tests.helpers.nets import bit_equal, shake
+from tests.helpers.tensors import bit_equal, randomize
 
 # p: the same as peft 0.21.2; f: in float32, as peft knows no other dtype there.
 # g: as p, but for gradients that peft has wrong (it fails gradcheck).
@@ -214,7 +214,7 @@ def close(one: Tensor, other: Tensor, dtype: torch.dtype) -> None:
 
 
 def shake_peft(model: peft.PeftModel) -> None:
-    shake(
+    randomize(
         [
             p
             for key, p in model.named_parameters()
@@ -257,7 +257,7 @@ def run_alone(name: str, kind: str, tmp_path: Path, dtype: torch.dtype) -> None:
     ours = adapted_by_us(base, name)
     before = base(x)
     close(ours(x), before, dtype)
-    shake([p for p in ours.parameters() if p.requires_grad], 0.3)
+    randomize([p for p in ours.parameters() if p.requires_grad], 0.3)
     result = ours(x)
     assert (result - before).abs().max() > 1e-3
     save_adapter(ours, tmp_path)
@@ -366,7 +366,7 @@ def test_same_as_the_dense_formula(name: str, kind: str, tmp_path: Path) -> None
     x = example(kind, torch.float64)
     ours = adapted_by_us(base, name)
     close(ours(x), base(x), torch.float64)
-    shake([p for p in ours.parameters() if p.requires_grad], 0.3)
+    randomize([p for p in ours.parameters() if p.requires_grad], 0.3)
     expected = dense(name, ours, base)
     close(ours(x), expected(x), torch.float64)
     merge_adapter(ours)
@@ -413,7 +413,7 @@ def test_low_cpu_mem_usage(name: str, second: bool) -> None:
     torch.manual_seed(0)
     base = Net("linear").double()
     source = adapted_by_us(base, name)
-    shake([p for p in source.parameters() if p.requires_grad], 0.3)
+    randomize([p for p in source.parameters() if p.requires_grad], 0.3)
     model = adapted_by_us(base, "lora") if second else copy.deepcopy(base)
     label = "late" if second else "default"
     config = getattr(lora_lightning, TYPES[name][0])(**options(name))

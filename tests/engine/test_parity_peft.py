@@ -20,15 +20,8 @@ from lora_lightning import (
     set_adapter,
     unload,
 )
-from tests.helpers.nets import (
-    CLASSES,
-    LAYERS,
-    OneLayerNet,
-    bit_equal,
-    example_input,
-    shake,
-    trainable,
-)
+from tests.helpers.tensors import bit_equal, randomize, trainable
+from tests.helpers.torch_models import CLASSES, LAYERS, OneLayerNet, example_input
 
 # Added to r=4, lora_alpha=6, target_modules=["proj"]; the same words for both libraries.
 OPTIONS = {
@@ -73,7 +66,7 @@ def peft_model(base: nn.Module, options: dict) -> peft.PeftModel:
 
 def copy_weights(theirs: peft.PeftModel, ours: nn.Module, name: str = "default") -> None:
     biases = {"lora_only", "all"} & {theirs.peft_config[name].bias}
-    shake(
+    randomize(
         parameter
         for key, parameter in theirs.named_parameters()
         if f".{name}" in key or (biases and parameter.requires_grad)

@@ -30,12 +30,12 @@ from lora_lightning import (
     set_adapter,
     unmerge_adapter,
 )
-from tests.helpers.nets import bit_equal, shake
+from tests.helpers.tensors import bit_equal, randomize
 
 
 def adapted(model: nn.Module, name: str = "default", **options) -> nn.Module:
     inject_adapter(model, LoraConfig(**{"r": 2, **options}), name)
-    shake([p for n, p in model.named_parameters() if f".{name}." in n], 0.3)
+    randomize([p for n, p in model.named_parameters() if f".{name}." in n], 0.3)
     return model
 
 
@@ -43,7 +43,7 @@ def peft_adapted(model: nn.Module, **options) -> peft.PeftModel:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs = peft.get_peft_model(model, peft.LoraConfig(**{"r": 2, **options}))
-    shake([p for n, p in theirs.named_parameters() if ".default" in n], 0.3)
+    randomize([p for n, p in theirs.named_parameters() if ".default" in n], 0.3)
     return theirs
 
 
@@ -120,7 +120,7 @@ def test_5_starts_from_the_base_survive_saving(start: str, tmp_path: Path) -> No
     base = nn.Sequential(nn.Linear(12, 9))
     ours = copy.deepcopy(base)
     inject_adapter(ours, LoraConfig(r=2, init_lora_weights=start, target_modules=["0"]))
-    shake([p for p in ours.parameters() if p.requires_grad], 0.3)
+    randomize([p for p in ours.parameters() if p.requires_grad], 0.3)
     x = torch.randn(4, 12)
     save_adapter(ours, tmp_path)
     again = copy.deepcopy(base)

@@ -32,21 +32,13 @@ from lora_lightning.checkpoint.fingerprint import base_tensors
 from lora_lightning.engine.switching import set_trainable
 from lora_lightning.errors import AdapterMismatchError, AdapterStateError, LoraError
 from lora_lightning.layers.base import named_adapted_layers
-from tests.helpers.nets import (
-    WIDTH,
-    OneLayerNet,
-    Transformer,
-    bit_equal,
-    example_input,
-    shake,
-    token_ids,
-    trainable,
-)
+from tests.helpers.tensors import bit_equal, randomize, trainable
+from tests.helpers.torch_models import WIDTH, OneLayerNet, Transformer, example_input, token_ids
 
 
 def adapted(model: nn.Module, name: str = "default", **options) -> nn.Module:
     inject_adapter(model, LoraConfig(**{"r": 2, **options}), name)
-    shake(p for key, p in model.named_parameters() if f".adapters.{name}." in key)
+    randomize(p for key, p in model.named_parameters() if f".adapters.{name}." in key)
     return model
 
 
@@ -121,7 +113,7 @@ class Adapters(RuleBasedStateMachine):
         config = LoraConfig(r=r, lora_alpha=3, **KINDS[kind])
         if self.attempt(inject_adapter, config, name):
             self.configs[name] = config
-            shake(
+            randomize(
                 (p for key, p in self.model.named_parameters() if f".adapters.{name}." in key), 0.2
             )
 
@@ -581,7 +573,7 @@ def test_a_trained_bias_that_is_merged_into_goes_and_comes_back(config):
     base = Transformer()
     model = copy.deepcopy(base)
     inject_adapter(model, config)
-    shake(trainable(model).values())
+    randomize(trainable(model).values())
     ids = token_ids()
     output, state = model(ids), {k: v.clone() for k, v in adapter_state_dict(model).items()}
     merge_adapter(model)
@@ -602,7 +594,7 @@ def test_switching_the_bias_of_another_adapter_beside_a_merged_one():
     model = adapted(copy.deepcopy(base), "one", target_modules=["q"], lora_bias=True)
     adapted(model, "two", target_modules=["k"], bias="all")
     set_adapter(model, "two")
-    shake(p for name, p in trainable(model).items() if name.endswith("bias"))
+    randomize(p for name, p in trainable(model).items() if name.endswith("bias"))
     both = ["one", "two"]
     set_adapter(model, both)
     output = model(token_ids())
@@ -673,7 +665,7 @@ def test_switching_inside_disable_acts_afterwards_or_is_refused():
     model = adapted(Transformer(), "one", target_modules=["q"])
     adapted(model, "two", target_modules=["k"], bias="all")
     set_adapter(model, "two")
-    shake(p for name, p in trainable(model).items() if name.endswith("bias"))
+    randomize(p for name, p in trainable(model).items() if name.endswith("bias"))
     expected = model(ids)
     set_adapter(model, [])
     base = model(ids)

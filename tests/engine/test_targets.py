@@ -21,7 +21,7 @@ from lora_lightning.adapters.config import pattern_value
 from lora_lightning.engine.targets.matching import is_excluded, matches_target
 from lora_lightning.engine.targets.selection import select_modules
 from lora_lightning.errors import ConfigError, LoraError, RankError, TargetError
-from tests.helpers.nets import Transformer
+from tests.helpers.torch_models import Transformer
 
 # -- names against peft ------------------------------------------------------------------------
 

@@ -26,7 +26,7 @@ from lora_lightning import (
 from lora_lightning.errors import OptimizerError
 from lora_lightning.layers.base import AdaptedLayer
 from lora_lightning.training.optimizers import check_coverage
-from tests.helpers.modules import Data, Net, run
+from tests.helpers.lightning_modules import Data, Net, make_trainer
 
 CONFIG = LoraConfig(r=2, target_modules=["embed", "body.2"], modules_to_save=["head"])
 
@@ -43,7 +43,7 @@ def test_1_base_is_bit_identical(tmp_path: Path, dtype: torch.dtype) -> None:
     module = Net().to(dtype)
     before = copy.deepcopy(module.state_dict())
     precision = "bf16-true" if dtype == torch.bfloat16 else "32-true"
-    run(tmp_path, LoraCallback(CONFIG), precision=precision).fit(module, Data())
+    make_trainer(tmp_path, LoraCallback(CONFIG), precision=precision).fit(module, Data())
     for _ in range(10):
         merge_adapter(module)
         unmerge_adapter(module)
@@ -104,7 +104,7 @@ def test_2_twin_random_b_is_noticed() -> None:
 def frozen_tensors_that_moved(folder: Path) -> set[str]:
     module = Net()
     before = copy.deepcopy(module.state_dict())
-    run(folder, LoraCallback(CONFIG)).fit(module, Data())
+    make_trainer(folder, LoraCallback(CONFIG)).fit(module, Data())
     after = module.state_dict()
     return {key for key in before if not torch.equal(before[key], after[key])}
 
@@ -115,7 +115,7 @@ def test_3_nothing_frozen_moves(tmp_path: Path) -> None:
 
 def test_3_only_adapters_require_gradients(tmp_path: Path) -> None:
     module = Net()
-    run(tmp_path, LoraCallback(CONFIG)).fit(module, Data())
+    make_trainer(tmp_path, LoraCallback(CONFIG)).fit(module, Data())
     trainable = {name for name, p in module.named_parameters() if p.requires_grad}
     assert trainable == {
         "embed.adapters.default.lora_A",
@@ -202,7 +202,9 @@ def test_4_twin_casting_the_activation_is_noticed(monkeypatch: Any) -> None:
 @pytest.mark.filterwarnings("ignore:You passed `Trainer")
 def test_4_adapters_stay_fp32_in_training(tmp_path: Path, precision: str) -> None:
     module = Net()
-    trainer = run(tmp_path, LoraCallback(r=2, target_modules=["embed"]), precision=precision)
+    trainer = make_trainer(
+        tmp_path, LoraCallback(r=2, target_modules=["embed"]), precision=precision
+    )
     trainer.fit(module, Data())
     adapter: Any = module.embed.adapters["default"]  # type: ignore[union-attr,index]
     assert adapter.lora_A.dtype == torch.float32
@@ -216,7 +218,7 @@ def test_4_adapters_stay_fp32_in_training(tmp_path: Path, precision: str) -> Non
 
 def test_5_optimizer_holds_exactly_the_adapters(tmp_path: Path) -> None:
     module = Net()
-    trainer = run(tmp_path, LoraCallback(CONFIG))
+    trainer = make_trainer(tmp_path, LoraCallback(CONFIG))
     trainer.fit(module, Data())
     held = [id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]]
     trainable = [id(p) for p in module.parameters() if p.requires_grad]
@@ -228,7 +230,7 @@ def test_5_twin_without_the_override_is_refused(tmp_path: Path, monkeypatch: Any
     del overrides["configure_optimizers"]
     monkeypatch.setattr(lora_lightning.training.module_hooks, "_OVERRIDES", overrides)
     with pytest.raises(OptimizerError, match="in an optimizer but not trainable"):
-        run(tmp_path, LoraCallback(CONFIG)).fit(Net(), Data())
+        make_trainer(tmp_path, LoraCallback(CONFIG)).fit(Net(), Data())
 
 
 def test_5_every_way_to_be_wrong_is_named() -> None:
@@ -253,7 +255,7 @@ def test_5_every_way_to_be_wrong_is_named() -> None:
 
 def written(folder: Path) -> dict[str, dict[str, Any]]:
     """Every way that Lightning has to write a checkpoint."""
-    trainer = run(
+    trainer = make_trainer(
         folder,
         LoraCallback(CONFIG),
         ModelCheckpoint(folder, filename="full", save_last=True),
@@ -305,12 +307,14 @@ def test_6_buffers_that_training_moves_are_saved(tmp_path: Path) -> None:
             self.codes += 1  # type: ignore[operator,misc]
             return super().training_step(batch, batch_idx)
 
-    trainer = run(tmp_path, LoraCallback(CONFIG))
+    trainer = make_trainer(tmp_path, LoraCallback(CONFIG))
     trainer.fit(Codebook(), Data())
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     state = torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"]
     assert state["codes"].tolist() == [4.0] * 4
     assert "constant" not in state
     other = Codebook()
-    run(tmp_path, LoraCallback(CONFIG)).validate(other, Data(), ckpt_path=tmp_path / "a.ckpt")
+    make_trainer(tmp_path, LoraCallback(CONFIG)).validate(
+        other, Data(), ckpt_path=tmp_path / "a.ckpt"
+    )
     assert other.codes.tolist() == [4.0] * 4  # type: ignore[operator,union-attr]

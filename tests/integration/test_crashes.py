@@ -14,7 +14,7 @@ import yaml
 from lightning.pytorch.plugins import AsyncCheckpointIO
 
 from lora_lightning.training.checkpoints.files import DurableCheckpointIO
-from tests.helpers.lives import Life, command, fit
+from tests.helpers.killable_process import KillableProcess, command, fit
 
 EPOCHS = 6  # of four batches
 KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -34,8 +34,8 @@ def killed_until_done(
     saver, options = KINDS[kind]
     count = 0
     while True:
-        life = Life(fit, folder, EPOCHS, saver, options, log=folder / "log")
-        code = life.end(delay() if kills() else None)
+        process = KillableProcess(fit, folder, EPOCHS, saver, options, log=folder / "log")
+        code = process.end(delay() if kills() else None)
         if code == 0:
             return count, torch.load(folder / "done.pt", weights_only=True)
         assert code == -9, (folder / "log").read_text()
@@ -65,7 +65,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[s
         if steps not in results:
             folder = tmp_path_factory.mktemp("straight")
             options = KINDS[kind][1]
-            assert Life(fit, folder, EPOCHS, {}, options, log=folder / "log").end() == 0
+            assert KillableProcess(fit, folder, EPOCHS, {}, options, log=folder / "log").end() == 0
             results[steps] = torch.load(folder / "done.pt", weights_only=True)
         return results[steps]
 
@@ -101,8 +101,8 @@ def test_a_few_kills(kind: str, tmp_path: Path, straight: Any) -> None:
 
 CONFIG = {
     "lora": {"r": 2, "lora_dropout": 0.2},
-    "model": {"class_path": "tests.helpers.modules.Net"},
-    "data": {"class_path": "tests.helpers.modules.Data"},
+    "model": {"class_path": "tests.helpers.lightning_modules.Net"},
+    "data": {"class_path": "tests.helpers.lightning_modules.Data"},
     "trainer": {
         "max_epochs": EPOCHS,
         "accelerator": "cpu",
@@ -125,7 +125,7 @@ def test_the_command_goes_on_with_last(tmp_path: Path) -> None:
 
     def call(directory: str, *arguments: str, after: float | None = None) -> int:
         typed = ["fit", "--config", "my.yaml", "--trainer.default_root_dir", directory, *arguments]
-        return Life(command, tmp_path, *typed, log=log).end(after)
+        return KillableProcess(command, tmp_path, *typed, log=log).end(after)
 
     assert call("straight") == 0
     folder = tmp_path / "killed/checkpoints"

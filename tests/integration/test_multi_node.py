@@ -23,7 +23,7 @@ ON_TWO = {"PROCESSES": "1", "NODES": "2", "ADDRESS": "127.0.0.1"}
 MODEL = """
 import os, signal, time
 import torch
-from tests.helpers.modules import Net
+from tests.helpers.lightning_modules import Net
 
 if os.environ.get("RANK") == "1":
     time.sleep(1)  # what rank 0 wrote meanwhile, rank 1 would take for an earlier run
@@ -49,7 +49,7 @@ CONFIG = """
 seed_everything: 0
 lora: {r: 2, target_modules: [embed, body.2], modules_to_save: [head]}
 model: {class_path: two_nodes.Noted}
-data: {class_path: tests.helpers.modules.Data, init_args: {batch_size: 16}}
+data: {class_path: tests.helpers.lightning_modules.Data, init_args: {batch_size: 16}}
 trainer:
   accelerator: cpu
   max_epochs: 3

@@ -17,7 +17,7 @@ from lora_lightning import (
 from lora_lightning.adapters.base import DeltaAdapter
 from lora_lightning.engine.injection import adapters_named
 from tests.engine.test_parity import TYPES
-from tests.helpers.nets import bit_equal, shake
+from tests.helpers.tensors import bit_equal, randomize
 
 
 class Counting:
@@ -40,7 +40,7 @@ def net(name: str) -> nn.Module:
     )
     inject_adapter(model, config, "one")
     inject_adapter(model, LoraConfig(r=2, target_modules=["proj"]), "two")
-    shake([p for n, p in model.named_parameters() if ".adapters." in n], 0.3)
+    randomize([p for n, p in model.named_parameters() if ".adapters." in n], 0.3)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     return model

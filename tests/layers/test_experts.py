@@ -42,7 +42,7 @@ from lora_lightning.errors import AdapterStateError, ConfigError, RankError, Tar
 from lora_lightning.layers import experts as experts_file
 from lora_lightning.layers.experts import AdaptedExperts
 from lora_lightning.layers.low_rank_weight import LowRankWeight
-from tests.helpers.nets import bit_equal, shake, trainable
+from tests.helpers.tensors import bit_equal, randomize, trainable
 
 EXPERTS, HIDDEN, INNER, CHOSEN, TOKENS = 4, 16, 24, 2, 10
 BOTH = ["experts.gate_up_proj", "experts.down_proj"]
@@ -74,7 +74,7 @@ class Net(nn.Module):
         self.proj = nn.Linear(HIDDEN, HIDDEN)
         self.experts = kind(config)
         self.head = nn.Linear(HIDDEN, 3)
-        shake(self.experts.parameters(), 0.3)
+        randomize(self.experts.parameters(), 0.3)
 
     def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         return self.head(self.experts(self.proj(x), index, weights))
@@ -93,7 +93,7 @@ def adapt(module: nn.Module, name: str = "default", **options) -> LoraConfig:
     options = {"r": 3, "lora_alpha": 5, "target_modules": [], "target_parameters": BOTH, **options}
     config = LoraConfig(**options)
     inject_adapter(module, config, name)
-    shake(p for n, p in module.named_parameters() if f"adapters.{name}." in n)
+    randomize(p for n, p in module.named_parameters() if f"adapters.{name}." in n)
     return config
 
 
@@ -261,7 +261,7 @@ def test_llama4_is_read_by_bmm() -> None:
 
     module = nn.Sequential()
     module.experts = Llama4TextExperts(Config()).double()
-    shake(module.experts.parameters(), 0.3)
+    randomize(module.experts.parameters(), 0.3)
     adapt(module)
     x = torch.randn(EXPERTS, 5, HIDDEN, dtype=torch.float64)
     up, down = (
@@ -453,7 +453,7 @@ def test_matrices_same_as_peft() -> None:
             self.gate = MixtralTopKRouter(MixtralConfig(num_local_experts=EXPERTS, **SIZES))
             self.experts = GptOssExperts(config)
             self.lin = nn.Linear(HIDDEN, HIDDEN)
-            shake([*self.gate.parameters(), *self.experts.parameters()], 0.3)
+            randomize([*self.gate.parameters(), *self.experts.parameters()], 0.3)
 
         def forward(self, x: Tensor, *rest: Tensor) -> Tensor:
             _, weights, index = self.gate(self.lin(x))

@@ -30,18 +30,16 @@ from lora_lightning.adapters.lora.linear import LoraAdapter
 from lora_lightning.errors import AdapterStateError, TargetError
 from lora_lightning.layers import autocast_cache as shared_cast
 from lora_lightning.layers.base import named_adapted_layers
-from tests.helpers.nets import (
+from tests.helpers.tensors import bit_equal, randomize, trainable
+from tests.helpers.torch_models import (
     LAYERS,
     WIDTH,
     Attention,
     OneLayerNet,
     ScaledEmbedding,
     Transformer,
-    bit_equal,
     example_input,
-    shake,
     token_ids,
-    trainable,
 )
 
 PROJ = LoraConfig(r=2, target_modules=["proj"])
@@ -62,7 +60,7 @@ class Doubled(nn.Linear):
 
 def adapted(model: nn.Module, config: LoraConfig = PROJ, name: str = "default") -> nn.Module:
     inject_adapter(model, config, name)
-    shake(p for key, p in model.named_parameters() if f".adapters.{name}." in key)
+    randomize(p for key, p in model.named_parameters() if f".adapters.{name}." in key)
     return model
 
 
@@ -92,7 +90,7 @@ def test_deepcopy_pickle_and_torch_save(layer):
     model = adapted(
         OneLayerNet(layer), LoraConfig(r=2, target_modules=["proj"], modules_to_save=["head"])
     )
-    shake([model.head.adapters["default"].module.weight])
+    randomize([model.head.adapters["default"].module.weight])
     x = example_input(layer)
     expected = model(x)
     file = io.BytesIO()
@@ -107,7 +105,7 @@ def test_deepcopy_pickle_and_torch_save(layer):
         assert bit_equal(other(x), expected), how
         assert [type(m) for m in other.modules()] == [type(m) for m in model.modules()], how
         assert trainable(other).keys() == trainable(model).keys(), how
-        shake(trainable(other).values())
+        randomize(trainable(other).values())
         assert not torch.equal(other(x), expected), how
         assert bit_equal(model(x), expected), f"{how} shares tensors"
         unload(other)
@@ -211,7 +209,7 @@ class Positions(nn.Module):
 def test_a_trained_copy_is_called_like_the_module():
     model = nn.ModuleDict({"lin": nn.Linear(4, 4), "positions": Positions()})
     inject_adapter(model, LoraConfig(r=2, target_modules=["lin"], modules_to_save=["positions"]))
-    shake(trainable(model).values())
+    randomize(trainable(model).values())
     table = model["positions"].adapters["default"].module.table
     assert bit_equal(model["positions"](), table)
     assert bit_equal(model["positions"](scale=3.0), 3 * table)
@@ -361,7 +359,7 @@ def test_dora_on_top_of_a_trained_copy_leaves_the_bias_of_the_copy_alone():
     inject_adapter(model, LoraConfig(r=2, target_modules=["0"], modules_to_save=["1"]), "one")
     inject_adapter(model, LoraConfig(r=2, target_modules=["1"], use_dora=True), "two")
     set_adapter(model, ["one", "two"])
-    shake(p for name, p in model[1].named_parameters() if ".one." in name)
+    randomize(p for name, p in model[1].named_parameters() if ".one." in name)
     copied, dora = model[1].adapters["one"].module, model[1].adapters["two"]
     with torch.no_grad():
         dora.lora_magnitude_vector *= 2
@@ -390,7 +388,7 @@ def test_dropout_drops_no_token_ids():
     config = LoraConfig(r=2, target_modules=["0"], use_dora=True, lora_dropout=0.5)
     inject_adapter(model.train(), config)
     ids = torch.arange(5)
-    shake(trainable(model).values())
+    randomize(trainable(model).values())
     assert bit_equal(model(ids), model.eval()(ids))
 
 

@@ -39,7 +39,7 @@ from lora_lightning.engine.switching import adapters_per_row
 from lora_lightning.errors import AdapterStateError, TargetError
 from lora_lightning.layers.base import AdaptedLayer
 from lora_lightning.layers.multihead_attention import AdaptedMultiheadAttention
-from tests.helpers.nets import bit_equal, shake
+from tests.helpers.tensors import bit_equal, randomize
 
 E, HEADS, N, L, S = 12, 3, 2, 4, 5
 PACKED = ("in_proj_weight",)
@@ -71,7 +71,7 @@ def adapted(mha: nn.MultiheadAttention, name: str = "default", **options) -> Net
     options = {"r": 2, "lora_alpha": 5, "target_modules": WHOLE, **options}
     net = Net(copy.deepcopy(mha))
     inject_adapter(net, LoraConfig(**options), name)
-    shake(lora_tensors(net).values())
+    randomize(lora_tensors(net).values())
     return net
 
 
@@ -275,7 +275,7 @@ def test_two_adapters_and_switching():
     base = attention()
     net = adapted(base, r=3)
     inject_adapter(net, LoraConfig(r=2, lora_alpha=4, target_modules=["out_proj"]), "b")
-    shake(lora_tensors(net).values())
+    randomize(lora_tensors(net).values())
     first, second = changed_weights(net, scaling=5 / 3), changed_weights(net, "b", scaling=2)
     q, k = torch.randn(L, N, E, dtype=torch.float64), torch.randn(S, N, E, dtype=torch.float64)
 
@@ -366,7 +366,7 @@ def test_an_adapter_that_mixes_rows_is_given_all_of_them(inputs):
     base = attention()
     net = Net(copy.deepcopy(base))
     inject_adapter(net, MixConfig(target_modules=WHOLE))
-    shake(lora_tensors(net).values())
+    randomize(lora_tensors(net).values())
     made = call(base, inputs, "none")
     r, r_out = lora_tensors(net).values()
     if r.shape[0] == E:
@@ -386,7 +386,7 @@ def test_an_adapter_for_each_row_of_the_batch(batch_first):
     net = adapted(base)
     inject_adapter(net, LoraConfig(r=1, lora_alpha=2, target_modules=["out_proj"]), "b")
     inject_adapter(net, LoraConfig(r=1, lora_alpha=2, target_modules=WHOLE), "c")
-    shake(lora_tensors(net).values())
+    randomize(lora_tensors(net).values())
     names = ["b", "default", None, "c", "default"]
     batch = 0 if batch_first else 1
     q, k = torch.randn(2, 5, 5, E, dtype=torch.float64).unbind()
@@ -418,7 +418,7 @@ def test_adapters_on_top_of_a_trained_copy(out_proj_too):
     assert type(trained) is nn.MultiheadAttention
     q, k = torch.randn(2, L, N, E, dtype=torch.float64).unbind()
     close(net(q, k, k), functional_call(base, changed_weights(net), (q, k, k)))
-    shake(trained.parameters())
+    randomize(trained.parameters())
     set_adapter(net, "copy")
     close(net(q, k, k), trained(q, k, k), 0)
     set_adapter(net, ["default", "copy"])
@@ -431,7 +431,7 @@ def test_adapters_on_top_of_a_trained_copy(out_proj_too):
     config = LoraConfig(r=1, target_modules=["extra"], modules_to_save=["out_proj"])
     inject_adapter(net, config, "inner")  # a copy inside of what the other copy replaces
     inner = net.mha.out_proj.adapters["inner"].module
-    shake(inner.parameters())
+    randomize(inner.parameters())
     set_adapter(net, ["default", "copy", "inner"])
     deltas["out_proj.bias"] = inner.bias
     change = deltas.get("out_proj.weight", trained.out_proj.weight) - trained.out_proj.weight
@@ -447,7 +447,7 @@ def test_no_forward_or_backward_touches_the_base(need_weights):
     net = Net(attention(torch.bfloat16))
     before = {key: (p, p.detach().clone()) for key, p in net.named_parameters()}
     inject_adapter(net, LoraConfig(r=2, target_modules=WHOLE))
-    shake(lora_tensors(net).values())
+    randomize(lora_tensors(net).values())
     x = torch.randn(L, N, E, dtype=torch.bfloat16)
     first = net(x, x, x, need_weights=need_weights)[0]
     for _ in range(50):
@@ -504,7 +504,7 @@ def test_encoder_gives_the_same_in_eval_as_in_training(target, norm_first):
         padding = torch.tensor([[False] * 3 + [True], [False] * 4])
         base = copy.deepcopy(model).eval()
         inject_adapter(model, LoraConfig(r=2, target_modules=[target]))
-        shake(lora_tensors(model).values())
+        randomize(lora_tensors(model).values())
         y = model(x, src_key_padding_mask=padding)
         model.eval()
         for context in (torch.enable_grad(), torch.no_grad(), torch.inference_mode()):
@@ -525,7 +525,7 @@ def test_decoder_layer(batch_first):
     )
     model = copy.deepcopy(layer)
     inject_adapter(model, LoraConfig(r=2, target_modules=["self_attn", "multihead_attn"]))
-    shake(lora_tensors(model).values())
+    randomize(lora_tensors(model).values())
     weights = {}
     for name in ("self_attn", "multihead_attn"):
         net = Net(getattr(model, name))
@@ -579,7 +579,7 @@ def test_autocast(inputs, need_weights):
             ours, theirs = net(*args, **made.options), base(*args, **made.options)
         for our, their in zip(ours, theirs, strict=True):
             assert our is their is None or (our.dtype == their.dtype and torch.equal(our, their))
-        shake(lora_tensors(net).values())
+        randomize(lora_tensors(net).values())
         exact = net(*args, **made.options)[0]
         with torch.autocast("cpu", torch.bfloat16):
             ours = net(*args, **made.options)[0]
@@ -593,7 +593,7 @@ def test_compiles_to_one_graph_and_switches_without_another():
     base = attention(batch_first=True)
     net = adapted(base)
     inject_adapter(net, LoraConfig(r=1, target_modules=["out_proj"]), "second")
-    shake(lora_tensors(net).values())
+    randomize(lora_tensors(net).values())
     x, memory = torch.randn(2, N, L, E, dtype=torch.float64).unbind()
     mask = torch.ones(L, L, dtype=torch.bool).triu(1)
     graphs = []
@@ -654,7 +654,7 @@ def test_same_numbers_as_peft(options):
     ours = Tower()
     theirs = peft.get_peft_model(copy.deepcopy(ours), peft.LoraConfig(**options))
     inject_adapter(ours, LoraConfig(**options))
-    shake(lora_tensors(ours).values(), 0.2)
+    randomize(lora_tensors(ours).values(), 0.2)
     mine = lora_tensors(ours)
     pairs = []  # our tensor, theirs, by what peft's value and gradient are too small
     for key, parameter in theirs.named_parameters():
@@ -698,7 +698,7 @@ def test_what_peft_cannot_do():
     )
     x = torch.randn(L, N, E, dtype=torch.float64)
     before = theirs(x, x, x)[0]
-    shake(p for p in theirs.parameters() if p.requires_grad)
+    randomize(p for p in theirs.parameters() if p.requires_grad)
     assert bit_equal(theirs(x, x, x)[0], before)  # its adapter has no effect
 
 
@@ -764,7 +764,7 @@ def test_a_folder_of_peft_computes_the_same_here(tmp_path):
     theirs = peft.get_peft_model(
         copy.deepcopy(base), peft.LoraConfig(r=2, lora_alpha=5, target_modules=WHOLE)
     )
-    shake((p for p in theirs.parameters() if p.requires_grad), 0.2)
+    randomize((p for p in theirs.parameters() if p.requires_grad), 0.2)
     theirs.save_pretrained(tmp_path)
     x = torch.randn(L, N, E, dtype=torch.float64)
     file = tmp_path / "adapter_config.json"
@@ -825,7 +825,7 @@ def test_attentions_of_a_selection():
     unload(net)
     alone = copy.deepcopy(base)  # the model itself is the attention
     inject_adapter(alone, LoraConfig(r=2, target_modules=["out_proj"]))
-    shake(p for p in alone.parameters() if p.requires_grad)
+    randomize(p for p in alone.parameters() if p.requires_grad)
     x = torch.randn(L, N, E, dtype=torch.float64)
     assert not torch.allclose(alone(x, x, x)[0], base(x, x, x)[0], atol=1e-2)
     unload(alone)

@@ -11,8 +11,8 @@ from lora_lightning import LoraCallback
 from lora_lightning.data.images import ImageDataModule
 from lora_lightning.errors import ConfigError
 from lora_lightning.tasks.image_classification import ImageClassification
-from tests.helpers.modules import run
-from tests.helpers.resuming import Run
+from tests.helpers.lightning_modules import make_trainer
+from tests.helpers.resumable_run import ResumableRun
 from tests.helpers.tiny_vision import save_images, save_tiny_vision
 
 # What is adapted, and how the head is called where it is new.
@@ -57,7 +57,7 @@ def lora(kind, **options):
 def test_it_learns(tmp_path, models, folder, others, kind):
     seed_everything(0, verbose=False)
     module = ImageClassification(models[kind], learning_rate=1e-2)
-    trainer = run(tmp_path, lora(kind), max_epochs=6)
+    trainer = make_trainer(tmp_path, lora(kind), max_epochs=6)
     data = data_of(folder, others)
     untrained = trainer.validate(module, data, verbose=False)[0]
     trainer.fit(module, data)
@@ -86,7 +86,7 @@ def test_it_learns(tmp_path, models, folder, others, kind):
 
 def test_metrics_are_those_of_the_whole_set(tmp_path, models, folder, others):
     module, data = ImageClassification(models["vit"]), data_of(folder, others, batch_size=4)
-    logged = run(tmp_path).validate(module, data, verbose=False)[0]
+    logged = make_trainer(tmp_path).validate(module, data, verbose=False)[0]
     module.eval()
     batches = list(data.val_dataloader())
     with torch.no_grad():
@@ -103,15 +103,15 @@ def test_metrics_are_those_of_the_whole_set(tmp_path, models, folder, others):
 def test_the_head_must_train(tmp_path, models, folder, others):
     for kind, (targets, head) in KINDS.items():
         with pytest.raises(ConfigError, match=rf"modules_to_save: \[{head}\]"):
-            run(tmp_path, LoraCallback(r=2, target_modules=targets, exclude_modules=[head])).fit(
-                ImageClassification(models[kind]), data_of(folder, others)
-            )
+            make_trainer(
+                tmp_path, LoraCallback(r=2, target_modules=targets, exclude_modules=[head])
+            ).fit(ImageClassification(models[kind]), data_of(folder, others))
 
 
 def resumed(models_folder, folder, others, kind="vit", workers=0):
     # A head that is in the file: a new one's frozen original, which nothing reads, is drawn anew.
     model = save_tiny_vision(kind, models_folder / kind, head_labels=3)
-    return Run(
+    return ResumableRun(
         module=lambda: ImageClassification(model),
         data=lambda: data_of(folder, others, num_workers=workers),
         lora=lambda: [lora(kind, lora_dropout=0.2)],
@@ -137,14 +137,14 @@ def test_twin_with_other_random_numbers_differs(tmp_path, folder, others, monkey
 
 
 def test_another_order_of_classes_is_refused(tmp_path, models, folder, others):
-    trainer = run(tmp_path, lora("vit"))
+    trainer = make_trainer(tmp_path, lora("vit"))
     trainer.fit(ImageClassification(models["vit"]), data_of(folder, others))
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     assert torch.load(tmp_path / "a.ckpt", weights_only=True)["label_names"] == [
         "blue", "green", "red",
     ]  # fmt: skip
     with pytest.raises(ConfigError, match="the same names in another order"):
-        run(tmp_path, lora("vit")).validate(
+        make_trainer(tmp_path, lora("vit")).validate(
             ImageClassification(models["vit"]),
             data_of(folder, others, label_names=["red", "green", "blue"]),
             ckpt_path=tmp_path / "a.ckpt",
@@ -153,14 +153,16 @@ def test_another_order_of_classes_is_refused(tmp_path, models, folder, others):
 
 def test_pixels_take_the_precision_of_the_run(tmp_path, models, folder, others):
     module = ImageClassification(models["vit"])
-    run(tmp_path, precision="bf16-true").validate(module, data_of(folder, others), verbose=False)
+    make_trainer(tmp_path, precision="bf16-true").validate(
+        module, data_of(folder, others), verbose=False
+    )
     assert next(module.network.parameters()).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_pixels_take_the_dtype_of_the_weights(tmp_path, models, folder, others, kind):
     module = ImageClassification(models[kind], dtype="bfloat16")
-    trainer = run(tmp_path, lora(kind), max_epochs=1)
+    trainer = make_trainer(tmp_path, lora(kind), max_epochs=1)
     trainer.fit(module, data_of(folder, others))
     assert trainer.callback_metrics["val_loss"].isfinite()
 
@@ -168,6 +170,6 @@ def test_pixels_take_the_dtype_of_the_weights(tmp_path, models, folder, others, 
 def test_the_image_processor_is_the_models_own(tmp_path, models, folder, others):
     for kind in KINDS:
         data = data_of(folder, others)
-        run(tmp_path).validate(ImageClassification(models[kind]), data, verbose=False)
+        make_trainer(tmp_path).validate(ImageClassification(models[kind]), data, verbose=False)
         expected = "ViTImageProcessor" if kind in ("vit", "swin") else "ConvNextImageProcessor"
         assert type(data.image_processor).__name__.startswith(expected)

@@ -20,9 +20,9 @@ from lora_lightning.errors import ConfigError, ModelError, RecordError
 from lora_lightning.utilities.constants import IGNORE_INDEX
 from lora_lightning.utilities.dtensor import full_tensor
 from lora_lightning.utilities.wrappers import plain_name
-from tests.helpers.modules import run
+from tests.helpers.lightning_modules import make_trainer
 from tests.helpers.processes import on_processes
-from tests.helpers.resuming import Run
+from tests.helpers.resumable_run import ResumableRun
 from tests.helpers.tiny_lm import tiny_llama, tiny_tokenizer
 from tests.tasks.test_token_mean import fully_sharded
 from tests.training.test_fsdp1 import on_cpu
@@ -109,7 +109,7 @@ def test_it_learns_and_logs(tmp_path: Path, task: Any) -> None:
     kind, model, collate = task
     seed_everything(0, verbose=False)
     module = kind(model, learning_rate=1e-2)
-    trainer = run(tmp_path, LoraCallback(r=8), max_epochs=25)
+    trainer = make_trainer(tmp_path, LoraCallback(r=8), max_epochs=25)
     trainer.fit(module, loader(collate), loader(collate))
     logged = trainer.callback_metrics
     assert {"train_loss", "val_loss", "val_perplexity", "val_accuracy"} <= set(logged)
@@ -122,7 +122,7 @@ def test_it_learns_and_logs(tmp_path: Path, task: Any) -> None:
 def test_metrics_are_those_of_all_tokens(tmp_path: Path, task: Any, batch_size: int) -> None:
     kind, model, collate = task
     module = kind(model)
-    trainer = run(tmp_path)
+    trainer = make_trainer(tmp_path)
     for stage, evaluate in (("val", trainer.validate), ("test", trainer.test)):
         [logged] = evaluate(module, loader(collate, batch_size), verbose=False)
         scores, labels = scores_and_labels(module, collate)
@@ -179,7 +179,7 @@ def adapters(module: Any) -> dict[str, Tensor]:
 def trained(folder: Path, kind: Any, model: str, batch_size: int, **options: Any) -> Any:
     seed_everything(0, verbose=False)
     module = kind(model)
-    run(folder, LoraCallback(r=4), **options).fit(module, loader(causal, batch_size))
+    make_trainer(folder, LoraCallback(r=4), **options).fit(module, loader(causal, batch_size))
     return adapters(module)
 
 
@@ -210,7 +210,7 @@ def test_gradient_checkpointing_changes_nothing(tmp_path: Path, llama: str) -> N
 
 def test_resumed_in_mid_epoch_and_within_a_window(tmp_path: Path, llama: str) -> None:
     """With warm-up, dropout and shuffling: bit for bit what the uninterrupted run gives."""
-    Run(
+    ResumableRun(
         lambda: CausalLM(llama, warmup_steps=4),
         lambda: DataLoader(texts(), 1, shuffle=True, collate_fn=causal),  # type: ignore[arg-type]
         lambda: [LoraCallback(r=2, lora_dropout=0.2)],
@@ -236,7 +236,7 @@ def on_rank(folder: Path, model: str) -> list[dict[str, Tensor]]:
     for strategy, kind, options in WAYS:
         seed_everything(0, verbose=False)
         module = kind(model)
-        trainer = run(folder, LoraCallback(**options), accumulate_grad_batches=2, devices=2, strategy=strategy(), use_distributed_sampler=False)  # fmt: skip
+        trainer = make_trainer(folder, LoraCallback(**options), accumulate_grad_batches=2, devices=2, strategy=strategy(), use_distributed_sampler=False)  # fmt: skip
         trainer.fit(module, loader(causal, 1, rows))
         states.append(adapters(module))
     return states
@@ -249,7 +249,7 @@ def test_two_processes(tmp_path: Path, llama: str) -> None:
     for saved in (None, ["lm_head"]):
         seed_everything(0, verbose=False)
         module = WithSGD(llama)
-        trainer = run(tmp_path, LoraCallback(r=4, modules_to_save=saved))
+        trainer = make_trainer(tmp_path, LoraCallback(r=4, modules_to_save=saved))
         trainer.fit(module, loader(causal, 4))
         one[saved is None] = adapters(module)
     for states in on_processes(2, on_rank, tmp_path, llama):
@@ -269,7 +269,7 @@ def plain_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def test_metrics_in_half_precision(tmp_path: Path, llama: str, precision: Any) -> None:
     """Sums are float64: as near to the truth as the network's own rounding lets them be."""
     module = CausalLM(llama)
-    trainer = run(tmp_path, precision=precision)
+    trainer = make_trainer(tmp_path, precision=precision)
     [logged] = trainer.validate(module, loader(causal), verbose=False)
     scores, labels = scores_and_labels(module, causal)
     assert logged["val_loss"] == pytest.approx(float(cross_entropy(scores, labels)), rel=3e-3)
@@ -284,7 +284,7 @@ def test_a_hopeless_loss_has_a_perplexity(tmp_path: Path, llama: str) -> None:
             found = super().token_loss(batch)
             return type(found)(30 * self.batch_weight(batch), found.correct)
 
-    [logged] = run(tmp_path, precision="16-true").validate(
+    [logged] = make_trainer(tmp_path, precision="16-true").validate(
         Hopeless(llama), loader(causal), verbose=False
     )
     assert logged["val_loss"] == 30
@@ -317,7 +317,7 @@ def test_causal_prompts_are_continued(tmp_path: Path, llama: str) -> None:
     right = causal(texts()[:3])
     left = {k: v.flip(1) for k, v in causal([row[::-1] for row in texts()[:3]]).items()}
     data = DataLoader([right, left], batch_size=None)  # type: ignore[arg-type]
-    first, second = run(tmp_path).predict(module, data)  # type: ignore[misc]
+    first, second = make_trainer(tmp_path).predict(module, data)  # type: ignore[misc]
     tokenizer = module.tokenizer
     for row, a, b in zip(texts(), first, second, strict=False):
         ids = torch.tensor([row])
@@ -328,7 +328,7 @@ def test_causal_prompts_are_continued(tmp_path: Path, llama: str) -> None:
 
 def test_targets_are_written(tmp_path: Path, t5: str) -> None:
     module = Seq2SeqLM(t5, max_new_tokens=4, generation={"num_beams": 2})
-    [written] = run(tmp_path).predict(module, loader(seq2seq, 8))  # type: ignore[misc]
+    [written] = make_trainer(tmp_path).predict(module, loader(seq2seq, 8))  # type: ignore[misc]
     batch = seq2seq(texts())
     ids = module.network.generate(batch["input_ids"], max_new_tokens=4, num_beams=2)  # type: ignore[union-attr,operator]
     assert written == module.tokenizer.batch_decode(ids, skip_special_tokens=True)

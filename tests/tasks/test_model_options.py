@@ -24,7 +24,7 @@ from lora_lightning.tasks.model_options import ModelOptions
 from lora_lightning.tasks.network import build_network
 from lora_lightning.tasks.pretrained_task import PretrainedTask
 from lora_lightning.tasks.sharding import repeated_layers
-from tests.helpers.modules import run
+from tests.helpers.lightning_modules import make_trainer
 from tests.helpers.tiny_bert import save_tiny_bert
 from tests.helpers.tiny_lm import tiny_llama
 
@@ -63,7 +63,7 @@ def built(folder: str, **options: Any) -> Any:
 
 
 def fit(folder: Path, module: Any, *callbacks: Any, **options: Any) -> Any:
-    run(folder, *callbacks, max_epochs=1, **options).fit(module, data())
+    make_trainer(folder, *callbacks, max_epochs=1, **options).fit(module, data())
     return module
 
 
@@ -233,7 +233,7 @@ def test_quantize(tmp_path: Path, llama: str, name: str, precision: str) -> None
     from transformers import AutoModelForCausalLM
 
     module = LanguageModel(llama, quantize=name)
-    trainer = run(tmp_path, LoraCallback(r=2), max_epochs=2, precision=precision)
+    trainer = make_trainer(tmp_path, LoraCallback(r=2), max_epochs=2, precision=precision)
     trainer.fit(module, data())
     alone = AutoModelForCausalLM.from_pretrained(
         llama,

@@ -23,7 +23,7 @@ from lora_lightning.errors import ConfigError
 from lora_lightning.tasks import optimization
 from lora_lightning.tasks.optimization import Schedule, decay_groups
 from lora_lightning.tasks.pretrained_task import PretrainedTask
-from tests.helpers.modules import run
+from tests.helpers.lightning_modules import make_trainer
 
 # torchdata's loader sets a vital sign of torch, which torch 2.13 asks not to.
 pytestmark = pytest.mark.filterwarnings("ignore:.set_vital. is deprecated")
@@ -89,7 +89,7 @@ def test_the_curves_are_those_of_transformers(shape: Any, warmup: int, total: in
 def accumulated(folder: Path) -> list[float]:
     """Two epochs of 10 batches, 4 a step: 3 steps an epoch, the last of 2 batches."""
     task = Task(warmup_fraction=1 / 3, lr_schedule="cosine")
-    run(folder, max_epochs=2, accumulate_grad_batches=4).fit(task, loader())
+    make_trainer(folder, max_epochs=2, accumulate_grad_batches=4).fit(task, loader())
     return task.rates
 
 
@@ -104,20 +104,22 @@ def test_twin_that_counts_batches(tmp_path: Path, monkeypatch: Any) -> None:
 
 def test_accumulation_that_changes_with_the_epoch(tmp_path: Path) -> None:
     task, change = Task(), GradientAccumulationScheduler({0: 1, 1: 4})
-    run(tmp_path, change, max_epochs=2).fit(task, loader())
+    make_trainer(tmp_path, change, max_epochs=2).fit(task, loader())
     assert task.rates == pytest.approx(curve("linear", round(0.1 * 13), 13))
 
 
 def test_max_steps_ends_the_curve(tmp_path: Path) -> None:
     task = Task(warmup_steps=2)
-    run(tmp_path, max_epochs=2, max_steps=7).fit(task, loader())
+    make_trainer(tmp_path, max_epochs=2, max_steps=7).fit(task, loader())
     assert task.rates == pytest.approx(curve("linear", 2, 7))
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
 def test_gradients_are_clipped_in_any_precision(tmp_path: Path, precision: Any) -> None:
     task = Task()
-    run(tmp_path, max_steps=2, precision=precision, gradient_clip_val=0.1).fit(task, loader())
+    make_trainer(tmp_path, max_steps=2, precision=precision, gradient_clip_val=0.1).fit(
+        task, loader()
+    )
     norms = torch.stack([p.grad.norm() for p in task.parameters() if p.grad is not None])
     assert norms.norm().item() == pytest.approx(0.1, rel=0.01)
 
@@ -139,12 +141,12 @@ class Stop(Callback):
 
 def resumed(folder: Path, epochs: int, stop: int, task: Any, *others: Any) -> list[float]:
     """The rates of a run of 4 epochs that goes on where one of `epochs` ended or was stopped."""
-    first = run(folder, Stop(stop), *others, max_epochs=epochs)
+    first = make_trainer(folder, Stop(stop), *others, max_epochs=epochs)
     with suppress(InterruptedError):
         first.fit(task(), loader(StatefulDataLoader))
     first.save_checkpoint(folder / "last.ckpt")
     second = task()
-    trainer = run(folder, *others, max_epochs=4)
+    trainer = make_trainer(folder, *others, max_epochs=4)
     trainer.fit(second, loader(StatefulDataLoader), ckpt_path=folder / "last.ckpt")
     return second.rates
 
@@ -152,7 +154,7 @@ def resumed(folder: Path, epochs: int, stop: int, task: Any, *others: Any) -> li
 @pytest.mark.parametrize(("epochs", "stop"), [(4, 13), (2, -1)], ids=["crashed", "prolonged"])
 def test_a_resumed_run_is_on_the_whole_runs_curve(tmp_path: Path, epochs: int, stop: int) -> None:
     straight = Task(lr_schedule="cosine")
-    run(tmp_path, max_epochs=4).fit(straight, loader())
+    make_trainer(tmp_path, max_epochs=4).fit(straight, loader())
     rates = resumed(tmp_path, epochs, stop, lambda: Task(lr_schedule="cosine"))
     assert rates == straight.rates[-len(rates) :]  # to the last bit
     assert len(rates) == (27 if stop == 13 else 20)
@@ -178,7 +180,7 @@ def test_twin_whose_schedule_stays_where_the_shorter_run_ended(
 def test_a_longer_run_with_adapters(tmp_path: Path) -> None:
     lora = {"r": 1, "target_modules": ["0"]}
     straight = Task()
-    run(tmp_path, LoraCallback(**lora), max_epochs=4).fit(straight, loader())
+    make_trainer(tmp_path, LoraCallback(**lora), max_epochs=4).fit(straight, loader())
     rates = resumed(tmp_path, 2, -1, Task, LoraCallback(**lora))
     assert rates == straight.rates[20:]
 
@@ -188,9 +190,9 @@ def mid_epoch(folder: Path, task: Any) -> list[float]:
     saver = ModelCheckpoint(folder, save_last=True, every_n_train_steps=1, save_top_k=0)
     torch.manual_seed(1)
     with pytest.raises(InterruptedError):
-        run(folder, saver, Stop(3)).fit(task(), loader(StatefulDataLoader))
+        make_trainer(folder, saver, Stop(3)).fit(task(), loader(StatefulDataLoader))
     second = task()
-    run(folder).fit(second, loader(StatefulDataLoader), ckpt_path=folder / "last.ckpt")
+    make_trainer(folder).fit(second, loader(StatefulDataLoader), ckpt_path=folder / "last.ckpt")
     return second.seen
 
 
@@ -217,26 +219,26 @@ def test_twin_that_asks_at_once(tmp_path: Path) -> None:
 
 def test_a_stream_needs_max_steps(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
-        run(tmp_path).fit(Task(), DataLoader(Stream()))
+        make_trainer(tmp_path).fit(Task(), DataLoader(Stream()))
     assert str(error.value) == (
         "the learning rate falls to 0 at the last step, but the run has none: set "
         "trainer.max_steps, or trainer.max_epochs with data whose length is known; or keep it "
         "constant. (model.lr_schedule)"
     )
     with pytest.raises(ConfigError, match=r"say how many are warm-up .* \(model.warmup_steps\)"):
-        run(tmp_path).fit(Task(lr_schedule="constant"), DataLoader(Stream()))
+        make_trainer(tmp_path).fit(Task(lr_schedule="constant"), DataLoader(Stream()))
 
     task = Task(warmup_steps=1)
-    run(tmp_path, max_steps=4, max_epochs=-1).fit(task, DataLoader(Stream()))
+    make_trainer(tmp_path, max_steps=4, max_epochs=-1).fit(task, DataLoader(Stream()))
     assert task.rates == pytest.approx(curve("linear", 1, 4))
     endless = Task(lr_schedule="constant", warmup_steps=4)
-    run(tmp_path).fit(endless, DataLoader(Stream()))
+    make_trainer(tmp_path).fit(endless, DataLoader(Stream()))
     assert endless.rates == [0, 0.25, 0.5, 0.75, *[1.0] * 6]
 
 
 def test_a_warmup_longer_than_the_run(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
-        run(tmp_path, accumulate_grad_batches=4).fit(Task(warmup_steps=10), loader())
+        make_trainer(tmp_path, accumulate_grad_batches=4).fit(Task(warmup_steps=10), loader())
     assert str(error.value) == (
         "warmup_steps=10, but the whole run has 3 optimizer steps: the learning rate would not "
         "reach its peak. (model.warmup_steps)"
@@ -250,9 +252,9 @@ def test_trials_may_end_in_warmup(tmp_path: Path) -> None:
         def train_dataloader(self) -> Any:
             return DataLoader(torch.arange(64.0)[:, None], batch_size=self.batch_size)
 
-    run(tmp_path, fast_dev_run=1).fit(Task(warmup_steps=9), loader())
+    make_trainer(tmp_path, fast_dev_run=1).fit(Task(warmup_steps=9), loader())
     task, data = Task(warmup_steps=9), Sized()
-    trainer = run(tmp_path, max_epochs=3)
+    trainer = make_trainer(tmp_path, max_epochs=3)
     Tuner(trainer).scale_batch_size(task, datamodule=data, max_trials=2, steps_per_trial=2)
     assert data.batch_size == 4
     found = Tuner(trainer).lr_find(task, datamodule=data, num_training=5, min_lr=1e-4)
@@ -322,7 +324,7 @@ def test_decay_acts_in_training(tmp_path: Path) -> None:
     task.training_step = lambda batch: sum(p.sum() * 0 for p in task.parameters())  # type: ignore[method-assign]
     task.configure_model()
     before = {name: p.detach().clone() for name, p in task.named_parameters()}
-    run(tmp_path, max_steps=2).fit(task, loader())
+    make_trainer(tmp_path, max_steps=2).fit(task, loader())
     for name, parameter in task.named_parameters():
         matrix = name in ("network.0.weight", "network.2.weight")
         factor = math.pow(1 - 0.1 * 0.5, 2) if matrix else 1.0
@@ -331,12 +333,12 @@ def test_decay_acts_in_training(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("saved", "asked"), [(0.0, 0.1), (0.2, 0.1), (0.1, 0.0)])
 def test_a_resumed_run_keeps_its_weight_decay(tmp_path: Path, saved: float, asked: float) -> None:
-    first = run(tmp_path, max_epochs=1)
+    first = make_trainer(tmp_path, max_epochs=1)
     first.fit(Task(weight_decay=saved), loader())
     first.save_checkpoint(tmp_path / "a.ckpt")
     again: Any = {"train_dataloaders": loader(), "ckpt_path": tmp_path / "a.ckpt"}
     text = rf"weight_decay={asked:g} would have .* is {saved:g}\. .* \(model.weight_decay\)"
-    second = run(tmp_path, max_epochs=2)
+    second = make_trainer(tmp_path, max_epochs=2)
     with pytest.raises(ConfigError, match=text):
         second.fit(Task(weight_decay=asked), **again)
-    run(tmp_path, max_epochs=2).fit(Task(weight_decay=saved), **again)
+    make_trainer(tmp_path, max_epochs=2).fit(Task(weight_decay=saved), **again)

@@ -22,7 +22,7 @@ from lora_lightning.tasks.sharding import repeated_layers
 from lora_lightning.utilities.constants import IGNORE_INDEX
 from lora_lightning.utilities.dtensor import full_tensor, is_sharded
 from lora_lightning.utilities.wrappers import named_parameters
-from tests.helpers.modules import run
+from tests.helpers.lightning_modules import make_trainer
 from tests.helpers.processes import on_processes
 from tests.helpers.tiny_bert import save_tiny_bert
 from tests.helpers.tiny_lm import tiny_llama
@@ -52,7 +52,9 @@ def fit(
     loader = DataLoader(rows, 4 // devices, sampler=own)
     callbacks = [LoraCallback(r=2)] if lora else []
     way = strategy or ("auto" if devices == 1 else ModelParallelStrategy(2, 1))
-    trainer = run(folder, *callbacks, devices=devices, strategy=way, use_distributed_sampler=False)
+    trainer = make_trainer(
+        folder, *callbacks, devices=devices, strategy=way, use_distributed_sampler=False
+    )
     # SGD: Adam makes a step of full length of a gradient that is 0 but for rounding.
     module = CausalLM(str(folder.parent / model), **options)
     module.configure_optimizers = lambda: torch.optim.SGD(  # type: ignore[method-assign]
@@ -92,7 +94,7 @@ def new_head(folder: Path) -> dict[str, Any]:
     """A head that no file has, which starts the same everywhere."""
     module = SequenceClassification(str(folder / "bert"), label_names=["a", "b", "c"])
     lora = LoraCallback(r=2, modules_to_save=["classifier"])
-    trainer = run(folder / "head", lora, devices=2, strategy=ModelParallelStrategy(2, 1))
+    trainer = make_trainer(folder / "head", lora, devices=2, strategy=ModelParallelStrategy(2, 1))
     rows = [{"input_ids": torch.arange(4, 8), "labels": torch.tensor(label)} for label in range(3)]
     trainer.fit(module, DataLoader(rows, 1))
     weight = full_tensor(module.network.classifier.weight).detach()
@@ -106,7 +108,7 @@ def texts(folder: Path, devices: int) -> list[str]:
     prompts = [{"input_ids": torch.arange(place, place + 5)} for place in (20, 57)]
     options = {"max_new_tokens": 9, "generation": {"eos_token_id": 5}}
     module = CausalLM(str(folder / "untied"), **options)
-    trainer = run(folder / "texts", devices=devices, strategy=way)
+    trainer = make_trainer(folder / "texts", devices=devices, strategy=way)
     written = trainer.predict(module, DataLoader(prompts, 1))
     return [text for batch in written or [] for text in batch]
 
@@ -143,7 +145,10 @@ def refusals(folder: Path) -> dict[str, str]:
         "tensor parallel": (str(folder / "tied"), {}, ModelParallelStrategy()),
     }
     for name, (model, options, strategy) in attempts.items():
-        trainer, module = run(folder, devices=2, strategy=strategy), CausalLM(model, **options)
+        trainer, module = (
+            make_trainer(folder, devices=2, strategy=strategy),
+            CausalLM(model, **options),
+        )
         trainer.callbacks += [LoraCallback(r=2)] if name == "compiled" else []
         with pytest.raises(LoraError) as error:
             trainer.fit(module, DataLoader([0, 1]))

@@ -13,9 +13,9 @@ from lora_lightning import LoraCallback
 from lora_lightning.data.token_classification import TokenClassificationDataModule
 from lora_lightning.errors import ConfigError
 from lora_lightning.tasks.token_classification import TokenClassification
-from tests.helpers.modules import run
+from tests.helpers.lightning_modules import make_trainer
 from tests.helpers.processes import on_processes
-from tests.helpers.resuming import Run
+from tests.helpers.resumable_run import ResumableRun
 from tests.helpers.tiny_bert import save_tiny_bert
 
 TAGS = {
@@ -76,7 +76,7 @@ def trained(tmp_path_factory, model, file):
     seed_everything(0, verbose=False)
     module = TokenClassification(model, learning_rate=2e-2, weight_decay=0.0)
     data = data_of(file)
-    trainer = run(tmp_path_factory.mktemp("run"), lora(), max_epochs=12)
+    trainer = make_trainer(tmp_path_factory.mktemp("run"), lora(), max_epochs=12)
     trainer.fit(module, data)
     return trainer, module, data
 
@@ -156,7 +156,7 @@ def test_entities_are_measured_where_classes_write_them(tmp_path, model, trained
     path.write_text("\n".join(map(json.dumps, rows)))
     seed_everything(0, verbose=False)
     module = TokenClassification(model, learning_rate=2e-2)
-    trainer = run(tmp_path, lora(), max_epochs=30)
+    trainer = make_trainer(tmp_path, lora(), max_epochs=30)
     trainer.fit(module, data_of(str(path)))
     assert trainer.callback_metrics["val_accuracy"] == 1
     assert trainer.callback_metrics["val_entity_f1"] == 1
@@ -180,13 +180,13 @@ def test_words_that_were_cut_off_are_not_predicted(trained, file):
 
 def test_adapters_and_the_new_head_are_what_trains(model, file, tmp_path):
     module = TokenClassification(model)
-    run(tmp_path, lora()).fit(module, data_of(file))
+    make_trainer(tmp_path, lora()).fit(module, data_of(file))
     assert module.new_parameters == {"network.classifier.weight", "network.classifier.bias"}
     trained = {name for name, p in module.named_parameters() if p.requires_grad}
     assert all(".adapters.default." in name for name in trained)
     assert any(name.startswith("network.classifier.adapters") for name in trained)
     with pytest.raises(ConfigError, match=r"modules_to_save: \[classifier\]"):
-        run(tmp_path, LoraCallback(r=4, target_modules=["query"])).fit(
+        make_trainer(tmp_path, LoraCallback(r=4, target_modules=["query"])).fit(
             TokenClassification(model), data_of(file)
         )
 
@@ -195,7 +195,7 @@ def test_adapters_and_the_new_head_are_what_trains(model, file, tmp_path):
 def test_it_resumes_in_mid_epoch(tmp_path, file, workers):
     # A head that is in the file: a new one's frozen original, which nothing reads, is drawn anew.
     model = str(save_tiny_bert(tmp_path / "model", head_labels=4))
-    Run(
+    ResumableRun(
         module=lambda: TokenClassification(model),
         data=lambda: data_of(file, num_workers=workers),
         lora=lambda: [lora()],
@@ -209,7 +209,7 @@ def test_another_order_of_classes_is_refused(trained, tmp_path, model, file):
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     names = ["O", "NEG", "POS", "THING"]
     with pytest.raises(ConfigError, match="the same names in another order"):
-        run(tmp_path, lora()).validate(
+        make_trainer(tmp_path, lora()).validate(
             TokenClassification(model),
             data_of(file, label_names=names),
             ckpt_path=tmp_path / "a.ckpt",
@@ -259,7 +259,7 @@ def sgd_update(folder, model, path, batch_size, accumulate, kind=TokenClassifica
         start["weight"] = module.network.classifier.weight.clone()
 
     module.on_train_start = on_train_start
-    run(folder, **options).fit(module, data)
+    make_trainer(folder, **options).fit(module, data)
     return (module.network.classifier.weight - start["weight"]).detach().double()
 
 
@@ -294,7 +294,7 @@ def test_accumulation_weights_words_not_batches(tmp_path, uneven):
 def validated(folder, model, path, devices):
     options = {"devices": devices, "strategy": "ddp"} if devices > 1 else {}
     module = TokenClassification(model)
-    trainer = run(Path(folder), num_nodes=1, **options)
+    trainer = make_trainer(Path(folder), num_nodes=1, **options)
     logged = trainer.validate(module, data_of(path, batch_size=3), verbose=False)[0]
     own = {}
     if devices > 1:  # this process's part alone

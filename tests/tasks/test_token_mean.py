@@ -23,9 +23,9 @@ from lora_lightning.tasks import SequenceClassification
 from lora_lightning.tasks.token_mean import TokenMean
 from lora_lightning.utilities.dtensor import full_tensor
 from lora_lightning.utilities.wrappers import named_parameters
-from tests.helpers.modules import run
+from tests.helpers.lightning_modules import make_trainer
 from tests.helpers.processes import on_processes
-from tests.helpers.resuming import Run, Spots
+from tests.helpers.resumable_run import ResumableRun, SaveAtSpots
 from tests.helpers.tiny_bert import save_tiny_bert
 from tests.training.test_fsdp1 import on_cpu
 
@@ -102,7 +102,7 @@ def trained(
 ) -> nn.Module:
     module = kind()
     data = options.pop("data", None)
-    run(folder, *callbacks, **options).fit(module, loader(batch_size, data))
+    make_trainer(folder, *callbacks, **options).fit(module, loader(batch_size, data))
     return module
 
 
@@ -233,9 +233,9 @@ class Forgets(WithDropout):
         pass
 
 
-def half_way(module: Any) -> Run:
+def half_way(module: Any) -> ResumableRun:
     """Checkpoints within a window of 4 batches, and within the last one, which has 2."""
-    return Run(
+    return ResumableRun(
         module,
         lambda: loader(2, texts()),
         lambda: [LoraCallback(r=2, lora_dropout=0.2, target_modules=["embed", "body.0", "head"])],
@@ -255,10 +255,10 @@ def test_resuming_can_fail(tmp_path: Path) -> None:
 
 def test_gradients_that_a_resumed_run_lacks_count_for_nothing(tmp_path: Path) -> None:
     """Without LoraCallback, Lightning forgets what was accumulated, and the place in the data."""
-    saver = Spots(tmp_path, ("batch2",))
+    saver = SaveAtSpots(tmp_path, ("batch2",))
     trained(tmp_path, callbacks=[saver], accumulate_grad_batches=4)
     resumed = Tokens()
-    trainer = run(tmp_path, accumulate_grad_batches=4, limit_train_batches=4)
+    trainer = make_trainer(tmp_path, accumulate_grad_batches=4, limit_train_batches=4)
     trainer.fit(resumed, loader(1), ckpt_path=tmp_path / "batch2.ckpt")
     assert error(resumed, by_hand([texts()[:2]])) < 1e-5
 
@@ -301,7 +301,9 @@ def on_rank(folder: Path) -> list[dict[str, Tensor]]:
     for strategy, *kinds in PROCESSES:
         for kind in kinds:
             module = kind()
-            trainer = run(folder, accumulate_grad_batches=2, strategy=strategy(), **settings)
+            trainer = make_trainer(
+                folder, accumulate_grad_batches=2, strategy=strategy(), **settings
+            )
             trainer.fit(module, loader(1, data))
             root = trainer.strategy.model
             with summoned(root) if isinstance(root, FullyShardedDataParallel) else nullcontext():
@@ -333,7 +335,7 @@ def test_weighted_classes(tmp_path: Path) -> None:
         module.configure_model()
         module.eval()
         options: dict[str, Any] = {"accumulate_grad_batches": accumulate, "max_epochs": 1}
-        run(tmp_path, **options).fit(module, DataLoader(data, batch_size))  # type: ignore[arg-type]
+        make_trainer(tmp_path, **options).fit(module, DataLoader(data, batch_size))  # type: ignore[arg-type]
         return module.network.classifier.weight.detach()
 
     class SGD(SequenceClassification):
@@ -351,7 +353,7 @@ def test_weighted_classes(tmp_path: Path) -> None:
 
 def test_strategies_that_accumulate_by_themselves_are_refused(tmp_path: Path) -> None:
     module = Tokens()
-    trainer = run(tmp_path, accumulate_grad_batches=2)
+    trainer = make_trainer(tmp_path, accumulate_grad_batches=2)
     type(trainer.strategy).handles_gradient_accumulation = property(lambda self: True)  # type: ignore[assignment]
     try:
         with pytest.raises(ConfigError, match=r"mean of 2 means.*accumulate_grad_batches=1"):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lora_lightning import LoraCallback
 from lora_lightning.errors import AdapterMismatchError
-from tests.helpers.modules import BuiltInConfigureModel, Data, Net, run
+from tests.helpers.lightning_modules import BuiltInConfigureModel, Data, Net, make_trainer
 
 OPTIONS: dict[str, Any] = {
     "r": 2,
@@ -50,7 +50,7 @@ def wipe(module: nn.Module) -> None:
 
 def trained(folder: Path, module: Any) -> dict[str, Tensor]:
     torch.manual_seed(0)
-    run(folder, LoraCallback(**OPTIONS), max_epochs=1).fit(module, Data())
+    make_trainer(folder, LoraCallback(**OPTIONS), max_epochs=1).fit(module, Data())
     return dict(module.state_dict())
 
 
@@ -71,7 +71,7 @@ def test_a_second_trainer_does_not_load_it_again(tmp_path: Path, monkeypatch: An
     module = InInit()
     before = trained(tmp_path, module)
     monkeypatch.setattr(Unset, "base_state_dict", lambda self: pytest.fail("loaded again"))
-    run(tmp_path, LoraCallback(**OPTIONS)).validate(module, Data(), verbose=False)
+    make_trainer(tmp_path, LoraCallback(**OPTIONS)).validate(module, Data(), verbose=False)
     assert all(torch.equal(module.state_dict()[key], before[key]) for key in before)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,13 +36,13 @@ from lora_lightning.errors import (
     OptimizerError,
     TargetError,
 )
-from tests.helpers.modules import (
+from tests.helpers.lightning_modules import (
     BuiltInConfigureModel,
     BuiltInSetup,
     Data,
     Net,
     NetWithoutOptimizer,
-    run,
+    make_trainer,
 )
 
 OPTIONS: dict[str, Any] = {
@@ -61,7 +62,7 @@ def adapters(module: nn.Module) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("kind", [Net, BuiltInSetup, BuiltInConfigureModel, NetWithoutOptimizer])
 def test_trains_wherever_the_model_is_built(tmp_path: Path, kind: type) -> None:
     module = kind()
-    run(tmp_path, LoraCallback(**OPTIONS)).fit(module, Data())
+    make_trainer(tmp_path, LoraCallback(**OPTIONS)).fit(module, Data())
     assert all(v.abs().sum() > 0 for v in adapters(module).values())
     assert len(adapters(module)) == 6
 
@@ -69,7 +70,9 @@ def test_trains_wherever_the_model_is_built(tmp_path: Path, kind: type) -> None:
 @pytest.mark.parametrize("kind", [Net, BuiltInSetup, BuiltInConfigureModel])
 def test_every_entry_point_once_and_again(tmp_path: Path, kind: type) -> None:
     module, data = kind(), Data()
-    trainer = run(tmp_path, LoraCallback(**OPTIONS), ModelCheckpoint(tmp_path, filename="best"))
+    trainer = make_trainer(
+        tmp_path, LoraCallback(**OPTIONS), ModelCheckpoint(tmp_path, filename="best")
+    )
     trainer.validate(module, data, verbose=False)  # before fit: adapters are there, as a no-op
     at_start = adapters(module)
     trainer.fit(module, data)
@@ -88,7 +91,7 @@ def test_every_entry_point_once_and_again(tmp_path: Path, kind: type) -> None:
         == own[0]["val_loss"]
     )
     fresh = kind()
-    again = run(tmp_path, LoraCallback(**OPTIONS))
+    again = make_trainer(tmp_path, LoraCallback(**OPTIONS))
     losses = again.validate(fresh, data, ckpt_path=str(tmp_path / "best.ckpt"), verbose=False)
     assert losses == own
     predictions = again.predict(fresh, data, ckpt_path=str(tmp_path / "best.ckpt"))
@@ -99,9 +102,9 @@ def test_every_entry_point_once_and_again(tmp_path: Path, kind: type) -> None:
 
 def test_same_module_with_a_second_trainer(tmp_path: Path) -> None:
     module = Net()
-    run(tmp_path, LoraCallback(**OPTIONS)).fit(module, Data())
+    make_trainer(tmp_path, LoraCallback(**OPTIONS)).fit(module, Data())
     first = adapters(module)
-    run(tmp_path, LoraCallback(**OPTIONS)).fit(module, Data())
+    make_trainer(tmp_path, LoraCallback(**OPTIONS)).fit(module, Data())
     second = adapters(module)
     assert first.keys() == second.keys()
     assert not torch.equal(
@@ -112,7 +115,7 @@ def test_same_module_with_a_second_trainer(tmp_path: Path) -> None:
 def test_disabled_callback_is_not_there(tmp_path: Path, capsys: Any) -> None:
     module = Net()
     before = copy.deepcopy(module.state_dict())
-    trainer = run(tmp_path, LoraCallback(enabled=False))
+    trainer = make_trainer(tmp_path, LoraCallback(enabled=False))
     trainer.fit(module, Data())
     assert not adapters(module)
     assert not torch.equal(before["embed.weight"], module.embed.weight)  # full fine-tuning
@@ -126,8 +129,8 @@ def test_disabled_callback_is_not_there(tmp_path: Path, capsys: Any) -> None:
 def test_without_the_callback_the_module_is_as_it_was(tmp_path: Path) -> None:
     """The overrides stay on the module; under a Trainer without the callback they do nothing."""
     module = Net()
-    run(tmp_path, LoraCallback(**OPTIONS)).fit(module, Data())
-    other = run(tmp_path)
+    make_trainer(tmp_path, LoraCallback(**OPTIONS)).fit(module, Data())
+    other = make_trainer(tmp_path)
     other.validate(module, Data(), verbose=False)
     other.save_checkpoint(tmp_path / "all.ckpt", weights_only=True)
     assert set(torch.load(tmp_path / "all.ckpt")["state_dict"]) == set(module.state_dict())
@@ -135,14 +138,14 @@ def test_without_the_callback_the_module_is_as_it_was(tmp_path: Path) -> None:
 
 def test_submodule_only(tmp_path: Path) -> None:
     module = Net()
-    run(tmp_path, LoraCallback(r=2, module="body")).fit(module, Data())
+    make_trainer(tmp_path, LoraCallback(r=2, module="body")).fit(module, Data())
     assert {name.partition(".adapters.")[0] for name in adapters(module)} == {"body.2"}
     assert not module.head.weight.requires_grad
 
 
 def test_a_trained_bias_is_saved_also_while_its_adapter_is_switched_off(tmp_path: Path) -> None:
     module, options = Net(), {"r": 2, "target_modules": ["embed"], "bias": "lora_only"}
-    trainer = run(tmp_path, LoraCallback(**options))
+    trainer = make_trainer(tmp_path, LoraCallback(**options))
     trainer.fit(module, Data())
     trained = module.embed.bias.detach().clone()
     set_adapter(module, [])
@@ -154,7 +157,7 @@ def test_a_trained_bias_is_saved_also_while_its_adapter_is_switched_off(tmp_path
 
 def test_adapted_module_can_be_copied_and_pickled(tmp_path: Path) -> None:
     module = Net()
-    run(tmp_path, LoraCallback(**OPTIONS)).fit(module, Data())
+    make_trainer(tmp_path, LoraCallback(**OPTIONS)).fit(module, Data())
     module.eval()
     x = torch.randn(4, 8)
     module.trainer = None  # a Trainer cannot be pickled, with or without LoRA
@@ -194,7 +197,7 @@ def test_two_callbacks_train_together(tmp_path: Path) -> None:
         LoraCallback(r=2, target_modules=["embed"], adapter_name="a"),
         LoraCallback(r=3, target_modules=["embed", "body.2"], adapter_name="b"),
     ]
-    trainer = run(tmp_path, *pair)
+    trainer = make_trainer(tmp_path, *pair)
     trainer.fit(module, Data())
     assert adapter_names(module) == active_adapters(module) == ["a", "b"]
     assert all(v.abs().sum() > 0 for v in adapters(module).values())
@@ -202,25 +205,27 @@ def test_two_callbacks_train_together(tmp_path: Path) -> None:
     saved = torch.load(tmp_path / "two.ckpt", weights_only=True)
     assert set(saved["state_dict"]) == set(adapters(module))
     fresh = Net()
-    run(tmp_path, *pair).validate(fresh, Data(), ckpt_path=tmp_path / "two.ckpt", verbose=False)
+    make_trainer(tmp_path, *pair).validate(
+        fresh, Data(), ckpt_path=tmp_path / "two.ckpt", verbose=False
+    )
     assert all(torch.equal(v, adapters(fresh)[k]) for k, v in adapters(module).items())
     with pytest.raises(AdapterMismatchError, match="adapter 'b': only in the checkpoint"):
-        run(tmp_path, pair[0]).validate(
+        make_trainer(tmp_path, pair[0]).validate(
             Net(), Data(), ckpt_path=tmp_path / "two.ckpt", verbose=False
         )
     with pytest.raises(
         ConfigError, match="Two LoraCallbacks of this Trainer have adapter_name='a'"
     ):
-        run(tmp_path, pair[0], LoraCallback(adapter_name="a")).fit(Net(), Data())
+        make_trainer(tmp_path, pair[0], LoraCallback(adapter_name="a")).fit(Net(), Data())
 
 
 def test_evaluating_a_disabled_or_merged_adapter(tmp_path: Path) -> None:
     """Comparing with the base is a validate inside `disable_adapter`, callback and all."""
     from lora_lightning import disable_adapter, merge_adapter
 
-    base = run(tmp_path).validate(Net(), Data(), verbose=False)[0]["val_loss"]
+    base = make_trainer(tmp_path).validate(Net(), Data(), verbose=False)[0]["val_loss"]
     module, data = Net(), Data()
-    trainer = run(tmp_path, LoraCallback(r=2))
+    trainer = make_trainer(tmp_path, LoraCallback(r=2))
     trainer.fit(module, data)
     tuned = trainer.validate(module, data, verbose=False)[0]["val_loss"]
     with disable_adapter(module):
@@ -236,7 +241,7 @@ def test_evaluating_a_disabled_or_merged_adapter(tmp_path: Path) -> None:
 
 
 def test_start_table_and_end_lines(tmp_path: Path, capsys: Any) -> None:
-    run(
+    make_trainer(
         tmp_path,
         LoraCallback(r=2, target_modules=["embed", "body.2"], modules_to_save=["head"]),
         ModelCheckpoint(tmp_path, filename="best", save_last=True),
@@ -262,7 +267,7 @@ def test_several_callbacks_say_once_what_is_true_of_the_run(tmp_path: Path, caps
         LoraCallback(r=2),
         LoraCallback(AdaLoraConfig(init_r=2, target_r=1, tfinal=1), adapter_name="two"),
     ]
-    run(tmp_path, *callbacks, ModelCheckpoint(tmp_path)).fit(Net(), Data())
+    make_trainer(tmp_path, *callbacks, ModelCheckpoint(tmp_path)).fit(Net(), Data())
     out = capsys.readouterr().out
     assert "LoRA adapter 'default'" in out
     assert "AdaLoRA adapter 'two'" in out
@@ -273,7 +278,7 @@ def test_several_callbacks_say_once_what_is_true_of_the_run(tmp_path: Path, caps
 
 
 def test_supplied_optimizer_is_fused_adamw(tmp_path: Path) -> None:
-    trainer = run(tmp_path, LoraCallback(lr=3e-3, **OPTIONS))
+    trainer = make_trainer(tmp_path, LoraCallback(lr=3e-3, **OPTIONS))
     trainer.fit(NetWithoutOptimizer(), Data())
     (optimizer,) = trainer.optimizers
     assert type(optimizer) is torch.optim.AdamW
@@ -285,7 +290,7 @@ def test_supplied_optimizer_in_mixed_precision(tmp_path: Path) -> None:
     """Lightning would not clip the gradients of a fused one."""
     for clip in (None, 0.1):
         options = {"precision": "bf16-mixed", "gradient_clip_val": clip}
-        trainer = run(tmp_path, LoraCallback(**OPTIONS), max_steps=1, **options)
+        trainer = make_trainer(tmp_path, LoraCallback(**OPTIONS), max_steps=1, **options)
         trainer.fit(NetWithoutOptimizer(), Data())
         assert bool(trainer.optimizers[0].defaults["fused"]) == (clip is None)
 
@@ -299,13 +304,13 @@ def test_lora_dropout_acts_even_where_the_base_came_in_eval_mode(tmp_path: Path)
         def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
             seen.append(pl_module.embed.adapters["default"].lora_dropout.training)
 
-    run(tmp_path, Watch(lora_dropout=0.5, **OPTIONS), max_steps=1).fit(module, Data())
+    make_trainer(tmp_path, Watch(lora_dropout=0.5, **OPTIONS), max_steps=1).fit(module, Data())
     assert seen == [True]
 
 
 def test_frozen_norm_is_held_while_adapters_are_on(tmp_path: Path) -> None:
     module = Net()
-    run(tmp_path, LoraCallback(**OPTIONS)).fit(module, Data())
+    make_trainer(tmp_path, LoraCallback(**OPTIONS)).fit(module, Data())
     module.train()
     assert not module.norm.training
     assert not pickle.loads(pickle.dumps(module.norm)).train().training
@@ -319,9 +324,9 @@ def test_a_norm_that_trains_as_a_copy_is_not_held(tmp_path: Path, saved: str) ->
     module = Net()
     module.norm = torch.nn.Sequential(torch.nn.Identity(), module.norm)
     before = module.norm[1].running_mean.clone()
-    run(tmp_path, LoraCallback(r=2, target_modules=["embed"], modules_to_save=[saved])).fit(
-        module, Data()
-    )
+    make_trainer(
+        tmp_path, LoraCallback(r=2, target_modules=["embed"], modules_to_save=[saved])
+    ).fit(module, Data())
     assert torch.equal(module.norm[1].running_mean, before)
     copy_of = {k.rpartition("norm.")[2]: v for k, v in adapter_state_dict(module).items()}
     assert not torch.equal(copy_of["1.running_mean"], before)
@@ -348,7 +353,7 @@ def test_trial_runs_leave_the_base_alone(tmp_path: Path, method: str) -> None:
 
     module = Searchable()
     before = {k: v.clone() for k, v in module.state_dict().items()}
-    tuner = Tuner(run(tmp_path, LoraCallback(**OPTIONS)))
+    tuner = Tuner(make_trainer(tmp_path, LoraCallback(**OPTIONS)))
     if method == "lr_find":
         tuner.lr_find(module, datamodule=Data(), num_training=5, update_attr=False)
     else:
@@ -360,13 +365,13 @@ def test_trial_runs_leave_the_base_alone(tmp_path: Path, method: str) -> None:
 def test_a_base_that_was_exchanged_has_another_fingerprint(tmp_path: Path) -> None:
     """merge_and_unload or other weights between two runs: the checkpoint names the base it had."""
     module, data = Net(), Data()
-    run(tmp_path, LoraCallback(**OPTIONS)).fit(module, data)
+    make_trainer(tmp_path, LoraCallback(**OPTIONS)).fit(module, data)
     merge_and_unload(module)
     merged = copy.deepcopy(module.state_dict())
-    trainer = run(tmp_path, LoraCallback(**{**OPTIONS, "r": 3}))
+    trainer = make_trainer(tmp_path, LoraCallback(**{**OPTIONS, "r": 3}))
     trainer.fit(module, data)
     trainer.save_checkpoint(tmp_path / "second.ckpt")
-    again = run(tmp_path, LoraCallback(**{**OPTIONS, "r": 3}))
+    again = make_trainer(tmp_path, LoraCallback(**{**OPTIONS, "r": 3}))
     with pytest.raises(AdapterMismatchError, match="another base model"):
         again.validate(Net(), data, ckpt_path=tmp_path / "second.ckpt", verbose=False)
     right = Net()
@@ -374,14 +379,14 @@ def test_a_base_that_was_exchanged_has_another_fingerprint(tmp_path: Path) -> No
     again.validate(right, data, ckpt_path=tmp_path / "second.ckpt", verbose=False)
 
     loaded = Net()  # other weights loaded into a module that carries its adapters already
-    trainer = run(tmp_path, LoraCallback(**OPTIONS))
+    trainer = make_trainer(tmp_path, LoraCallback(**OPTIONS))
     trainer.validate(loaded, data, verbose=False)
     loaded.load_state_dict(merged, strict=False)
     trainer.fit(loaded, data)
     trainer.save_checkpoint(tmp_path / "third.ckpt")
     right = Net()
     right.load_state_dict(merged)
-    run(tmp_path, LoraCallback(**OPTIONS)).validate(
+    make_trainer(tmp_path, LoraCallback(**OPTIONS)).validate(
         right, data, ckpt_path=tmp_path / "third.ckpt", verbose=False
     )
 
@@ -390,12 +395,12 @@ def test_second_run_in_half_precision_keeps_the_fingerprint(tmp_path: Path) -> N
     """bf16-true casts the base in place; its fingerprint stays that of the base as it came."""
     module, data = Net(), Data()
     for _ in range(2):
-        trainer = run(tmp_path, LoraCallback(**OPTIONS), precision="bf16-true")
+        trainer = make_trainer(tmp_path, LoraCallback(**OPTIONS), precision="bf16-true")
         trainer.fit(module, data)
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     state = torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"]
     assert all(".adapters." in key for key in state)  # a cast buffer is no change
-    fresh = run(tmp_path, LoraCallback(**OPTIONS))
+    fresh = make_trainer(tmp_path, LoraCallback(**OPTIONS))
     fresh.validate(Net(), data, ckpt_path=tmp_path / "a.ckpt", verbose=False)
 
 
@@ -404,7 +409,7 @@ def test_callbacks_that_change_the_base_are_refused(tmp_path: Path) -> None:
 
     for callback in (BackboneFinetuning(), ModelPruning("l1_unstructured", amount=0.5)):
         with pytest.raises(ConfigError, match=f"{type(callback).__name__} changes base weights"):
-            run(tmp_path, LoraCallback(**OPTIONS), callback).fit(Net(), Data())
+            make_trainer(tmp_path, LoraCallback(**OPTIONS), callback).fit(Net(), Data())
 
 
 def test_base_weights_that_begin_to_train_are_noticed(tmp_path: Path) -> None:
@@ -415,7 +420,7 @@ def test_base_weights_that_begin_to_train_are_noticed(tmp_path: Path) -> None:
             self.embed.weight.requires_grad_(False)
 
     with pytest.raises(AdapterStateError, match=r"embed\.bias began to train, but belong"):
-        run(tmp_path, LoraCallback(**OPTIONS)).fit(Unfreezes(), Data())
+        make_trainer(tmp_path, LoraCallback(**OPTIONS)).fit(Unfreezes(), Data())
 
 
 @pytest.mark.filterwarnings("ignore:.*ckpt_path")  # OnExceptionCheckpoint asks for "last"
@@ -424,17 +429,19 @@ def test_a_failing_setup_shows_its_own_error(tmp_path: Path) -> None:
 
     callbacks = [LoraCallback(target_modules=["nope"]), OnExceptionCheckpoint(str(tmp_path))]
     with pytest.raises(TargetError, match="matched nothing"):
-        run(tmp_path, *callbacks, enable_checkpointing=True).fit(Net(), Data())
+        make_trainer(tmp_path, *callbacks, enable_checkpointing=True).fit(Net(), Data())
 
 
 def test_an_adapter_checkpoint_needs_the_callback(tmp_path: Path) -> None:
-    trainer = run(tmp_path, LoraCallback(**OPTIONS))
+    trainer = make_trainer(tmp_path, LoraCallback(**OPTIONS))
     trainer.fit(Net(), Data())
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     with pytest.raises(CheckpointError, match="no LoraCallback is at work in this Trainer"):
-        run(tmp_path, LoraCallback(enabled=False)).fit(Net(), Data(), ckpt_path=tmp_path / "a.ckpt")
+        make_trainer(tmp_path, LoraCallback(enabled=False)).fit(
+            Net(), Data(), ckpt_path=tmp_path / "a.ckpt"
+        )
     with pytest.raises(CheckpointError, match=r"is a folder; name a file. It holds a\.ckpt"):
-        run(tmp_path, LoraCallback(**OPTIONS)).fit(Net(), Data(), ckpt_path=str(tmp_path))
+        make_trainer(tmp_path, LoraCallback(**OPTIONS)).fit(Net(), Data(), ckpt_path=str(tmp_path))
 
 
 def test_a_failing_load_leaves_strict_loading_strict(tmp_path: Path) -> None:
@@ -442,12 +449,12 @@ def test_a_failing_load_leaves_strict_loading_strict(tmp_path: Path) -> None:
         def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
             raise KeyError("mine")
 
-    trainer = run(tmp_path, LoraCallback(**OPTIONS))
+    trainer = make_trainer(tmp_path, LoraCallback(**OPTIONS))
     trainer.fit(Net(), Data())
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     module = Refuses()
     with pytest.raises(KeyError, match="mine"):
-        run(tmp_path, LoraCallback(**OPTIONS)).validate(
+        make_trainer(tmp_path, LoraCallback(**OPTIONS)).validate(
             module, Data(), ckpt_path=tmp_path / "a.ckpt"
         )
     with pytest.raises(RuntimeError, match="Missing key"):
@@ -468,11 +475,11 @@ def test_extra_state_is_kept(tmp_path: Path) -> None:
             self.steps += 1
             return super().training_step(batch, batch_idx)
 
-    trainer = run(tmp_path, LoraCallback(**OPTIONS))
+    trainer = make_trainer(tmp_path, LoraCallback(**OPTIONS))
     trainer.fit(Counts(), Data())
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     fresh = Counts()
-    run(tmp_path, LoraCallback(**OPTIONS)).validate(
+    make_trainer(tmp_path, LoraCallback(**OPTIONS)).validate(
         fresh, Data(), ckpt_path=tmp_path / "a.ckpt", verbose=False
     )
     assert fresh.steps == 4
@@ -485,7 +492,7 @@ def test_interrupted_run_says_where_its_checkpoint_lies(tmp_path: Path, capsys: 
                 raise KeyboardInterrupt
 
     with pytest.raises(SystemExit):
-        run(
+        make_trainer(
             tmp_path,
             LoraCallback(**OPTIONS),
             ModelCheckpoint(tmp_path, filename="one"),
@@ -504,7 +511,7 @@ def test_manual_optimization_in_parts_is_no_warning(tmp_path: Path, recwarn: Any
             self.manual_backward(self.embed(batch[0]).mean())
             optimizer.step()
 
-    run(tmp_path, LoraCallback(**OPTIONS)).fit(Alternates(), Data())
+    make_trainer(tmp_path, LoraCallback(**OPTIONS)).fit(Alternates(), Data())
     assert not [w for w in recwarn if "had no gradient" in str(w.message)]
 
 
@@ -527,7 +534,7 @@ def test_groups_are_found_by_type_not_by_name(tmp_path: Path) -> None:
         ]
     )
     module.configure_optimizers = lambda: optimizer  # type: ignore[method-assign,assignment]
-    run(tmp_path, LoraCallback(r=2, target_modules=["embed", "fast"])).fit(module, Data())
+    make_trainer(tmp_path, LoraCallback(r=2, target_modules=["embed", "fast"])).fit(module, Data())
     assert [len(group["params"]) for group in optimizer.param_groups] == [2, 2]
 
 
@@ -545,7 +552,9 @@ def test_a_bypassed_adapter_is_noticed_in_the_first_step(tmp_path: Path) -> None
             return nn.functional.cross_entropy(self(batch[0]).requires_grad_(), batch[1])
 
     with pytest.raises(AdapterStateError) as error:
-        run(tmp_path, LoraCallback(r=2, target_modules=["embed"])).fit(ReadsTheWeight(), Data())
+        make_trainer(tmp_path, LoraCallback(r=2, target_modules=["embed"])).fit(
+            ReadsTheWeight(), Data()
+        )
     assert "After the first backward pass no adapter has a gradient" in str(error.value)
     assert "(lora.target_modules)" in str(error.value)
 
@@ -556,7 +565,7 @@ def test_a_partly_bypassed_adapter_is_a_warning(tmp_path: Path) -> None:
             return self.head(self.norm(self.embed(x)))
 
     with pytest.warns(UserWarning, match=r"2 of 6 trainable tensors had no gradient.*body\.2"):
-        run(tmp_path, LoraCallback(**OPTIONS), max_steps=1).fit(SkipsBody(), Data())
+        make_trainer(tmp_path, LoraCallback(**OPTIONS), max_steps=1).fit(SkipsBody(), Data())
 
 
 def test_learning_rate_finder(tmp_path: Path) -> None:
@@ -570,7 +579,7 @@ def test_learning_rate_finder(tmp_path: Path) -> None:
             return torch.optim.AdamW(self.parameters(), lr=self.lr)
 
     module = Searchable()
-    trainer = run(tmp_path, LoraCallback(**OPTIONS))
+    trainer = make_trainer(tmp_path, LoraCallback(**OPTIONS))
     Tuner(trainer).lr_find(module, datamodule=Data(), num_training=10, min_lr=1e-4, max_lr=1e-1)
     assert not adapters(module)["embed.adapters.default.lora_B"].any()  # as at the start
     trainer.fit(module, Data())
@@ -622,7 +631,7 @@ def test_whatever_configure_optimizers_returns(tmp_path: Path, make: Any) -> Non
         configure_optimizers = make
 
     module = Module()
-    trainer = run(tmp_path, LoraCallback(**OPTIONS), max_epochs=2)
+    trainer = make_trainer(tmp_path, LoraCallback(**OPTIONS), max_epochs=2)
     trainer.fit(module, Data())
     held = [id(p) for o in trainer.optimizers for g in o.param_groups for p in g["params"]]
     assert sorted(held) == sorted(id(p) for p in module.parameters() if p.requires_grad)
@@ -639,7 +648,7 @@ def test_adapter_joins_the_group_of_its_base_weight(tmp_path: Path) -> None:
         ]
     )
     module.configure_optimizers = lambda: optimizer  # type: ignore[method-assign,assignment]
-    run(tmp_path, LoraCallback(r=2, target_modules=["embed", "head"])).fit(module, Data())
+    make_trainer(tmp_path, LoraCallback(r=2, target_modules=["embed", "head"])).fit(module, Data())
     head, embed = (group["params"] for group in optimizer.param_groups)
     ids = {id(p): name for name, p in module.named_parameters()}
     assert [ids[id(p)] for p in head] == [
@@ -663,7 +672,9 @@ def test_optimizer_left_with_nothing(tmp_path: Path) -> None:
             ]
 
     with pytest.raises(OptimizerError) as error:
-        run(tmp_path, LoraCallback(r=2, target_modules=["body.2"])).fit(TwoOptimizers(), Data())
+        make_trainer(tmp_path, LoraCallback(r=2, target_modules=["body.2"])).fit(
+            TwoOptimizers(), Data()
+        )
     assert "Optimizer 1 (Adam) is left without any parameter" in str(error.value)
     assert "(lora.modules_to_save)" in str(error.value)
 
@@ -694,7 +705,7 @@ def test_options_are_checked_when_they_are_given() -> None:
 
 
 def test_wrong_submodule(tmp_path: Path) -> None:
-    act = lambda: run(tmp_path, LoraCallback(module="bodi")).fit(Net(), Data())  # noqa: E731
+    act = lambda: make_trainer(tmp_path, LoraCallback(module="bodi")).fit(Net(), Data())  # noqa: E731
     text = text_of(ConfigError, act)
     assert text == (
         "module='bodi': Net has no such submodule. Did you mean 'body'? "
@@ -705,17 +716,17 @@ def test_wrong_submodule(tmp_path: Path) -> None:
 def test_wrong_target_is_found_before_the_first_step(tmp_path: Path) -> None:
     for kind in (Net, BuiltInSetup, BuiltInConfigureModel):
         module = kind()
-        act = lambda m=module: run(tmp_path, LoraCallback(target_modules=["embd"])).fit(m, Data())  # noqa: E731
-        assert "did you mean 'embed'" in text_of(TargetError, act)
+        fit = make_trainer(tmp_path, LoraCallback(target_modules=["embd"])).fit
+        assert "did you mean 'embed'" in text_of(TargetError, partial(fit, module, Data()))
         assert not adapters(module)
 
 
 def test_other_options_on_the_same_module(tmp_path: Path) -> None:
     module = Net()
-    run(tmp_path, LoraCallback(r=2)).validate(module, Data(), verbose=False)
+    make_trainer(tmp_path, LoraCallback(r=2)).validate(module, Data(), verbose=False)
     text = text_of(
         AdapterMismatchError,
-        lambda: run(tmp_path, LoraCallback(r=3)).validate(module, Data(), verbose=False),
+        lambda: make_trainer(tmp_path, LoraCallback(r=3)).validate(module, Data(), verbose=False),
     )
     assert "The model carries an adapter 'default' already ('embed', for one)" in text
     assert "r: 2 there, 3 here" in text
@@ -725,7 +736,7 @@ def test_adapters_that_nobody_would_save(tmp_path: Path) -> None:
     module = Net()
     inject_adapter(module, LoraConfig(r=2, target_modules=["embed"]), "older")
     with pytest.raises(AdapterStateError) as error:
-        run(tmp_path, LoraCallback(r=2)).fit(module, Data())
+        make_trainer(tmp_path, LoraCallback(r=2)).fit(module, Data())
     assert "The model carries adapters ['older'], which no LoraCallback" in str(error.value)
     assert "merge_and_unload(module)" in str(error.value)
 
@@ -733,7 +744,7 @@ def test_adapters_that_nobody_would_save(tmp_path: Path) -> None:
 def test_an_adapter_that_was_injected_by_hand(tmp_path: Path) -> None:
     module = Net()
     inject_adapter(module, LoraConfig(**OPTIONS))
-    run(tmp_path, LoraCallback(**OPTIONS)).fit(module, Data())
+    make_trainer(tmp_path, LoraCallback(**OPTIONS)).fit(module, Data())
     assert len(adapters(module)) == 6
     assert all(v.abs().sum() > 0 for v in adapters(module).values())
 
@@ -742,7 +753,7 @@ def test_an_adapter_that_was_switched_off_trains_again(tmp_path: Path) -> None:
     module = Net()
     inject_adapter(module, LoraConfig(**OPTIONS))
     set_adapter(module, [])
-    run(tmp_path, LoraCallback(**OPTIONS)).fit(module, Data())
+    make_trainer(tmp_path, LoraCallback(**OPTIONS)).fit(module, Data())
     assert active_adapters(module) == ["default"]
     assert all(v.abs().sum() > 0 for v in adapters(module).values())
 
@@ -751,10 +762,10 @@ def test_merged_adapters_do_not_train(tmp_path: Path) -> None:
     from lora_lightning import merge_adapter
 
     module = Net()
-    run(tmp_path, LoraCallback(r=2)).validate(module, Data(), verbose=False)
+    make_trainer(tmp_path, LoraCallback(r=2)).validate(module, Data(), verbose=False)
     merge_adapter(module)
     with pytest.raises(AdapterStateError, match="Call unmerge_adapter"):
-        run(tmp_path, LoraCallback(r=2)).fit(module, Data())
+        make_trainer(tmp_path, LoraCallback(r=2)).fit(module, Data())
 
 
 def test_unsupported_strategies_are_refused() -> None:
@@ -772,8 +783,8 @@ def test_unsupported_strategies_are_refused() -> None:
 
 def test_another_submodule_than_before(tmp_path: Path) -> None:
     module = Net()
-    run(tmp_path, LoraCallback(r=2)).fit(module, Data())
-    act = lambda: run(tmp_path, LoraCallback(r=2, module="body")).validate(module, Data())  # noqa: E731
+    make_trainer(tmp_path, LoraCallback(r=2)).fit(module, Data())
+    act = lambda: make_trainer(tmp_path, LoraCallback(r=2, module="body")).validate(module, Data())  # noqa: E731
     text = text_of(AdapterMismatchError, act)
     assert "on 'embed', for one, which is outside the submodule" in text
     assert text.endswith("(lora.module)")
@@ -783,19 +794,19 @@ def test_two_copies_of_one_module_are_refused_before_the_second_is_made(tmp_path
     module = Net()
     save = {"r": 2, "target_modules": ["embed"], "modules_to_save": ["head"]}
     one, two = LoraCallback(**save), LoraCallback(adapter_name="two", **save)
-    text = text_of(AdapterStateError, lambda: run(tmp_path, one, two).fit(module, Data()))
+    text = text_of(AdapterStateError, lambda: make_trainer(tmp_path, one, two).fit(module, Data()))
     assert text.endswith("(lora.modules_to_save)")
     assert adapter_names(module) == ["default"]
 
 
 def test_a_later_trainer_without_the_callback_is_warned_about(tmp_path: Path) -> None:
     module = Net()
-    run(tmp_path, LoraCallback(r=2)).fit(module, Data())
-    other = run(tmp_path)
+    make_trainer(tmp_path, LoraCallback(r=2)).fit(module, Data())
+    other = make_trainer(tmp_path)
     other.validate(module, Data())  # the trained adapters act, which is what one wants
-    for trainer in (other, run(tmp_path, LoraCallback(r=2, enabled=False))):
+    for trainer in (other, make_trainer(tmp_path, LoraCallback(r=2, enabled=False))):
         with pytest.warns(UserWarning, match=r"adapters \['default'\] of an earlier run, but this"):
             trainer.fit(module, Data())
-    run(tmp_path, LoraCallback(r=2)).fit(module, Data())
+    make_trainer(tmp_path, LoraCallback(r=2)).fit(module, Data())
     merge_and_unload(module)
     other.fit(module, Data())

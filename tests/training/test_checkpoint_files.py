@@ -46,7 +46,7 @@ from lora_lightning.training.checkpoints.files import DurableCheckpointIO, newes
 from lora_lightning.training.strategies.sharded_files import save_sharded_checkpoint
 from lora_lightning.utilities import atomic_write
 from lora_lightning.utilities.atomic_write import exchange, link_atomically, write_atomically
-from tests.helpers.modules import Data, Net, run
+from tests.helpers.lightning_modules import Data, Net, make_trainer
 from tests.helpers.processes import on_processes
 
 OPTIONS: dict[str, Any] = {
@@ -60,7 +60,7 @@ OPTIONS: dict[str, Any] = {
 def fit(folder: Path, *callbacks: Any, ckpt_path: Any = None, **options: Any) -> Any:
     seed_everything(7, verbose=False)
     module = Net()
-    trainer = run(folder, LoraCallback(**OPTIONS), *callbacks, **options)
+    trainer = make_trainer(folder, LoraCallback(**OPTIONS), *callbacks, **options)
     trainer.fit(module, Data(), ckpt_path=ckpt_path)
     return trainer
 
@@ -85,7 +85,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def load(path: Path, **options: Any) -> None:
-    run(path.parent, LoraCallback(**OPTIONS), **options).validate(
+    make_trainer(path.parent, LoraCallback(**OPTIONS), **options).validate(
         Net(), Data(), ckpt_path=str(path), verbose=False
     )
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lora_lightning import LoraCallback
-from tests.helpers.modules import Data, Net, run
+from tests.helpers.lightning_modules import Data, Net, make_trainer
 from tests.helpers.processes import on_processes
 
 
@@ -30,7 +30,7 @@ def train(
     saver = ModelCheckpoint(folder, save_last=True, filename="{epoch}")
     strategy = "ddp" if devices > 1 else "auto"
     options = {"max_epochs": epochs, "devices": devices, "strategy": strategy}
-    trainer = run(folder, callback, saver, **options, use_distributed_sampler=False)
+    trainer = make_trainer(folder, callback, saver, **options, use_distributed_sampler=False)
     every_other = list(range(int(os.environ.get("LOCAL_RANK", 0)), 64, devices))
     loader = DataLoader(Data().dataset, batch_size=batch, sampler=every_other)
     trainer.fit(module, loader, ckpt_path="last" if resume else None)
@@ -78,7 +78,7 @@ def variants(folder: Path) -> dict[str, Any]:
     for name, options in VARIANTS.items():
         torch.manual_seed(0)
         callback, reducer = LoraCallback(r=2, target_modules=["embed", "body.2"]), Reducer()
-        trainer = run(
+        trainer = make_trainer(
             folder, callback, reducer, devices=2, max_epochs=2,
             strategy=DDPStrategy(**options), use_distributed_sampler=False,
         )  # fmt: skip

@@ -34,7 +34,7 @@ from lora_lightning.training.strategies.deepspeed import (
 )
 from lora_lightning.training.strategies.optimizer_names import with_names, with_numbers
 from lora_lightning.training.strategies.state import _DEEPSPEED
-from tests.helpers.modules import Data, run
+from tests.helpers.lightning_modules import Data, make_trainer
 from tests.helpers.processes import on_processes
 from tests.training.test_fsdp2 import Quiet, WithDropout, equal, make_callback
 
@@ -140,7 +140,7 @@ def train(
     share = DataLoader(Data().dataset, 8, sampler=list(range(int(os.environ["RANK"]), 64, 2)))
     saver = ModelCheckpoint(folder, "{step}", save_top_k=-1, every_n_train_steps=3)
     settings = {"strategy": way, "devices": 2, "use_distributed_sampler": False, "max_epochs": 3}
-    trainer = run(
+    trainer = make_trainer(
         folder, make_callback(**(callback or {})), saver, *other, **{**settings, **options}
     )
     trainer.fit(module, share, ckpt_path=start)
@@ -229,7 +229,9 @@ class Terminated(Callback):
 
 def restored(folder: Path, start: Path, way: Any, kind: Any = Quiet) -> tuple[Any, Any]:
     module = kind()
-    trainer = run(folder, make_callback(), strategy=way, devices=2, use_distributed_sampler=False)
+    trainer = make_trainer(
+        folder, make_callback(), strategy=way, devices=2, use_distributed_sampler=False
+    )
     return module, trainer.test(module, Data().test_dataloader(), ckpt_path=start, verbose=False)
 
 
@@ -318,7 +320,7 @@ def test_files_are_read_by_other_numbers_of_processes(both: Any, folder: Path) -
     (one,) = on_processes(1, on_one, folder)
     assert equal(one, both[0]["plain"])
     start = folder / "plain" / "step=12.ckpt"
-    alone = run(folder, make_callback())
+    alone = make_trainer(folder, make_callback())
     tested = alone.test(Quiet(), Data().test_dataloader(), ckpt_path=start, verbose=False)
     assert tested == both[0]["tested zero"]
 

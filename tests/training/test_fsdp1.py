@@ -29,7 +29,7 @@ from lora_lightning.errors import AdapterStateError, ConfigError, LoraError
 from lora_lightning.training.eva import adopt_ranks
 from lora_lightning.training.strategies.fsdp import GradientAverage, check_fsdp
 from lora_lightning.utilities.wrappers import plain_name
-from tests.helpers.modules import BuiltInConfigureModel, Data, run
+from tests.helpers.lightning_modules import BuiltInConfigureModel, Data, make_trainer
 from tests.helpers.processes import on_processes
 from tests.training.test_fsdp2 import Quiet, equal, fit, make_callback, whole_state
 
@@ -115,7 +115,9 @@ def train(
         "devices": 2,
         "use_distributed_sampler": False,
     }
-    trainer = run(folder, *(callbacks or [make_callback()]), saver, **{**settings, **options})
+    trainer = make_trainer(
+        folder, *(callbacks or [make_callback()]), saver, **{**settings, **options}
+    )
     trainer.fit(module, share, share)
     return state_of(trainer), trainer
 
@@ -151,7 +153,7 @@ def on_two(folder: Path) -> dict[str, Any]:
                 assert "split the weight of 'embed' over the processes" in str(merged.value)
             loader = Data().test_dataloader()
             tested = trainer.test(module, loader, verbose=False)[0]
-            restored = run(folder, make_callback()).test(
+            restored = make_trainer(folder, make_callback()).test(
                 Quiet(), loader, ckpt_path=folder / "fsdp/epoch=1.ckpt", verbose=False
             )[0]
             found["tested"] = {key: torch.tensor(tested[key]) for key in tested}
@@ -388,7 +390,7 @@ def test_lightnings_own_strategy(tmp_path: Path) -> None:
         seed_everything(7, verbose=False)
         saver = ModelCheckpoint(tmp_path / folder, filename="{epoch}", save_top_k=-1)
         settings = {"accelerator": "gpu", "devices": 1, "strategy": "fsdp", "max_epochs": epochs}
-        trainer = run(tmp_path, make_callback(), saver, **settings)
+        trainer = make_trainer(tmp_path, make_callback(), saver, **settings)
         trainer.fit(Quiet(), DataLoader(Data().dataset, 16), ckpt_path=ckpt_path)
         return {key: value.cpu() for key, value in state_of(trainer).items()}
 

@@ -38,9 +38,7 @@ from lora_lightning.checkpoint.sharded_folder import read_checkpoint_folder
 from lora_lightning.errors import CheckpointError, LoraError
 from lora_lightning.training.summary import end_lines
 from lora_lightning.utilities.dtensor import full_tensor
-from tests.helpers.modules import Data, run
-from tests.helpers.processes import on_processes
-from tests.helpers.sharded_modules import (
+from tests.helpers.fsdp2_modules import (
     BodyOnly,
     BuiltAndSharded,
     BuiltAndShardedInBf16,
@@ -67,6 +65,8 @@ from tests.helpers.sharded_modules import (
     WithDropout,
     strategy,
 )
+from tests.helpers.lightning_modules import Data, make_trainer
+from tests.helpers.processes import on_processes
 
 
 def make_callback(**options: Any) -> LoraCallback:
@@ -94,7 +94,7 @@ def fit(
     settings = {"max_epochs": epochs, "strategy": way, "devices": devices}
     settings["use_distributed_sampler"] = False
     others = [] if other is None else [other]
-    trainer = run(folder, callback, saver, *others, **settings, **options)
+    trainer = make_trainer(folder, callback, saver, *others, **settings, **options)
     if kind is InitializedOnMeta:
         with trainer.init_module(empty_init=True):
             module = kind()
@@ -206,7 +206,7 @@ def in_mid_epoch(folder: Path) -> dict[str, Any]:
             place = folder / f"{form}{name}"
             saver = ModelCheckpoint(place, "{step}", every_n_train_steps=3, save_top_k=-1)
             callback = make_callback(lora_dropout=0.3)
-            trainer = run(folder, callback, saver, max_epochs=2, strategy=way, devices=2)
+            trainer = make_trainer(folder, callback, saver, max_epochs=2, strategy=way, devices=2)
             trainer.fit(module, Data(8).train_dataloader(), ckpt_path=path)
             found[f"{form}{name}"] = whole_state(module, trainer.optimizers[0])
     return found
@@ -227,7 +227,7 @@ def second_trainer(folder: Path) -> bool:
     options = {"devices": 2, "use_distributed_sampler": False, "max_epochs": 2}
     for way in (strategy(folder=True), strategy(folder=False)):
         saver = ModelCheckpoint(folder, save_last="link")
-        trainer = run(folder, make_callback(), saver, strategy=way, **options)
+        trainer = make_trainer(folder, make_callback(), saver, strategy=way, **options)
         trainer.fit(module, loader)
         trainer.save_checkpoint(folder / "after.ckpt")  # a file over the folder of the first
         trainer.test(module, loader, ckpt_path=folder / "after.ckpt", verbose=False)
@@ -247,7 +247,7 @@ def saving(folder: Path) -> dict[str, Any]:
 
     for form in ("file", "folder"):
         module, way = ShardedLater(), strategy(folder=form == "folder", kind=FullDisk)
-        trainer = run(folder, make_callback(), strategy=way, devices=2, max_epochs=2)
+        trainer = make_trainer(folder, make_callback(), strategy=way, devices=2, max_epochs=2)
         trainer.fit(module, Data().val_dataloader())
         DTensor.full_tensor = counting if form == "file" else plain
         path = folder / f"{form}.ckpt"
@@ -288,7 +288,7 @@ def starts(folder: Path) -> dict[str, Any]:
         torch.manual_seed(torch.distributed.get_rank())
         spy = Spy(**make_callback().config.to_dict())
         module = ShardedLater()
-        run(folder, spy, strategy=way, devices=2, limit_val_batches=0).validate(
+        make_trainer(folder, spy, strategy=way, devices=2, limit_val_batches=0).validate(
             module, Data().val_dataloader(), verbose=False
         )
         found[name], found[f"{name}, undisturbed"] = spy.start, spy.undisturbed
@@ -315,7 +315,7 @@ def evaluate(folder: Path) -> list[float]:
     for kind, form in FORMS:
         path = folder / f"{kind.__name__}-{form}" / "epoch=1.ckpt"
         options = {"strategy": strategy(folder=True), "use_distributed_sampler": False}
-        trainer = run(folder, make_callback(), devices=2, **options)
+        trainer = make_trainer(folder, make_callback(), devices=2, **options)
         loader = Data(64).val_dataloader()
         losses += [
             evaluate(kind(), loader, ckpt_path=path, verbose=False)[0][f"{name}_loss"]
@@ -353,7 +353,7 @@ def refusals(folder: Path) -> dict[str, str]:
         found[f"other rank, {form}"] = found.pop("ShardedLater config")
     try:
         module = ShardedLater()
-        trainer = run(folder, make_callback(), strategy=strategy(folder=True), devices=2)
+        trainer = make_trainer(folder, make_callback(), strategy=strategy(folder=True), devices=2)
         trainer.validate(module, Data().val_dataloader(), verbose=False)
         save_adapter(module, folder / "peft")
     except LoraError as error:
@@ -537,7 +537,7 @@ def test_an_optimizer_without_state_and_empty_groups(found: Any, form: str, tmp_
 
 @pytest.mark.slow
 def test_evaluation_of_sharded_checkpoints(ranks: Any, folder: Path) -> None:
-    trainer = run(folder, make_callback())
+    trainer = make_trainer(folder, make_callback())
     path = folder / "ShardedLater-folder/epoch=1.ckpt"
     (logged,) = trainer.validate(Quiet(), Data(64).val_dataloader(), ckpt_path=path, verbose=False)
     loss = logged["val_loss"]

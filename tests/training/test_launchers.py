@@ -13,7 +13,7 @@ from tests.helpers.paths import child_environment
 SCRIPT = """
 import sys
 import torch
-from tests.helpers.modules import *
+from tests.helpers.lightning_modules import *
 from lora_lightning import LoraCallback, LoraConfig, inject_adapter
 from lora_lightning.layers.base import named_adapted_layers
 from lora_lightning.training.strategies import launchers

@@ -23,7 +23,7 @@ from lora_lightning import LoraCallback, LoraConfig, ShiraConfig, inject_adapter
 from lora_lightning.errors import AdapterStateError, TargetError
 from lora_lightning.layers.quantized.base import AdaptedBitsandbytesLinear
 from lora_lightning.training import precision
-from tests.helpers.modules import Data, Net, run
+from tests.helpers.lightning_modules import Data, Net, make_trainer
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -72,7 +72,9 @@ def fit(
     saver = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, save_last=True)
     module = how.pop("kind", Wide)()
     used = plugin(mode, how.pop("ignored", "head"))
-    trainer = run(folder, LoraCallback(config), saver, max_epochs=epochs, plugins=used, **how)
+    trainer = make_trainer(
+        folder, LoraCallback(config), saver, max_epochs=epochs, plugins=used, **how
+    )
     trainer.fit(module, Data(), ckpt_path=ckpt_path)
     return module, trainer
 
@@ -138,7 +140,7 @@ def test_fit_and_resume(mode: str, tmp_path: Path) -> None:
 
     # The same module once more, another one from the file: the same figures.
     losses = [trainer.validate(module, Data(), verbose=False)]
-    other = run(
+    other = make_trainer(
         tmp_path,
         LoraCallback(r=2, lora_dropout=0.3, modules_to_save=["head"]),
         plugins=plugin(mode),
@@ -204,7 +206,7 @@ def test_an_optimizer_that_was_built_before(tmp_path: Path) -> None:
     module = Wide()
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
     module.configure_optimizers = lambda: optimizer
-    run(tmp_path, LoraCallback(r=2, modules_to_save=["head"]), plugins=plugin("nf4")).fit(
+    make_trainer(tmp_path, LoraCallback(r=2, modules_to_save=["head"]), plugins=plugin("nf4")).fit(
         module, Data()
     )
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -233,7 +235,7 @@ def test_refusals(tmp_path: Path) -> None:
         fit(tmp_path, "nf4", ignored="nothing")  # the head is quantised, but to train in full
     module = Wide()
     inject_adapter(module, LoraConfig(r=2))
-    trainer = run(tmp_path, LoraCallback(r=2), plugins=plugin("nf4"))
+    trainer = make_trainer(tmp_path, LoraCallback(r=2), plugins=plugin("nf4"))
     with pytest.raises(AdapterStateError, match=r"sit on layers that BitsandbytesPrecision would"):
         trainer.fit(module, Data())
 

@@ -46,13 +46,13 @@ from lora_lightning.errors import (
     TargetError,
 )
 from lora_lightning.training.checks.training import check_hyperparameters
-from tests.helpers.modules import (
+from tests.helpers.lightning_modules import (
     BuiltInConfigureModel,
     BuiltInSetup,
     Data,
     Net,
     NetWithoutOptimizer,
-    run,
+    make_trainer,
 )
 
 OPTIONS: dict[str, Any] = {
@@ -71,7 +71,7 @@ def saved(path: Path) -> dict[str, Any]:
 
 
 def trained(folder: Path, module: Any = None, **options: Any) -> tuple[Trainer, Any]:
-    trainer = run(folder, LoraCallback(**OPTIONS), **options)
+    trainer = make_trainer(folder, LoraCallback(**OPTIONS), **options)
     module = module or Net()
     trainer.fit(module, Data())
     return trainer, module
@@ -87,7 +87,7 @@ def test_callback_from_configure_callbacks(tmp_path: Path) -> None:
         def configure_callbacks(self) -> Any:
             return [LoraCallback(**OPTIONS)]
 
-    module, trainer = Brings(), run(tmp_path)
+    module, trainer = Brings(), make_trainer(tmp_path)
     trainer.fit(module, Data())
     assert adapter_names(module) == ["default"]
     assert type(trainer.optimizers[0]) is torch.optim.AdamW
@@ -95,7 +95,7 @@ def test_callback_from_configure_callbacks(tmp_path: Path) -> None:
 
 def test_checkpoint_callbacks_come_last(tmp_path: Path) -> None:
     """Lightning puts them behind LoraCallback, whatever the list says: they see the final state."""
-    trainer = run(tmp_path, ModelCheckpoint(tmp_path), LoraCallback(**OPTIONS))
+    trainer = make_trainer(tmp_path, ModelCheckpoint(tmp_path), LoraCallback(**OPTIONS))
     kinds = [type(callback).__name__ for callback in trainer.callbacks]  # type: ignore[attr-defined]
     assert kinds == ["LoraCallback", "ModelCheckpoint"]
 
@@ -112,12 +112,12 @@ def test_exception_without_teardown(tmp_path: Path, kind: type) -> None:
                 raise ValueError("the user's own")
             return super().training_step(batch, batch_idx)
 
-    module, trainer = Fails(), run(tmp_path, LoraCallback(**OPTIONS))
+    module, trainer = Fails(), make_trainer(tmp_path, LoraCallback(**OPTIONS))
     with pytest.raises(ValueError, match="the user's own"):
         trainer.fit(module, Data())
     module.fails = False
     trainer.fit(module, Data())
-    run(tmp_path, LoraCallback(**OPTIONS)).fit(module, Data())
+    make_trainer(tmp_path, LoraCallback(**OPTIONS)).fit(module, Data())
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     assert sorted(saved(tmp_path / "a.ckpt")["state_dict"]) == sorted(KEYS)
 
@@ -154,7 +154,7 @@ def test_a_hook_that_is_not_overridden_stays_so(tmp_path: Path) -> None:
 def test_save_weights_only(tmp_path: Path, how: str) -> None:
     """Callback.on_save_checkpoint is not called then: the base would be in the file."""
     saver = ModelCheckpoint(tmp_path, filename="w", save_weights_only=True)
-    trainer = run(tmp_path, LoraCallback(**OPTIONS), saver)
+    trainer = make_trainer(tmp_path, LoraCallback(**OPTIONS), saver)
     module = Net()
     trainer.fit(module, Data())
     if how == "save_checkpoint":
@@ -163,7 +163,7 @@ def test_save_weights_only(tmp_path: Path, how: str) -> None:
     assert sorted(content["state_dict"]) == sorted(KEYS)
     assert "optimizer_states" not in content
     fresh = Net()
-    run(tmp_path, LoraCallback(**OPTIONS)).validate(
+    make_trainer(tmp_path, LoraCallback(**OPTIONS)).validate(
         fresh, Data(), ckpt_path=tmp_path / "w.ckpt", verbose=False
     )
     assert all(torch.equal(v, fresh.state_dict()[k]) for k, v in module.state_dict().items())
@@ -175,9 +175,11 @@ def test_weights_only_checkpoint_cannot_be_resumed(tmp_path: Path) -> None:
     trainer.save_checkpoint(tmp_path / "w.ckpt", weights_only=True)
     module = Net()
     with pytest.raises(CheckpointError, match=r"weights only .*init_from=.*\(lora\.init_from\)"):
-        run(tmp_path, LoraCallback(**OPTIONS)).fit(module, Data(), ckpt_path=tmp_path / "w.ckpt")
+        make_trainer(tmp_path, LoraCallback(**OPTIONS)).fit(
+            module, Data(), ckpt_path=tmp_path / "w.ckpt"
+        )
     assert not module.embed.adapters["default"].lora_B.any()
-    run(tmp_path, LoraCallback(init_from=str(tmp_path / "w.ckpt"))).fit(Net(), Data())
+    make_trainer(tmp_path, LoraCallback(init_from=str(tmp_path / "w.ckpt"))).fit(Net(), Data())
 
 
 def test_the_users_state_dict_stays_whole(tmp_path: Path) -> None:
@@ -230,7 +232,7 @@ def test_classes_in_hparams(tmp_path: Path) -> None:
     trainer.save_checkpoint(tmp_path / "a.ckpt")
 
     def resume(**options: Any) -> None:
-        run(tmp_path, LoraCallback(**OPTIONS), max_epochs=2).fit(
+        make_trainer(tmp_path, LoraCallback(**OPTIONS), max_epochs=2).fit(
             WithHparams(act=nn.ReLU), Data(), ckpt_path=tmp_path / "a.ckpt", **options
         )
 
@@ -261,7 +263,7 @@ def test_a_module_in_hparams_is_told_without_writing_it() -> None:
 def test_load_from_checkpoint(tmp_path: Path, options: dict[str, Any]) -> None:
     """LightningModule.load_from_checkpoint finds no base in the file; ours makes the module's own."""
     module = WithHparams(scale=2.0)
-    trainer = run(tmp_path, LoraCallback(**OPTIONS, **options))
+    trainer = make_trainer(tmp_path, LoraCallback(**OPTIONS, **options))
     trainer.fit(module, Data())
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     x = torch.randn(4, 8)
@@ -278,7 +280,7 @@ def test_load_from_checkpoint(tmp_path: Path, options: dict[str, Any]) -> None:
 
 def test_load_from_checkpoint_of_several_adapters(tmp_path: Path) -> None:
     module, pair = Net(), [LoraCallback(r=2, adapter_name=name) for name in ("a", "b")]
-    trainer = run(tmp_path, *pair)
+    trainer = make_trainer(tmp_path, *pair)
     trainer.fit(module, Data())
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     fresh = load_from_checkpoint(Net, tmp_path / "a.ckpt").eval()
@@ -301,7 +303,7 @@ def test_load_from_checkpoint_checks_the_base(tmp_path: Path) -> None:
         load_from_checkpoint(Other, tmp_path / "a.ckpt")
     with pytest.raises(AdapterMismatchError, match="this BuiltInSetup does not have"):
         load_from_checkpoint(BuiltInSetup, tmp_path / "a.ckpt")
-    trainer = run(tmp_path)
+    trainer = make_trainer(tmp_path)
     trainer.fit(Net(), Data())
     trainer.save_checkpoint(tmp_path / "full.ckpt")
     with pytest.raises(CheckpointError, match="is no adapter checkpoint"):
@@ -326,7 +328,7 @@ def test_adapters_are_no_hooks(tmp_path: Path) -> None:
 def test_start_values_where_initialization_is_left_out(tmp_path: Path) -> None:
     """`init_module(empty_init=True)` makes nn.init do nothing: A would be whatever lay in memory."""
     inside, outside = Net(), Net()
-    with run(tmp_path).init_module(empty_init=True):
+    with make_trainer(tmp_path).init_module(empty_init=True):
         inject_adapter(inside, LoraConfig(**OPTIONS), seed=1)
     inject_adapter(outside, LoraConfig(**OPTIONS), seed=1)
     assert all(torch.equal(v, inside.state_dict()[k]) for k, v in outside.state_dict().items())
@@ -376,7 +378,7 @@ def test_empty_groups_are_kept(tmp_path: Path, schedule: Any) -> None:
     trainer, _ = trained(tmp_path, Grouped())
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     resumed = Grouped()
-    run(tmp_path, LoraCallback(**OPTIONS), max_epochs=2).fit(
+    make_trainer(tmp_path, LoraCallback(**OPTIONS), max_epochs=2).fit(
         resumed, Data(), ckpt_path=tmp_path / "a.ckpt"
     )
     assert all(torch.equal(v, resumed.state_dict()[k]) for k, v in straight.state_dict().items())
@@ -400,7 +402,9 @@ def test_muon(tmp_path: Path) -> None:
             return torch.optim.Muon(self.parameters(), lr=1e-2)  # type: ignore[attr-defined]
 
     module = OnlyMuon()
-    run(tmp_path, LoraCallback(r=2, target_modules=["embed", "body.2"])).fit(module, Data())
+    make_trainer(tmp_path, LoraCallback(r=2, target_modules=["embed", "body.2"])).fit(
+        module, Data()
+    )
     assert module.embed.adapters["default"].lora_B.any()
 
     class Matrices(Net):
@@ -594,13 +598,13 @@ def test_same_trainer_with_a_second_module(tmp_path: Path) -> None:
 def test_a_trainer_without_the_callback(tmp_path: Path) -> None:
     """It knows of no adapters: the base is missing in the file, and Lightning names the callback."""
     saver = ModelCheckpoint(tmp_path, filename="a")
-    run(tmp_path, LoraCallback(**OPTIONS), saver).fit(Net(), Data())
+    make_trainer(tmp_path, LoraCallback(**OPTIONS), saver).fit(Net(), Data())
     with pytest.raises(RuntimeError, match="Missing key"):
-        run(tmp_path).validate(Net(), Data(), ckpt_path=tmp_path / "a.ckpt")
+        make_trainer(tmp_path).validate(Net(), Data(), ckpt_path=tmp_path / "a.ckpt")
     lax = Net()
     lax.strict_loading = False  # then nothing is refused
     with pytest.warns(UserWarning, match=r"add the following callbacks: .*LoraCallback.*default"):
-        run(tmp_path).validate(lax, Data(), ckpt_path=tmp_path / "a.ckpt", verbose=False)
+        make_trainer(tmp_path).validate(lax, Data(), ckpt_path=tmp_path / "a.ckpt", verbose=False)
 
 
 class Compiled(Net):
@@ -615,7 +619,7 @@ class Compiled(Net):
 def go(kind: type, folder: Path, epochs: int, ckpt_path: Any = None) -> dict[str, Any]:
     seed_everything(7 if ckpt_path is None else 123, verbose=False)
     module, saver = kind(), ModelCheckpoint(folder, save_last=True)
-    trainer = run(folder, LoraCallback(**OPTIONS), saver, max_epochs=epochs)
+    trainer = make_trainer(folder, LoraCallback(**OPTIONS), saver, max_epochs=epochs)
     trainer.fit(module, Data(), ckpt_path=ckpt_path)
     return {k.replace("_orig_mod.", ""): v for k, v in module.state_dict().items()}
 
@@ -671,7 +675,7 @@ def test_compiled_as_a_whole(tmp_path: Path) -> None:
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             return nn.functional.cross_entropy(self(batch[0]), batch[1])
 
-    module, trainer = Quiet(), run(tmp_path, LoraCallback(**OPTIONS))
+    module, trainer = Quiet(), make_trainer(tmp_path, LoraCallback(**OPTIONS))
     trainer.fit(torch.compile(module, backend="eager"), Data())  # type: ignore[arg-type]
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     assert sorted(saved(tmp_path / "a.ckpt")["state_dict"]) == sorted(KEYS)

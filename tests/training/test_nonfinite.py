@@ -18,9 +18,9 @@ from lora_lightning import AdaLoraConfig, LoraCallback, LoraConfig, inject_adapt
 from lora_lightning.errors import ConfigError, NonfiniteError
 from lora_lightning.training import nonfinite
 from lora_lightning.utilities.dtensor import full_tensor
-from tests.helpers.modules import Data, Net, run
+from tests.helpers.fsdp2_modules import shard
+from tests.helpers.lightning_modules import Data, Net, make_trainer
 from tests.helpers.processes import on_processes
-from tests.helpers.sharded_modules import shard
 
 OPTIONS: dict[str, Any] = {
     "r": 2,
@@ -98,7 +98,7 @@ class Watch(LoraCallback):
 @pytest.mark.parametrize("kind", ["nan", "inf", "gradient", "input"])
 def test_stop_leaves_everything_as_before_the_step(tmp_path: Path, kind: str) -> None:
     watch, saver = Watch(**OPTIONS), ModelCheckpoint(tmp_path, filename="{epoch}", save_last=True)
-    trainer = run(tmp_path, watch, saver, max_epochs=3)
+    trainer = make_trainer(tmp_path, watch, saver, max_epochs=3)
     with pytest.raises(NonfiniteError) as error:
         trainer.fit(Poisoned(kind=kind), Ordered())
     assert same(watch.before, watch.at_exception)
@@ -114,26 +114,28 @@ def test_stop_leaves_everything_as_before_the_step(tmp_path: Path, kind: str) ->
     assert "(lora.nonfinite)" in text
     # The checkpoint of the epoch before is whole: resuming without the bad batch is the run itself.
     fresh = Poisoned(at=(9, 9))
-    trainer = run(tmp_path / "again", LoraCallback(**OPTIONS), max_epochs=3)
+    trainer = make_trainer(tmp_path / "again", LoraCallback(**OPTIONS), max_epochs=3)
     trainer.fit(fresh, Ordered(), ckpt_path=tmp_path / "last.ckpt")
     straight = Poisoned(at=(9, 9))
-    run(tmp_path / "straight", LoraCallback(**OPTIONS), max_epochs=3).fit(straight, Ordered())
+    make_trainer(tmp_path / "straight", LoraCallback(**OPTIONS), max_epochs=3).fit(
+        straight, Ordered()
+    )
     assert same(fresh.state_dict(), straight.state_dict())
 
 
 @pytest.mark.parametrize("kind", ["nan", "input"])
 def test_twin_without_the_guard_is_poisoned(tmp_path: Path, kind: str) -> None:
     module = Poisoned(kind=kind)
-    trainer = run(tmp_path, LoraCallback(nonfinite="ignore", **OPTIONS), max_epochs=2)
+    trainer = make_trainer(tmp_path, LoraCallback(nonfinite="ignore", **OPTIONS), max_epochs=2)
     trainer.fit(module, Ordered())
     assert module.embed.adapters["default"].lora_B.isnan().all()
 
 
 def test_stop_names_batches_of_an_accumulated_step(tmp_path: Path) -> None:
-    trainer = run(tmp_path, LoraCallback(**OPTIONS), accumulate_grad_batches=4)
+    trainer = make_trainer(tmp_path, LoraCallback(**OPTIONS), accumulate_grad_batches=4)
     with pytest.raises(NonfiniteError, match="global_step=0, epoch 0, batch 1: the loss is nan"):
         trainer.fit(Poisoned(at=(0, 1)), Ordered())
-    trainer = run(tmp_path, LoraCallback(**OPTIONS), accumulate_grad_batches=4)
+    trainer = make_trainer(tmp_path, LoraCallback(**OPTIONS), accumulate_grad_batches=4)
     with pytest.raises(NonfiniteError, match="batch 0 and 3: 4 of 8 gradients are not finite"):
         trainer.fit(Poisoned(at=(0, 1), kind="gradient"), Ordered())
 
@@ -146,7 +148,7 @@ def test_weights_that_were_broken_before_are_named(tmp_path: Path) -> None:
     with pytest.raises(
         NonfiniteError, match=r"Weights are not finite already: .*The update before"
     ):
-        run(tmp_path, LoraCallback(r=2), max_epochs=9).fit(TooLarge(at=(99, 0)), Ordered())
+        make_trainer(tmp_path, LoraCallback(r=2), max_epochs=9).fit(TooLarge(at=(99, 0)), Ordered())
 
 
 def test_large_finite_gradients_are_no_alarm(tmp_path: Path) -> None:
@@ -157,14 +159,14 @@ def test_large_finite_gradients_are_no_alarm(tmp_path: Path) -> None:
             return super().training_step(batch, batch_idx) * 1e30
 
     module = Large(at=(9, 9))
-    run(tmp_path, LoraCallback(**OPTIONS)).fit(module, Ordered())
+    make_trainer(tmp_path, LoraCallback(**OPTIONS)).fit(module, Ordered())
     assert all(p.isfinite().all() for p in module.parameters())
 
 
 @pytest.mark.filterwarnings("ignore:.*ckpt_path")  # OnExceptionCheckpoint
 def test_what_is_saved_on_the_exception_is_good(tmp_path: Path) -> None:
     callbacks = [LoraCallback(**OPTIONS), OnExceptionCheckpoint(tmp_path, "crash")]
-    trainer = run(tmp_path, *callbacks, max_epochs=2, enable_checkpointing=True)
+    trainer = make_trainer(tmp_path, *callbacks, max_epochs=2, enable_checkpointing=True)
     with pytest.raises(NonfiniteError):
         trainer.fit(Poisoned(kind="input"), Ordered())
     saved = torch.load(tmp_path / "crash.ckpt", weights_only=True)["state_dict"]
@@ -198,7 +200,7 @@ def test_skip_is_the_run_without_that_step(
     tmp_path: Path, kind: str, accumulate: int, capsys: Any
 ) -> None:
     module = Poisoned(kind=kind)
-    trainer = run(
+    trainer = make_trainer(
         tmp_path, LoraCallback(nonfinite="skip", **OPTIONS), max_epochs=2,
         accumulate_grad_batches=accumulate,
     )  # fmt: skip
@@ -223,7 +225,7 @@ def test_skip_with_clipping_and_schedule(tmp_path: Path) -> None:
 
     for algorithm in ("norm", "value"):
         module = Scheduled(at=(0, 0))  # the very first one: no complaint about the order of calls
-        trainer = run(
+        trainer = make_trainer(
             tmp_path, LoraCallback(nonfinite="skip", **OPTIONS),
             gradient_clip_val=0.1, gradient_clip_algorithm=algorithm,
         )  # fmt: skip
@@ -234,7 +236,7 @@ def test_skip_with_clipping_and_schedule(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*left out, number")
 def test_skip_gives_up_when_it_does_not_help(tmp_path: Path) -> None:
-    trainer = run(tmp_path, LoraCallback(nonfinite="skip", **OPTIONS), max_epochs=9)
+    trainer = make_trainer(tmp_path, LoraCallback(nonfinite="skip", **OPTIONS), max_epochs=9)
     with pytest.raises(NonfiniteError, match="10 steps in a row were not finite") as error:
         trainer.fit(Poisoned(at=(0, 3), onwards=True), Ordered())
     assert str(error.value).startswith("At global_step=12, epoch 3, batch 0")
@@ -250,7 +252,7 @@ def test_the_count_goes_on_after_a_resume(tmp_path: Path, capsys: Any) -> None:
     def fit(epochs: int, ckpt_path: Any = None) -> int:
         saver = ModelCheckpoint(tmp_path, save_last=True)
         callback = LoraCallback(nonfinite="skip", **OPTIONS)
-        run(tmp_path, callback, saver, max_epochs=epochs).fit(
+        make_trainer(tmp_path, callback, saver, max_epochs=epochs).fit(
             Often(), Ordered(), ckpt_path=ckpt_path
         )
         return callback.guard.skipped
@@ -272,7 +274,7 @@ def test_steps_that_lightning_does_not_see(tmp_path: Path, monkeypatch: Any) -> 
 
     monkeypatch.setattr(nonfinite, "MAX_LOSSES", 3)
     with pytest.warns(UserWarning, match=r"3 backward passes without .* \(lora.nonfinite\)"):
-        run(tmp_path, LoraCallback(**OPTIONS)).fit(Raw(), Data())
+        make_trainer(tmp_path, LoraCallback(**OPTIONS)).fit(Raw(), Data())
 
 
 @pytest.mark.filterwarnings("ignore:.*left out, number 1")
@@ -294,12 +296,12 @@ def test_skip_with_manual_optimization(tmp_path: Path) -> None:
 
     module = Manual(kind="input")
     callback = LoraCallback(nonfinite="skip", **OPTIONS)
-    trainer = run(tmp_path, callback, max_epochs=2)
+    trainer = make_trainer(tmp_path, callback, max_epochs=2)
     trainer.fit(module, Ordered())
     assert callback.guard.skipped == 2
     assert all(p.isfinite().all() for p in module.parameters())
     with pytest.raises(NonfiniteError, match="global_step=12, epoch 1, batch 2"):
-        run(tmp_path, LoraCallback(**OPTIONS), max_epochs=2).fit(Manual(), Ordered())
+        make_trainer(tmp_path, LoraCallback(**OPTIONS), max_epochs=2).fit(Manual(), Ordered())
 
 
 @pytest.mark.filterwarnings("ignore:.*left out, number 1")
@@ -307,7 +309,7 @@ def test_skip_with_adalora(tmp_path: Path) -> None:
     module = Poisoned(kind="gradient")
     config = AdaLoraConfig(init_r=3, target_r=1, tinit=1, tfinal=2, deltaT=1)
     callback = LoraCallback(config, nonfinite="skip")
-    run(tmp_path, callback, max_epochs=3).fit(module, Ordered())
+    make_trainer(tmp_path, callback, max_epochs=3).fit(module, Ordered())
     assert all(p.isfinite().all() for p in module.parameters())
     allocator = callback.ranks.allocator
     assert allocator is not None
@@ -334,7 +336,7 @@ class Fused(Poisoned):
 def test_inf_gradients_are_the_scalers_business(tmp_path: Path, kind: type) -> None:
     module, plugin = kind(kind="gradient"), scaled(64.0)
     callback = LoraCallback(**OPTIONS)
-    run(tmp_path, callback, max_epochs=2, plugins=[plugin]).fit(module, Ordered())
+    make_trainer(tmp_path, callback, max_epochs=2, plugins=[plugin]).fit(module, Ordered())
     assert plugin.scaler is not None
     assert plugin.scaler.get_scale() == 32.0  # halved once, and the run went on
     assert callback.guard.skipped == 0
@@ -344,7 +346,7 @@ def test_inf_gradients_are_the_scalers_business(tmp_path: Path, kind: type) -> N
 @pytest.mark.parametrize("kind", [Poisoned, Fused])
 def test_a_scale_that_has_come_down_is_not(tmp_path: Path, kind: type) -> None:
     module = kind(at=(1, 0), kind="gradient", onwards=True)
-    trainer = run(tmp_path, LoraCallback(**OPTIONS), max_epochs=9, plugins=[scaled(4.0)])
+    trainer = make_trainer(tmp_path, LoraCallback(**OPTIONS), max_epochs=9, plugins=[scaled(4.0)])
     with pytest.raises(NonfiniteError, match="epoch 1, batch 2: 4 of 8 gradients"):  # 4, 2, then 1
         trainer.fit(module, Ordered())
     assert all(p.isfinite().all() for p in module.parameters())
@@ -357,11 +359,11 @@ def test_a_loss_that_is_not_finite_is_noticed_under_a_scaler(
     tmp_path: Path, kind: type, poison: str
 ) -> None:
     with pytest.raises(NonfiniteError, match=f"epoch 1, batch 2: the loss is {poison}"):
-        run(tmp_path, LoraCallback(**OPTIONS), max_epochs=2, plugins=[scaled(64.0)]).fit(
+        make_trainer(tmp_path, LoraCallback(**OPTIONS), max_epochs=2, plugins=[scaled(64.0)]).fit(
             kind(kind=poison), Ordered()
         )
     module, callback = kind(kind=poison), LoraCallback(nonfinite="skip", **OPTIONS)
-    trainer = run(tmp_path, callback, max_epochs=2, plugins=[scaled(64.0)])
+    trainer = make_trainer(tmp_path, callback, max_epochs=2, plugins=[scaled(64.0)])
     trainer.fit(module, Ordered())
     assert callback.guard.skipped == 1
     steps = [state["step"] for state in trainer.optimizers[0].state.values()]
@@ -399,7 +401,7 @@ def both_policies(folder: Path, way: str) -> dict[str, Any]:
             modules_to_save=["head"],
             nonfinite=policy,  # type: ignore[arg-type]
         )
-        trainer = run(folder, callback, max_epochs=2, devices=2, strategy=strategy)
+        trainer = make_trainer(folder, callback, max_epochs=2, devices=2, strategy=strategy)
         try:
             trainer.fit(module, Ordered())
         except NonfiniteError as error:
@@ -443,11 +445,11 @@ def test_options(tmp_path: Path) -> None:
         LoraCallback(nonfinite="stopp")  # type: ignore[arg-type]
     pair = [LoraCallback(adapter_name="a"), LoraCallback(adapter_name="b", nonfinite="skip")]
     with pytest.raises(ConfigError, match="differ in nonfinite: 'stop' for adapter 'a', 'skip'"):
-        run(tmp_path, *pair).fit(Net(), Data())
+        make_trainer(tmp_path, *pair).fit(Net(), Data())
     module = Net()
     module.configure_optimizers = lambda: torch.optim.LBFGS(module.parameters())  # type: ignore[method-assign]
     with pytest.raises(ConfigError, match="not possible with LBFGS"):
-        run(tmp_path, LoraCallback(r=2, nonfinite="skip")).fit(module, Data())
+        make_trainer(tmp_path, LoraCallback(r=2, nonfinite="skip")).fit(module, Data())
 
 
 def test_one_look_for_each_step(tmp_path: Path, monkeypatch: Any) -> None:
@@ -458,5 +460,5 @@ def test_one_look_for_each_step(tmp_path: Path, monkeypatch: Any) -> None:
         nonfinite, "get_total_norm", lambda *a: calls.append(len(a[0])) or original(*a)
     )
     pair = [LoraCallback(r=2, adapter_name="a"), LoraCallback(r=2, adapter_name="b")]
-    run(tmp_path, *pair, accumulate_grad_batches=2).fit(Net(), Data())
+    make_trainer(tmp_path, *pair, accumulate_grad_batches=2).fit(Net(), Data())
     assert calls == [2 + 12, 2 + 12]

@@ -15,7 +15,7 @@ import lora_lightning.training.strategies.state
 from lora_lightning import LoraCallback
 from lora_lightning.errors import CheckpointError, OptimizerError
 from lora_lightning.training.strategies.optimizer_names import with_names, with_numbers
-from tests.helpers.modules import Data, Net, run
+from tests.helpers.lightning_modules import Data, Net, make_trainer
 
 
 class Reversed(Net):
@@ -45,7 +45,9 @@ def fit(kind: type, folder: Path, epochs: int, ckpt_path: Any = None) -> dict[st
     module = kind()
     callback = LoraCallback(r=2, target_modules=["embed", "body.2"], modules_to_save=["head"])
     saver = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
-    run(folder, callback, saver, max_epochs=epochs).fit(module, Data(), ckpt_path=ckpt_path)
+    make_trainer(folder, callback, saver, max_epochs=epochs).fit(
+        module, Data(), ckpt_path=ckpt_path
+    )
     return {k: v for k, v in module.state_dict().items() if ".adapters." in k}
 
 

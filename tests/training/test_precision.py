@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lora_lightning import LoraCallback, inject_adapter, load_adapter, save_adapter
 from lora_lightning.adapters.base import Adapter
 from lora_lightning.errors import AdapterMismatchError, ConfigError
-from tests.helpers.modules import Data, Net, run
+from tests.helpers.lightning_modules import Data, Net, make_trainer
 
 # Precision: dtype of the base, of adapters, and of adapters that follow the base.
 FP32, BF16, FP16, FP64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
@@ -77,7 +77,7 @@ def fit(
     if precision == "16-mixed" and "accelerator" not in trainer_options:
         # As an option, Lightning makes bf16-mixed of it on a CPU; torch's scaler works there too.
         how = {"plugins": MixedPrecision(precision, "cpu")}
-    trainer = run(folder, lora, saver, watch, max_epochs=epochs, **how, **trainer_options)
+    trainer = make_trainer(folder, lora, saver, watch, max_epochs=epochs, **how, **trainer_options)
     trainer.fit(module, Data(), ckpt_path=ckpt_path)
     return module, trainer, watch
 
@@ -155,7 +155,7 @@ def test_sixteen_mixed_scales(tmp_path: Path) -> None:
 
 def test_sixteen_mixed_as_an_option_is_bf16_on_a_cpu(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="AMP with fp16 is not supported on CPU"):
-        trainer = run(tmp_path, LoraCallback(r=2), precision="16-mixed")
+        trainer = make_trainer(tmp_path, LoraCallback(r=2), precision="16-mixed")
     trainer.fit(Net(), Data())
     assert trainer.precision == "bf16-mixed"
 
@@ -186,7 +186,7 @@ def test_a_checkpoint_of_the_other_dtype_is_refused(wanted: bool, tmp_path: Path
 def test_an_adapter_that_is_there_in_the_other_dtype_is_refused(tmp_path: Path) -> None:
     lora = LoraCallback(r=2, modules_to_save=["head"], autocast_adapter_dtype=False)
     module = Net()
-    trainer = run(tmp_path, lora)
+    trainer = make_trainer(tmp_path, lora)
     trainer.fit(module, Data())
     trainer.validate(module, Data())  # the same again is fine
     lora.autocast_adapter_dtype = True
@@ -207,7 +207,7 @@ def test_a_folder_or_checkpoint_starts_in_either_dtype(tmp_path: Path) -> None:
                 assert torch.equal(tensor, trained[name].to(dtype))
     lora = LoraCallback(init_from=str(tmp_path / "folder"), autocast_adapter_dtype=False)
     other = HalfNet()
-    run(tmp_path, lora, precision="bf16-true").fit(other, Data())
+    make_trainer(tmp_path, lora, precision="bf16-true").fit(other, Data())
     assert dtypes(adapters(other).values()) == {BF16}
 
 
@@ -265,17 +265,17 @@ class OnlyAnotherContext(MixedPrecision):
 
 
 def test_plugins_that_may_replace_modules_are_refused(tmp_path: Path) -> None:
-    trainer = run(tmp_path, LoraCallback(r=2), plugins=OwnConversion("bf16-true"))
+    trainer = make_trainer(tmp_path, LoraCallback(r=2), plugins=OwnConversion("bf16-true"))
     with pytest.raises(ConfigError, match=r"OwnConversion has a convert_module of its own"):
         trainer.fit(Net(), Data())
     plugin = OnlyAnotherContext("bf16-mixed", "cpu")
-    run(tmp_path, LoraCallback(r=2), plugins=plugin).fit(Net(), Data())
+    make_trainer(tmp_path, LoraCallback(r=2), plugins=plugin).fit(Net(), Data())
 
 
 def test_transformer_engine_is_refused_with_the_reason(tmp_path: Path) -> None:
     from lightning.pytorch.plugins import TransformerEnginePrecision
 
-    trainer = run(tmp_path, LoraCallback(r=2))
+    trainer = make_trainer(tmp_path, LoraCallback(r=2))
     plugin = object.__new__(TransformerEnginePrecision)  # it is not installed
     trainer.strategy.precision_plugin = plugin
     with pytest.raises(ConfigError, match=r"replaces Linear and LayerNorm .*trainer.precision"):

@@ -21,7 +21,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lora_lightning import LoraCallback
 from lora_lightning.cli.main import main
 from lora_lightning.training.preemption import EXIT_CODE, Preemption
-from tests.helpers.modules import Data, Net, run
+from tests.helpers.lightning_modules import Data, Net, make_trainer
 from tests.helpers.paths import child_environment
 from tests.helpers.processes import on_processes
 
@@ -56,7 +56,7 @@ def lora(**options: Any) -> LoraCallback:
 def fit(folder: Path, *callbacks: Any, ckpt_path: Any = None, **options: Any) -> dict[str, Any]:
     seed_everything(7 if ckpt_path is None else 123, verbose=False)
     module = Net()
-    run(folder, lora(), *callbacks, max_epochs=EPOCHS, **options).fit(
+    make_trainer(folder, lora(), *callbacks, max_epochs=EPOCHS, **options).fit(
         module, Data(), ckpt_path=ckpt_path
     )
     return {key: value for key, value in module.state_dict().items() if ".adapters." in key}
@@ -205,7 +205,7 @@ def test_several_adapters_save_once(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_evaluation_ends_with_the_code_too(entry: str, tmp_path: Path) -> None:
     hooks = {"validate": "on_validation_batch_start", "test": "on_test_batch_start"}
     own = Signal(signal.SIGTERM, 0, hooks.get(entry, "on_predict_batch_start"))
-    trainer = run(tmp_path, lora(), own)
+    trainer = make_trainer(tmp_path, lora(), own)
     if entry == "predict":  # Lightning's loop does not look
         assert len(trainer.predict(Net(), Data())) == 4
         return
@@ -316,7 +316,9 @@ def on_rank(folder: Path) -> tuple[Any, list[dict[str, Any]]]:
         module = Net()
         own = [Signal(signal.SIGTERM, 5)] if signalled and os.environ["RANK"] == "1" else []
         saver = ModelCheckpoint(place, save_last=True)
-        trainer = run(place, lora(), saver, *own, max_epochs=EPOCHS, devices=2, strategy="ddp")
+        trainer = make_trainer(
+            place, lora(), saver, *own, max_epochs=EPOCHS, devices=2, strategy="ddp"
+        )
         try:
             trainer.fit(module, Data(8), ckpt_path=ckpt_path)
         except SIGTERMException as error:
@@ -343,7 +345,7 @@ from tests.training.test_preemption import *
 folder = Path(sys.argv[1])
 own = [Signal(signal.SIGTERM, 2)] if os.environ.get("LOCAL_RANK", "0") == "0" else []
 saver = ModelCheckpoint(folder, save_last=True)
-run(folder, lora(), saver, *own, max_epochs=2, devices=2, strategy="ddp").fit(Net(), Data(8))
+make_trainer(folder, lora(), saver, *own, max_epochs=2, devices=2, strategy="ddp").fit(Net(), Data(8))
 """
 
 
@@ -385,8 +387,8 @@ def command(
         ]
         config = {
             "lora": {"r": 2, "lora_dropout": 0.1, "modules_to_save": ["head"]},
-            "model": {"class_path": "tests.helpers.modules.Net"},
-            "data": {"class_path": "tests.helpers.modules.Data"},
+            "model": {"class_path": "tests.helpers.lightning_modules.Net"},
+            "data": {"class_path": "tests.helpers.lightning_modules.Data"},
             "trainer": {
                 "max_epochs": EPOCHS, "accelerator": "cpu", "default_root_dir": directory,
                 "enable_progress_bar": False, "callbacks": entries,

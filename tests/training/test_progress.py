@@ -19,7 +19,7 @@ from lora_lightning.callbacks import TrainingProgress
 from lora_lightning.training import stopwatch as stopwatch_module
 from lora_lightning.training.progress import left_out, readable_time
 from lora_lightning.training.stopwatch import Stopwatch
-from tests.helpers.modules import Data, Net, run
+from tests.helpers.lightning_modules import Data, Net, make_trainer
 from tests.helpers.processes import on_processes
 from tests.helpers.tiny_bert import save_tiny_bert
 
@@ -101,7 +101,7 @@ def column(folder: Path, name: str) -> list[float]:
 def fit(folder: Path, module: LightningModule, *callbacks: Any, **options: Any) -> Any:
     progress = TrainingProgress()
     options = {"logger": CSVLogger(folder), "log_every_n_steps": 1, **options}
-    trainer = run(folder, progress, *callbacks, **options)
+    trainer = make_trainer(folder, progress, *callbacks, **options)
     trainer.fit(module, Data())  # 4 batches of 16
     return trainer
 
@@ -174,7 +174,7 @@ def test_batches_that_do_not_say_their_size(tmp_path: Path, clock: Clock) -> Non
         collate_fn=lambda rows: Opaque([torch.stack(x) for x in zip(*rows, strict=True)]),
     )
     options = {"logger": CSVLogger(tmp_path), "log_every_n_steps": 1}
-    run(tmp_path, TrainingProgress(), **options).fit(OfObjects(clock), loader)
+    make_trainer(tmp_path, TrainingProgress(), **options).fit(OfObjects(clock), loader)
     assert column(tmp_path, "batches_per_second") == [0.5] * 4
 
 
@@ -220,7 +220,7 @@ def test_few_measurements(tmp_path: Path, clock: Clock) -> None:
 
     progress = Watching()
     options = {"max_epochs": 9, "logger": CSVLogger(tmp_path), "log_every_n_steps": 16}
-    run(tmp_path, progress, **options).fit(Slow(clock), Data())  # 36 batches
+    make_trainer(tmp_path, progress, **options).fit(Slow(clock), Data())  # 36 batches
     assert progress.measured == [*range(1, 11), 16, 20, 30, 32, 36]
     assert len(column(tmp_path, "samples_per_second")) == 2
 
@@ -231,7 +231,7 @@ def test_the_trainer_is_as_it_was(tmp_path: Path) -> None:
             raise ZeroDivisionError
 
     progress = TrainingProgress()
-    trainer = run(tmp_path, progress)
+    trainer = make_trainer(tmp_path, progress)
     with pytest.raises(ZeroDivisionError):
         trainer.fit(Fails(), Data())
     assert "save_checkpoint" not in vars(trainer)
@@ -244,7 +244,7 @@ def test_our_tasks_bring_it_once(tmp_path: Path) -> None:
     path.write_text('{"text": "good film", "label": 1}\n{"text": "bad film", "label": 0}\n' * 4)
     model = str(save_tiny_bert(tmp_path / "model"))
     for own in ([], [TrainingProgress()]):
-        trainer = run(tmp_path, LoraCallback(r=2, modules_to_save=["classifier"]), *own)
+        trainer = make_trainer(tmp_path, LoraCallback(r=2, modules_to_save=["classifier"]), *own)
         data = TextClassificationDataModule(str(path), val=str(path), max_length=16)
         trainer.fit(SequenceClassification(model), data)
         found = [c for c in trainer.callbacks if isinstance(c, TrainingProgress)]
@@ -272,7 +272,7 @@ def on_two(folder: str) -> list[float]:
             return super().training_step(batch, batch_idx)
 
     options: Any = {"strategy": "ddp", "devices": 2, "log_every_n_steps": 1}
-    trainer = run(Path(folder), TrainingProgress(), **options)
+    trainer = make_trainer(Path(folder), TrainingProgress(), **options)
     trainer.fit(Ranked(clock), Data())
     return [float(trainer.callback_metrics["tokens_per_second"])]
 

@@ -21,7 +21,7 @@ from lora_lightning.errors import AdapterMismatchError
 from lora_lightning.layers.base import named_adapted_layers
 from lora_lightning.layers.quantized.base import AdaptedQuantizedLinear
 from lora_lightning.training.weight_averaging import _differ
-from tests.helpers.modules import run
+from tests.helpers.lightning_modules import make_trainer
 from tests.helpers.processes import on_processes
 from tests.layers.test_quantized import assert_same, loaded, parts
 
@@ -73,7 +73,7 @@ def fit(folder: Path, module: Any, epochs: int, ckpt_path: Any = None, **how: An
     seed_everything(123 if ckpt_path is not None and "devices" not in how else 7, verbose=False)
     saver = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, save_last=True)
     lora = LoraCallback(r=2, lora_dropout=0.2)
-    trainer = run(folder, lora, saver, max_epochs=epochs, **how)
+    trainer = make_trainer(folder, lora, saver, max_epochs=epochs, **how)
     trainer.fit(module, data(), ckpt_path=ckpt_path)
     return trainer
 
@@ -134,7 +134,7 @@ def test_weight_averaging_leaves_the_codes_alone(llama: str, method: str, tmp_pa
     seed_everything(7, verbose=False)
     averaging = WeightAveraging(avg_fn=get_ema_avg_fn(0.9))
     before = base_fingerprint(module)
-    run(tmp_path, LoraCallback(r=2), averaging, max_epochs=2).fit(module, data())
+    make_trainer(tmp_path, LoraCallback(r=2), averaging, max_epochs=2).fit(module, data())
     assert base_fingerprint(module) == before
     assert all(t.any() for t in adapters(module).values())
 

@@ -24,7 +24,7 @@ from lora_lightning.errors import (
     CheckpointError,
     ConfigError,
 )
-from tests.helpers.modules import BuiltInConfigureModel, Data, Net, run
+from tests.helpers.lightning_modules import BuiltInConfigureModel, Data, Net, make_trainer
 
 OPTIONS: dict[str, Any] = {
     "r": 2,
@@ -35,7 +35,7 @@ OPTIONS: dict[str, Any] = {
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    trainer = run(tmp_path, LoraCallback(**OPTIONS))
+    trainer = make_trainer(tmp_path, LoraCallback(**OPTIONS))
     trainer.fit(Net(), Data())
     trainer.save_checkpoint(tmp_path / "good.ckpt")
     return tmp_path / "good.ckpt"
@@ -45,7 +45,7 @@ def refused(path: Path, error: type[Exception], module: Any = None, **changed: A
     """The text of the refusal; the module must be exactly as it was before."""
     module = module or Net()
     callback = LoraCallback(**{**OPTIONS, **changed})
-    trainer = run(path.parent, callback)
+    trainer = make_trainer(path.parent, callback)
     trainer.validate(module, Data(), verbose=False)  # grows the adapters
     before = copy.deepcopy(module.state_dict())
     for entry in (trainer.fit, trainer.validate, trainer.test, trainer.predict):
@@ -65,7 +65,7 @@ def edited(path: Path, edit: Any) -> Path:
 
 
 def test_the_good_one_is_accepted(checkpoint: Path) -> None:
-    run(checkpoint.parent, LoraCallback(**OPTIONS)).validate(
+    make_trainer(checkpoint.parent, LoraCallback(**OPTIONS)).validate(
         Net(), Data(), str(checkpoint), verbose=False
     )
 
@@ -105,7 +105,9 @@ def test_other_targets(checkpoint: Path) -> None:
 
 def test_same_targets_spelled_differently_are_accepted(checkpoint: Path) -> None:
     callback = LoraCallback(**{**OPTIONS, "target_modules": r"embed|body\.2"})
-    run(checkpoint.parent, callback).validate(Net(), Data(), str(checkpoint), verbose=False)
+    make_trainer(checkpoint.parent, callback).validate(
+        Net(), Data(), str(checkpoint), verbose=False
+    )
 
 
 @pytest.mark.parametrize("strict", [True, False], ids=["strict", "strict_loading=False"])
@@ -139,13 +141,13 @@ def test_twin_the_fingerprint_is_what_notices(checkpoint: Path, monkeypatch: Any
     other = Net()
     with torch.no_grad():
         other.embed.weight[3, 3] += 1e-6
-    run(checkpoint.parent, LoraCallback(**OPTIONS)).validate(
+    make_trainer(checkpoint.parent, LoraCallback(**OPTIONS)).validate(
         other, Data(), str(checkpoint), verbose=False
     )
 
 
 def test_a_full_model_checkpoint(tmp_path: Path) -> None:
-    trainer = run(tmp_path)
+    trainer = make_trainer(tmp_path)
     trainer.fit(Net(), Data())
     trainer.save_checkpoint(tmp_path / "full.ckpt")
     text = refused(tmp_path / "full.ckpt", CheckpointError)
@@ -206,7 +208,7 @@ def test_another_optimizer(checkpoint: Path) -> None:
             optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
             return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1)]
 
-    trainer = run(checkpoint.parent, LoraCallback(**OPTIONS), max_epochs=2)
+    trainer = make_trainer(checkpoint.parent, LoraCallback(**OPTIONS), max_epochs=2)
     with pytest.raises(CheckpointError) as caught:
         trainer.fit(Other(), Data(), ckpt_path=str(checkpoint))
     assert "is of another kind than this run's SGD: it has amsgrad, betas, " in str(caught.value)
@@ -217,7 +219,7 @@ def test_options_that_a_newer_torch_adds_are_no_other_optimizer(checkpoint: Path
         for group in content["optimizer_states"][0]["param_groups"]:
             del group["decoupled_weight_decay"]
 
-    trainer = run(checkpoint.parent, LoraCallback(**OPTIONS), max_epochs=2)
+    trainer = make_trainer(checkpoint.parent, LoraCallback(**OPTIONS), max_epochs=2)
     trainer.fit(Net(), Data(), ckpt_path=str(edited(checkpoint, edit)))
 
 
@@ -227,7 +229,9 @@ def test_a_peft_folder(checkpoint: Path) -> None:
     save_adapter(module, folder)
     text = refused(Path(folder), CheckpointError)
     assert text.startswith(f"{folder!r} is a PEFT folder: an adapter, not the checkpoint of a run.")
-    run(checkpoint.parent, LoraCallback(init_from=folder)).fit(Net(), Data())  # as it advises
+    make_trainer(checkpoint.parent, LoraCallback(init_from=folder)).fit(
+        Net(), Data()
+    )  # as it advises
 
 
 def test_no_such_file(checkpoint: Path) -> None:
@@ -238,19 +242,23 @@ def test_no_such_file(checkpoint: Path) -> None:
 
 def test_nothing_that_trains(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"lora\.trainable"):
-        run(tmp_path, LoraCallback(r=2, trainable=False)).fit(Net(), Data())
+        make_trainer(tmp_path, LoraCallback(r=2, trainable=False)).fit(Net(), Data())
 
 
 def test_another_kind_of_start_is_named(tmp_path: Path) -> None:
-    trainer = run(tmp_path, LoraCallback(r=2, init_lora_weights="pissa"))
+    trainer = make_trainer(tmp_path, LoraCallback(r=2, init_lora_weights="pissa"))
     trainer.fit(Net(), Data())
     trainer.save_checkpoint(tmp_path / "x.ckpt")
     with pytest.raises(AdapterMismatchError, match="init_lora_weights: 'pissa' in the checkpoint"):
-        run(tmp_path, LoraCallback(r=2)).validate(Net(), Data(), ckpt_path=tmp_path / "x.ckpt")
+        make_trainer(tmp_path, LoraCallback(r=2)).validate(
+            Net(), Data(), ckpt_path=tmp_path / "x.ckpt"
+        )
 
 
 def test_another_type(checkpoint: Path) -> None:
-    trainer = run(checkpoint.parent, LoraCallback(LohaConfig(r=2, target_modules=["embed"])))
+    trainer = make_trainer(
+        checkpoint.parent, LoraCallback(LohaConfig(r=2, target_modules=["embed"]))
+    )
     with pytest.raises(AdapterMismatchError, match="LORA in the checkpoint, LOHA here"):
         trainer.validate(Net(), Data(), ckpt_path=checkpoint)
 
@@ -284,7 +292,7 @@ def test_base_on_the_meta_device(tmp_path: Path, make: Any, count: int, name: st
     """Nothing would ever give it values: an adapter checkpoint holds none."""
     module = make()
     with pytest.raises(AdapterStateError) as error:
-        run(tmp_path, LoraCallback(r=2, target_modules=["embed"])).fit(module, Data())
+        make_trainer(tmp_path, LoraCallback(r=2, target_modules=["embed"])).fit(module, Data())
     assert str(error.value).startswith(f"{count} tensors of the base are on the meta device")
     assert f"no values: {name}. Load the base model where" in str(error.value)
     assert not adapter_names(module)

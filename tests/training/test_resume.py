@@ -15,7 +15,13 @@ from torch.optim.swa_utils import get_ema_avg_fn
 import lora_lightning.training.resume.run_state
 from lora_lightning import LoraCallback
 from lora_lightning.errors import ConfigError
-from tests.helpers.modules import BuiltInConfigureModel, Data, Net, NetWithoutOptimizer, run
+from tests.helpers.lightning_modules import (
+    BuiltInConfigureModel,
+    Data,
+    Net,
+    NetWithoutOptimizer,
+    make_trainer,
+)
 
 
 def fit(
@@ -29,7 +35,7 @@ def fit(
         r=2, lora_dropout=0.3, target_modules=["embed", "body.2"], modules_to_save=["head"]
     )
     saver = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, save_last=True)
-    trainer = run(folder, callback, saver, max_epochs=epochs, **options)
+    trainer = make_trainer(folder, callback, saver, max_epochs=epochs, **options)
     trainer.fit(module, Data(), ckpt_path=ckpt_path)
     state = trainer.optimizers[0].state_dict()["state"]
     moments = {f"{i}.{k}": v for i, s in state.items() for k, v in s.items() if torch.is_tensor(v)}
@@ -74,7 +80,7 @@ def test_evaluation_leaves_the_random_state_alone(tmp_path: Path) -> None:
         r=2, lora_dropout=0.3, target_modules=["embed", "body.2"], modules_to_save=["head"]
     )
     torch.set_rng_state(before)
-    run(tmp_path, callback).predict(Net(), Data(), ckpt_path=tmp_path / "last.ckpt")
+    make_trainer(tmp_path, callback).predict(Net(), Data(), ckpt_path=tmp_path / "last.ckpt")
     drawn = torch.get_rng_state()
     torch.set_rng_state(before)
     Net()  # what a module's construction draws
@@ -94,7 +100,9 @@ def test_weight_averaging(tmp_path: Path) -> None:
         ]
         saver = ModelCheckpoint(folder, filename="{epoch}", save_last=True)
         module = Net()
-        trainer = run(folder, *callbacks[:: 1 if lora_first else -1], saver, max_epochs=epochs)
+        trainer = make_trainer(
+            folder, *callbacks[:: 1 if lora_first else -1], saver, max_epochs=epochs
+        )
         trainer.fit(module, Data(), ckpt_path=ckpt_path)
         base = Net().state_dict()  # of which d w + (1 - d) w would not be w again
         assert all(torch.equal(module.state_dict()[name], base[name]) for name in base)
@@ -118,7 +126,7 @@ def test_other_callbacks_resume_too(tmp_path: Path) -> None:
         stop = EarlyStopping(
             "val_loss", patience=2, min_delta=10.0
         )  # nothing ever counts as better
-        trainer = run(
+        trainer = make_trainer(
             folder,
             stop,
             LoraCallback(r=2),

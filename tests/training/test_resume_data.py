@@ -29,8 +29,8 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lora_lightning.errors import CheckpointError
 from lora_lightning.training.resume.resumable_loader import Pass, resumable
-from tests.helpers.modules import Data, Net
-from tests.helpers.resuming import Run, differences
+from tests.helpers.lightning_modules import Data, Net
+from tests.helpers.resumable_run import ResumableRun, differences
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.set_vital. is deprecated"),  # torchdata's
@@ -198,14 +198,14 @@ IN_PROCESS = {
 
 @pytest.mark.parametrize("name", IN_PROCESS)
 def test_in_the_main_process(tmp_path: Path, name: str) -> None:
-    Run(data=IN_PROCESS[name]).check(tmp_path)
+    ResumableRun(data=IN_PROCESS[name]).check(tmp_path)
 
 
 @pytest.mark.parametrize("mode", ["max_size_cycle", "max_size"])
 def test_two_loaders(tmp_path: Path, mode: Any) -> None:
     """The shorter one begins again in the middle of an epoch."""
     data = lambda: Loaders(lambda: CombinedLoader(pair(), mode))  # noqa: E731
-    Run(module=TwoLoaders, data=data).check(tmp_path)
+    ResumableRun(module=TwoLoaders, data=data).check(tmp_path)
 
 
 WORKERS = {
@@ -223,14 +223,14 @@ def test_in_workers(tmp_path: Path, name: str) -> None:
     """Their random numbers are those that they would have drawn."""
     two_epochs = {"max_epochs": 2}
     spots = ("batch2", "validated4", "end4", "batch5")
-    Run(data=WORKERS[name], options=lambda: two_epochs, spots=spots).check(tmp_path)
+    ResumableRun(data=WORKERS[name], options=lambda: two_epochs, spots=spots).check(tmp_path)
 
 
 @pytest.mark.slow
 def test_persistent_workers_keep_random_numbers_of_their_own(tmp_path: Path) -> None:
     """The one thing that is lost, and a warning says so."""
     data = loading(dataset=Augmented, shuffle=True, num_workers=1, persistent_workers=True)
-    run = Run(data=data, options=lambda: {"max_epochs": 2}, spots=("batch2", "end4"))
+    run = ResumableRun(data=data, options=lambda: {"max_epochs": 2}, spots=("batch2", "end4"))
     straight = run.fit(tmp_path)
     resumed = run.fit(tmp_path / "batch2", tmp_path / "batch2.ckpt")  # in the first epoch it is not
     assert differences(straight, resumed) == []
@@ -241,7 +241,7 @@ def test_persistent_workers_keep_random_numbers_of_their_own(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("dataset", [Stream, SizedStream, lambda: Stream(noise=0.5)])
 def test_streams_are_read_again(tmp_path: Path, dataset: Any) -> None:
-    run = Run(data=loading(dataset=dataset))
+    run = ResumableRun(data=loading(dataset=dataset))
     straight = run.fit(tmp_path)
     for spot in run.spots:
         with warnings.catch_warnings(record=True) as said:
@@ -253,7 +253,7 @@ def test_streams_are_read_again(tmp_path: Path, dataset: Any) -> None:
 
 
 def test_a_sampler_that_cannot_be_found_again_is_named(tmp_path: Path) -> None:
-    run = Run(data=loading(sampler=ShufflesOnTheWay()))
+    run = ResumableRun(data=loading(sampler=ShufflesOnTheWay()))
     straight = run.fit(tmp_path)
     with pytest.warns(UserWarning, match=r"Resume may not be exact.*torch\.Generator of its own"):
         resumed = run.fit(tmp_path / "batch2", tmp_path / "batch2.ckpt")
@@ -263,8 +263,8 @@ def test_a_sampler_that_cannot_be_found_again_is_named(tmp_path: Path) -> None:
 
 
 def test_other_data_are_noticed(tmp_path: Path) -> None:
-    Run(spots=("batch3",)).fit(tmp_path)
-    shorter = Run(data=loading(batch_size=24, shuffle=True), spots=())
+    ResumableRun(spots=("batch3",)).fit(tmp_path)
+    shorter = ResumableRun(data=loading(batch_size=24, shuffle=True), spots=())
     with pytest.warns(UserWarning, match="gives 3 batches an epoch, and gave 4 when"):
         shorter.fit(tmp_path / "shorter", tmp_path / "batch3.ckpt")
     position = {"batches": 3, "next": None, "length": 4}

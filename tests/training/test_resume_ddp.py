@@ -12,10 +12,10 @@ import torch
 from torch.utils.data import DataLoader
 
 import lora_lightning.training.resume.run_state
-from tests.helpers.modules import Data, Net
+from tests.helpers.fsdp2_modules import ShardedLater, strategy
+from tests.helpers.lightning_modules import Data, Net
 from tests.helpers.processes import on_processes
-from tests.helpers.resuming import Run, differences
-from tests.helpers.sharded_modules import ShardedLater, strategy
+from tests.helpers.resumable_run import ResumableRun, differences
 
 SPOTS = ("batch2", "batch4", "end4", "batch7")
 
@@ -38,9 +38,11 @@ class Shared(Data):
         return DataLoader(self.dataset, 8, shuffle=True, num_workers=self.workers)
 
 
-def run(devices: int, workers: int = 0, **options: Any) -> Run:
+def run(devices: int, workers: int = 0, **options: Any) -> ResumableRun:
     how = {"devices": devices, "strategy": "ddp" if devices > 1 else "auto", "max_epochs": 2}
-    return Run(OwnLuck, lambda: Shared(workers), options=lambda: {**how, **options}, spots=SPOTS)
+    return ResumableRun(
+        OwnLuck, lambda: Shared(workers), options=lambda: {**how, **options}, spots=SPOTS
+    )
 
 
 def go(folder: Path) -> dict[str, list[str]]:
@@ -92,7 +94,7 @@ def go_sharded(folder: Path, distributed: bool) -> dict[str, list[str]]:
         "max_epochs": 2,
         "accumulate_grad_batches": 3,
     }
-    both = Run(ShardedLater, Shared, options=options, spots=SPOTS)
+    both = ResumableRun(ShardedLater, Shared, options=options, spots=SPOTS)
     straight = both.fit(folder)
     return {
         spot: differences(straight, both.fit(folder / spot, folder / f"{spot}.ckpt"))

@@ -25,8 +25,14 @@ import lora_lightning.training.resume.run_state
 from lora_lightning import AdaLoraConfig, LoraCallback
 from lora_lightning.training.resume.resumable_loader import ResumableLoader
 from lora_lightning.utilities.rng import random_state, set_random_state
-from tests.helpers.modules import BuiltInConfigureModel, Data, Net, NetWithoutOptimizer, run
-from tests.helpers.resuming import SPOTS, Run, differences
+from tests.helpers.lightning_modules import (
+    BuiltInConfigureModel,
+    Data,
+    Net,
+    NetWithoutOptimizer,
+    make_trainer,
+)
+from tests.helpers.resumable_run import SPOTS, ResumableRun, differences
 
 
 class WarmUp(Net):
@@ -128,43 +134,47 @@ def options(**given: Any) -> Any:
 
 
 RUNS = {
-    "plain": Run(),
-    "default optimizer": Run(module=NetWithoutOptimizer),
-    "configure_model": Run(module=BuiltInConfigureModel),
-    "accumulate": Run(options=options(accumulate_grad_batches=3)),
-    "accumulate by epoch": Run(
+    "plain": ResumableRun(),
+    "default optimizer": ResumableRun(module=NetWithoutOptimizer),
+    "configure_model": ResumableRun(module=BuiltInConfigureModel),
+    "accumulate": ResumableRun(options=options(accumulate_grad_batches=3)),
+    "accumulate by epoch": ResumableRun(
         callbacks=accumulating, spots=("batch2", "batch6", "end8", "batch9")
     ),
-    "clip": Run(options=options(gradient_clip_val=0.1)),
-    "warm-up by step": Run(module=WarmUp, options=options(accumulate_grad_batches=3)),
-    "estimated length": Run(module=Estimates),
-    "estimated length, accumulate": Run(
+    "clip": ResumableRun(options=options(gradient_clip_val=0.1)),
+    "warm-up by step": ResumableRun(module=WarmUp, options=options(accumulate_grad_batches=3)),
+    "estimated length": ResumableRun(module=Estimates),
+    "estimated length, accumulate": ResumableRun(
         module=Estimates, options=options(accumulate_grad_batches=3)
     ),
-    "plateau": Run(module=Plateau),
-    "plateau, two validations": Run(module=Plateau, options=options(val_check_interval=0.5)),
-    "plateau by step": Run(module=PlateauByStep),
-    "ema": Run(callbacks=ema),
-    "early stopping": Run(callbacks=stopping, options=options(val_check_interval=0.5)),
-    "bf16-mixed": Run(options=options(precision="bf16-mixed")),
-    "bf16-true": Run(options=options(precision="bf16-true")),
-    "manual optimization": Run(module=Manual),
-    "two adapters": Run(lora=two_adapters),
-    "adalora": Run(lora=adalora),
-    "hooks that draw": Run(module=DrawsInHooks),
-    "max_steps": Run(options=options(max_steps=11, max_epochs=-1)),
-    "plateau, max_steps": Run(module=Plateau, options=options(max_steps=11, max_epochs=-1)),
-    "no validation": Run(
+    "plateau": ResumableRun(module=Plateau),
+    "plateau, two validations": ResumableRun(
+        module=Plateau, options=options(val_check_interval=0.5)
+    ),
+    "plateau by step": ResumableRun(module=PlateauByStep),
+    "ema": ResumableRun(callbacks=ema),
+    "early stopping": ResumableRun(callbacks=stopping, options=options(val_check_interval=0.5)),
+    "bf16-mixed": ResumableRun(options=options(precision="bf16-mixed")),
+    "bf16-true": ResumableRun(options=options(precision="bf16-true")),
+    "manual optimization": ResumableRun(module=Manual),
+    "two adapters": ResumableRun(lora=two_adapters),
+    "adalora": ResumableRun(lora=adalora),
+    "hooks that draw": ResumableRun(module=DrawsInHooks),
+    "max_steps": ResumableRun(options=options(max_steps=11, max_epochs=-1)),
+    "plateau, max_steps": ResumableRun(
+        module=Plateau, options=options(max_steps=11, max_epochs=-1)
+    ),
+    "no validation": ResumableRun(
         options=options(limit_val_batches=0), spots=("batch2", "batch4", "end8", "batch9")
     ),
-    "no validation, max_steps, limited": Run(
+    "no validation, max_steps, limited": ResumableRun(
         options=options(limit_val_batches=0, limit_train_batches=3, max_steps=8, max_epochs=-1),
         spots=("batch2", "batch3", "end6", "batch7"),
     ),
-    "validation in the epoch": Run(
+    "validation in the epoch": ResumableRun(
         options=options(val_check_interval=0.5), spots=("batch2", "validated2", "batch3", "end4")
     ),
-    "validation by steps": Run(
+    "validation by steps": ResumableRun(
         options=options(val_check_interval=3, check_val_every_n_epoch=None),
         spots=("batch3", "validated3", "batch4", "end4", "validated9"),
     ),
@@ -189,7 +199,7 @@ def test_twin_accumulation_that_does_not_follow_differs(tmp_path: Path, monkeypa
 )
 def test_twin_without_differs(tmp_path: Path, monkeypatch: Any, without: str) -> None:
     state = lora_lightning.training.resume.run_state
-    run, spot = Run(), "batch9"
+    run, spot = ResumableRun(), "batch9"
     if without == "random state":
         monkeypatch.setattr(state, "set_random_state", lambda _: None)
     elif without == "position":
@@ -209,10 +219,13 @@ def test_twin_without_differs(tmp_path: Path, monkeypatch: Any, without: str) ->
 
 
 def test_files_of_asynchronous_saving(tmp_path: Path) -> None:
-    run = Run(options=lambda: {"plugins": [AsyncCheckpointIO()]})
+    run = ResumableRun(options=lambda: {"plugins": [AsyncCheckpointIO()]})
     straight = run.fit(tmp_path)
     for spot in SPOTS:
-        assert differences(straight, Run().fit(tmp_path / spot, tmp_path / f"{spot}.ckpt")) == []
+        assert (
+            differences(straight, ResumableRun().fit(tmp_path / spot, tmp_path / f"{spot}.ckpt"))
+            == []
+        )
 
 
 def test_model_checkpoint_by_time_and_by_step(tmp_path: Path) -> None:
@@ -223,12 +236,12 @@ def test_model_checkpoint_by_time_and_by_step(tmp_path: Path) -> None:
         folder = tmp_path / str(index)
         saver = ModelCheckpoint(folder, "{epoch}-{step}", save_top_k=-1, **when)
         accumulate = options(accumulate_grad_batches=2)
-        run = Run(callbacks=lambda saver=saver: [saver], options=accumulate, spots=())
+        run = ResumableRun(callbacks=lambda saver=saver: [saver], options=accumulate, spots=())
         straight = run.fit(folder)
         files = sorted(folder.glob("*.ckpt"))
         assert len(files) == 6  # optimizer steps
         for path in files[1:4]:
-            again = Run(options=accumulate, spots=())
+            again = ResumableRun(options=accumulate, spots=())
             resumed = again.fit(folder / path.stem, path)
             assert differences({**straight, "callbacks": resumed["callbacks"]}, resumed) == []
 
@@ -246,7 +259,7 @@ def test_model_checkpoint_by_time_and_by_step(tmp_path: Path) -> None:
 def test_a_run_that_early_stopping_ended_stays_ended(tmp_path: Path, why: dict[str, Any]) -> None:
     stop = {"monitor": "val_loss", **why}
     saver = lambda: ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, save_on_train_epoch_end=True)  # noqa: E731
-    run = Run(callbacks=lambda: [EarlyStopping(**stop), saver()], spots=())
+    run = ResumableRun(callbacks=lambda: [EarlyStopping(**stop), saver()], spots=())
     straight = run.fit(tmp_path)
     steps, epochs = straight["progress"]
     assert epochs < 3
@@ -254,29 +267,33 @@ def test_a_run_that_early_stopping_ended_stays_ended(tmp_path: Path, why: dict[s
     resumed = run.fit(tmp_path / "same", tmp_path / last)
     assert differences(straight["weights"], resumed["weights"]) == []
     assert resumed["losses"] == {}
-    without = Run(spots=()).fit(tmp_path / "more", tmp_path / last)
+    without = ResumableRun(spots=()).fit(tmp_path / "more", tmp_path / last)
     assert without["progress"] == [12, 3]
 
 
 def test_early_stopping_without_patience_goes_on_while_there_is_progress(tmp_path: Path) -> None:
     """Its count of bad epochs, 0, is not less than its patience, 0, from the start."""
     stop = {"monitor": "val_loss", "patience": 0, "min_delta": -10.0}  # all counts as better
-    run = Run(callbacks=lambda: [EarlyStopping(**stop)], spots=("batch2", "end8"))
+    run = ResumableRun(callbacks=lambda: [EarlyStopping(**stop)], spots=("batch2", "end8"))
     run.check(tmp_path)
 
 
 def test_what_a_checkpoint_says_is_for_one_run_only(tmp_path: Path) -> None:
     """A finished run never trains, and leaves nothing behind for the module's next one."""
-    saver = Run(spots=("end12",))
+    saver = ResumableRun(spots=("end12",))
     saver.fit(tmp_path)
     module = Net()
     (callback,) = saver.lora()
-    run(tmp_path, callback, max_epochs=3).fit(module, Data(), ckpt_path=tmp_path / "end12.ckpt")
+    make_trainer(tmp_path, callback, max_epochs=3).fit(
+        module, Data(), ckpt_path=tmp_path / "end12.ckpt"
+    )
     torch.manual_seed(5)
     before = torch.get_rng_state()
     drawn = []
     module.on_train_batch_start = lambda batch, idx: drawn.append(torch.get_rng_state())  # type: ignore
-    run(tmp_path, callback, max_steps=1, max_epochs=-1).fit(module, DataLoader(Data().dataset, 16))
+    make_trainer(tmp_path, callback, max_steps=1, max_epochs=-1).fit(
+        module, DataLoader(Data().dataset, 16)
+    )
     torch.set_rng_state(before)
     next(iter(DataLoader(Data().dataset, 16)))  # what a loader draws
     assert torch.equal(drawn[0], torch.get_rng_state())
@@ -291,13 +308,17 @@ class AveragesLoss(Net):
 
 def test_averages_over_the_training_epoch_are_not_held(tmp_path: Path) -> None:
     watch = lambda: [EarlyStopping("mean_loss_epoch", check_on_train_epoch_end=True)]  # noqa: E731
-    one_epoch = Run(AveragesLoss, callbacks=watch, options=options(max_epochs=1), spots=("batch2",))
+    one_epoch = ResumableRun(
+        AveragesLoss, callbacks=watch, options=options(max_epochs=1), spots=("batch2",)
+    )
     straight = one_epoch.fit(tmp_path)
     with pytest.warns(UserWarning, match="'mean_loss_epoch' is averaged over the training epoch"):
         resumed = one_epoch.fit(tmp_path / "resumed", tmp_path / "batch2.ckpt")
     assert differences(straight["weights"], resumed["weights"]) == []
     assert any("best_score" in path for path in differences(straight, resumed))
-    Run(AveragesLoss, callbacks=watch, spots=("end4",)).check(tmp_path / "end")  # no warning
+    ResumableRun(AveragesLoss, callbacks=watch, spots=("end4",)).check(
+        tmp_path / "end"
+    )  # no warning
 
 
 @pytest.mark.parametrize(
@@ -338,7 +359,7 @@ def test_a_cuda_device_that_is_not_used_is_not_asked(monkeypatch: pytest.MonkeyP
 def test_on_cuda(tmp_path: Path, precision: Any, monkeypatch: Any) -> None:
     """Dropout draws from the device's generator; the gradient scaler goes on as well."""
     device = {"accelerator": "gpu", "devices": 1, "precision": precision}
-    on_device = Run(options=options(**device, accumulate_grad_batches=3))
+    on_device = ResumableRun(options=options(**device, accumulate_grad_batches=3))
     on_device.check(tmp_path)
     straight = on_device.fit(tmp_path / "twin")
     original = lora_lightning.training.resume.run_state.set_random_state

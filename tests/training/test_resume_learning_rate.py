@@ -10,7 +10,7 @@ import torch
 from torch.optim.lr_scheduler import LinearLR, ReduceLROnPlateau
 
 from lora_lightning import LoraCallback
-from tests.helpers.modules import Data, Net, NetWithoutOptimizer, run
+from tests.helpers.lightning_modules import Data, Net, NetWithoutOptimizer, make_trainer
 
 OPTIONS: dict[str, Any] = {"r": 2, "target_modules": ["embed"], "modules_to_save": ["head"]}
 
@@ -46,7 +46,7 @@ def plateau(optimizer: Any) -> Any:
 
 def fit(folder: Path, epochs: int, module: Any, lr: float = 1e-3, ckpt: Any = None) -> list[float]:
     """Train to `epochs`; the learning rates at the end. Leaves `<epochs>.ckpt`."""
-    trainer = run(folder, LoraCallback(lr=lr, **OPTIONS), max_epochs=epochs)
+    trainer = make_trainer(folder, LoraCallback(lr=lr, **OPTIONS), max_epochs=epochs)
     trainer.fit(module, Data(), ckpt_path=ckpt)
     trainer.save_checkpoint(folder / f"{epochs}.ckpt")
     return [group["lr"] for group in trainer.optimizers[0].param_groups]
@@ -73,7 +73,7 @@ def test_the_callbacks_own_rate(tmp_path: Path) -> None:
 def test_the_advice_works(tmp_path: Path) -> None:
     fit(tmp_path, 1, Rated(0.25))
     lora = LoraCallback(init_from=str(tmp_path / "1.ckpt"))
-    trainer, module = run(tmp_path, lora, max_epochs=1), Rated(0.125)
+    trainer, module = make_trainer(tmp_path, lora, max_epochs=1), Rated(0.125)
     trained = torch.load(tmp_path / "1.ckpt", weights_only=True)["state_dict"]
     trainer.validate(module, Data(), verbose=False)
     assert all(torch.equal(module.state_dict()[key], trained[key]) for key in trained)

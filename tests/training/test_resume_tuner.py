@@ -11,8 +11,8 @@ from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.tuner import Tuner
 
 from lora_lightning.errors import ConfigError
-from tests.helpers.modules import Data, Net, run
-from tests.helpers.resuming import Losses, Run, differences, lora
+from tests.helpers.lightning_modules import Data, Net, make_trainer
+from tests.helpers.resumable_run import Losses, ResumableRun, differences, lora
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*tqdm:DeprecationWarning")
 
@@ -24,7 +24,7 @@ class Tunable(Net):
 
 
 def straight(folder: Path, *callbacks: Any) -> dict[str, Any]:
-    return Run(Tunable, callbacks=lambda: list(callbacks), spots=()).fit(folder)
+    return ResumableRun(Tunable, callbacks=lambda: list(callbacks), spots=()).fit(folder)
 
 
 def finder(**options: Any) -> LearningRateFinder:
@@ -56,14 +56,14 @@ class LaterOnly(LearningRateFinder):
 @pytest.mark.parametrize("kind", [LearningRateFinder, BatchSizeFinder])
 def test_a_search_before_a_resume_is_refused(tmp_path: Path, kind: type) -> None:
     """Lightning's search restores a checkpoint of its own, and drops the one to resume from."""
-    trainer = run(tmp_path, *lora(), max_epochs=1)
+    trainer = make_trainer(tmp_path, *lora(), max_epochs=1)
     trainer.fit(Tunable(), Data())
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     with pytest.raises(ConfigError, match=f"{kind.__name__} searches again at the head of a res"):
-        run(tmp_path, *lora(), kind(), max_epochs=2).fit(
+        make_trainer(tmp_path, *lora(), kind(), max_epochs=2).fit(
             Tunable(), Data(), ckpt_path=tmp_path / "a.ckpt"
         )
-    trainer = run(tmp_path, *lora(), LaterOnly(), max_epochs=2)
+    trainer = make_trainer(tmp_path, *lora(), LaterOnly(), max_epochs=2)
     trainer.fit(Tunable(), Data(), ckpt_path=tmp_path / "a.ckpt")
     assert trainer.global_step == 8
 
@@ -75,7 +75,7 @@ def test_tuner_before_fit(tmp_path: Path, search: str) -> None:
     def fit(searches: bool) -> dict[str, Any]:
         seed_everything(7, verbose=False)
         module, data, losses = Tunable(), Data(), Losses()
-        trainer = run(tmp_path, *lora(), losses, max_epochs=2)
+        trainer = make_trainer(tmp_path, *lora(), losses, max_epochs=2)
         if searches and search == "lr_find":
             Tuner(trainer).lr_find(module, data, num_training=5, update_attr=False)
         elif searches:

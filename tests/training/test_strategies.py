@@ -28,10 +28,10 @@ from torch.utils.data import DataLoader
 
 from lora_lightning import LoraCallback, LoraError
 from lora_lightning.checkpoint.sharded_folder import read_checkpoint_folder
-from tests.helpers.modules import Data, run
+from tests.helpers.fsdp2_modules import Quiet, ShardedLater
+from tests.helpers.lightning_modules import Data, make_trainer
 from tests.helpers.paths import ROOT
 from tests.helpers.processes import on_processes
-from tests.helpers.sharded_modules import Quiet, ShardedLater
 from tests.training.test_fsdp1 import FORMS, on_cpu, state_of
 from tests.training.test_fsdp2 import equal, strategy
 
@@ -96,7 +96,7 @@ def fit(
     settings = {"max_epochs": epochs, "strategy": make_strategy(), "devices": devices}
     settings["precision"] = "32-true" if quantised else precision
     settings["use_distributed_sampler"] = False
-    trainer = run(folder, callback, saver, **{**settings, **options})
+    trainer = make_trainer(folder, callback, saver, **{**settings, **options})
     trainer.fit(module, DataLoader(Data().dataset, 16), ckpt_path=ckpt_path)
     return state_of(trainer)
 

@@ -97,7 +97,7 @@ class Data(LightningDataModule):
     test_dataloader = predict_dataloader = val_dataloader
 
 
-def run(folder: Path, *callbacks: Any, **options: Any) -> Trainer:
+def make_trainer(folder: Path, *callbacks: Any, **options: Any) -> Trainer:
     """A quiet Trainer on the CPU; writes checkpoints only where a ModelCheckpoint is given."""
     defaults: dict[str, Any] = {
         "default_root_dir": folder,

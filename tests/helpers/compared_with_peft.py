@@ -21,7 +21,7 @@ from lora_lightning import (
     unmerge_adapter,
 )
 from lora_lightning.adapters.config import AdapterConfig
-from tests.helpers.nets import bit_equal, shake, trainable
+from tests.helpers.tensors import bit_equal, randomize, trainable
 
 
 class Chain(nn.Module):
@@ -135,7 +135,7 @@ def assert_mixes_with_lora(
         for name in order:
             inject_adapter(model, lora if name == "lora" else config, name)
         set_adapter(model, order)
-        shake(trainable(model).values(), std)
+        randomize(trainable(model).values(), std)
         expected = copy.deepcopy(base)
         weight, bias = expected.proj.weight.detach(), expected.proj.bias.detach()
         for name in order:
@@ -166,7 +166,7 @@ def assert_compiles(base: nn.Module, config: AdapterConfig, x: Tensor) -> None:
     inject_adapter(model, config, "a")
     inject_adapter(model, config, "b")
     set_adapter(model, ["a", "b"])
-    shake(trainable(model).values(), 0.2)
+    randomize(trainable(model).values(), 0.2)
     expected = gradients(model, x)
     torch._dynamo.reset()
     found = gradients(torch.compile(model, fullgraph=True, backend="aot_eager"), x)

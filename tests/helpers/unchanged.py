@@ -8,10 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_lightning.engine.bias import trained_biases
-from tests.helpers.nets import bit_equal
+from tests.helpers.tensors import bit_equal
 
 
-def untouched(model: nn.Module) -> Callable[[], None]:
+def unchanged_check(model: nn.Module) -> Callable[[], None]:
     """Call the result to assert that nothing about `model` has changed since."""
     before = _state(model)
 

@@ -1,6 +1,6 @@
 """A training run in a process of its own that a test may kill at any moment, and start again.
 
-Importing torch and Lightning takes seconds; so one server imports them once and forks every life
+Importing torch and Lightning takes seconds; so one server imports them once and forks every process
 off itself, in a tenth of a second (`multiprocessing`'s fork server).
 """
 
@@ -20,11 +20,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lora_lightning.callback import LoraCallback
 from lora_lightning.cli.main import main
-from tests.helpers.modules import Data, Net, run
+from tests.helpers.lightning_modules import Data, Net, make_trainer
 from tests.helpers.paths import child_environment
 
 
-class Life:
+class KillableProcess:
     """A process that runs `function(*args)`.
 
     Args:
@@ -33,7 +33,7 @@ class Life:
     """
 
     def __init__(self, function: Callable[..., None], *args: Any, log: Path) -> None:
-        self.process = _context().Process(target=_live, args=(log, function, args))
+        self.process = _context().Process(target=_run, args=(log, function, args))
         self.process.start()
         self.log = log
 
@@ -55,7 +55,7 @@ def fit(folder: Path, epochs: int, saver: dict[str, Any], options: dict[str, Any
         r=2, lora_dropout=0.2, target_modules=["embed", "body.2"], modules_to_save=["head"]
     )
     callbacks = [ModelCheckpoint(folder / "checkpoints", **saver)] if saver else []
-    trainer = run(folder, lora, *callbacks, max_epochs=epochs, **options)
+    trainer = make_trainer(folder, lora, *callbacks, max_epochs=epochs, **options)
     trainer.fit(module, Data(), ckpt_path="last")
     state = {k: v for k, v in module.state_dict().items() if ".adapters." in k}
     torch.save(state, folder / "done.tmp")
@@ -69,7 +69,7 @@ def command(folder: Path, *arguments: str) -> None:
     main()
 
 
-def _live(log: Path, function: Callable[..., None], args: tuple[Any, ...]) -> None:
+def _run(log: Path, function: Callable[..., None], args: tuple[Any, ...]) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1), os.dup2(descriptor, 2)
     warnings.simplefilter("ignore")
@@ -80,5 +80,5 @@ def _live(log: Path, function: Callable[..., None], args: tuple[Any, ...]) -> No
 def _context() -> Any:
     context = multiprocessing.get_context("forkserver")
     os.environ["PYTHONPATH"] = child_environment()["PYTHONPATH"]
-    context.set_forkserver_preload(["tests.helpers.lives"])
+    context.set_forkserver_preload(["tests.helpers.killable_process"])
     return context

@@ -99,26 +99,3 @@ class Transformer(nn.Module):
 
 def token_ids() -> Tensor:
     return torch.arange(2 * 7).reshape(2, 7) % VOCAB
-
-
-@torch.no_grad()
-def shake(parameters, std: float = 0.5) -> None:
-    """Give adapters values that matter: at their start they do nothing."""
-    for parameter in parameters:
-        parameter.copy_(torch.randn_like(parameter) * std)
-
-
-def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def bit_equal(one: Tensor, other: Tensor) -> bool:
-    """Same dtype, shape and bits (`torch.equal` takes -0.0 for 0.0)."""
-    return (
-        one.dtype == other.dtype
-        and one.shape == other.shape
-        and one.detach().numpy(force=True).tobytes() == other.detach().numpy(force=True).tobytes()
-        if one.dtype != torch.bfloat16
-        else one.shape == other.shape
-        and torch.equal(one.detach().view(torch.int16), other.detach().view(torch.int16))
-    )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
-from tests.helpers.modules import Net
+from tests.helpers.lightning_modules import Net
 
 
 class Quiet(Net):

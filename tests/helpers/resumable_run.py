@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lora_lightning import LoraCallback
-from tests.helpers.modules import Data, Net, run
+from tests.helpers.lightning_modules import Data, Net, make_trainer
 
 # In the middle of an epoch; after its last batch, before validation; after validation; at the end.
 SPOTS = ("batch2", "batch4", "validated8", "end8", "batch9")
@@ -27,7 +27,7 @@ def lora() -> list[Any]:
     ]
 
 
-class Spots(Callback):
+class SaveAtSpots(Callback):
     """Writes checkpoints where ModelCheckpoint can, named by the batches that were trained on."""
 
     def __init__(self, folder: Path, spots: tuple[str, ...]) -> None:
@@ -61,7 +61,7 @@ class Losses(Callback):
 
 
 @dataclass(frozen=True)
-class Run:
+class ResumableRun:
     """Three epochs of four batches, unless said otherwise; everything is made anew for each fit."""
 
     module: Callable[[], Any] = Net
@@ -77,8 +77,8 @@ class Run:
         if ckpt_path is not None:
             torch.rand(5), np.random.rand(3)
         module, losses = self.module(), Losses()
-        callbacks = [*self.lora(), *self.callbacks(), losses, Spots(folder, self.spots)]
-        trainer = run(folder, *callbacks, **{"max_epochs": 3, **self.options()})
+        callbacks = [*self.lora(), *self.callbacks(), losses, SaveAtSpots(folder, self.spots)]
+        trainer = make_trainer(folder, *callbacks, **{"max_epochs": 3, **self.options()})
         trainer.fit(module, self.data(), ckpt_path=ckpt_path)
         others = [c for c in trainer.callbacks if not isinstance(c, ModelCheckpoint)]
         return {
