@@ -21,12 +21,17 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from lora_lightning.adapters.adalora import AdaLoraConfig as AdaLoraConfig
     from lora_lightning.adapters.config import AdapterConfig as AdapterConfig
+    from lora_lightning.adapters.ia3 import IA3Config as IA3Config
     from lora_lightning.adapters.ia3 import Ia3Config as Ia3Config
+    from lora_lightning.adapters.loha import LoHaConfig as LoHaConfig
     from lora_lightning.adapters.loha import LohaConfig as LohaConfig
+    from lora_lightning.adapters.lokr import LoKrConfig as LoKrConfig
     from lora_lightning.adapters.lokr import LokrConfig as LokrConfig
     from lora_lightning.adapters.lora.init_weights import EvaConfig as EvaConfig
+    from lora_lightning.adapters.lora.init_weights import LoftQConfig as LoftQConfig
     from lora_lightning.adapters.lora.init_weights import LoftqConfig as LoftqConfig
     from lora_lightning.adapters.lora.linear import LoraConfig as LoraConfig
+    from lora_lightning.adapters.oft import OFTConfig as OFTConfig
     from lora_lightning.adapters.oft import OftConfig as OftConfig
     from lora_lightning.adapters.registry import register_adapter as register_adapter
     from lora_lightning.adapters.shira import ShiraConfig as ShiraConfig
@@ -65,7 +70,17 @@ if TYPE_CHECKING:
     from lora_lightning.engine.switching import disable_adapter as disable_adapter
     from lora_lightning.engine.switching import scale_adapter as scale_adapter
     from lora_lightning.engine.switching import set_adapter as set_adapter
+    from lora_lightning.errors import AdapterMismatchError as AdapterMismatchError
+    from lora_lightning.errors import AdapterStateError as AdapterStateError
+    from lora_lightning.errors import CheckpointError as CheckpointError
+    from lora_lightning.errors import ConfigError as ConfigError
     from lora_lightning.errors import LoraError as LoraError
+    from lora_lightning.errors import ModelError as ModelError
+    from lora_lightning.errors import NonfiniteError as NonfiniteError
+    from lora_lightning.errors import OptimizerError as OptimizerError
+    from lora_lightning.errors import RankError as RankError
+    from lora_lightning.errors import RecordError as RecordError
+    from lora_lightning.errors import TargetError as TargetError
     from lora_lightning.tasks.causal_lm import CausalLM as CausalLM
     from lora_lightning.tasks.image_classification import (
         ImageClassification as ImageClassification,
@@ -97,12 +112,17 @@ _HOME = {
     "unload": "engine.merging",
     "AdaLoraConfig": "adapters.adalora",
     "OftConfig": "adapters.oft",
+    "OFTConfig": "adapters.oft",
     "ShiraConfig": "adapters.shira",
     "Ia3Config": "adapters.ia3",
+    "IA3Config": "adapters.ia3",
     "VeraConfig": "adapters.vera",
     "LohaConfig": "adapters.loha",
+    "LoHaConfig": "adapters.loha",
     "LokrConfig": "adapters.lokr",
+    "LoKrConfig": "adapters.lokr",
     "LoftqConfig": "adapters.lora.init_weights",
+    "LoftQConfig": "adapters.lora.init_weights",
     "AdapterConfig": "adapters.config",
     "register_adapter": "adapters.registry",
     "EvaConfig": "adapters.lora.init_weights",
@@ -131,6 +151,16 @@ _HOME = {
     "TrainingProgress": "training.progress",
     "compare_with_base": "callbacks.comparison",
     "LoraError": "errors",
+    "AdapterMismatchError": "errors",
+    "AdapterStateError": "errors",
+    "CheckpointError": "errors",
+    "ConfigError": "errors",
+    "ModelError": "errors",
+    "NonfiniteError": "errors",
+    "OptimizerError": "errors",
+    "RankError": "errors",
+    "RecordError": "errors",
+    "TargetError": "errors",
 }
 
 __all__ = list(_HOME)

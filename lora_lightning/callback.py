@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -50,6 +50,7 @@ from lora_lightning.training.module_hooks import bind
 from lora_lightning.training.module_state import callbacks_of, defines_hook, module_state
 from lora_lightning.training.nonfinite import NonfiniteGuard, check_same_policy
 from lora_lightning.training.options import (
+    LoraOptions,
     check_options,
     check_same_adapter,
     log_options,
@@ -69,6 +70,9 @@ from lora_lightning.training.strategies.meta_base import expect_base, load_base_
 from lora_lightning.training.strategies.model_parallel import check_model_parallel
 from lora_lightning.training.strategies.state import override_state_methods
 from lora_lightning.training.weight_averaging import average_what_trains
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class LoraCallback(AdapterCallback):
@@ -118,10 +122,10 @@ class LoraCallback(AdapterCallback):
         nonfinite: Literal["stop", "skip", "ignore"] = "stop",
         enabled: bool = True,
         autocast_adapter_dtype: bool = True,
-        **config_options: Any,
+        **config_options: Unpack[LoraOptions],
     ) -> None:
         super().__init__()
-        check_options(config, config_options, init_from)
+        check_options(type(self), config, dict(config_options), init_from)
         self.config: AdapterConfig = LoraConfig(**config_options) if config is None else config
         self._requested_config = self.config  # EVA finds other ranks for every module
         self.adapter_name = adapter_name
@@ -374,3 +378,8 @@ class LoraCallback(AdapterCallback):
         if self.enabled and KEY in checkpoint and trainer.state.fn == "fit":
             saved = checkpoint[KEY]["adapters"][self.adapter_name]
             self.ranks.load(saved.get("rank_allocation"))
+
+
+# Of a TypedDict jsonargparse would know neither defaults nor descriptions. Of anything it finds
+# them in `LoraConfig`, which `__init__` calls with the options.
+LoraCallback.__init__.__annotations__["config_options"] = Any

@@ -11,9 +11,10 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
-from lora_lightning.errors import ConfigError, RankError, did_you_mean, nearest_hint
+from lora_lightning.adapters.wrong_arguments import check_arguments
+from lora_lightning.errors import ConfigError, RankError, nearest_hint
 
 ALL_LINEAR = "all-linear"
 
@@ -62,6 +63,14 @@ class AdapterConfig:
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
     bias: Literal["none", "lora_only", "all"] = "none"
+
+    if not TYPE_CHECKING:  # which sees the options in `__init__`
+
+        def __new__(cls, *values: Any, **options: Any) -> AdapterConfig:
+            """Refuse arguments that there are not in more words than `__init__` would."""
+            known = [spec.name for spec in dataclasses.fields(cls)]
+            check_arguments(cls.__name__, values, options, known)
+            return super().__new__(cls)
 
     def __post_init__(self) -> None:
         check_choice("bias", self.bias, ("none", "lora_only", "all"))
@@ -161,14 +170,6 @@ class AdapterConfig:
     @classmethod
     def from_dict(cls: type[Config], options: dict[str, Any]) -> Config:
         """The config of `to_dict`; an unknown option is an error that names the nearest one."""
-        known = [spec.name for spec in dataclasses.fields(cls)]
-        for key in options:
-            if key not in known:
-                near = did_you_mean(key, known)
-                hint = (
-                    f" Did you mean {near!r}?" if near else f" Known options: {', '.join(known)}."
-                )
-                raise ConfigError(f"Unknown {cls.__name__} option {key!r}.{hint} (lora.{key})")
         return cls(**options)
 
 

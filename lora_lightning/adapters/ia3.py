@@ -87,6 +87,9 @@ class Ia3Config(AdapterConfig):
         return {**super().file_options(), "feedforward_modules": expression or []}
 
 
+IA3Config = Ia3Config  # PEFT's spelling
+
+
 class Ia3Adapter(Adapter):
     """(IA)^3 on a linear map.
 

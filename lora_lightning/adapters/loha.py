@@ -72,6 +72,9 @@ class LohaConfig(LycorisConfig):
     peft_type = "LOHA"
 
 
+LoHaConfig = LohaConfig  # PEFT's spelling
+
+
 class LohaAdapter(LycorisAdapter):
     """LoHa on a linear map or a convolution.
 

@@ -93,6 +93,9 @@ class LokrConfig(LycorisConfig):
         return (True, False, "lycoris")
 
 
+LoKrConfig = LokrConfig  # PEFT's spelling
+
+
 def factorization(dimension: int, factor: int = -1) -> tuple[int, int]:
     """`dimension` as a product of two.
 

@@ -122,6 +122,9 @@ class OftConfig(AdapterConfig):
         return cls.from_dict({**options, "bias": bias.replace("oft_only", "lora_only")})
 
 
+OFTConfig = OftConfig  # PEFT's spelling
+
+
 class OftAdapter(Adapter):
     """OFT on a linear map: what lies below reads x R.
 

@@ -14,6 +14,7 @@ from lora_lightning.adapters.base import Adapter, AdapterDict
 from lora_lightning.adapters.config import AdapterConfig
 from lora_lightning.adapters.modules_to_save import TrainedCopy
 from lora_lightning.adapters.trainable_tokens import check_token_ids
+from lora_lightning.adapters.wrong_arguments import explain_no_config
 from lora_lightning.engine.bias import biases_to_train, forget_bias, train_bias, trained_biases
 from lora_lightning.engine.construction import make_adapters, train_tokens
 from lora_lightning.engine.loftq import original_weights, start_from_rounding_error
@@ -76,11 +77,14 @@ def inject_adapter(
         What was selected.
 
     Raises:
+        ConfigError: If `config` is none, or stands in the model's place.
         TargetError: If the config selects nothing, or something that cannot be adapted.
         RankError: If a rank exceeds what a layer's size allows.
         AdapterStateError: If the model already has an adapter of that name, or merged ones.
 
     """
+    if not isinstance(config, AdapterConfig) or not isinstance(model, nn.Module):
+        raise ConfigError(explain_no_config(config, "inject_adapter"))
     if adapter_name in adapter_names(model):
         raise AdapterStateError(
             f"The model already has an adapter {adapter_name!r}. Take it off first with "

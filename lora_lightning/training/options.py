@@ -3,14 +3,42 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import inspect
+from collections.abc import Callable
+from typing import Any, Literal, TypedDict
 
 from torch import nn
 
 from lora_lightning.adapters.config import AdapterConfig
+from lora_lightning.adapters.lora.init_weights import EvaConfig, LoftqConfig
 from lora_lightning.adapters.lora.linear import LoraConfig
+from lora_lightning.adapters.wrong_arguments import explain_no_config, explain_unknown
 from lora_lightning.engine.injection import adapters_named
-from lora_lightning.errors import AdapterMismatchError, ConfigError, did_you_mean
+from lora_lightning.errors import AdapterMismatchError, ConfigError
+
+
+class LoraOptions(TypedDict, total=False):
+    """The options of `LoraConfig` with their types, for editors to complete `LoraCallback(...)`."""
+
+    target_modules: list[str] | str
+    exclude_modules: list[str] | str | None
+    layers_to_transform: list[int] | int | None
+    layers_pattern: list[str] | str | None
+    modules_to_save: list[str] | None
+    bias: Literal["none", "lora_only", "all"]
+    r: int
+    rank_pattern: dict[str, int]
+    alpha_pattern: dict[str, float]
+    lora_alpha: float
+    lora_dropout: float
+    use_rslora: bool
+    use_dora: bool
+    lora_bias: bool
+    init_lora_weights: bool | str
+    eva_config: EvaConfig | None
+    loftq_config: LoftqConfig | None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None
+    target_parameters: list[str] | None
 
 
 def options_of(config: AdapterConfig) -> dict[str, Any]:
@@ -27,29 +55,34 @@ def log_options(trainer: Any, configs: dict[str, AdapterConfig]) -> None:
 
 
 def check_options(
-    config: AdapterConfig | None, options: dict[str, Any], init_from: str | None
+    constructor: Callable[..., Any],
+    config: object,
+    options: dict[str, Any],
+    init_from: str | None,
 ) -> None:
-    """Refuse unknown options, and options from two sources.
+    """Refuse unknown options, options from two sources, and what is no config.
+
+    Args:
+        constructor: What was given them; its named arguments are options too.
+        config: All options as one object, or None.
+        options: Those of `LoraConfig`, one by one.
+        init_from: The file that the adapter comes from, or None.
 
     Raises:
         ConfigError: Naming the option, and the nearest known one.
 
     """
+    if config is not None and not isinstance(config, AdapterConfig):
+        raise ConfigError(explain_no_config(config, "LoraCallback"))
     defaults = {field.name: field for field in dataclasses.fields(LoraConfig)}
+    own = [
+        p.name
+        for p in inspect.signature(constructor).parameters.values()
+        if p.kind != p.VAR_KEYWORD
+    ]
     for key in options:
         if key not in defaults:
-            own = [
-                "adapter_name",
-                "module",
-                "init_from",
-                "trainable",
-                "lr",
-                "nonfinite",
-                "enabled",
-                "autocast_adapter_dtype",
-            ]
-            near = did_you_mean(key, [*defaults, *own])
-            hint = f"Did you mean {near!r}?" if near else f"Known options: {', '.join(defaults)}."
+            hint = explain_unknown(key, [*defaults, *own])
             raise ConfigError(f"LoraCallback has no option {key!r}. {hint} (lora.{key})")
     # jsonargparse passes every option on, mostly with its default: those were not asked for.
     asked = list(options)

@@ -30,6 +30,9 @@ class LoftqConfig:
     weights: str
 
 
+LoftQConfig = LoftqConfig  # PEFT's spelling
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvaConfig:
     """Options of init_lora_weights="eva"; names and defaults are those of PEFT.
