@@ -46,8 +46,8 @@ if TYPE_CHECKING:
     from lora_lightning.checkpoint.state_dict import (
         load_adapter_state_dict as load_adapter_state_dict,
     )
-    from lora_lightning.data.docstrings import StdlibDocstrings as StdlibDocstrings
     from lora_lightning.data.images import ImageDataModule as ImageDataModule
+    from lora_lightning.data.stdlib_docstrings import StdlibDocstrings as StdlibDocstrings
     from lora_lightning.data.text import TextDataModule as TextDataModule
     from lora_lightning.data.text_classification import (
         TextClassificationDataModule as TextClassificationDataModule,
@@ -146,7 +146,7 @@ _HOME = {
     "TokenClassification": "tasks.token_classification",
     "TokenClassificationDataModule": "data.token_classification",
     "TextDataModule": "data.text",
-    "StdlibDocstrings": "data.docstrings",
+    "StdlibDocstrings": "data.stdlib_docstrings",
     "TextSamples": "callbacks.text_samples",
     "TrainingProgress": "training.progress",
     "compare_with_base": "callbacks.comparison",

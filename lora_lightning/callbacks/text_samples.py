@@ -13,8 +13,8 @@ from rich.text import Text
 
 from lora_lightning.callbacks.generation import TextGenerator, generating_network
 from lora_lightning.callbacks.text_loggers import Row, log_texts
-from lora_lightning.data.encoding.causal import Encoder
-from lora_lightning.data.encoding.seq2seq import Seq2SeqEncoder
+from lora_lightning.data.encoding.causal_lm import Encoder
+from lora_lightning.data.encoding.seq2seq_lm import Seq2SeqEncoder
 from lora_lightning.data.samples.sample import (
     Chat,
     Document,

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 from lora_lightning.utilities.lazy_imports import lazy_names
 
 if TYPE_CHECKING:
-    from lora_lightning.data.docstrings import StdlibDocstrings as StdlibDocstrings
     from lora_lightning.data.images import ImageDataModule as ImageDataModule
+    from lora_lightning.data.stdlib_docstrings import StdlibDocstrings as StdlibDocstrings
     from lora_lightning.data.text import TextDataModule as TextDataModule
     from lora_lightning.data.text_classification import (
         TextClassificationDataModule as TextClassificationDataModule,
@@ -20,7 +20,7 @@ _HOME = {
     "TextClassificationDataModule": "text_classification",
     "TokenClassificationDataModule": "token_classification",
     "ImageDataModule": "images",
-    "StdlibDocstrings": "docstrings",
+    "StdlibDocstrings": "stdlib_docstrings",
 }
 __all__ = list(_HOME)
 __getattr__, __dir__ = lazy_names(__name__, _HOME)

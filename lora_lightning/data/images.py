@@ -10,11 +10,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lora_lightning.data.batches.augmentation import Augmentation
-from lora_lightning.data.hold_out import split_records
-from lora_lightning.data.labelled import LabelledDataModule
+from lora_lightning.data.batches.image_augmentation import Augmentation
+from lora_lightning.data.labelled_data_module import LabelledDataModule
 from lora_lightning.data.sources.image_record import ImageRecord, load_image
-from lora_lightning.data.sources.images import read_images
+from lora_lightning.data.sources.labelled_images import read_images
+from lora_lightning.data.validation_split import split_records
 from lora_lightning.errors import ConfigError
 
 Example = dict[str, Any]

@@ -21,13 +21,13 @@ from lora_lightning.data.batches.packing_check import (
     transformers_network,
 )
 from lora_lightning.data.batches.stream import TextStream
-from lora_lightning.data.data_module import SplitDataModule
 from lora_lightning.data.encoding.for_model import BlockEncoder, Encoding, encoding_for, held_out
 from lora_lightning.data.encoding.report import EncodingReport
-from lora_lightning.data.hold_out import sample_content, split_records
 from lora_lightning.data.samples.formats import check_format
 from lora_lightning.data.samples.sample import Sample
 from lora_lightning.data.samples.text_source import TextSource
+from lora_lightning.data.split_data_module import SplitDataModule
+from lora_lightning.data.validation_split import sample_content, split_records
 from lora_lightning.errors import ConfigError, ModelError, RecordError
 
 

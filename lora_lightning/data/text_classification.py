@@ -7,8 +7,8 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
 
-from lora_lightning.data.labelled_texts import Example, LabelledTextDataModule
-from lora_lightning.data.sources.records import Record, read_records
+from lora_lightning.data.labelled_text_data_module import Example, LabelledTextDataModule
+from lora_lightning.data.sources.labelled_texts import Record, read_records
 
 
 class TextClassificationDataModule(LabelledTextDataModule):

@@ -16,7 +16,7 @@ from lora_lightning.tasks.class_names import (
     difference,
     weights_of_classes,
 )
-from lora_lightning.tasks.optimization import check_not_negative
+from lora_lightning.tasks.lr_schedule import check_not_negative
 from lora_lightning.tasks.pretrained_task import Batch, PretrainedTask, ancestors
 from lora_lightning.utilities.constants import IGNORE_INDEX
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
-from lora_lightning.tasks.head_loss import head_loss
+from lora_lightning.tasks.chunked_cross_entropy import head_loss
 from lora_lightning.utilities.constants import IGNORE_INDEX
 from lora_lightning.utilities.dtensor import is_sharded
 from lora_lightning.utilities.rng import random_state, set_random_state

@@ -12,13 +12,7 @@ from torch import Tensor, nn
 from lora_lightning.errors import ConfigError, first_few
 from lora_lightning.layers.base import adapter_owners
 from lora_lightning.tasks.evaluation import Evaluation
-from lora_lightning.tasks.model_options import (
-    Dtype,
-    ModelOptions,
-    Quantization,
-)
-from lora_lightning.tasks.network import build_network
-from lora_lightning.tasks.optimization import (
+from lora_lightning.tasks.lr_schedule import (
     Schedule,
     Shape,
     check_length,
@@ -28,6 +22,12 @@ from lora_lightning.tasks.optimization import (
     decay_groups,
     is_trial,
 )
+from lora_lightning.tasks.model_options import (
+    Dtype,
+    ModelOptions,
+    Quantization,
+)
+from lora_lightning.tasks.network import build_network
 from lora_lightning.tasks.sharding import data_parallel_mesh
 from lora_lightning.training.module_state import callbacks_of
 from lora_lightning.training.optimizers import may_be_fused

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_lightning.tasks.classification import Classification
-from lora_lightning.tasks.entities import EntityF1, writes_entities
+from lora_lightning.tasks.entity_f1 import EntityF1, writes_entities
 from lora_lightning.tasks.pretrained_task import Batch
 from lora_lightning.utilities.constants import IGNORE_INDEX
 

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lora_lightning.tasks.head_loss import head_loss
+from lora_lightning.tasks.chunked_cross_entropy import head_loss
 from lora_lightning.utilities.constants import IGNORE_INDEX
 
 FEATURES = 512

@@ -127,7 +127,7 @@ def test_packing(folder: Path, whole: dict[str, Tensor], monkeypatch: pytest.Mon
 
 def test_chunks(folder: Path, whole: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     in_one = {"data.init_args.batch_size": 8}
-    monkeypatch.setattr("lora_lightning.tasks.head_loss.CHUNK", 3000)
+    monkeypatch.setattr("lora_lightning.tasks.chunked_cross_entropy.CHUNK", 3000)
     assert difference(fit(folder, "chunks", in_one), whole) < 1e-5
     monkeypatch.setattr(LMLoss, "_by_chunks", lambda *args: None)
     assert difference(fit(folder, "plain", in_one), whole) < 1e-5

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_lightning.data.encoding.causal import Encoder
-from lora_lightning.data.encoding.chat import ChatTurns
+from lora_lightning.data.encoding.causal_lm import Encoder
+from lora_lightning.data.encoding.chat_labels import ChatTurns
 from lora_lightning.data.samples.sample import Chat, Document, PromptCompletion
 from lora_lightning.utilities.constants import IGNORE_INDEX
 from tests.helpers.tiny_lm import CHATML, tiny_tokenizer
@@ -275,7 +275,7 @@ def test_blocks_change_nothing(monkeypatch):
     ]
     one_by_one = [e for s in samples for e in encoder.encode(s)]
     assert list(encoder.encode_all(samples)) == one_by_one
-    monkeypatch.setattr("lora_lightning.data.encoding.base.BLOCK", 2)
+    monkeypatch.setattr("lora_lightning.data.encoding.sample_encoder.BLOCK", 2)
     assert list(encoder.encode_all(iter(samples))) == one_by_one
     assert encoder.encode_block([]) == []
 

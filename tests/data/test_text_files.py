@@ -7,9 +7,9 @@ import json
 
 import pytest
 
-from lora_lightning.data.encoding.causal import Encoder
+from lora_lightning.data.encoding.causal_lm import Encoder
 from lora_lightning.data.samples.formats import read_samples
-from lora_lightning.data.sources.rows import read_rows
+from lora_lightning.data.sources.read_rows import read_rows
 from lora_lightning.utilities.constants import IGNORE_INDEX
 from tests.helpers.tiny_lm import CHATML, tiny_tokenizer
 

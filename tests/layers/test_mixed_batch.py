@@ -12,7 +12,7 @@ import sys
 import pytest
 from torch.utils.data import DataLoader, IterableDataset
 
-from lora_lightning.data.sources.rows import Row, read_rows
+from lora_lightning.data.sources.read_rows import Row, read_rows
 from lora_lightning.errors import RecordError
 
 VALUES = [{"text": f'row {number}, ünd "so"', "label": str(number % 3)} for number in range(10)]
@@ -358,7 +358,7 @@ def test_hub_datasets_that_cannot_be_loaded(hub, write, tmp_path, monkeypatch):
 def test_a_hub_that_is_out_of_reach():
     """The real `load_dataset`, told to be offline."""
     pytest.importorskip("datasets", reason="datasets are read by datasets")
-    code = "from lora_lightning.data.sources.rows import read_rows; read_rows('org/name', key='data.train')"
+    code = "from lora_lightning.data.sources.read_rows import read_rows; read_rows('org/name', key='data.train')"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment

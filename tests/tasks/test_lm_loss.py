@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from lora_lightning import LoraConfig, inject_adapter
-from lora_lightning.tasks import head_loss as head_loss_module
-from lora_lightning.tasks.head_loss import head_loss
+from lora_lightning.tasks import chunked_cross_entropy
+from lora_lightning.tasks.chunked_cross_entropy import head_loss
 from lora_lightning.tasks.lm_loss import Finish, LMLoss, next_tokens
 from lora_lightning.utilities.constants import IGNORE_INDEX
 
@@ -46,7 +46,7 @@ NETWORKS: dict[str, tuple[str, dict[str, Any], bool]] = {
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head_loss_module, "CHUNK", 5 * WORDS)
+    monkeypatch.setattr(chunked_cross_entropy, "CHUNK", 5 * WORDS)
 
 
 def build(name: str) -> Any:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 from lora_lightning.data.samples.formats import announce_format, read_samples, recognised_format
 from lora_lightning.data.samples.sample import Sample
+from lora_lightning.data.sources.read_rows import read_rows
 from lora_lightning.data.sources.row import Row
-from lora_lightning.data.sources.rows import read_rows
 from lora_lightning.errors import RecordError
 
 

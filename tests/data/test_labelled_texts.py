@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from lora_lightning.data.sources.records import Record, read_records
+from lora_lightning.data.sources.labelled_texts import Record, read_records
 from lora_lightning.errors import RecordError
 
 

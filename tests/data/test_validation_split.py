@@ -7,8 +7,8 @@ import random
 
 import pytest
 
-from lora_lightning.data.hold_out import is_held_out, sample_content, split_records
 from lora_lightning.data.samples.sample import Chat, Document, PromptCompletion
+from lora_lightning.data.validation_split import is_held_out, sample_content, split_records
 
 
 def samples(number, where):

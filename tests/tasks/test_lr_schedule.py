@@ -20,8 +20,8 @@ from transformers import get_scheduler
 
 from lora_lightning import LoraCallback, LoraConfig, inject_adapter
 from lora_lightning.errors import ConfigError
-from lora_lightning.tasks import optimization
-from lora_lightning.tasks.optimization import Schedule, decay_groups
+from lora_lightning.tasks import lr_schedule
+from lora_lightning.tasks.lr_schedule import Schedule, decay_groups
 from lora_lightning.tasks.pretrained_task import PretrainedTask
 from tests.helpers.lightning_modules import make_trainer
 
@@ -98,7 +98,7 @@ def test_steps_are_the_optimizers_under_accumulation(tmp_path: Path) -> None:
 
 
 def test_twin_that_counts_batches(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(optimization.math, "ceil", lambda x: BATCHES)
+    monkeypatch.setattr(lr_schedule.math, "ceil", lambda x: BATCHES)
     assert accumulated(tmp_path) != pytest.approx(curve("cosine", 2, 6))
 
 

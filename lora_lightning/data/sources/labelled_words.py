@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lora_lightning.data.sources.read_rows import read_rows
 from lora_lightning.data.sources.row import check_characters, described
-from lora_lightning.data.sources.rows import read_rows
 from lora_lightning.errors import RecordError, first_few
 
 # How public data sets call the labels of words.

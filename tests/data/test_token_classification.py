@@ -6,7 +6,7 @@ import logging
 import pytest
 import torch
 
-from lora_lightning.data.sources.tagged_words import first_subtokens
+from lora_lightning.data.sources.labelled_words import first_subtokens
 from lora_lightning.data.token_classification import TokenClassificationDataModule
 from lora_lightning.errors import ConfigError, RecordError
 from tests.helpers.tiny_bert import save_tiny_bert

@@ -7,9 +7,9 @@ from lightning.pytorch import seed_everything
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lora_lightning.data.batches.epoch_sampler import length_grouped
-from lora_lightning.data.hold_out import normalised, split_records
-from lora_lightning.data.sources.records import Record
+from lora_lightning.data.sources.labelled_texts import Record
 from lora_lightning.data.text_classification import TextClassificationDataModule
+from lora_lightning.data.validation_split import normalised, split_records
 from lora_lightning.errors import ConfigError, LoraError, ModelError, RecordError
 from tests.helpers.tiny_bert import save_tiny_bert
 

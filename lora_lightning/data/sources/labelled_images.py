@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_lightning.data.sources.class_labels import with_label_names
-from lora_lightning.data.sources.datasets import (
+from lora_lightning.data.sources.hf_datasets import (
     hub_dataset,
     is_hub_name,
     is_saved_dataset,
@@ -19,9 +19,9 @@ from lora_lightning.data.sources.image_record import (
     checked,
     image_suffixes,
 )
-from lora_lightning.data.sources.records import label_text
+from lora_lightning.data.sources.labelled_texts import label_text
+from lora_lightning.data.sources.read_rows import read_rows
 from lora_lightning.data.sources.row import nearest_file, require_columns
-from lora_lightning.data.sources.rows import read_rows
 from lora_lightning.errors import RecordError, first_few
 
 # Folders that are called so are splits, no classes.

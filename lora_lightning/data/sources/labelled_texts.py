@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from lora_lightning.data.sources.read_rows import read_rows
 from lora_lightning.data.sources.row import check_characters, described
-from lora_lightning.data.sources.rows import read_rows
 from lora_lightning.errors import RecordError
 
 

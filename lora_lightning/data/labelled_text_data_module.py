@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lora_lightning.data.labelled import LabelledDataModule
+from lora_lightning.data.labelled_data_module import LabelledDataModule
 from lora_lightning.errors import ConfigError
 
 Example = dict[str, Any]

@@ -9,9 +9,9 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from lora_lightning.data.hold_out import normalised
-from lora_lightning.data.sources.records import Record
+from lora_lightning.data.sources.labelled_texts import Record
 from lora_lightning.data.text_classification import TextClassificationDataModule
+from lora_lightning.data.validation_split import normalised
 from lora_lightning.errors import RecordError
 
 NUMBER_OF_PACKAGES = 12

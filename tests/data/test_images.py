@@ -9,11 +9,11 @@ import torch
 from lightning.pytorch import seed_everything
 from PIL import Image
 
-from lora_lightning.data.batches.augmentation import Augmentation
-from lora_lightning.data.hold_out import split_records
+from lora_lightning.data.batches.image_augmentation import Augmentation
 from lora_lightning.data.images import ImageDataModule, collate_images
 from lora_lightning.data.sources.image_record import ImageRecord, checked, load_image
-from lora_lightning.data.sources.images import read_images
+from lora_lightning.data.sources.labelled_images import read_images
+from lora_lightning.data.validation_split import split_records
 from lora_lightning.errors import ConfigError, ModelError, RecordError
 from tests.helpers.tiny_vision import COLOURS, SIZE, image_of, save_images, save_tiny_vision
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_lightning.data.encoding.pieces import PieceTokenizer
+from lora_lightning.data.encoding.token_boundaries import PieceTokenizer
 from tests.helpers.tiny_lm import tiny_tokenizer
 
 MANNERS = ("gpt2", "llama3", "sentencepiece", "sentencepiece-prefix")

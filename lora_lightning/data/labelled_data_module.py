@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch.utils.data import DataLoader, Dataset
 
-from lora_lightning.data.data_module import SplitDataModule
+from lora_lightning.data.split_data_module import SplitDataModule
 from lora_lightning.errors import ConfigError, RecordError, first_few, nearest_hint
 from lora_lightning.utilities.constants import IGNORE_INDEX
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from lora_lightning.data.encoding.base import SampleEncoder
-from lora_lightning.data.encoding.chat import ChatTurns, Marked
+from lora_lightning.data.encoding.chat_labels import ChatTurns, Marked
 from lora_lightning.data.encoding.chat_template import ChatTemplate
-from lora_lightning.data.encoding.pieces import Ids, PieceTokenizer
 from lora_lightning.data.encoding.report import EncodingReport
+from lora_lightning.data.encoding.sample_encoder import SampleEncoder
+from lora_lightning.data.encoding.token_boundaries import Ids, PieceTokenizer
 from lora_lightning.data.samples.sample import Chat, Document, Example, Sample
 from lora_lightning.errors import ConfigError
 from lora_lightning.utilities.constants import IGNORE_INDEX

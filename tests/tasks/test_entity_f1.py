@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from lora_lightning.tasks.entities import EntityF1, entities, writes_entities
+from lora_lightning.tasks.entity_f1 import EntityF1, entities, writes_entities
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 
 from lora_lightning.data.batches.epoch_sampler import EpochSampler
-from lora_lightning.data.hold_out import split_records
+from lora_lightning.data.validation_split import split_records
 from lora_lightning.errors import ConfigError
 from lora_lightning.tasks.pretrained_task import PretrainedTask
 from lora_lightning.utilities.pretrained import load_pretrained

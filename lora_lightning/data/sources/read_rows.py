@@ -7,14 +7,14 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from lora_lightning.data.sources.datasets import (
+from lora_lightning.data.sources.files import READERS, Columns
+from lora_lightning.data.sources.hf_datasets import (
     dataset_rows,
     hub_dataset,
     is_hub_name,
     is_saved_dataset,
     saved_dataset,
 )
-from lora_lightning.data.sources.files import READERS, Columns
 from lora_lightning.data.sources.row import Row as Row
 from lora_lightning.data.sources.row import Skip, nearest_file
 from lora_lightning.errors import RecordError, first_few

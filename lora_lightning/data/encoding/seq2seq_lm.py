@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from lora_lightning.data.encoding.base import SampleEncoder, check_length
-from lora_lightning.data.encoding.causal import end_of_sequence, ids_around
-from lora_lightning.data.encoding.pieces import Ids
+from lora_lightning.data.encoding.causal_lm import end_of_sequence, ids_around
 from lora_lightning.data.encoding.report import EncodingReport
+from lora_lightning.data.encoding.sample_encoder import SampleEncoder, check_length
+from lora_lightning.data.encoding.token_boundaries import Ids
 from lora_lightning.data.samples.sample import Example, PromptCompletion, Sample
 from lora_lightning.errors import RecordError
 
