@@ -14,6 +14,7 @@ from lora_lightning.data.batches.image_augmentation import Augmentation
 from lora_lightning.data.labelled_data_module import LabelledDataModule
 from lora_lightning.data.sources.image_record import ImageRecord, load_image
 from lora_lightning.data.sources.labelled_images import read_images
+from lora_lightning.data.split_data_module import SplitOptions
 from lora_lightning.data.validation_split import split_records
 from lora_lightning.errors import ConfigError
 
@@ -67,9 +68,8 @@ class ImageDataModule(LabelledDataModule):
         batch_size: int = 32,
         num_workers: int = 0,
     ) -> None:
-        super().__init__(
-            train, val, test, predict, label_column, label_names, batch_size, num_workers
-        )
+        options = SplitOptions(train, val, test, predict, batch_size, num_workers)
+        super().__init__(options, label_column, label_names)
         self.image_column = image_column
         self.image_processor_name = image_processor
         self.augmentation = Augmentation(random_horizontal_flip, random_crop)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch.utils.data import DataLoader, Dataset
 
-from lora_lightning.data.split_data_module import SplitDataModule
+from lora_lightning.data.split_data_module import SplitDataModule, SplitOptions
 from lora_lightning.errors import ConfigError, RecordError, first_few, nearest_hint
 from lora_lightning.utilities.constants import IGNORE_INDEX
 
@@ -17,33 +17,18 @@ class LabelledDataModule(SplitDataModule):
     """Splits whose records have labels.
 
     Args:
-        train: Training data; their labels are the classes.
-        val: Validation data, or the share of the training data held out.
-        test: Test data.
-        predict: Data to predict; labels are not read.
+        options: Those of every data module.
         label_column: Column or key of the label.
-        label_names: The classes in order. Default: the sorted distinct labels of `train`. Where
-            none of these names is a number, a number among the data's labels is the place of a
-            class in this list, from 0.
-        batch_size: Examples per batch.
-        num_workers: Worker processes per data loader; 0 loads in the main process.
+        label_names: The classes in order; None: the sorted distinct labels of the training data.
     """
 
     # What has a label, in words of error messages.
     labelled: ClassVar[str]
 
     def __init__(
-        self,
-        train: str | None = None,
-        val: float | str = 0.1,
-        test: str | None = None,
-        predict: str | None = None,
-        label_column: str | None = None,
-        label_names: list[str] | None = None,
-        batch_size: int = 32,
-        num_workers: int = 0,
+        self, options: SplitOptions, label_column: str | None, label_names: list[str] | None
     ) -> None:
-        super().__init__(train, val, test, predict, batch_size, num_workers)
+        super().__init__(options)
         if label_names is not None and len(set(label_names)) < len(label_names):
             raise ConfigError(f"label_names holds a name twice: {label_names}. (data.label_names)")
         self.label_column = label_column

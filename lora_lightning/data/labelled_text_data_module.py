@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lora_lightning.data.labelled_data_module import LabelledDataModule
+from lora_lightning.data.split_data_module import SplitOptions
 from lora_lightning.errors import ConfigError
 
 Example = dict[str, Any]
@@ -14,34 +15,22 @@ class LabelledTextDataModule(LabelledDataModule):
     """Labelled texts, tokenised.
 
     Args:
-        train: Training data; their labels are the classes.
-        val: Validation data, or the share of the training data held out.
-        test: Test data.
-        predict: Data to predict; labels are not read.
+        options: Those of every data module.
         label_column: Column or key of the label.
-        label_names: The classes in order.
-        tokenizer: Name of the tokenizer's model. Default: the LightningModule's `model_name`.
-        max_length: Longer texts are cut to this many tokens; how many were cut is reported.
-        batch_size: Texts per batch, each batch padded to its longest text.
-        num_workers: Worker processes per data loader; 0 loads in the main process.
+        label_names: The classes in order; None: the sorted distinct labels of the training data.
+        tokenizer: Name of the tokenizer's model; None: the LightningModule's `model_name`.
+        max_length: Tokens that longer texts are cut to.
     """
 
     def __init__(
         self,
-        train: str | None = None,
-        val: float | str = 0.1,
-        test: str | None = None,
-        predict: str | None = None,
-        label_column: str | None = None,
-        label_names: list[str] | None = None,
-        tokenizer: str | None = None,
-        max_length: int = 128,
-        batch_size: int = 32,
-        num_workers: int = 0,
+        options: SplitOptions,
+        label_column: str | None,
+        label_names: list[str] | None,
+        tokenizer: str | None,
+        max_length: int,
     ) -> None:
-        super().__init__(
-            train, val, test, predict, label_column, label_names, batch_size, num_workers
-        )
+        super().__init__(options, label_column, label_names)
         self.tokenizer_name = tokenizer
         self.max_length = max_length
         self._tokenizer: Any = None

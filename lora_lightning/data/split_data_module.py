@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
@@ -24,53 +25,69 @@ STAGE_SPLITS = {
 }
 
 
+@dataclass(frozen=True)
+class SplitOptions:
+    """Options of every data module.
+
+    Attributes:
+        train: Source of the training data.
+        val: Source of the validation data, or the share of the training data held out for it,
+            0 <= share < 1.
+        test: Source of the test data.
+        predict: Source of the data to predict.
+        batch_size: Examples per batch and process.
+        num_workers: Worker processes per data loader; 0 loads in the main process.
+
+    Raises:
+        ConfigError: Naming the option.
+    """
+
+    train: str | None
+    val: float | str
+    test: str | None
+    predict: str | None
+    batch_size: int
+    num_workers: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.val_fraction < 1:
+            raise ConfigError(
+                f"val must be a file, or the share of the training data held out, at least 0 and "
+                f"below 1; found {self.val}. (data.val)"
+            )
+        for name, least in (("batch_size", 1), ("num_workers", 0)):
+            number = getattr(self, name)
+            if number < least:
+                raise ConfigError(f"{name} must be at least {least}, found {number}. (data.{name})")
+
+    @property
+    def val_fraction(self) -> float:
+        """Share of the training data held out for validation."""
+        return 0.0 if isinstance(self.val, str) else float(self.val)
+
+    @property
+    def paths(self) -> dict[str, str | None]:
+        """Source of each split; None where no source is named."""
+        val = self.val if isinstance(self.val, str) else None
+        return {"train": self.train, "val": val, "test": self.test, "predict": self.predict}
+
+
 class SplitDataModule(LightningDataModule):
     """Reads, checks and prepares the data of each split once, when a stage needs it.
 
     A subclass says how to `read` a split's records and how to `prepare` them for its loaders.
-
-    Args:
-        train: File or folder of the training data.
-        val: Validation data, or the share of the training data held out for it, from 0 (none) to
-            below 1. A hash of each record decides, so the split is the same in every run and equal
-            records never fall on both sides.
-        test: Test data.
-        predict: Data to predict.
-        batch_size: Examples per batch.
-        num_workers: Worker processes per data loader; 0 loads in the main process.
     """
 
-    def __init__(
-        self,
-        train: str | None = None,
-        val: float | str = 0.1,
-        test: str | None = None,
-        predict: str | None = None,
-        batch_size: int = 32,
-        num_workers: int = 0,
-    ) -> None:
+    def __init__(self, options: SplitOptions) -> None:
         super().__init__()
-        self.val_fraction = 0.0 if isinstance(val, str) else float(val)
-        if not 0 <= self.val_fraction < 1:
-            raise ConfigError(
-                f"val must be a file, or the share of the training data held out, at least 0 and "
-                f"below 1; found {val}. (data.val)"
-            )
-        for name, number, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
-            if number < least:
-                raise ConfigError(f"{name} must be at least {least}, found {number}. (data.{name})")
-        self.paths = {
-            "train": train,
-            "val": val if isinstance(val, str) else None,
-            "test": test,
-            "predict": predict,
-        }
+        self.val_fraction = options.val_fraction
+        self.paths = options.paths
         if self.paths["val"] is None and not self.val_fraction:
             # As if it were not defined: Lightning then leaves validation out. Of an empty loader
             # it would make a validation of nothing, whose mean is no number.
             self.val_dataloader = MethodType(LightningDataModule.val_dataloader, self)  # type: ignore[method-assign]
-        self.batch_size = batch_size
-        self.num_workers = num_workers
+        self.batch_size = options.batch_size
+        self.num_workers = options.num_workers
         self._records: dict[str, Any] = {}
         self._prepared: dict[str, Any] = {}
         self._seed: int | None = None  # of the order, once training has begun

@@ -26,7 +26,7 @@ from lora_lightning.data.encoding.report import EncodingReport
 from lora_lightning.data.samples.formats import check_format
 from lora_lightning.data.samples.sample import Sample
 from lora_lightning.data.samples.text_source import TextSource
-from lora_lightning.data.split_data_module import SplitDataModule
+from lora_lightning.data.split_data_module import SplitDataModule, SplitOptions
 from lora_lightning.data.validation_split import sample_content, split_records
 from lora_lightning.errors import ConfigError, ModelError, RecordError
 
@@ -95,7 +95,7 @@ class TextDataModule(SplitDataModule):
         batch_size: int = 8,
         num_workers: int = 0,
     ) -> None:
-        super().__init__(train, val, test, predict, batch_size, num_workers)
+        super().__init__(SplitOptions(train, val, test, predict, batch_size, num_workers))
         check_format(format, columns or {})
         if shuffle_buffer < 1:
             raise ConfigError(

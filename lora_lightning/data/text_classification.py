@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lora_lightning.data.labelled_text_data_module import Example, LabelledTextDataModule
 from lora_lightning.data.sources.labelled_texts import Record, read_records
+from lora_lightning.data.split_data_module import SplitOptions
 
 
 class TextClassificationDataModule(LabelledTextDataModule):
@@ -48,10 +49,8 @@ class TextClassificationDataModule(LabelledTextDataModule):
         batch_size: int = 32,
         num_workers: int = 0,
     ) -> None:
-        super().__init__(
-            train, val, test, predict, label_column, label_names,
-            tokenizer, max_length, batch_size, num_workers,
-        )  # fmt: skip
+        options = SplitOptions(train, val, test, predict, batch_size, num_workers)
+        super().__init__(options, label_column, label_names, tokenizer, max_length)
         self.text_column = text_column
 
     def read(self, split: str, path: str) -> list[Record]:

@@ -17,6 +17,7 @@ from lora_lightning.data.sources.labelled_words import (
     first_subtokens,
     read_sentences,
 )
+from lora_lightning.data.split_data_module import SplitOptions
 from lora_lightning.errors import ConfigError
 from lora_lightning.utilities.constants import IGNORE_INDEX
 
@@ -65,10 +66,8 @@ class TokenClassificationDataModule(LabelledTextDataModule):
         batch_size: int = 32,
         num_workers: int = 0,
     ) -> None:
-        super().__init__(
-            train, val, test, predict, label_column, label_names,
-            tokenizer, max_length, batch_size, num_workers,
-        )  # fmt: skip
+        options = SplitOptions(train, val, test, predict, batch_size, num_workers)
+        super().__init__(options, label_column, label_names, tokenizer, max_length)
         self.tokens_column = tokens_column
 
     def read(self, split: str, path: str) -> list[Sentence]:

@@ -30,9 +30,6 @@ class CausalLM(LanguageModel):
 
     auto_class = "AutoModelForCausalLM"
 
-    def __init__(self, model: str, **options: Any) -> None:
-        super().__init__(model, **options)
-
     def configure_model(self) -> None:
         """Load the network, and refuse one that sees what it is to predict."""
         super().configure_model()

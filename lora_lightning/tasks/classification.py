@@ -31,7 +31,6 @@ class Classification(PretrainedTask):
     so that runs can be compared.
 
     Args:
-        model: Hub id, local folder, or `package:import_name/sub/folder` (an installed package's).
         label_names: The classes in order. Default: those of the Trainer's data module.
         learning_rate: Learning rate of pretrained weights and adapters, at its peak. The default
             suits LoRA; full fine-tuning wants about a tenth of it.

@@ -23,9 +23,6 @@ class ImageClassification(Classification):
     auto_class = "AutoModelForImageClassification"
     not_inputs = ("labels", "where")
 
-    def __init__(self, model: str, **options: Any) -> None:
-        super().__init__(model, **options)
-
     def forward(self, batch: Batch) -> Tensor:
         """Class scores (images, classes) in float32; labels in `batch` are left aside."""
         # Images are float32, and with `dtype` weights may not be; not all networks see to that.

@@ -24,9 +24,6 @@ class LanguageModel(PretrainedTask):
     """A pretrained network that writes text, trained on cross-entropy of the next token.
 
     Args:
-        model: Hub id, local folder, or `package:import_name/sub/folder` (an installed package's).
-        learning_rate: Learning rate at its peak. The default suits LoRA; full fine-tuning wants
-            about a tenth of it.
         max_new_tokens: Most tokens that are generated for a prompt when predicting; fewer where the
             network's table of positions (GPT-2, OPT, BART) ends before.
         generation: Further options of transformers' `generate`, such as

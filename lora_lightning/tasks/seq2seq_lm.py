@@ -29,9 +29,6 @@ class Seq2SeqLM(LanguageModel):
 
     auto_class = "AutoModelForSeq2SeqLM"
 
-    def __init__(self, model: str, **options: Any) -> None:
-        super().__init__(model, **options)
-
     def inputs(self, batch: Batch) -> dict[str, Any]:
         """With the target shifted right: the decoder reads what it has to continue."""
         shift = getattr(self.network, "prepare_decoder_input_ids_from_labels", None)

@@ -19,9 +19,6 @@ class SequenceClassification(Classification):
 
     auto_class = "AutoModelForSequenceClassification"
 
-    def __init__(self, model: str, **options: Any) -> None:
-        super().__init__(model, **options)
-
     def configure_model(self) -> None:
         """Load the network, and say which token pads a text, in each run the data's own."""
         super().configure_model()
