@@ -89,7 +89,7 @@ both = pytest.mark.parametrize("task", KINDS, indirect=True)
 
 
 def loader(collate: Any, batch_size: int = 2, rows: Any = None) -> DataLoader:
-    return DataLoader(rows or texts(), batch_size, collate_fn=collate)  # type: ignore[arg-type]
+    return DataLoader(rows or texts(), batch_size=batch_size, collate_fn=collate)  # type: ignore[arg-type]
 
 
 def scores_and_labels(module: Any, collate: Any) -> tuple[Tensor, Tensor]:
