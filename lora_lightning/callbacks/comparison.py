@@ -19,7 +19,7 @@ from rich.table import Table
 from lora_lightning.adapters.modules_to_save import TrainedCopy
 from lora_lightning.engine.switching import adapter_names, disable_adapter
 from lora_lightning.errors import ConfigError, first_few
-from lora_lightning.layers.base import named_adapted_layers
+from lora_lightning.layers.traversal import named_adapted_layers
 from lora_lightning.training import summary as report
 from lora_lightning.training.module_state import callbacks_of
 from lora_lightning.utilities.rng import random_state, seed_all, set_random_state

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule
 from torch import nn
 
 from lora_lightning.errors import ConfigError, first_few
-from lora_lightning.layers.base import walk
+from lora_lightning.layers.traversal import walk
 from lora_lightning.tasks.generation_options import check_generation_options
 from lora_lightning.utilities.dtensor import is_sharded
 from lora_lightning.utilities.rng import random_state, seed_all, set_random_state

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from lora_lightning.adapters.modules_to_save import TrainedCopy
 from lora_lightning.engine.bias import trained_biases
 from lora_lightning.errors import AdapterMismatchError
-from lora_lightning.layers.base import AdaptedLayer, named_adapted_layers, walk
+from lora_lightning.layers.base import AdaptedLayer
 from lora_lightning.layers.quantized.base import packed_weight
+from lora_lightning.layers.traversal import named_adapted_layers, walk
 from lora_lightning.utilities.dtensor import full_tensor
 
 SAMPLE = 65_536

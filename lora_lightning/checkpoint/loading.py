@@ -31,7 +31,7 @@ from lora_lightning.errors import (
     AdapterStateError,
     first_few,
 )
-from lora_lightning.layers.base import walk
+from lora_lightning.layers.traversal import walk
 
 
 def load_adapters(

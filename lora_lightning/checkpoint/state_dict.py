@@ -12,7 +12,7 @@ from lora_lightning.checkpoint.compatibility import tensor_differences
 from lora_lightning.engine.bias import trained_biases
 from lora_lightning.engine.switching import adapter_names
 from lora_lightning.errors import AdapterMismatchError, AdapterStateError
-from lora_lightning.layers.base import named_adapted_layers
+from lora_lightning.layers.traversal import named_adapted_layers
 from lora_lightning.utilities.wrappers import plain_name
 
 KEY = "lora_lightning"  # under which a Lightning checkpoint says whose adapters it holds

@@ -13,7 +13,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.layers.base import AdaptedLayer, walk
+from lora_lightning.layers.base import AdaptedLayer
+from lora_lightning.layers.traversal import walk
 
 _RECORD = "_trained_bias"
 

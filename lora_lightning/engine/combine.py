@@ -32,7 +32,7 @@ from lora_lightning.engine.task_arithmetic import (
     Update,
 )
 from lora_lightning.errors import AdapterStateError, ConfigError, nearest_hint
-from lora_lightning.layers.base import named_adapted_layers
+from lora_lightning.layers.traversal import named_adapted_layers
 from lora_lightning.utilities.wrappers import unwrapped
 
 COMBINABLE = (LoraAdapter, LoraConvAdapter, LoraEmbeddingAdapter)

@@ -27,7 +27,7 @@ from lora_lightning.engine.switching import (
 )
 from lora_lightning.engine.targets.selection import Selection, select_modules
 from lora_lightning.errors import AdapterStateError, ConfigError, TargetError
-from lora_lightning.layers.base import AdaptedLayer, named_adapted_layers, walk
+from lora_lightning.layers.base import AdaptedLayer
 from lora_lightning.layers.conversion import (
     check_can_shrink,
     check_convertible,
@@ -39,6 +39,7 @@ from lora_lightning.layers.quantized.cpu_packing import close_cpu_packing, reope
 from lora_lightning.layers.registry import layer_type_for
 from lora_lightning.layers.sequential import AdaptedSequential
 from lora_lightning.layers.torch_fast_path import close_fast_path, reopen_fast_path
+from lora_lightning.layers.traversal import named_adapted_layers, walk
 from lora_lightning.utilities.dtensor import full_tensor, is_sharded
 from lora_lightning.utilities.wrappers import unwrapped
 

@@ -26,8 +26,8 @@ from lora_lightning.errors import (
     CheckpointError,
     first_few,
 )
-from lora_lightning.layers.base import named_adapted_layers
 from lora_lightning.layers.quantized.base import AdaptedQuantizedLinear
+from lora_lightning.layers.traversal import named_adapted_layers
 
 
 @torch.no_grad()

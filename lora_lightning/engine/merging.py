@@ -21,9 +21,10 @@ from lora_lightning.engine.switching import (
     set_adapter,
 )
 from lora_lightning.errors import AdapterStateError
-from lora_lightning.layers.base import AdaptedLayer, named_adapted_layers
+from lora_lightning.layers.base import AdaptedLayer
 from lora_lightning.layers.composition import part_of
 from lora_lightning.layers.conversion import check_can_shrink
+from lora_lightning.layers.traversal import named_adapted_layers
 from lora_lightning.utilities.dtensor import is_flattened
 
 

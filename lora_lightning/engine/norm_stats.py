@@ -12,7 +12,7 @@ from functools import partial
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from lora_lightning.layers.base import walk
+from lora_lightning.layers.traversal import walk
 
 
 def train(self: nn.Module, mode: bool = True) -> nn.Module:

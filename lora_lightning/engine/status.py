@@ -13,7 +13,7 @@ from torch import nn
 from lora_lightning.engine.bias import trained_biases
 from lora_lightning.engine.switching import active_adapters, adapter_names
 from lora_lightning.errors import first_few
-from lora_lightning.layers.base import named_adapted_layers
+from lora_lightning.layers.traversal import named_adapted_layers
 
 
 @dataclass

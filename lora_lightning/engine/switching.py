@@ -12,9 +12,9 @@ from lora_lightning.adapters.base import Adapter, DeltaAdapter, MultiWeightAdapt
 from lora_lightning.adapters.modules_to_save import TrainedCopy
 from lora_lightning.engine.bias import trained_biases
 from lora_lightning.errors import AdapterStateError, nearest_hint
-from lora_lightning.layers.base import named_adapted_layers
 from lora_lightning.layers.multihead_attention import AdaptedMultiheadAttention
 from lora_lightning.layers.torch_fast_path import close_fast_path, reopen_fast_path
+from lora_lightning.layers.traversal import named_adapted_layers
 
 
 def adapter_names(model: nn.Module) -> list[str]:

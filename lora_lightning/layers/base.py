@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copyreg
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -19,10 +19,9 @@ from torch import Tensor, nn
 from lora_lightning.adapters.base import Adapter, AdapterDict, Base, Convolution, MultiWeightAdapter
 from lora_lightning.adapters.modules_to_save import TrainedCopy
 from lora_lightning.errors import AdapterStateError
-from lora_lightning.layers.composition import WeightView, fold, part_of, split_copy
+from lora_lightning.layers.composition import fold, part_of, split_copy
 from lora_lightning.layers.mixed_batch import forward_by_row
 from lora_lightning.utilities.autocast import without_autocast
-from lora_lightning.utilities.wrappers import WRAPPED, is_wrapper
 
 
 class AdaptedLayer(nn.Module):
@@ -117,7 +116,16 @@ class AdaptedLayer(nn.Module):
         """The base's output with the live adapters."""
         if self.row_adapters is not None:
             x, args, kwargs = first_argument(self, args, kwargs)
-            return forward_by_row(self, self.row_adapters, x, *args, **kwargs)
+            known = self.adapters if self._enabled else ()
+            return forward_by_row(
+                [
+                    name if name is not None and name in known else None
+                    for name in self.row_adapters
+                ],
+                x,
+                lambda name, rows: self.run(self.row_chain(name), rows, *args, **kwargs),
+                self.base_type.__name__,
+            )
         chain = self.chain()
         copy, others = split_copy(chain)
         if not others:  # whatever the module is called with
@@ -159,6 +167,15 @@ class AdaptedLayer(nn.Module):
             if part is not None:
                 found.append(part)
         return found
+
+    def row_chain(self, name: str | None) -> list[Adapter]:
+        """The adapters of a row that goes through adapter `name` alone; None: through the base."""
+        if name is None:
+            return []
+        part = part_of(self.adapters[name], "weight")
+        if part is not None and part.live.is_meta:
+            self.check_filled(name)
+        return [] if part is None else [part]
 
     def check_filled(self, name: str) -> None:
         """Refuse an adapter on the meta device, unless the module is there too, to find shapes.
@@ -316,6 +333,31 @@ class AdaptedLayer(nn.Module):
         return (_new_adapted_layer, (self.layer_type, self.base_type), *reduced[2:])
 
 
+class WeightView:
+    """One weight of a layer that has several, as its adapters see it."""
+
+    def __init__(self, layer: AdaptedLayer, name: str) -> None:
+        self.layer = layer
+        self.name = name
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias that goes with the weight."""
+        return cast("Tensor | None", getattr(self.layer, self.layer.bias_name(self.name), None))
+
+    def apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The layer's map with another weight, without bias."""
+        return self.layer.apply_weight(x, weight)
+
+    def base_weight(self) -> Tensor:
+        """The weight before any merge, dense, in the canonical layout."""
+        return self.layer.base_weight(self.name)
+
+    def bias_below(self, adapter: Adapter) -> Tensor | None:
+        """The bias of the map that an adapter on the weight acts on."""
+        return self.layer.bias_below(adapter, self.name)
+
+
 _CLASSES: dict[tuple[type[AdaptedLayer], type[nn.Module]], Any] = {}
 
 
@@ -346,36 +388,3 @@ def first_argument(
         return args[0], args[1:], kwargs
     name = list(inspect.signature(layer.base_type.forward).parameters)[1]  # after `self`
     return kwargs[name], (), {key: value for key, value in kwargs.items() if key != name}
-
-
-def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """`model.named_modules()` without the inside of adapters and torch.compile's wrappers."""
-    seen: set[nn.Module] = set()
-    ahead: list[tuple[str, nn.Module]] = [("", model)]
-    while ahead:
-        path, module = ahead.pop()
-        if module in seen or isinstance(module, AdapterDict):
-            continue
-        seen.add(module)
-        if not is_wrapper(module):
-            yield path, module
-        below = path + "." if path else ""
-        children = [(n, child) for n, child in module._modules.items() if child is not None]
-        for name, child in reversed(children):
-            ahead.append((path if name in WRAPPED else below + name, child))
-
-
-def named_adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
-    """Every module of `model` that carries adapters, by path."""
-    for path, module in walk(model):
-        if isinstance(module, AdaptedLayer):
-            yield path, module
-
-
-def adapter_owners(model: nn.Module) -> dict[int, str]:
-    """Path of the layer by `id` of every parameter that its adapters own."""
-    return {
-        id(p): path
-        for path, layer in named_adapted_layers(model)
-        for p in layer.adapters.parameters()
-    }

@@ -3,41 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lora_lightning.adapters.base import Adapter, Base, MultiWeightAdapter
 from lora_lightning.adapters.modules_to_save import TrainedCopy
-
-if TYPE_CHECKING:
-    from lora_lightning.layers.base import AdaptedLayer
-
-
-class WeightView:
-    """One weight of a layer that has several, as its adapters see it."""
-
-    def __init__(self, layer: AdaptedLayer, name: str) -> None:
-        self.layer = layer
-        self.name = name
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The bias that goes with the weight."""
-        return cast("Tensor | None", getattr(self.layer, self.layer.bias_name(self.name), None))
-
-    def apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
-        """The layer's map with another weight, without bias."""
-        return self.layer.apply_weight(x, weight)
-
-    def base_weight(self) -> Tensor:
-        """The weight before any merge, dense, in the canonical layout."""
-        return self.layer.base_weight(self.name)
-
-    def bias_below(self, adapter: Adapter) -> Tensor | None:
-        """The bias of the map that an adapter on the weight acts on."""
-        return self.layer.bias_below(adapter, self.name)
 
 
 def fold(chain: list[Adapter], x: Tensor, base_map: Callable[[Tensor], Any], base: Base) -> Any:

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from lora_lightning.adapters.base import Adapter, MultiWeightAdapter
 from lora_lightning.adapters.lora.experts import LoraExpertsAdapter
 from lora_lightning.errors import AdapterStateError, TargetError
-from lora_lightning.layers.base import AdaptedLayer
-from lora_lightning.layers.composition import WeightView, split_copy
+from lora_lightning.layers.base import AdaptedLayer, WeightView
+from lora_lightning.layers.composition import split_copy
 from lora_lightning.layers.low_rank_weight import LowRankWeight
 from lora_lightning.layers.multihead_attention import attention_obstacle
 from lora_lightning.utilities.autocast import without_autocast

@@ -30,9 +30,10 @@ from lora_lightning.adapters.base import Adapter, Base
 from lora_lightning.adapters.modules_to_save import TrainedCopy
 from lora_lightning.errors import AdapterStateError
 from lora_lightning.layers.autocast_cache import autocast_input
-from lora_lightning.layers.base import AdaptedLayer, adapted_class, walk
-from lora_lightning.layers.composition import WeightView, fold, part_of, split_copy
+from lora_lightning.layers.base import AdaptedLayer, WeightView, adapted_class
+from lora_lightning.layers.composition import fold, part_of, split_copy
 from lora_lightning.layers.conversion import convert_back, convert_to_adapted
+from lora_lightning.layers.traversal import walk
 
 PACKED = "in_proj_weight"
 SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from lora_lightning.errors import ConfigError
-from lora_lightning.layers.base import adapter_owners
+from lora_lightning.layers.traversal import adapter_owners
 from lora_lightning.tasks.class_names import (
     agreed_label_names,
     check_trained_head,

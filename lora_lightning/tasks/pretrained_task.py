@@ -10,7 +10,7 @@ from lightning.pytorch import Callback
 from torch import Tensor, nn
 
 from lora_lightning.errors import ConfigError, first_few
-from lora_lightning.layers.base import adapter_owners
+from lora_lightning.layers.traversal import adapter_owners
 from lora_lightning.tasks.evaluation import Evaluation
 from lora_lightning.tasks.lr_schedule import (
     Schedule,

@@ -14,7 +14,7 @@ from lora_lightning.adapters.config import AdapterConfig
 from lora_lightning.checkpoint.state_dict import saved_keys
 from lora_lightning.engine.targets.selection import Selection
 from lora_lightning.errors import ConfigError, nearest_hint
-from lora_lightning.layers.base import walk
+from lora_lightning.layers.traversal import walk
 from lora_lightning.utilities.wrappers import unwrapped
 
 

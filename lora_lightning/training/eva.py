@@ -23,7 +23,7 @@ from lora_lightning.engine.switching import (
     set_trainable,
 )
 from lora_lightning.errors import ConfigError
-from lora_lightning.layers.base import named_adapted_layers
+from lora_lightning.layers.traversal import named_adapted_layers
 from lora_lightning.training.adapter_callback import AdapterCallback
 from lora_lightning.training.module_state import callbacks_of
 from lora_lightning.utilities.rng import random_state, set_random_state

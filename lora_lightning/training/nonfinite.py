@@ -22,7 +22,7 @@ from torch.optim import LBFGS, Optimizer
 
 from lora_lightning.adapters.modules_to_save import TrainedCopy
 from lora_lightning.errors import ConfigError, NonfiniteError, did_you_mean, first_few
-from lora_lightning.layers.base import named_adapted_layers
+from lora_lightning.layers.traversal import named_adapted_layers
 from lora_lightning.training.strategies.deepspeed import partitioned_gradients
 from lora_lightning.utilities.dtensor import is_sharded
 from lora_lightning.utilities.wrappers import named_parameters

@@ -17,7 +17,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lora_lightning.errors import OptimizerError, first_few
-from lora_lightning.layers.base import adapter_owners
+from lora_lightning.layers.traversal import adapter_owners
 from lora_lightning.utilities.wrappers import named_parameters
 
 # id of a frozen parameter -> the group that it was in or was meant for

@@ -19,8 +19,9 @@ from lora_lightning.checkpoint.state_dict import adapter_state_dict
 from lora_lightning.engine.bias import trained_biases
 from lora_lightning.engine.injection import adapters_named
 from lora_lightning.errors import first_few
-from lora_lightning.layers.base import AdaptedLayer, walk
+from lora_lightning.layers.base import AdaptedLayer
 from lora_lightning.layers.registry import layer_type_for
+from lora_lightning.layers.traversal import walk
 from lora_lightning.training.optimizers import trainable_parameters
 
 

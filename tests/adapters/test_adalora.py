@@ -40,7 +40,7 @@ from lora_lightning.engine.rank_allocation import (
     without_masked,
 )
 from lora_lightning.errors import AdapterMismatchError, ConfigError, RankError
-from lora_lightning.layers.base import named_adapted_layers
+from lora_lightning.layers.traversal import named_adapted_layers
 from tests.helpers.lightning_modules import Data, Net, make_trainer
 from tests.helpers.paths import child_environment
 from tests.helpers.tensors import bit_equal, randomize, trainable

@@ -40,7 +40,7 @@ from lora_lightning.engine.task_arithmetic import (
     truncated_svd,
 )
 from lora_lightning.errors import AdapterStateError, ConfigError, LoraError, RankError
-from lora_lightning.layers.base import named_adapted_layers
+from lora_lightning.layers.traversal import named_adapted_layers
 from tests.helpers.tensors import bit_equal, randomize
 
 WEIGHTS = [0.75, -0.5, 1.25]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lora_lightning import LoraCallback, LoraConfig, LoraError, adapter_state_dict, inject_adapter
 from lora_lightning.engine.eva import EvaConfig, PrincipalComponents, eva_start
 from lora_lightning.engine.injection import adapters_named
-from lora_lightning.layers.base import named_adapted_layers
+from lora_lightning.layers.traversal import named_adapted_layers
 from tests.helpers.lightning_modules import Data, Net, make_trainer
 from tests.helpers.tensors import bit_equal
 

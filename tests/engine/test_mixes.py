@@ -35,7 +35,7 @@ from lora_lightning import (
 )
 from lora_lightning.checkpoint.fingerprint import base_tensors
 from lora_lightning.errors import LoraError
-from lora_lightning.layers.base import named_adapted_layers
+from lora_lightning.layers.traversal import named_adapted_layers
 from tests.helpers.tensors import bit_equal, randomize
 
 State = dict[str, Tensor]

@@ -31,7 +31,7 @@ from lora_lightning import (
 from lora_lightning.checkpoint.fingerprint import base_tensors
 from lora_lightning.engine.switching import set_trainable
 from lora_lightning.errors import AdapterMismatchError, AdapterStateError, LoraError
-from lora_lightning.layers.base import named_adapted_layers
+from lora_lightning.layers.traversal import named_adapted_layers
 from tests.helpers.tensors import bit_equal, randomize, trainable
 from tests.helpers.torch_models import WIDTH, OneLayerNet, Transformer, example_input, token_ids
 

@@ -29,7 +29,7 @@ from lora_lightning.adapters.base import AdapterDict
 from lora_lightning.adapters.lora.linear import LoraAdapter
 from lora_lightning.errors import AdapterStateError, TargetError
 from lora_lightning.layers import autocast_cache as shared_cast
-from lora_lightning.layers.base import named_adapted_layers
+from lora_lightning.layers.traversal import named_adapted_layers
 from tests.helpers.tensors import bit_equal, randomize, trainable
 from tests.helpers.torch_models import (
     LAYERS,

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from lora_lightning import LoraCallback, LoraConfig, inject_adapter
 from lora_lightning.errors import ConfigError, ModelError
-from lora_lightning.layers.base import named_adapted_layers
+from lora_lightning.layers.traversal import named_adapted_layers
 from lora_lightning.tasks import SequenceClassification
 from lora_lightning.tasks.model_options import ModelOptions
 from lora_lightning.tasks.network import build_network

@@ -15,7 +15,7 @@ import sys
 import torch
 from tests.helpers.lightning_modules import *
 from lora_lightning import LoraCallback, LoraConfig, inject_adapter
-from lora_lightning.layers.base import named_adapted_layers
+from lora_lightning.layers.traversal import named_adapted_layers
 from lora_lightning.training.strategies import launchers
 
 OPTIONS = dict(r=2, target_modules=["embed", "body.2"], modules_to_save=["head"])

@@ -641,7 +641,7 @@ def test_compiled_submodules(tmp_path: Path, starts: type, resumes: type) -> Non
 
 
 def test_twin_names_as_they_are_would_not_be_found(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("lora_lightning.layers.base.WRAPPED", ())
+    monkeypatch.setattr("lora_lightning.layers.traversal.WRAPPED", ())
     with pytest.raises(TargetError, match=r"'head' matched nothing.*_orig_mod"):
         trained(tmp_path, Compiled())
 

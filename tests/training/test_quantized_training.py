@@ -18,8 +18,8 @@ import lora_lightning.callback
 from lora_lightning import LoraCallback, LoraConfig, inject_adapter, load_adapter
 from lora_lightning.checkpoint.fingerprint import base_fingerprint
 from lora_lightning.errors import AdapterMismatchError
-from lora_lightning.layers.base import named_adapted_layers
 from lora_lightning.layers.quantized.base import AdaptedQuantizedLinear
+from lora_lightning.layers.traversal import named_adapted_layers
 from lora_lightning.training.weight_averaging import _differ
 from tests.helpers.lightning_modules import make_trainer
 from tests.helpers.processes import on_processes

@@ -20,8 +20,8 @@ from lora_lightning.checkpoint.peft.file_content import exact_names
 from lora_lightning.checkpoint.peft.keys import also_saved_by_peft
 from lora_lightning.engine.injection import adapters_named
 from lora_lightning.errors import AdapterMismatchError, LoraError
-from lora_lightning.layers.base import named_adapted_layers, walk
 from lora_lightning.layers.conv1d import is_conv1d
+from lora_lightning.layers.traversal import named_adapted_layers, walk
 
 # What PEFT calls these types; PEFT refuses other names, as it must.
 PEFT_TYPES = ("LORA", "LOHA", "LOKR", "ADALORA", "OFT", "SHIRA", "IA3", "VERA")

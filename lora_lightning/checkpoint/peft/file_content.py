@@ -21,8 +21,8 @@ from lora_lightning.engine.targets.embeddings import input_embeddings
 from lora_lightning.engine.targets.matching import matches_name
 from lora_lightning.engine.targets.parameters import matching_parameters
 from lora_lightning.errors import AdapterMismatchError, did_you_mean, first_few
-from lora_lightning.layers.base import walk
 from lora_lightning.layers.registry import layer_type_for
+from lora_lightning.layers.traversal import walk
 
 
 @dataclass

@@ -23,7 +23,7 @@ from lora_lightning.checkpoint.peft.keys import parts_in_file, tensors_to_load
 from lora_lightning.engine.injection import adapters_named
 from lora_lightning.engine.targets.matching import matches_name
 from lora_lightning.errors import AdapterMismatchError, AdapterStateError, first_few
-from lora_lightning.layers.base import named_adapted_layers
+from lora_lightning.layers.traversal import named_adapted_layers
 
 # Of a low-rank update, by the end of its key: in which dimension the rank is.
 _RANK_DIMENSION = {

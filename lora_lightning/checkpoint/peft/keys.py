@@ -17,7 +17,8 @@ from lora_lightning.adapters.modules_to_save import TrainedCopy
 from lora_lightning.adapters.trainable_tokens import TiedTokenRows, TokenRows
 from lora_lightning.checkpoint.fingerprint import base_tensors
 from lora_lightning.engine.bias import trained_biases
-from lora_lightning.layers.base import AdaptedLayer, named_adapted_layers, walk
+from lora_lightning.layers.base import AdaptedLayer
+from lora_lightning.layers.traversal import named_adapted_layers, walk
 
 PREFIX = "base_model.model."
 OUT_PROJ_B = ".base_layer.out_proj.lora_B.weight"  # of an attention that is adapted as a whole

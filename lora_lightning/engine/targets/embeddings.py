@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from lora_lightning.layers.base import walk
+from lora_lightning.layers.traversal import walk
 from lora_lightning.utilities.wrappers import unwrapped
 
 

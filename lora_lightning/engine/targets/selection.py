@@ -26,11 +26,11 @@ from lora_lightning.engine.targets.hints import kinds_in, linear_names, near, to
 from lora_lightning.engine.targets.matching import is_excluded, matches_name, matches_target
 from lora_lightning.engine.targets.parameters import select_parameters
 from lora_lightning.errors import TargetError, first_few
-from lora_lightning.layers.base import walk
 from lora_lightning.layers.conv1d import is_conv1d
 from lora_lightning.layers.conversion import check_convertible
 from lora_lightning.layers.multihead_attention import attention_obstacle
 from lora_lightning.layers.registry import SUPPORTED, layer_type_for
+from lora_lightning.layers.traversal import walk
 
 
 @dataclass

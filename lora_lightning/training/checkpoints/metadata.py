@@ -19,7 +19,7 @@ from lora_lightning.checkpoint.fingerprint import (
 from lora_lightning.checkpoint.state_dict import FORMAT, KEY
 from lora_lightning.engine.bias import trained_biases
 from lora_lightning.errors import AdapterMismatchError, CheckpointError, first_few
-from lora_lightning.layers.base import walk
+from lora_lightning.layers.traversal import walk
 from lora_lightning.training.adapter_callback import AdapterCallback
 from lora_lightning.training.module_state import ModuleState, module_state
 from lora_lightning.training.resume.run_state import add_run_state

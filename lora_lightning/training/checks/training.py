@@ -14,7 +14,7 @@ from lora_lightning.checkpoint.fingerprint import base_tensors
 from lora_lightning.engine.switching import adapter_names
 from lora_lightning.engine.targets.selection import Selection
 from lora_lightning.errors import AdapterStateError, ConfigError, first_few
-from lora_lightning.layers.base import named_adapted_layers
+from lora_lightning.layers.traversal import named_adapted_layers
 from lora_lightning.training.module_state import callbacks_of, module_state
 from lora_lightning.training.optimizers import check_coverage, trainable_parameters
 from lora_lightning.training.strategies.deepspeed import is_deepspeed, whole_optimizers

@@ -24,7 +24,7 @@ from lora_lightning.checkpoint.state_dict import adapter_state_dict
 from lora_lightning.engine.bias import trained_biases
 from lora_lightning.engine.switching import adapter_names
 from lora_lightning.errors import CheckpointError, ConfigError, first_few
-from lora_lightning.layers.base import named_adapted_layers, walk
+from lora_lightning.layers.traversal import named_adapted_layers, walk
 from lora_lightning.training.checkpoints.metadata import kept_state
 from lora_lightning.training.module_state import callbacks_of, module_state
 from lora_lightning.training.strategies.model_parallel import is_fsdp

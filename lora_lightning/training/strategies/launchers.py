@@ -24,7 +24,7 @@ from lora_lightning.checkpoint.state_dict import KEY, materialize
 from lora_lightning.engine.injection import inject_adapter
 from lora_lightning.engine.switching import adapter_names
 from lora_lightning.errors import ConfigError
-from lora_lightning.layers.base import walk
+from lora_lightning.layers.traversal import walk
 from lora_lightning.training.adapter_callback import AdapterCallback
 from lora_lightning.training.checkpoints.metadata import reduce_checkpoint
 from lora_lightning.training.module_state import callbacks_of, module_state

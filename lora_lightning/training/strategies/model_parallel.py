@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from lora_lightning.errors import ConfigError, TargetError, first_few
-from lora_lightning.layers.base import AdaptedLayer, named_adapted_layers, walk
+from lora_lightning.layers.base import AdaptedLayer
+from lora_lightning.layers.traversal import named_adapted_layers, walk
 from lora_lightning.utilities.dtensor import is_sharded
 
 if TYPE_CHECKING:
