@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import nn
 
 from lora_lightning.layers.base import AdaptedLayer
@@ -17,19 +19,24 @@ from lora_lightning.layers.quantized.torchao import is_torchao_linear
 SUPPORTED = "Linear, Conv1D (transformers), Embedding, Conv1d, Conv2d, Conv3d, MultiheadAttention"
 
 
+# Each layer class with a test of the modules that it fits; the first that fits is taken.
+LAYER_TYPES: list[tuple[Callable[[nn.Module], bool], type[AdaptedLayer]]] = [
+    (lambda m: is_linear4bit(m) or is_linear8bit(m), AdaptedBitsandbytesLinear),
+    (is_torchao_linear, AdaptedQuantizedLinear),
+    (lambda m: isinstance(m, nn.Linear), AdaptedLinear),
+    (
+        lambda m: isinstance(m, nn.MultiheadAttention) and attention_obstacle(m) is None,
+        AdaptedMultiheadAttention,
+    ),
+    (lambda m: isinstance(m, nn.Embedding), AdaptedEmbedding),
+    (
+        lambda m: isinstance(m, tuple(CONVOLUTIONS)) and not getattr(m, "transposed", False),
+        AdaptedConv,
+    ),
+    (is_conv1d, AdaptedConv1D),
+]
+
+
 def layer_type_for(module: nn.Module) -> type[AdaptedLayer] | None:
     """The layer class for `module`'s kind, or None where no adapter fits."""
-    if is_linear4bit(module) or is_linear8bit(module):
-        return AdaptedBitsandbytesLinear
-    if is_torchao_linear(module):
-        return AdaptedQuantizedLinear
-    if isinstance(module, nn.Linear):
-        return AdaptedLinear
-    if isinstance(module, nn.MultiheadAttention):
-        return AdaptedMultiheadAttention if attention_obstacle(module) is None else None
-    if isinstance(module, nn.Embedding):
-        return AdaptedEmbedding
-    if isinstance(module, tuple(CONVOLUTIONS)):
-        transposed = getattr(module, "transposed", False)
-        return None if transposed else AdaptedConv
-    return AdaptedConv1D if is_conv1d(module) else None
+    return next((layer_type for fits, layer_type in LAYER_TYPES if fits(module)), None)
