@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 import sys
 import types
 from pathlib import Path
@@ -27,15 +26,13 @@ from lora_lightning import (
 )
 from lora_lightning.errors import ConfigError
 from tests.helpers.lightning_modules import Data, Net, make_trainer
-from tests.helpers.paths import ROOT
+from tests.helpers.markdown import recipe
 from tests.helpers.tensors import bit_equal, randomize
-
-TEXT = (ROOT / "CONTRIBUTING.md").read_text()
 
 
 @pytest.fixture(scope="session")  # a type can be registered once in a process
 def example() -> dict[str, Any]:
-    code = re.search(r"```python\n(.*?)```", TEXT, re.DOTALL)[1]
+    code = recipe("## A new adapter type")
     assert len(code.splitlines()) < 60
     module = types.ModuleType("example")
     sys.modules["example"] = module  # where dataclasses look their annotations up

@@ -1,4 +1,4 @@
-"""The README's table of strategies and precisions, cell by cell.
+"""The table of strategies and precisions in lora_lightning/training/README.md, cell by cell.
 
 Every process is given the same batches, so that the mean of their gradients is the gradient of one:
 each strategy has to arrive where one device arrives without interruption, to the last bit.
@@ -30,12 +30,12 @@ from lora_lightning import LoraCallback, LoraError
 from lora_lightning.checkpoint.sharded_folder import read_checkpoint_folder
 from tests.helpers.fsdp2_modules import Quiet, ShardedLater
 from tests.helpers.lightning_modules import Data, make_trainer
-from tests.helpers.paths import ROOT
+from tests.helpers.markdown import PAGES
 from tests.helpers.processes import on_processes
 from tests.training.test_fsdp1 import FORMS, on_cpu, state_of
 from tests.training.test_fsdp2 import equal, strategy
 
-README = (ROOT / "README.md").read_text()
+PAGE = PAGES["lora_lightning/training/README.md"]
 EPOCHS = 3
 
 
@@ -70,8 +70,8 @@ STRATEGIES: dict[str, tuple[type, Callable[[], Any], int]] = {
 
 
 def table() -> dict[tuple[str, str], str]:
-    """The README's cells by (strategy, precision)."""
-    lines = README[README.index("| strategy |") :].split("\n\n")[0].splitlines()
+    """The cells by (strategy, precision)."""
+    lines = PAGE[PAGE.index("| strategy |") :].split("\n\n")[0].splitlines()
     header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     return {
         (row[0], precision.strip("`")): cell
