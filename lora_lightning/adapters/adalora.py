@@ -239,9 +239,9 @@ class AdaLoraConvAdapter(AdaLoraAdapter):
 
     """
 
-    def peft_has_on(self, conv: Convolution, kernel: tuple[int, ...]) -> bool:
+    def peft_supports(self, conv: Convolution, kernel: tuple[int, ...]) -> bool:
         """In 2 dimensions and ungrouped."""
-        return conv.dims == 2 and conv.groups == 1 and super().peft_has_on(conv, kernel)
+        return conv.dims == 2 and conv.groups == 1 and super().peft_supports(conv, kernel)
 
     def forward(self, x: Tensor, y: Tensor, base: Base) -> Tensor:
         """y + (delta_weight() applied to dropout(x))."""

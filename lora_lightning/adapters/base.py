@@ -143,14 +143,14 @@ class Adapter(nn.Module):
     Attributes:
         config: The options it was made from; shared by all adapters of one injection.
         autocast_adapter_dtype: Whether its tensors stay fp32 when a model is cast to 16 bits.
-        live: Whether it acts at present, as a tensor: what compiled code looks at instead of the
-            layer's lists, so that switching does not recompile.
+        is_applied: True while it takes part in forward.
+        applied: The same as a tensor, for compiled code: so switching does not recompile.
 
     """
 
     config: AdapterConfig
     autocast_adapter_dtype = True
-    live: Tensor
+    applied: Tensor
     needs_weight = False  # whether `start_from_weight` has something to do
     additive = False  # whether it adds to output and weight the same whatever else acts
     # What PEFT's files call a tensor, where that differs: {"lora_A": "lora_A.weight"}.
@@ -160,14 +160,14 @@ class Adapter(nn.Module):
     def __init__(self, config: AdapterConfig, device: torch.device | None = None) -> None:
         super().__init__()
         self.config = config
-        self.register_buffer("live", torch.empty((), dtype=torch.bool, device=device), False)
-        self.set_live(False)
+        self.register_buffer("applied", torch.empty((), dtype=torch.bool, device=device), False)
+        self.set_applied(False)
 
     @torch.no_grad()
-    def set_live(self, acts: bool) -> None:
-        """Tell whether the adapter acts."""
-        self.acts = acts
-        self.live.fill_(acts)
+    def set_applied(self, applied: bool) -> None:
+        """Record whether the adapter takes part in forward at present."""
+        self.is_applied = applied
+        self.applied.fill_(applied)
 
     def set_autocast_dtype(self, wanted: bool) -> None:
         """Tell whether the own tensors stay fp32 when a model is cast to 16 bits."""
@@ -175,12 +175,12 @@ class Adapter(nn.Module):
 
     def reset_parameters(self) -> None:
         """Set the own tensors to their start values; called again after meta materialisation."""
-        self.set_live(self.acts)
+        self.set_applied(self.is_applied)
 
     def start_from_weight(self, weight: Tensor) -> None:
         """Set the start values that are computed from the dense base weight."""
 
-    def peft_has_on(self, conv: Convolution, kernel: tuple[int, ...]) -> bool:
+    def peft_supports(self, conv: Convolution, kernel: tuple[int, ...]) -> bool:
         """Whether PEFT computes the same from this type on such a convolution."""
         return conv.padding_mode == "zeros"  # others it leaves out
 
@@ -216,7 +216,7 @@ class Adapter(nn.Module):
         # master copy of the adapter: small updates would be rounded away.
         def keep_master_copy(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
-            # Single numbers are settings (`gain`), which are no less exact in a narrow adapter.
+            # Single numbers are settings (`scaling_tensor`), no less exact in a narrow adapter.
             kept = self.autocast_adapter_dtype or not tensor.dim()
             if kept and moved.is_floating_point() and moved.dtype.itemsize < 4:
                 return tensor.to(device=moved.device, dtype=torch.float32)
@@ -230,19 +230,20 @@ class DeltaAdapter(Adapter):
 
     Attributes:
         scaling: The factor in front of the update.
-        gain: The same as a tensor, for compiled code, which is then not tied to one value.
+        scaling_tensor: The same as a tensor, so that compiled code is not tied to one value.
 
     """
 
     scaling: float
-    gain: Tensor
+    scaling_tensor: Tensor
     additive = True
 
     def __init__(self, spec: AdapterSpec, scaling: float) -> None:
         super().__init__(spec.config, spec.device)
         wide = torch.promote_types(spec.dtype, torch.float32)
-        self.register_buffer("gain", torch.empty((), device=spec.device, dtype=wide), False)
-        self.own_scaling = scaling  # of the config; `scaling` is what acts
+        number = torch.empty((), device=spec.device, dtype=wide)
+        self.register_buffer("scaling_tensor", number, persistent=False)
+        self.config_scaling = scaling  # of the config; `scaling` is what acts
         self.set_scaling(scaling)
 
     def reset_parameters(self) -> None:
@@ -254,11 +255,11 @@ class DeltaAdapter(Adapter):
     def set_scaling(self, scaling: float) -> None:
         """Let the update act with another factor."""
         self.scaling = scaling
-        self.gain.fill_(scaling)
+        self.scaling_tensor.fill_(scaling)
 
     def scale(self) -> float | Tensor:
         """`scaling`; inside compiled code as a tensor, so that rescaling does not recompile."""
-        return self.gain if torch.compiler.is_compiling() else self.scaling
+        return self.scaling_tensor if torch.compiler.is_compiling() else self.scaling
 
     def delta_weight(self) -> Tensor:
         """The update of the weight, in the canonical layout and the adapter's own dtype."""
@@ -284,11 +285,11 @@ class MultiWeightAdapter(Adapter):
         for weight_name, part in parts.items():
             self.add_module(weight_name, part)
 
-    def set_live(self, acts: bool) -> None:
-        """Tell the parts whether they act."""
-        super().set_live(acts)
+    def set_applied(self, applied: bool) -> None:
+        """Record it in the parts, too."""
+        super().set_applied(applied)
         for part in self.children():
-            cast(Adapter, part).set_live(acts)
+            cast(Adapter, part).set_applied(applied)
 
     def set_autocast_dtype(self, wanted: bool) -> None:
         """Tell the parts too."""

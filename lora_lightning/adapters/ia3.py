@@ -160,7 +160,7 @@ class Ia3ConvAdapter(Ia3Adapter):
 
     """
 
-    def peft_has_on(self, conv: Convolution, kernel: tuple[int, ...]) -> bool:
+    def peft_supports(self, conv: Convolution, kernel: tuple[int, ...]) -> bool:
         """In 2 and 3 dimensions: only the output or the input is scaled, whatever the padding."""
         return conv.dims > 1
 

@@ -103,7 +103,7 @@ class LohaAdapter(LycorisAdapter):
         self.hada_w2_a, self.hada_w2_b = spec.parameter(*shape_a), spec.parameter(*shape_b)
         whole = spec.conv is None or spec.conv.groups == 1
         products = self.r**2 * (rows + columns)
-        self.acts_in_steps = whole and products <= _WORTH_IT * rows * columns
+        self.uses_factors = whole and products <= _WORTH_IT * rows * columns
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -135,7 +135,7 @@ class LohaAdapter(LycorisAdapter):
         factors = self.factors(strength)
         dtype = product_dtype(x)
         x = x.to(dtype)
-        if self.acts_in_steps:
+        if self.uses_factors:
             return recompute(partial(_in_steps, base, self.spec.shape[1:]), x, *factors)
         factors = [factor.to(dtype) for factor in factors]
         if self.spec.conv is not None:

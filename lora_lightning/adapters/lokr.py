@@ -152,7 +152,7 @@ class LokrAdapter(LycorisAdapter):
         # kernel of a Conv1d are (in, position): not the blocks above, but what its files mean.
         shifted = len(kernel) == 1 and self.lokr_w2 is not None
         self.order = "ij,ac...->aicj..." if shifted else "ij,ac...->iajc..."
-        self.acts_in_steps = not shifted and self._is_cheap(h, m)
+        self.uses_factors = not shifted and self._is_cheap(h, m)
         self.reset_parameters()
 
     def _is_cheap(self, h: int, m: int) -> bool:
@@ -199,7 +199,7 @@ class LokrAdapter(LycorisAdapter):
         dtype = product_dtype(x)
         factors = [factor.to(dtype) for factor in self.factors(self.strength())]
         x = x.to(dtype)
-        if not self.acts_in_steps:
+        if not self.uses_factors:
             y = base.apply_weight(x, self._dense(*factors))
         elif self.spec.conv is None:
             y = recompute(kronecker_linear, x, *factors)

@@ -113,7 +113,8 @@ class LycorisAdapter(DeltaAdapter):
             return self.scale()
         # A factor 0, not a branch: it can be compiled, and the tensors still get gradients (of
         # 0), which DistributedDataParallel waits for.
-        return self.scale() * (torch.rand((), device=self.gain.device) > p).to(self.gain.dtype)
+        like = self.scaling_tensor
+        return self.scale() * (torch.rand((), device=like.device) > p).to(like.dtype)
 
     def kept_rows(self, rescale: bool) -> Tensor | None:
         """What the rows of the update are multiplied by: 0 or 1, divided by the mean if `rescale`.
@@ -123,8 +124,8 @@ class LycorisAdapter(DeltaAdapter):
         p = cast(LycorisConfig, self.config).rank_dropout
         if not (self.training and p):
             return None
-        rows = self.spec.shape[0]
-        kept = (torch.rand(rows, device=self.gain.device) > p).to(self.gain.dtype)
+        rows, like = self.spec.shape[0], self.scaling_tensor
+        kept = (torch.rand(rows, device=like.device) > p).to(like.dtype)
         return kept / kept.mean().clamp_min(1 / rows) if rescale else kept
 
     def extra_repr(self) -> str:

@@ -17,7 +17,7 @@ from lora_lightning.adapters.base import Adapter
 from lora_lightning.adapters.config import AdapterConfig
 
 
-class TrainedCopy(Adapter):
+class ModulesToSaveCopy(Adapter):
     """Takes the module's place while it is active; the module itself stays as it was.
 
     Args:

@@ -31,7 +31,7 @@ from lora_lightning.adapters.config import (
     check_probability,
 )
 from lora_lightning.adapters.initialization import normal_, zeros_
-from lora_lightning.adapters.modules_to_save import TrainedCopy
+from lora_lightning.adapters.modules_to_save import ModulesToSaveCopy
 from lora_lightning.errors import ConfigError, RankError
 from lora_lightning.utilities.autocast import is_autocast, without_autocast
 
@@ -261,9 +261,9 @@ class OftConvAdapter(OftAdapter):
                 "or leave this layer out with exclude_modules. (lora.oft_block_size)"
             )
 
-    def peft_has_on(self, conv: Convolution, kernel: tuple[int, ...]) -> bool:
+    def peft_supports(self, conv: Convolution, kernel: tuple[int, ...]) -> bool:
         """Only in 2 dimensions and for 1x1 kernels: others PEFT turns otherwise than it merges."""
-        return conv.dims == 2 and set(kernel) == {1} and super().peft_has_on(conv, kernel)
+        return conv.dims == 2 and set(kernel) == {1} and super().peft_supports(conv, kernel)
 
     def width(self) -> int:
         """The size of a patch."""
@@ -304,15 +304,15 @@ class OftConvAdapter(OftAdapter):
         """The kernel of the map below this adapter, as the layer (`base`) runs it now."""
         weight: Tensor = base.dense_weight()
         # Rows that have an adapter each have no other below it.
-        for adapter in () if base.row_adapters is not None else base.chain():
+        for adapter in () if base.row_adapters is not None else base.applied_adapters():
             if adapter is self:
                 break
-            if isinstance(adapter, TrainedCopy):
+            if isinstance(adapter, ModulesToSaveCopy):
                 weight = cast(Tensor, adapter.tensor("weight"))
                 continue
             wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
             above = adapter.transform_weight(wide, base)
-            weight = torch.where(adapter.live, above, wide)
+            weight = torch.where(adapter.applied, above, wide)
         return weight
 
 

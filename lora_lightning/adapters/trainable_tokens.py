@@ -22,7 +22,7 @@ from lora_lightning.utilities.autocast import is_autocast
 from lora_lightning.utilities.dtensor import copy_full
 
 
-class TokenRows(Adapter):
+class TrainableTokensAdapter(Adapter):
     """Trained rows of an embedding.
 
     Shapes:
@@ -82,10 +82,10 @@ class TokenRows(Adapter):
         return f"tokens={len(self.token_ids)}"
 
 
-class TiedTokenRows(Adapter):
+class TiedTrainableTokensAdapter(Adapter):
     """The same rows in a head, or another table, that shares the weight; it owns no tensor."""
 
-    def __init__(self, rows: TokenRows) -> None:
+    def __init__(self, rows: TrainableTokensAdapter) -> None:
         super().__init__(rows.config, rows.trainable_tokens_delta.device)
         self._rows = (rows,)  # in a tuple: not a child, so its tensor is found once
 

@@ -16,7 +16,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from rich.table import Table
 
-from lora_lightning.adapters.modules_to_save import TrainedCopy
+from lora_lightning.adapters.modules_to_save import ModulesToSaveCopy
 from lora_lightning.engine.switching import adapter_names, disable_adapter
 from lora_lightning.errors import ConfigError, first_few
 from lora_lightning.layers.traversal import named_adapted_layers
@@ -302,7 +302,7 @@ def _noise(base: list[tuple[float, float]], tuned: list[tuple[float, float]]) ->
 
 
 def _has_copy(layer: Any) -> bool:
-    return any(isinstance(adapter, TrainedCopy) for adapter in layer.adapters.values())
+    return any(isinstance(adapter, ModulesToSaveCopy) for adapter in layer.adapters.values())
 
 
 def _log(trainer: Any, comparison: Comparison) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.adapters.modules_to_save import TrainedCopy
+from lora_lightning.adapters.modules_to_save import ModulesToSaveCopy
 from lora_lightning.engine.bias import trained_biases
 from lora_lightning.errors import AdapterMismatchError
 from lora_lightning.layers.base import AdaptedLayer
@@ -47,7 +47,7 @@ def base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     replaced: list[str] = []
     for path, module in walk(model):
         if isinstance(module, AdaptedLayer) and any(
-            isinstance(a, TrainedCopy) for a in module.adapters.values()
+            isinstance(a, ModulesToSaveCopy) for a in module.adapters.values()
         ):
             replaced.append(path + ".")
         prefix = path + "." if path else ""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.adapters.modules_to_save import TrainedCopy
+from lora_lightning.adapters.modules_to_save import ModulesToSaveCopy
 from lora_lightning.checkpoint.compatibility import tensor_differences
 from lora_lightning.engine.bias import trained_biases
 from lora_lightning.engine.switching import adapter_names
@@ -107,7 +107,7 @@ def _tensors(model: nn.Module, adapter_name: str) -> list[tuple[str, str, Tensor
         prefix = path + "." if path else ""
         for name, tensor in adapter.state_dict().items():
             name = plain_name(name)
-            short = name.removeprefix("module.") if isinstance(adapter, TrainedCopy) else name
+            short = name.removeprefix("module.") if isinstance(adapter, ModulesToSaveCopy) else name
             found.append((prefix + short, f"{prefix}adapters.{adapter_name}.{name}", tensor))
     for name, module, record in trained_biases(model):
         if record.adapter_name == adapter_name:

@@ -20,7 +20,7 @@ from lora_lightning.adapters.base import Adapter, MultiWeightAdapter
 from lora_lightning.adapters.lora.conv import LoraConvAdapter
 from lora_lightning.adapters.lora.embedding import LoraEmbeddingAdapter
 from lora_lightning.adapters.lora.linear import LoraAdapter, LoraConfig, LowRankAdapter
-from lora_lightning.adapters.modules_to_save import TrainedCopy
+from lora_lightning.adapters.modules_to_save import ModulesToSaveCopy
 from lora_lightning.engine.bias import trained_biases
 from lora_lightning.engine.injection import extend_adapter
 from lora_lightning.engine.switching import adapter_names, check_enabled
@@ -118,7 +118,7 @@ def add_weighted_adapter(
     for (path, part), update in combined.items():
         _fill(_parts(layers[path].adapters[adapter_name])[part], update)
     for path, (_, source) in copies.items():
-        new = cast(TrainedCopy, layers[path].adapters[adapter_name])
+        new = cast(ModulesToSaveCopy, layers[path].adapters[adapter_name])
         new.module.load_state_dict(source.module.state_dict())
 
 
@@ -155,12 +155,12 @@ def _check_request(
             )
 
 
-def _trained_copies(model: nn.Module, names: list[str]) -> dict[str, tuple[str, TrainedCopy]]:
+def _trained_copies(model: nn.Module, names: list[str]) -> dict[str, tuple[str, ModulesToSaveCopy]]:
     """The trained copies of the adapters `names` by path, each with its adapter's name."""
-    copies: dict[str, tuple[str, TrainedCopy]] = {}
+    copies: dict[str, tuple[str, ModulesToSaveCopy]] = {}
     for path, layer in named_adapted_layers(model):
         for name, adapter in layer.adapters.items():
-            if name not in names or not isinstance(adapter, TrainedCopy):
+            if name not in names or not isinstance(adapter, ModulesToSaveCopy):
                 continue
             if path in copies:
                 raise AdapterStateError(
@@ -172,13 +172,13 @@ def _trained_copies(model: nn.Module, names: list[str]) -> dict[str, tuple[str, 
 
 
 def _updates(
-    model: nn.Module, names: list[str], copies: dict[str, tuple[str, TrainedCopy]]
+    model: nn.Module, names: list[str], copies: dict[str, tuple[str, ModulesToSaveCopy]]
 ) -> dict[Spot, dict[int, Update]]:
     """What the adapters `names` add to each weight, by their index in `names`."""
     updates: dict[Spot, dict[int, Update]] = defaultdict(dict)
     for path, layer in named_adapted_layers(model):
         for index, name in enumerate(names):
-            if name not in layer.adapters or isinstance(layer.adapters[name], TrainedCopy):
+            if name not in layer.adapters or isinstance(layer.adapters[name], ModulesToSaveCopy):
                 continue
             for copied, (owner, _) in copies.items():
                 if f"{path}.".startswith(f"{copied}."):

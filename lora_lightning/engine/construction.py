@@ -12,11 +12,14 @@ from torch import Tensor, nn
 from lora_lightning.adapters.base import Adapter, AdapterSpec, MultiWeightAdapter
 from lora_lightning.adapters.config import AdapterConfig
 from lora_lightning.adapters.registry import classes_for
-from lora_lightning.adapters.trainable_tokens import TiedTokenRows, TokenRows
+from lora_lightning.adapters.trainable_tokens import (
+    TiedTrainableTokensAdapter,
+    TrainableTokensAdapter,
+)
 from lora_lightning.engine.targets.selection import Selection
 from lora_lightning.errors import AdapterMismatchError, ConfigError
 from lora_lightning.layers.base import AdaptedLayer
-from lora_lightning.layers.conversion import convert_back, convert_to_adapted, grow
+from lora_lightning.layers.conversion import attach_adapter, convert_back, convert_to_adapted
 from lora_lightning.layers.experts import AdaptedExperts
 from lora_lightning.layers.registry import layer_type_for
 from lora_lightning.utilities.dtensor import full_tensor
@@ -168,11 +171,16 @@ def train_tokens(
         path, cast(AdaptedLayer, module), "weight", config, adapter_name, 0, device, True
     )
     spec = replace(spec, autocast_adapter_dtype=autocast_adapter_dtype)
-    rows = TokenRows(spec, selection.tokens[path])
+    rows = TrainableTokensAdapter(spec, selection.tokens[path])
     if device is None:
         rows.start_from_weight(full_tensor(cast(AdaptedLayer, module).base_weight().detach()))
-    grow(module, AdaptedLayer, adapter_name, rows)
+    attach_adapter(module, AdaptedLayer, adapter_name, rows)
     for other, owner in selection.tied.items():
         if owner == path:
             head = unwrapped(model.get_submodule(other))
-            grow(head, layer_type_for(head) or AdaptedLayer, adapter_name, TiedTokenRows(rows))
+            attach_adapter(
+                head,
+                layer_type_for(head) or AdaptedLayer,
+                adapter_name,
+                TiedTrainableTokensAdapter(rows),
+            )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lora_lightning.adapters.base import Adapter, AdapterDict
 from lora_lightning.adapters.config import AdapterConfig
-from lora_lightning.adapters.modules_to_save import TrainedCopy
+from lora_lightning.adapters.modules_to_save import ModulesToSaveCopy
 from lora_lightning.adapters.trainable_tokens import check_token_ids
 from lora_lightning.adapters.wrong_arguments import explain_no_config
 from lora_lightning.engine.bias import biases_to_train, forget_bias, train_bias, trained_biases
@@ -29,10 +29,10 @@ from lora_lightning.engine.targets.selection import Selection, select_modules
 from lora_lightning.errors import AdapterStateError, ConfigError, TargetError
 from lora_lightning.layers.base import AdaptedLayer
 from lora_lightning.layers.conversion import (
-    check_can_shrink,
+    attach_adapter,
     check_convertible,
-    grow,
-    shrink,
+    check_detachable,
+    detach_adapter,
 )
 from lora_lightning.layers.multihead_attention import route_out_projections
 from lora_lightning.layers.quantized.cpu_packing import close_cpu_packing, reopen_cpu_packing
@@ -182,13 +182,13 @@ def _extend(
     if not others:
         freeze(model)
     for path, adapter in adapters.items():
-        grow(new_targets[path], AdaptedLayer, adapter_name, adapter)
+        attach_adapter(new_targets[path], AdaptedLayer, adapter_name, adapter)
     for path, module in new_tokens.items():
         train_tokens(model, path, module, selection, config, adapter_name, device, autocast)
     for module in new_saved.values():
-        trained = TrainedCopy(_copy_without_adapters(module, device), config)
+        trained = ModulesToSaveCopy(_copy_without_adapters(module, device), config)
         plain = AdaptedSequential if isinstance(module, nn.Sequential) else AdaptedLayer
-        grow(module, layer_type_for(module) or plain, adapter_name, trained)
+        attach_adapter(module, layer_type_for(module) or plain, adapter_name, trained)
         trained.train(model.training)  # also where the module itself is a norm layer held still
     for module in biases:
         train_bias(module, adapter_name)
@@ -226,9 +226,9 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     ]
     for path, layer in layers:
         if len(layer.adapters) == 1:
-            check_can_shrink(layer, path)
+            check_detachable(layer, path)
     for _, layer in layers:
-        shrink(layer, adapter_name)
+        detach_adapter(layer, adapter_name)
     route_out_projections(model)
     for _, module, record in list(trained_biases(model)):
         if record.adapter_name == adapter_name:
@@ -327,7 +327,7 @@ def _copy_without_adapters(module: nn.Module, device: torch.device | None) -> nn
     duplicate = copy.deepcopy(module, known)
     for _, layer in list(named_adapted_layers(duplicate)):
         for name in list(layer.adapters):
-            shrink(layer, name)
+            detach_adapter(layer, name)
     for _, holder, _ in list(trained_biases(duplicate)):
         forget_bias(holder)
     unfreeze_norm_stats(duplicate)

@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from lora_lightning.adapters.base import Adapter
-from lora_lightning.adapters.modules_to_save import TrainedCopy
-from lora_lightning.adapters.trainable_tokens import TiedTokenRows
+from lora_lightning.adapters.modules_to_save import ModulesToSaveCopy
+from lora_lightning.adapters.trainable_tokens import TiedTrainableTokensAdapter
 from lora_lightning.engine.bias import trained_biases
 from lora_lightning.engine.injection import delete_adapter
 from lora_lightning.engine.switching import (
@@ -23,7 +23,7 @@ from lora_lightning.engine.switching import (
 from lora_lightning.errors import AdapterStateError
 from lora_lightning.layers.base import AdaptedLayer
 from lora_lightning.layers.composition import part_of
-from lora_lightning.layers.conversion import check_can_shrink
+from lora_lightning.layers.conversion import check_detachable
 from lora_lightning.layers.traversal import named_adapted_layers
 from lora_lightning.utilities.dtensor import is_flattened
 
@@ -90,7 +90,7 @@ def merge_and_unload(model: nn.Module, names: str | Sequence[str] | None = None)
 
     """
     for path, layer in named_adapted_layers(model):
-        check_can_shrink(layer, path)
+        check_detachable(layer, path)
     before = active_adapters(model)
     trained = [(p, p.requires_grad) for p in model.parameters()]
     if names is not None:
@@ -106,9 +106,9 @@ def merge_and_unload(model: nn.Module, names: str | Sequence[str] | None = None)
         raise
     for _, layer in list(named_adapted_layers(model)):
         layer.forget_originals()
-        for name in layer.live_names():
+        for name in layer.applied_names():
             adapter = layer.adapters[name]
-            if isinstance(adapter, TrainedCopy):
+            if isinstance(adapter, ModulesToSaveCopy):
                 _take_over(layer, adapter.module)
     for _, module, record in list(trained_biases(model)):
         record.hidden = record.parameter(module).detach().clone()
@@ -123,7 +123,7 @@ def unload(model: nn.Module) -> nn.Module:
 
     """
     for path, layer in named_adapted_layers(model):
-        check_can_shrink(layer, path)
+        check_detachable(layer, path)
     unmerge_adapter(model)
     for name in adapter_names(model):
         delete_adapter(model, name)
@@ -144,16 +144,18 @@ def _check_weights(model: nn.Module, names: Sequence[str], copies_too: bool = Fa
     )
     for _, layer in named_adapted_layers(model):
         merging = [layer.adapters[name] for name in names if name in layer.adapters]
-        if merging and all(isinstance(adapter, TiedTokenRows) for adapter in merging):
+        if merging and all(isinstance(adapter, TiedTrainableTokensAdapter) for adapter in merging):
             owners[id(layer.weight)] -= 1  # it asks for the very rows that its table gets
     for path, layer in named_adapted_layers(model):
         merging = [layer.adapters[name] for name in names if name in layer.adapters]
-        if all(isinstance(adapter, TiedTokenRows) for adapter in merging):
+        if all(isinstance(adapter, TiedTrainableTokensAdapter) for adapter in merging):
             continue
         written: list[tuple[str, nn.Parameter]] = []
         for weight_name in layer.weight_shapes():
             parts = [part_of(adapter, weight_name) for adapter in merging]
-            if not any(part is not None and not isinstance(part, TrainedCopy) for part in parts):
+            if not any(
+                part is not None and not isinstance(part, ModulesToSaveCopy) for part in parts
+            ):
                 continue
             bias_name = layer.bias_name(weight_name)
             names_written = [weight_name]
@@ -175,14 +177,14 @@ def _check_weights(model: nn.Module, names: Sequence[str], copies_too: bool = Fa
                     "with its update, which gives other values. Take it out of the targets, or "
                     "keep the adapter unmerged."
                 )
-            copies = [n for n in layer.live_names() if not layer.can_merge(n)]
+            copies = [n for n in layer.applied_names() if not layer.can_merge(n)]
             if copies:
                 raise AdapterStateError(
                     f"Adapter {copies[0]!r} has a trained copy in the place of {path!r} "
                     "(modules_to_save): what is merged into its weight would not act. Merge with "
                     f"{copies[0]!r} switched off, or leave the others unmerged."
                 )
-        if copies_too and any(isinstance(adapter, TrainedCopy) for adapter in merging):
+        if copies_too and any(isinstance(adapter, ModulesToSaveCopy) for adapter in merging):
             own = _adapter_parameters(layer)
             written += [(n, p) for n, p in layer.named_parameters() if id(p) not in own]
         for name, parameter in written:

@@ -9,7 +9,7 @@ from math import isfinite
 from torch import nn
 
 from lora_lightning.adapters.base import Adapter, DeltaAdapter, MultiWeightAdapter
-from lora_lightning.adapters.modules_to_save import TrainedCopy
+from lora_lightning.adapters.modules_to_save import ModulesToSaveCopy
 from lora_lightning.engine.bias import trained_biases
 from lora_lightning.errors import AdapterStateError, nearest_hint
 from lora_lightning.layers.multihead_attention import AdaptedMultiheadAttention
@@ -61,7 +61,9 @@ def set_adapter(model: nn.Module, names: str | Sequence[str], *, trainable: bool
                 "call unmerge_adapter(model) before switching."
             )
         copies = [
-            n for n in names if n in layer.adapters and isinstance(layer.adapters[n], TrainedCopy)
+            n
+            for n in names
+            if n in layer.adapters and isinstance(layer.adapters[n], ModulesToSaveCopy)
         ]
         if len(copies) > 1:
             raise AdapterStateError(
@@ -158,7 +160,7 @@ def scale_adapter(model: nn.Module, adapter_name: str, factor: float) -> None:
             if isinstance(part, DeltaAdapter):
                 scaled.append(part)
             elif isinstance(part, Adapter) and not isinstance(
-                part, (MultiWeightAdapter, TrainedCopy)
+                part, (MultiWeightAdapter, ModulesToSaveCopy)
             ):
                 raise AdapterStateError(
                     f"The adapter {adapter_name!r} on {path!r} is a {type(part).__name__}, which "
@@ -167,7 +169,7 @@ def scale_adapter(model: nn.Module, adapter_name: str, factor: float) -> None:
     if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not isfinite(factor):
         raise AdapterStateError(f"factor is {factor!r}; it must be a finite number.")
     for part in scaled:
-        part.set_scaling(part.own_scaling * factor)
+        part.set_scaling(part.config_scaling * factor)
 
 
 def activate_new(model: nn.Module, name: str, active: bool) -> None:

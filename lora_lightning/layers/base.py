@@ -3,7 +3,7 @@
 The module's `__class__` becomes a cached subclass of its own class (what
 `torch.nn.utils.parametrize` and FSDP2 do too) and the module gains one child, `adapters`. So its
 parameters keep their names, `isinstance` and `.weight` keep working, and taking the adapters off
-restores exactly the class that was there. `growing.py` does the swap.
+restores exactly the class that was there. `conversion.py` does it.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.adapters.base import Adapter, AdapterDict, Base, Convolution, MultiWeightAdapter
-from lora_lightning.adapters.modules_to_save import TrainedCopy
+from lora_lightning.adapters.modules_to_save import ModulesToSaveCopy
 from lora_lightning.errors import AdapterStateError
-from lora_lightning.layers.composition import fold, part_of, split_copy
+from lora_lightning.layers.composition import compose, part_of, split_copy
 from lora_lightning.layers.mixed_batch import forward_by_row
 from lora_lightning.utilities.autocast import without_autocast
 
@@ -27,9 +27,9 @@ from lora_lightning.utilities.autocast import without_autocast
 class AdaptedLayer(nn.Module):
     """Mixin of the dynamic subclass.
 
-    The map of a layer is a fold over its live adapters, in the order in which they were added (see
-    `adapters/base.py`). A kind of module says, in a file of its own, what its weights are, how
-    they are read and written, and how they act on an input.
+    The map of a layer is composed of the adapters that are applied, in the order in which they were
+    added (see `adapters/base.py`). A kind of module says, in a file of its own, what its weights
+    are, how they are read and written, and how they act on an input.
 
     Attributes:
         adapters: The adapters by name.
@@ -79,7 +79,7 @@ class AdaptedLayer(nn.Module):
         """What PEFT's files put between the module's path and the tensors of each weight."""
         return {name: f"{name}." for name in names}
 
-    def peft_knows(self, adapter: Adapter) -> bool:
+    def peft_supports(self, adapter: Adapter) -> bool:
         """Whether PEFT computes the same from this adapter on this module."""
         return not isinstance(adapter, MultiWeightAdapter)
 
@@ -95,7 +95,8 @@ class AdaptedLayer(nn.Module):
 
     def bias_below(self, adapter: Adapter, name: str = "weight") -> Tensor | None:
         """The bias of the map that an adapter acts on: those before it may change it."""
-        chain = self.chain(name) if self.row_adapters is None else []  # a row has one adapter only
+        # A row has one adapter only.
+        chain = self.applied_adapters(name) if self.row_adapters is None else []
         copy, others = split_copy(chain)
         bias_name = self.bias_name(name)
         bias = getattr(self, bias_name, None) if copy is None else copy.tensor(bias_name)
@@ -107,13 +108,13 @@ class AdaptedLayer(nn.Module):
                 break
             after = other.transform_bias(bias, base)
             compiling = torch.compiler.is_compiling() and after is not bias
-            bias = torch.where(other.live, after, bias) if compiling else after
+            bias = torch.where(other.applied, after, bias) if compiling else after
         return bias
 
     # -- forward ---------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The base's output with the live adapters."""
+        """The base's output with the adapters that are applied."""
         if self.row_adapters is not None:
             x, args, kwargs = first_argument(self, args, kwargs)
             known = self.adapters if self._enabled else ()
@@ -123,10 +124,10 @@ class AdaptedLayer(nn.Module):
                     for name in self.row_adapters
                 ],
                 x,
-                lambda name, rows: self.run(self.row_chain(name), rows, *args, **kwargs),
+                lambda name, rows: self.run(self.adapters_of_row(name), rows, *args, **kwargs),
                 self.base_type.__name__,
             )
-        chain = self.chain()
+        chain = self.applied_adapters()
         copy, others = split_copy(chain)
         if not others:  # whatever the module is called with
             return self.base_forward(copy, *args, **kwargs)
@@ -136,9 +137,9 @@ class AdaptedLayer(nn.Module):
     def run(self, chain: list[Adapter], x: Any, *args: Any, **kwargs: Any) -> Any:
         """The output for input `x` with the adapters of `chain`."""
         copy, others = split_copy(chain)
-        return fold(others, x, lambda z: self.base_forward(copy, z, *args, **kwargs), self)
+        return compose(others, x, lambda z: self.base_forward(copy, z, *args, **kwargs), self)
 
-    def base_forward(self, copy: TrainedCopy | None, *args: Any, **kwargs: Any) -> Any:
+    def base_forward(self, copy: ModulesToSaveCopy | None, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward, or that of a trained copy in its place."""
         if copy is not None:
             return copy(*args, **kwargs)
@@ -146,34 +147,34 @@ class AdaptedLayer(nn.Module):
             return self._instance_forward(*args, **kwargs)
         return super().forward(*args, **kwargs)  # the base type's
 
-    def chain(self, name: str = "weight") -> list[Adapter]:
+    def applied_adapters(self, name: str = "weight") -> list[Adapter]:
         """The adapters that act on a weight: active, enabled, and not already in it.
 
-        While torch.compile traces, all of them: each is then switched by its tensor `live`.
+        While torch.compile traces, all of them: each is then switched by its tensor `applied`.
         """
         compiling = torch.compiler.is_compiling()
         if not (compiling or self._enabled):
             return []
         found = []
-        for adapter_name in self.adapters if compiling else self.live_names():
+        for adapter_name in self.adapters if compiling else self.applied_names():
             part = part_of(self.adapters[adapter_name], name)
-            if part is not None and part.live.is_meta:
-                if adapter_name not in self.live_names():
+            if part is not None and part.applied.is_meta:
+                if adapter_name not in self.applied_names():
                     continue
                 self.check_filled(adapter_name)
             # A copy may answer in any structure: which one acts is compiled in.
-            if isinstance(part, TrainedCopy) and adapter_name not in self.live_names():
+            if isinstance(part, ModulesToSaveCopy) and adapter_name not in self.applied_names():
                 continue
             if part is not None:
                 found.append(part)
         return found
 
-    def row_chain(self, name: str | None) -> list[Adapter]:
+    def adapters_of_row(self, name: str | None) -> list[Adapter]:
         """The adapters of a row that goes through adapter `name` alone; None: through the base."""
         if name is None:
             return []
         part = part_of(self.adapters[name], "weight")
-        if part is not None and part.live.is_meta:
+        if part is not None and part.applied.is_meta:
             self.check_filled(name)
         return [] if part is None else [part]
 
@@ -194,7 +195,7 @@ class AdaptedLayer(nn.Module):
                 "use load_adapter."
             )
 
-    def live_names(self) -> list[str]:
+    def applied_names(self) -> list[str]:
         """Names of the adapters that act in forward, in the order they were added."""
         if not self._enabled:
             return []
@@ -233,9 +234,9 @@ class AdaptedLayer(nn.Module):
         self._tell_adapters()
 
     def _tell_adapters(self) -> None:
-        live = self.live_names()
+        applied = self.applied_names()
         for name in self.adapters:
-            self.adapters[name].set_live(name in live)
+            self.adapters[name].set_applied(name in applied)
 
     # -- merging ---------------------------------------------------------------------------------
 
@@ -273,7 +274,7 @@ class AdaptedLayer(nn.Module):
 
     def can_merge(self, name: str) -> bool:
         """Whether there is something to merge: a trained copy already is a module of its own."""
-        return not isinstance(self.adapters[name], TrainedCopy)
+        return not isinstance(self.adapters[name], ModulesToSaveCopy)
 
     def _fold_weight(self, name: str, parts: list[Adapter], results: dict[str, Tensor]) -> None:
         weight = self.base_weight(name)

@@ -36,9 +36,9 @@ class AdaptedConv(AdaptedLayer):
             module.padding_mode,
         )
 
-    def peft_knows(self, adapter: Adapter) -> bool:
+    def peft_supports(self, adapter: Adapter) -> bool:
         """Where PEFT has this type of adapter on such a convolution, and computes the same."""
-        return adapter.peft_has_on(self.convolution(), tuple(self.weight.shape[2:]))
+        return adapter.peft_supports(self.convolution(), tuple(self.weight.shape[2:]))
 
     def apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
         """The convolution of x with another kernel, in the module's own geometry.

@@ -45,14 +45,16 @@ def check_convertible(module: nn.Module, path: str, option: str = "target_module
     raise TargetError(f"{path!r} ({type(module).__name__}) {reason}. (lora.{option})")
 
 
-def grow(module: nn.Module, layer_type: type[AdaptedLayer], name: str, adapter: Adapter) -> None:
+def attach_adapter(
+    module: nn.Module, layer_type: type[AdaptedLayer], name: str, adapter: Adapter
+) -> None:
     """Put `adapter` on `module` under `name`, inactive; the first one swaps the module's class."""
     convert_to_adapted(module, layer_type)
     adapter.train(module.training)
     cast(AdaptedLayer, module).adapters[name] = adapter
 
 
-def shrink(module: AdaptedLayer, name: str) -> None:
+def detach_adapter(module: AdaptedLayer, name: str) -> None:
     """Take adapter `name` off; the last one gives the module its own class back."""
     del module.adapters[name]
     module.active_adapters = [active for active in module.active_adapters if active != name]
@@ -89,7 +91,7 @@ def convert_back(module: AdaptedLayer) -> None:
         module.forward = instance_forward  # type: ignore[method-assign]
 
 
-def check_can_shrink(module: AdaptedLayer, path: str) -> None:
+def check_detachable(module: AdaptedLayer, path: str) -> None:
     """Refuse modules whose class was swapped again on top of ours, before anything is touched.
 
     Raises:

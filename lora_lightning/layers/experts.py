@@ -62,7 +62,7 @@ class AdaptedExperts(AdaptedLayer):
         order = [name for name in self._parameters if name in names]
         return {name: "base_layer." * (len(order) - 1 - i) for i, name in enumerate(order)}
 
-    def peft_knows(self, adapter: Adapter) -> bool:
+    def peft_supports(self, adapter: Adapter) -> bool:
         """PEFT has LoRA on parameters."""
         return all(isinstance(part, LoraExpertsAdapter) for part in adapter.children())
 
@@ -76,11 +76,11 @@ class AdaptedExperts(AdaptedLayer):
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         self._check_rows()
-        copy, _ = split_copy(self.chain(""))
+        copy, _ = split_copy(self.applied_adapters(""))
         module = self if copy is None else copy.module
         covers = {}
         for name in self._adapted_names():
-            _, parts = split_copy(self.chain(name))
+            _, parts = split_copy(self.applied_adapters(name))
             if parts:
                 weight = module._parameters.get(name)  # past a cover, where forward calls itself
                 weight = getattr(module, name) if weight is None else weight
@@ -131,7 +131,7 @@ class AdaptedExperts(AdaptedLayer):
         for part in cast("list[LoraExpertsAdapter]", parts):
             left, right = part.stored_factors()
             if torch.compiler.is_compiling():
-                left = torch.where(part.live, left, 0)
+                left = torch.where(part.applied, left, 0)
             lefts.append(left.to(weight.dtype))
             rights.append(right.to(weight.dtype))
         left = torch.cat(lefts, dim=-1) if len(parts) > 1 else lefts[0]
@@ -151,7 +151,7 @@ class AdaptedExperts(AdaptedLayer):
         with without_autocast(weight):
             for part in parts:
                 after = part.transform_weight(weight, WeightView(self, name))
-                weight = torch.where(part.live, after, weight) if compiling else after
+                weight = torch.where(part.applied, after, weight) if compiling else after
         return weight
 
     def _reads_by_torch_operations(self) -> bool:

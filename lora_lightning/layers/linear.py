@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lora_lightning.adapters.base import Adapter
 from lora_lightning.layers.autocast_cache import autocast_input
 from lora_lightning.layers.base import AdaptedLayer
-from lora_lightning.layers.composition import fold, split_copy
+from lora_lightning.layers.composition import compose, split_copy
 from lora_lightning.layers.fused_lora import add_lora, can_fuse, fused_lora, lora_terms
 
 
@@ -46,8 +46,8 @@ class AdaptedLinear(AdaptedLayer):
             y = base_map(shared)
             if can_fuse(y):
                 return add_lora(shared, y, terms, inplace=True)
-            return fold(others, shared, lambda z: y, self)
-        return fold(others, shared, base_map, self)
+            return compose(others, shared, lambda z: y, self)
+        return compose(others, shared, base_map, self)
 
     def gives_output_away(self) -> bool:
         """Whether the base needs its output no more, so that it may be written into."""

@@ -27,11 +27,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_lightning.adapters.base import Adapter, Base
-from lora_lightning.adapters.modules_to_save import TrainedCopy
+from lora_lightning.adapters.modules_to_save import ModulesToSaveCopy
 from lora_lightning.errors import AdapterStateError
 from lora_lightning.layers.autocast_cache import autocast_input
 from lora_lightning.layers.base import AdaptedLayer, WeightView, adapted_class
-from lora_lightning.layers.composition import fold, part_of, split_copy
+from lora_lightning.layers.composition import compose, part_of, split_copy
 from lora_lightning.layers.conversion import convert_back, convert_to_adapted
 from lora_lightning.layers.traversal import walk
 
@@ -91,7 +91,7 @@ class AdaptedMultiheadAttention(AdaptedLayer):
         """PEFT holds what is on the packed weight in the wrapper of the module itself."""
         return {name: "" if name == PACKED else f"{name}." for name in names}
 
-    def peft_knows(self, adapter: Adapter) -> bool:
+    def peft_supports(self, adapter: Adapter) -> bool:
         """Plain LoRA on the packed weight is all that PEFT can do here."""
         options = ("use_dora", "lora_bias", "lora_dropout")
         plain = not any(getattr(adapter.config, option, None) for option in options)
@@ -114,8 +114,8 @@ class AdaptedMultiheadAttention(AdaptedLayer):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As `nn.MultiheadAttention.forward`, with the live adapters."""
-        copy = None if self.row_adapters is not None else split_copy(self.chain())[0]
+        """As `nn.MultiheadAttention.forward`, with the adapters that are applied."""
+        copy = None if self.row_adapters is not None else split_copy(self.applied_adapters())[0]
         if not self._adapters_act():
             output: tuple[Tensor, Tensor | None] = self.base_forward(
                 copy,
@@ -142,7 +142,7 @@ class AdaptedMultiheadAttention(AdaptedLayer):
 
     def _attend(
         self,
-        copy: TrainedCopy | None,
+        copy: ModulesToSaveCopy | None,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -167,9 +167,9 @@ class AdaptedMultiheadAttention(AdaptedLayer):
     def _adapters_act(self) -> bool:
         if self.row_adapters is not None:
             return True
-        if isinstance(self.out_proj, AdaptedLayer) and self.out_proj.chain():
+        if isinstance(self.out_proj, AdaptedLayer) and self.out_proj.applied_adapters():
             return True
-        return any(split_copy(self.chain(name))[1] for name in self.weight_shapes())
+        return any(split_copy(self.applied_adapters(name))[1] for name in self.weight_shapes())
 
     def _check_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         if not query.dim() == key.dim() == value.dim() or query.dim() not in (2, 3):
@@ -234,7 +234,7 @@ class AdaptedMultiheadAttention(AdaptedLayer):
     ) -> Tensor:
         names, dim = self.row_adapters, 0 if self.batch_first else 1
         if names is None:
-            return cast(Tensor, fold(chains[None], x, base_map, base))
+            return cast(Tensor, compose(chains[None], x, base_map, base))
         if x.dim() != 3 or x.shape[dim] != len(names):
             raise AdapterStateError(
                 f"adapters_per_row names an adapter for each of {len(names)} rows, but a "
@@ -245,20 +245,20 @@ class AdaptedMultiheadAttention(AdaptedLayer):
         for name, chain in chains.items():
             rows = [i for i, other in enumerate(names) if other == name]
             rows_of_x = x.index_select(dim, torch.tensor(rows, device=x.device))
-            parts.append(fold(chain, rows_of_x, base_map, base))
+            parts.append(compose(chain, rows_of_x, base_map, base))
             order += rows
         return torch.cat(parts, dim).index_select(dim, torch.tensor(order).argsort().to(x.device))
 
     def _chains(self, weight_name: str) -> dict[str | None, list[Adapter]]:
         """The adapters on one weight, for each name in `row_adapters`; None: for all, or none."""
         if self.row_adapters is None:
-            return {None: split_copy(self.chain(weight_name))[1]}
+            return {None: split_copy(self.applied_adapters(weight_name))[1]}
         chains: dict[str | None, list[Adapter]] = {name: [] for name in self.row_adapters}
         for name, chain in chains.items():
             if name is None or name not in self.adapters or not self._enabled:
                 continue
             part = part_of(self.adapters[name], weight_name)
-            if isinstance(part, TrainedCopy):
+            if isinstance(part, ModulesToSaveCopy):
                 raise AdapterStateError(
                     f"Adapter {name!r} replaces a whole {self.base_type.__name__} by a copy "
                     "(modules_to_save), which adapters_per_row cannot do for single rows."
@@ -266,18 +266,18 @@ class AdaptedMultiheadAttention(AdaptedLayer):
             chain += [] if part is None else [part]
         return chains
 
-    def _project_out(self, copy: TrainedCopy | None, y: Tensor) -> Tensor:
+    def _project_out(self, copy: ModulesToSaveCopy | None, y: Tensor) -> Tensor:
         if self.row_adapters is not None:  # which want the batch first
             return cast(Tensor, self.out_proj(y.transpose(0, 1))).transpose(0, 1)
         if copy is None:
             return cast(Tensor, self.out_proj(y))
         chain: list[Adapter] = (
-            self.out_proj.chain() if isinstance(self.out_proj, AdaptedLayer) else []
+            self.out_proj.applied_adapters() if isinstance(self.out_proj, AdaptedLayer) else []
         )
         inner, others = split_copy(chain)
         module = cast(nn.MultiheadAttention, copy.module)
         return cast(
-            Tensor, fold(others, y, inner or module.out_proj, cast(AdaptedLayer, self.out_proj))
+            Tensor, compose(others, y, inner or module.out_proj, cast(AdaptedLayer, self.out_proj))
         )
 
 

@@ -137,7 +137,7 @@ def test_what_no_file_holds_is_there_after_an_injection_without_memory():
     finally:
         torch.use_deterministic_algorithms(False)
     expected = dict(model.named_buffers())
-    assert any(name.endswith("in_proj_weight.gain") for name in expected)
+    assert any(name.endswith("in_proj_weight.scaling_tensor") for name in expected)
     assert_same(dict(filled.named_buffers()), expected)
 
 

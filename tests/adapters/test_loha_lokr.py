@@ -490,7 +490,7 @@ def test_small_layers_keep_more_and_compute_the_same(kind, case, monkeypatch):
     assert lycoris.SMALL == 2**16
     for one, other in zip(torch.autograd.grad(model(x).square().sum(), tensors), lean, strict=True):
         close(one, other)
-    if adapter_of(model).acts_in_steps:
+    if adapter_of(model).uses_factors:
         assert sum(kept_for_backward(model, x).values()) > kept
 
 
@@ -512,7 +512,7 @@ def functions_of(model: nn.Module, x: Tensor) -> tuple[Callable[..., Tensor], li
 def test_first_and_second_derivatives(kind, case, in_steps):
     build = (lambda: nn.Linear(4, 4)) if case == "linear" else (lambda: nn.Conv2d(4, 4, 1))
     model = adapted(build, TYPES[kind][0](target_modules=["proj"], r=1))
-    adapter_of(model).acts_in_steps = in_steps
+    adapter_of(model).uses_factors = in_steps
     shape = (2, 4) if case == "linear" else (2, 4, 2, 1)
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     call, tensors = functions_of(model, x)
@@ -582,7 +582,7 @@ def test_an_empty_batch(kind, case):
 def test_updates_act_in_steps_where_that_pays():
     def in_steps(build: Build, kind: str, r: int = 8) -> bool:
         model = adapted(build, TYPES[kind][0](target_modules=["proj"], r=r))
-        return adapter_of(model).acts_in_steps
+        return adapter_of(model).uses_factors
 
     assert in_steps(lambda: nn.Linear(6, 3), "lokr")
     assert in_steps(lambda: nn.Conv2d(64, 64, 3), "lokr", 2)

@@ -17,14 +17,14 @@ from lora_lightning import (
     set_adapter,
     unload,
 )
-from lora_lightning.adapters.modules_to_save import TrainedCopy
+from lora_lightning.adapters.modules_to_save import ModulesToSaveCopy
 from tests.helpers.tensors import bit_equal, randomize
 
 HALF = [torch.bfloat16, torch.float16]
 
 
-def copy_in(module: nn.Module) -> TrainedCopy:
-    (found,) = [m for m in module.modules() if isinstance(m, TrainedCopy)]
+def copy_in(module: nn.Module) -> ModulesToSaveCopy:
+    (found,) = [m for m in module.modules() if isinstance(m, ModulesToSaveCopy)]
     return found
 
 

@@ -681,7 +681,7 @@ REFUSALS = {
     ),
     "tokens": (
         {"a": {}, "b": {"target_modules": ["linear"], "trainable_token_indices": {"embed": [3]}}},
-        {}, AdapterStateError, "On 'embed', 'b' is of type TokenRows",
+        {}, AdapterStateError, "On 'embed', 'b' is of type TrainableTokensAdapter",
     ),
     "other-type": (other_type, {}, AdapterStateError, "On 'linear', 'b' is of type OtherAdapter; only LoRA"),
     "merged": (merged, {}, AdapterStateError, "merged into the base"),

@@ -306,7 +306,7 @@ def test_what_scaling_refuses() -> None:
     options = {"target_modules": ["1"], "trainable_token_indices": {"0": [1]}}
     add(rows, "a", **options)
     before = unchanged_check(rows)
-    with pytest.raises(AdapterStateError, match="TokenRows, which has no scaling"):
+    with pytest.raises(AdapterStateError, match="TrainableTokensAdapter, which has no scaling"):
         scale_adapter(rows, "a", 2)
     before()
 
@@ -514,7 +514,7 @@ def test_status() -> None:
     assert q.parameters == {"one": 2 * (8 + 8), "two": 2 * (8 + 8)}
     assert v.devices == {"one": ["cpu"], "three": ["meta"]}
     assert v.dtypes == {"one": ["float32"], "three": ["float32"]}
-    assert layers["head"].adapters == {"one": "TrainedCopy"}
+    assert layers["head"].adapters == {"one": "ModulesToSaveCopy"}
     lines = str(status).splitlines()
     assert len(lines) == 3 + 9 + 1 + 2
     cells = [line.replace("│", " ").split() for line in lines]

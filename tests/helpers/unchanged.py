@@ -39,7 +39,7 @@ def _state(model: nn.Module) -> dict[str, Any]:
         found[f"{path}: attributes"] = sorted(module.__dict__)
         for attribute in ("active_adapters", "merged_adapters", "row_adapters"):
             found[f"{path}: {attribute}"] = list(getattr(module, attribute, None) or ())
-        for attribute in ("config", "scaling", "own_scaling", "adapters_enabled"):
+        for attribute in ("config", "scaling", "config_scaling", "adapters_enabled"):
             found[f"{path}: {attribute}"] = getattr(module, attribute, None)
     for name, _, record in trained_biases(model):
         found[f"{name}: hidden"] = record.hidden.clone()

@@ -819,6 +819,6 @@ def test_model_summary(tmp_path: Path) -> None:
     kinds = {row[1]: row[2] for row in rows if len(row) > 2}
     assert kinds["embed"] == "AdaptedLinear"
     assert kinds["embed.adapters.default"] == "LoraAdapter"
-    assert kinds["head.adapters.default"] == "TrainedCopy"
+    assert kinds["head.adapters.default"] == "ModulesToSaveCopy"
     assert re.search(r"^163 +Trainable params", table, re.MULTILINE)
     assert re.search(r"^499 +Non-trainable params", table, re.MULTILINE)

@@ -222,7 +222,7 @@ def test_an_adapter_that_follows_is_cast_along() -> None:
             own = {k: v for k, v in adapters(model).items() if f".adapters.{name}." in k}
             assert len(own) == 6
             assert dtypes(own.values()) == {wanted}
-        scales = [b for name, b in model.named_buffers() if name.endswith("gain")]
+        scales = [b for name, b in model.named_buffers() if name.endswith("scaling_tensor")]
         assert dtypes(scales) == {FP32}  # a scaling is no less exact for that
 
 

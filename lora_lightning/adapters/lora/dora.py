@@ -46,7 +46,7 @@ class _Dora(LowRankAdapter):
     def forward(self, x: Tensor, y: Tensor, base: Base) -> Tensor:
         """y + (m / n - 1) (y - b) + (m / n) scaling B A x, in y's dtype."""
         weight = base.base_weight()
-        gain = self._gain(weight).view(self.magnitude_shape)
+        scale = self._mag_norm_scale(weight).view(self.magnitude_shape)
         dropout = self.training and not isinstance(self.lora_dropout, nn.Identity)
         if dropout and x.is_floating_point():  # ids of tokens are not dropped
             x = self.lora_dropout(x)
@@ -54,16 +54,16 @@ class _Dora(LowRankAdapter):
         else:
             bias = base.bias_below(self)
             mapped = y if bias is None else y - bias.view(self.magnitude_shape).to(y.dtype)
-        change = (gain - 1).to(y.dtype) * mapped + gain.to(y.dtype) * self.update(x, base)
+        change = (scale - 1).to(y.dtype) * mapped + scale.to(y.dtype) * self.update(x, base)
         return y + change.to(y.dtype)
 
     def transform_weight(self, weight: Tensor, base: Base) -> Tensor:
         """(m / n) * (weight + scaling * B A)."""
         total = self.as_matrix(weight + self.delta_weight().to(weight))
-        gain = self._gain(base.base_weight()).to(weight.dtype)
-        return self.as_matrix(gain[:, None] * total).reshape(weight.shape)
+        scale = self._mag_norm_scale(base.base_weight()).to(weight.dtype)
+        return self.as_matrix(scale[:, None] * total).reshape(weight.shape)
 
-    def _gain(self, weight: Tensor) -> Tensor:
+    def _mag_norm_scale(self, weight: Tensor) -> Tensor:
         return self.lora_magnitude_vector.flatten() / self._norm(weight)
 
     @torch.no_grad()

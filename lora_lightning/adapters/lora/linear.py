@@ -226,9 +226,9 @@ class LowRankAdapter(DeltaAdapter):
         """A weight in the canonical layout as the matrix (out, in) that B A is added to."""
         return weight
 
-    def peft_has_on(self, conv: Convolution, kernel: tuple[int, ...]) -> bool:
+    def peft_supports(self, conv: Convolution, kernel: tuple[int, ...]) -> bool:
         """Not where it dilates either: PEFT's A does not."""
-        return super().peft_has_on(conv, kernel) and set(conv.dilation) == {1}
+        return super().peft_supports(conv, kernel) and set(conv.dilation) == {1}
 
     def extra_repr(self) -> str:
         """Rank and alpha, as they appear in `print(model)`."""

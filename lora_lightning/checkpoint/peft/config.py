@@ -13,9 +13,12 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from torch import nn
 
 from lora_lightning.adapters.config import AdapterConfig
-from lora_lightning.adapters.modules_to_save import TrainedCopy
+from lora_lightning.adapters.modules_to_save import ModulesToSaveCopy
 from lora_lightning.adapters.registry import config_type_of
-from lora_lightning.adapters.trainable_tokens import TiedTokenRows, TokenRows
+from lora_lightning.adapters.trainable_tokens import (
+    TiedTrainableTokensAdapter,
+    TrainableTokensAdapter,
+)
 from lora_lightning.checkpoint.peft.file_content import exact_names
 from lora_lightning.checkpoint.peft.keys import also_saved_by_peft
 from lora_lightning.engine.injection import adapters_named
@@ -58,9 +61,14 @@ def describe(model: nn.Module, adapter_name: str) -> dict[str, Any]:
     """The content of adapter_config.json for an adapter that is on `model`."""
     adapters = adapters_named(model, adapter_name)
     config = next(iter(adapters.values())).config
-    beside = (TrainedCopy, TokenRows, TiedTokenRows)  # which have options of their own
+    # These have options of their own.
+    beside = (
+        ModulesToSaveCopy,
+        TrainableTokensAdapter,
+        TiedTrainableTokensAdapter,
+    )
     targets = [path for path, a in adapters.items() if not isinstance(a, beside)]
-    saved = [path for path, a in adapters.items() if isinstance(a, TrainedCopy)]
+    saved = [path for path, a in adapters.items() if isinstance(a, ModulesToSaveCopy)]
     layers = dict(named_adapted_layers(model))
     base_config = getattr(model, "config", None)
     base_name = getattr(base_config, "name_or_path", None)
@@ -75,9 +83,11 @@ def describe(model: nn.Module, adapter_name: str) -> dict[str, Any]:
     for path in also_saved_by_peft(model, saved):  # which must have no adapter inside
         known &= not any(target == path or target.startswith(f"{path}.") for target in targets)
     if config.peft_type in PEFT_TYPES:
-        known = known and all(layers[path].peft_knows(adapters[path]) for path in targets)
+        known = known and all(layers[path].peft_supports(adapters[path]) for path in targets)
         if not targets:  # PEFT has a type of its own for that
-            rows = {p: a.token_ids for p, a in adapters.items() if isinstance(a, TokenRows)}
+            rows = {
+                p: a.token_ids for p, a in adapters.items() if isinstance(a, TrainableTokensAdapter)
+            }
             ids = next(iter(rows.values()), None)
             alike = all(other == ids for other in rows.values())
             if known and alike and not saved and config.bias == "none":

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lora_lightning.adapters.base import Adapter
 from lora_lightning.adapters.config import AdapterConfig, pattern_value
 from lora_lightning.adapters.lora.linear import LoraConfig, LowRankAdapter
-from lora_lightning.adapters.trainable_tokens import TokenRows
+from lora_lightning.adapters.trainable_tokens import TrainableTokensAdapter
 from lora_lightning.checkpoint.compatibility import config_differences
 from lora_lightning.checkpoint.peft.folder import TENSORS, opened_folder, read_values
 from lora_lightning.checkpoint.peft.keys import parts_in_file, tensors_to_load
@@ -189,7 +189,7 @@ def _other_tokens(adapters: dict[str, Adapter], incoming: AdapterConfig) -> list
     wanted = getattr(incoming, "trainable_token_indices", None)
     problems = []
     for path, adapter in adapters.items():
-        if isinstance(adapter, TokenRows):
+        if isinstance(adapter, TrainableTokensAdapter):
             ids = wanted
             if isinstance(wanted, dict):
                 ids = next((i for name, i in wanted.items() if matches_name(name, path)), None)
@@ -208,9 +208,9 @@ def _rescale(adapters: dict[str, Adapter], own: LoraConfig, incoming: LoraConfig
             path = part.spec.path
             r = pattern_value(incoming.rank_pattern, path, incoming.r)
             alpha = pattern_value(incoming.alpha_pattern, path, incoming.lora_alpha)
-            part.own_scaling = alpha / (math.sqrt(r) if incoming.use_rslora else r)
-            part.set_scaling(part.own_scaling)
-            alphas[path] = part.own_scaling * (math.sqrt(part.r) if own.use_rslora else part.r)
+            part.config_scaling = alpha / (math.sqrt(r) if incoming.use_rslora else r)
+            part.set_scaling(part.config_scaling)
+            alphas[path] = part.config_scaling * (math.sqrt(part.r) if own.use_rslora else part.r)
             part.lora_alpha = alphas[path]
     if not alphas:
         return own

@@ -13,8 +13,11 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor, nn
 
 from lora_lightning.adapters.base import Adapter, MultiWeightAdapter
-from lora_lightning.adapters.modules_to_save import TrainedCopy
-from lora_lightning.adapters.trainable_tokens import TiedTokenRows, TokenRows
+from lora_lightning.adapters.modules_to_save import ModulesToSaveCopy
+from lora_lightning.adapters.trainable_tokens import (
+    TiedTrainableTokensAdapter,
+    TrainableTokensAdapter,
+)
 from lora_lightning.checkpoint.fingerprint import base_tensors
 from lora_lightning.engine.bias import trained_biases
 from lora_lightning.layers.base import AdaptedLayer
@@ -50,8 +53,8 @@ def rows_alone(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     found = {}
     for path, layer in named_adapted_layers(model):
         adapter = layer.adapters.get(adapter_name)
-        rows = adapter._rows[0] if isinstance(adapter, TiedTokenRows) else adapter
-        if isinstance(rows, TokenRows):
+        rows = adapter._rows[0] if isinstance(adapter, TiedTrainableTokensAdapter) else adapter
+        if isinstance(rows, TrainableTokensAdapter):
             name = TOKEN_ROWS.partition(".")[2]
             found[f"{PREFIX}{path}.{name}"] = rows.trainable_tokens_delta.detach()
     return found
@@ -83,7 +86,7 @@ def parts_in_file(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Ad
     layers = dict(named_adapted_layers(model))
     for path, layer in layers.items():
         adapter = layer.adapters.get(adapter_name)
-        if adapter is None or isinstance(adapter, TrainedCopy):
+        if adapter is None or isinstance(adapter, ModulesToSaveCopy):
             continue
         prefix = PREFIX + _place(path, layers, adapter_name)
         if isinstance(adapter, MultiWeightAdapter):
@@ -117,7 +120,7 @@ def _shared_with_base(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     for path, layer in named_adapted_layers(model):
         adapter = layer.adapters.get(adapter_name)
         prefix = path + "." if path else ""
-        if isinstance(adapter, TrainedCopy):
+        if isinstance(adapter, ModulesToSaveCopy):
             state = adapter.module.state_dict()
             found.update({f"{PREFIX}{prefix}{name}": tensor for name, tensor in state.items()})
         elif adapter is not None:

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.adapters.modules_to_save import TrainedCopy
+from lora_lightning.adapters.modules_to_save import ModulesToSaveCopy
 from lora_lightning.layers.base import AdaptedLayer, first_argument
 from lora_lightning.layers.linear import AdaptedLinear
 from lora_lightning.layers.quantized.bitsandbytes import (
@@ -147,7 +147,7 @@ class AdaptedBitsandbytesLinear(AdaptedQuantizedLinear):
         forward = self.base_type.forward
         return forward.__module__ == "bitsandbytes.nn.modules" and self._instance_forward is None
 
-    def base_forward(self, copy: TrainedCopy | None, *args: Any, **kwargs: Any) -> Any:
+    def base_forward(self, copy: ModulesToSaveCopy | None, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward."""
         bias = self._parameters.get("bias")
         if copy is not None or bias is None:

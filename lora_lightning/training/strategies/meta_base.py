@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.adapters.modules_to_save import TrainedCopy
-from lora_lightning.adapters.trainable_tokens import TokenRows
+from lora_lightning.adapters.modules_to_save import ModulesToSaveCopy
+from lora_lightning.adapters.trainable_tokens import TrainableTokensAdapter
 from lora_lightning.engine.bias import trained_biases
 from lora_lightning.engine.switching import adapter_names
 from lora_lightning.errors import AdapterMismatchError, ConfigError, first_few
@@ -103,9 +103,9 @@ def load_base(module: LightningModule) -> None:
     for path, layer in named_adapted_layers(module):
         prefix = path + "." if path else ""
         for adapter in layer.adapters.modules():
-            if isinstance(adapter, TrainedCopy):
+            if isinstance(adapter, ModulesToSaveCopy):
                 _start_copy(adapter.module, prefix, values)
-            elif isinstance(adapter, TokenRows):
+            elif isinstance(adapter, TrainableTokensAdapter):
                 adapter.start_from_weight(full_tensor(layer.base_weight().detach()))
     remembered.base_on_meta = False
     remember_base(module, fresh=True)
