@@ -10,8 +10,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+from lightning.fabric.utilities.data import get_all_subclasses
+from torch.utils.data import BatchSampler, DataLoader
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -25,3 +29,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _seeded() -> None:
     torch.manual_seed(0)
     os.environ.pop("PL_GLOBAL_SEED", None)  # seed_everything's, which processes started here obey
+
+
+@pytest.fixture(autouse=True)
+def _data_loaders_as_torch_has_them() -> Iterator[None]:
+    """Take back what Lightning leaves patched for the whole process where a loader's hook raises.
+
+    Its `_replace_dunder_methods` restores the methods of DataLoader and BatchSampler only where
+    nothing goes wrong in between.
+    """
+    yield
+    for base in (DataLoader, BatchSampler):
+        for cls in get_all_subclasses(base) | {base}:
+            for method in ("__setattr__", "__delattr__", "__init__"):
+                if f"__old{method}" in vars(cls):
+                    setattr(cls, method, getattr(cls, f"__old{method}"))
+                    delattr(cls, f"__old{method}")

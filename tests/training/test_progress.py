@@ -254,7 +254,10 @@ def test_our_tasks_bring_it_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("theme", [None, RichProgressBarTheme(metrics_format=".1f")])
-def test_the_bar_has_a_line_for_each_metric(tmp_path: Path, theme: Any, capsys: Any) -> None:
+def test_the_bar_has_a_line_for_each_metric(
+    tmp_path: Path, theme: Any, capsys: Any, monkeypatch: Any
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")  # a line of its own can be cut where it is too long
     bar = RichProgressBar(**({} if theme is None else {"theme": theme}))
     fit(tmp_path, Net(), bar, enable_progress_bar=True)
     assert bar.theme.metrics_text_delimiter == ("\n" if theme is None else " ")
