@@ -4,58 +4,46 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lora_lightning.adapters.config import AdapterConfig
 from lora_lightning.adapters.lora.linear import LoraConfig
-from lora_lightning.checkpoint.peft.folder import load_adapter
 from lora_lightning.checkpoint.state_dict import KEY
 from lora_lightning.engine.injection import (
     adapters_named,
-    extend_adapter,
-    unchanged_on_error,
-)
-from lora_lightning.engine.switching import (
-    active_adapters,
-    adapter_names,
-    set_adapter,
 )
 from lora_lightning.engine.targets.selection import Selection
 from lora_lightning.errors import ConfigError
 from lora_lightning.training import summary as report
 from lora_lightning.training.adalora_schedule import RankSchedule
 from lora_lightning.training.adapter_callback import AdapterCallback
+from lora_lightning.training.attachment import attach
 from lora_lightning.training.checkpoints.files import protect_checkpoints
-from lora_lightning.training.checkpoints.metadata import remember_base
 from lora_lightning.training.checks.run import (
     check_callbacks,
     check_names,
     check_strategy,
 )
 from lora_lightning.training.checks.training import (
-    check_base_has_values,
     check_before_fit,
     check_first_gradients,
     check_hyperparameters,
     check_loss,
-    check_no_strangers,
     check_still_there,
     check_what_trains,
 )
-from lora_lightning.training.eva import let_train, start_values, starts_from_data, take_over_ranks
+from lora_lightning.training.eva import starts_from_data
 from lora_lightning.training.module_hooks import bind
 from lora_lightning.training.module_state import callbacks_of, defines_hook, module_state
 from lora_lightning.training.nonfinite import NonfiniteGuard, check_same_policy
 from lora_lightning.training.options import (
     LoraOptions,
     check_options,
-    check_same_adapter,
     log_options,
 )
-from lora_lightning.training.precision import check_precision, convert_before_growth
+from lora_lightning.training.precision import check_precision
 from lora_lightning.training.preemption import (
     Preemption,
     lines_without_checkpoint,
@@ -64,9 +52,7 @@ from lora_lightning.training.preemption import (
 from lora_lightning.training.resume.learning_rates import configured_rates
 from lora_lightning.training.resume.resumable_loader import make_loaders_resumable
 from lora_lightning.training.strategies.deepspeed import check_deepspeed
-from lora_lightning.training.strategies.fsdp import check_not_wrapped
-from lora_lightning.training.strategies.launchers import check_launcher, take_returned
-from lora_lightning.training.strategies.meta_base import expect_base, load_base_at_once
+from lora_lightning.training.strategies.launchers import check_launcher
 from lora_lightning.training.strategies.model_parallel import check_model_parallel
 from lora_lightning.training.strategies.state import override_state_methods
 from lora_lightning.training.weight_averaging import average_what_trains
@@ -78,9 +64,9 @@ if TYPE_CHECKING:
 class LoraCallback(AdapterCallback):
     """Fine-tune an unchanged LightningModule with LoRA adapters.
 
-    Adapters grow on the module when the Trainer sets it up, for fit, validate, test and predict
-    alike. The base is frozen, optimizers cover the adapters only, every checkpoint holds the
-    adapters only, and `ckpt_path` restores them after checking that adapters and base fit.
+    Adapters are attached to the module when the Trainer sets it up, for fit, validate, test and
+    predict alike. The base is frozen, optimizers cover the adapters only, every checkpoint holds
+    the adapters only, and `ckpt_path` restores them after checking that adapters and base fit.
     SIGTERM saves at the end of the batch and ends the process with exit code 143.
 
     Args:
@@ -143,7 +129,7 @@ class LoraCallback(AdapterCallback):
         self._gradients_checked = False
         self._log: Any = None
 
-    # -- growing the adapters ------------------------------------------------------------------
+    # -- attaching the adapter ------------------------------------------------------------------
 
     @property
     def log(self) -> Any:
@@ -160,7 +146,7 @@ class LoraCallback(AdapterCallback):
             bind(module)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Grow the adapters, now or as soon as the module has built its model."""
+        """Check the run; attach the adapter, now or once the module has built its layers."""
         if not self.enabled:
             bind(pl_module)  # so that an adapter checkpoint is refused in words
             return
@@ -183,53 +169,7 @@ class LoraCallback(AdapterCallback):
         check_same_policy({c.adapter_name: c.nonfinite for c in callbacks_of(pl_module)})
         bind(pl_module)
         if not (defines_hook(pl_module, "configure_model") or defines_hook(pl_module, "setup")):
-            self._attach(pl_module)
-
-    def _attach(self, pl_module: LightningModule) -> None:
-        """Put this adapter on the module; what carries it already keeps it."""
-        check_not_wrapped(pl_module)
-        load_base_at_once(pl_module)
-        convert_before_growth(pl_module)
-        check_base_has_values(pl_module)
-        root = self._root(pl_module)
-        take_returned(self, pl_module)
-        if self.init_from is not None:
-            self._load(root, self.init_from)
-        elif starts_from_data(self):
-            take_over_ranks(self, pl_module, root)
-        check_same_adapter(
-            pl_module, root, self.config, self.adapter_name, self.autocast_adapter_dtype
-        )
-        check_no_strangers(pl_module)
-        fresh = not adapter_names(pl_module)
-        start = start_values(self, pl_module, root)
-        # Processes that nobody seeded have seeds of their own.
-        seed = pl_module.trainer.strategy.broadcast(torch.initial_seed())
-        with unchanged_on_error(root):
-            self._selection = extend_adapter(
-                root,
-                self.config,
-                self.adapter_name,
-                seed=seed,
-                start=start,
-                autocast_adapter_dtype=self.autocast_adapter_dtype,
-            )
-            if self.adapter_name not in active_adapters(root):
-                set_adapter(root, [*active_adapters(root), self.adapter_name])
-        let_train(pl_module, root)
-        expect_base(pl_module)
-        remember_base(pl_module, fresh)
-
-    def _load(self, root: nn.Module, path: str) -> None:
-        """Put the adapter on from a file, unless it is there already, and take its options over."""
-        if self.adapter_name not in adapter_names(root):
-            load_adapter(
-                root,
-                path,
-                self.adapter_name,
-                autocast_adapter_dtype=self.autocast_adapter_dtype,
-            )
-        self.config = next(iter(adapters_named(root, self.adapter_name).values())).config
+            attach(self, pl_module)
 
     def _leaves_step_out(self) -> bool:
         return self.guard.skipping

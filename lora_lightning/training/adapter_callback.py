@@ -67,10 +67,6 @@ class AdapterCallback(Callback):
         keys = saved_keys(self._root(pl_module), self.adapter_name)
         return {prefix + key: shape for key, shape in keys.items()}
 
-    def _attach(self, pl_module: LightningModule) -> None:
-        """Attach the adapter; where the module carries it already, keep it."""
-        raise NotImplementedError
-
     def _leaves_step_out(self) -> bool:
         """True while an optimizer step is under way that is left out."""
         raise NotImplementedError

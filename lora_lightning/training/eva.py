@@ -15,30 +15,28 @@ from lora_lightning.adapters.config import AdapterConfig
 from lora_lightning.adapters.lora.linear import LoraConfig
 from lora_lightning.checkpoint.state_dict import adapter_state_dict
 from lora_lightning.engine.eva import FOUND, eva_start
-from lora_lightning.engine.injection import adapters_named, delete_adapter, extend_adapter, freeze
+from lora_lightning.engine.injection import adapters_named, delete_adapter
 from lora_lightning.engine.switching import (
-    active_adapters,
     adapter_names,
-    set_adapter,
-    set_trainable,
 )
 from lora_lightning.errors import ConfigError
-from lora_lightning.layers.traversal import named_adapted_layers
 from lora_lightning.training.adapter_callback import AdapterCallback
-from lora_lightning.training.module_state import callbacks_of
 from lora_lightning.utilities.rng import random_state, set_random_state
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
+    from lightning.pytorch.strategies import Strategy
 
 
 def starts_from_data(callback: AdapterCallback) -> bool:
-    """Whether the callback was asked for EVA."""
+    """True if the callback was asked for EVA."""
     return getattr(callback._requested_config, "init_lora_weights", True) == "eva"
 
 
 def take_over_ranks(callback: AdapterCallback, pl_module: LightningModule, root: nn.Module) -> None:
     """The ranks that were found for this module before; none if it was only evaluated."""
+    if not starts_from_data(callback):
+        return
     callback.config = callback._requested_config
     adapters = [*adapters_named(root, callback.adapter_name).values()]
     if not adapters:
@@ -66,49 +64,33 @@ def start_values(
     return start
 
 
-def adopt_ranks(
-    callback: AdapterCallback, pl_module: LightningModule, saved: dict[str, Any]
-) -> None:
-    """Take the ranks over that EVA found when the run of a checkpoint began.
+def ranks_of_checkpoint(
+    callback: AdapterCallback, strategy: Strategy, saved: dict[str, Any]
+) -> LoraConfig | None:
+    """The options with the ranks that EVA found when a checkpoint's run began, if they are others.
 
-    Called before the checkpoint's tensors are loaded, and before there are optimizers.
+    Args:
+        callback: Whose adapter it is.
+        strategy: That the checkpoint is to be loaded under.
+        saved: What the checkpoint says of the adapter.
+
+    Raises:
+        ConfigError: If the strategy loads it when other ranks cannot be had any more.
+
     """
     if not starts_from_data(callback) or saved.get("peft_type", "LORA") != "LORA":
-        return
+        return None
     plain = {"init_lora_weights": True, "eva_config": None}
     config = LoraConfig.from_dict({**saved["config"], **plain})
     if config.rank_pattern == getattr(callback.config, "rank_pattern", None):
-        return
-    strategy = pl_module.trainer.strategy
+        return None
     if strategy.restore_checkpoint_after_setup:
         raise ConfigError(
             f"{type(strategy).__name__} restores checkpoints into adapters that it has set up, but "
             "this one's have the ranks that EVA found. Resume on a single device or under DDP, or "
             "put the adapter on before fit: load_adapter(module, path). (lora.init_lora_weights)"
         )
-    root = callback._root(pl_module)
-    order = adapter_names(root)
-    delete_adapter(root, callback.adapter_name)
-    callback.config = config
-    callback._selection = extend_adapter(
-        root,
-        config,
-        callback.adapter_name,
-        autocast_adapter_dtype=callback.autocast_adapter_dtype,
-    )
-    for _, layer in named_adapted_layers(root):  # in the order that the optimizer's state goes by
-        for name in filter(layer.adapters.__contains__, order):
-            layer.adapters[name] = layer.adapters.pop(name)
-    set_adapter(root, [*active_adapters(root), callback.adapter_name])
-    let_train(pl_module, root)
-
-
-def let_train(module: LightningModule, root: nn.Module) -> None:
-    """Freeze all but the adapters on `root` whose callbacks say that they train."""
-    freeze(module)
-    for callback in callbacks_of(module):
-        if callback.adapter_name in adapter_names(root):
-            set_trainable(root, callback.adapter_name, callback.trainable)
+    return config
 
 
 def _config_and_start(
@@ -153,10 +135,10 @@ def _config_and_start(
     return trainer.strategy.broadcast(found, src=0)
 
 
-def _with_ranks_of(found: LoraConfig, given: AdapterConfig) -> AdapterConfig:
+def _with_ranks_of(found: LoraConfig, requested: AdapterConfig) -> AdapterConfig:
     """The options that were given, with the targets and ranks that EVA found for them before."""
     ranks = {name: getattr(found, name) for name in (*FOUND, "init_lora_weights", "eva_config")}
-    return dataclasses.replace(given, **ranks)
+    return dataclasses.replace(requested, **ranks)
 
 
 @contextmanager

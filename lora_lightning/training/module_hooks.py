@@ -19,8 +19,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lora_lightning.checkpoint.state_dict import KEY
 from lora_lightning.engine.switching import adapter_names
 from lora_lightning.errors import CheckpointError
+from lora_lightning.training.attachment import (
+    attach_all,
+    attach_before_sharding,
+    attach_with_saved_ranks,
+)
 from lora_lightning.training.checkpoints.metadata import check_checkpoint, reduce_checkpoint
-from lora_lightning.training.eva import adopt_ranks
 from lora_lightning.training.module_state import (
     callbacks_of,
     defines_hook,
@@ -37,7 +41,7 @@ from lora_lightning.training.optimizers import (
 )
 from lora_lightning.training.resume.run_state import continue_run, prepare_run_state
 from lora_lightning.training.strategies.fsdp import leave_out_adapters
-from lora_lightning.training.strategies.model_parallel import grow_before_sharding, shard_adapters
+from lora_lightning.training.strategies.model_parallel import shard_adapters
 from lora_lightning.utilities.wrappers import under_own_names
 
 
@@ -53,7 +57,7 @@ def bind(module: LightningModule) -> None:
 
 
 def setup(self: LightningModule, stage: str) -> None:
-    """The module's own `setup`, then growth, unless `configure_model` is still to build."""
+    """The module's own `setup`; adapters after it, unless `configure_model` is still to build."""
     module_state(self).resumed_from = None  # of a run that never came to train
     module_state(self).had_gradient = set()
     if stage == "fit" and adapter_names(self) and not callbacks_of(self):
@@ -65,21 +69,19 @@ def setup(self: LightningModule, stage: str) -> None:
         )
     original_hook(self, "setup")(stage)
     if not defines_hook(self, "configure_model"):
-        for callback in callbacks_of(self):
-            callback._attach(self)
+        attach_all(self)
 
 
 def configure_model(self: LightningModule) -> None:
-    """The module's own `configure_model`, then growth."""
-    callbacks = callbacks_of(self)
-    if callbacks:
-        grow_before_sharding(self, callbacks)
-        leave_out_adapters(self)
+    """The module's own `configure_model`, and the adapters before or after it."""
+    if not callbacks_of(self):
+        original_hook(self, "configure_model")()
+        return
+    attach_before_sharding(self)
+    leave_out_adapters(self)
     original_hook(self, "configure_model")()
-    for callback in callbacks:
-        callback._attach(self)
-    if callbacks:
-        shard_adapters(self)
+    attach_all(self)
+    shard_adapters(self)
 
 
 def configure_optimizers(self: LightningModule) -> Any:
@@ -115,7 +117,7 @@ def on_save_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> Non
     """The last hook before a checkpoint is written, of whatever kind: drop the base."""
     original_hook(self, "on_save_checkpoint")(checkpoint)
     callbacks = callbacks_of(self)
-    # Without a fingerprint nothing has grown yet: a run that failed in setup is being saved.
+    # Without a fingerprint no adapter is attached yet: a run that failed in setup is being saved.
     if callbacks and module_state(self).base_fingerprint is not None:
         reduce_checkpoint(checkpoint, self, callbacks)
 
@@ -133,7 +135,7 @@ def on_load_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> Non
         for callback in callbacks:
             saved = checkpoint.get(KEY, {}).get("adapters", {}).get(callback.adapter_name)
             if saved is not None:
-                adopt_ranks(callback, self, saved)
+                attach_with_saved_ranks(callback, self, saved)
         check_checkpoint(checkpoint, self, callbacks)
         for part in checkpoint.keys() & {"state_dict", "current_model_state"}:
             if module_state(self).fsdp is not None:

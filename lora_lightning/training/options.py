@@ -15,6 +15,7 @@ from lora_lightning.adapters.lora.linear import LoraConfig
 from lora_lightning.adapters.wrong_arguments import explain_no_config, explain_unknown
 from lora_lightning.engine.injection import adapters_named
 from lora_lightning.errors import AdapterMismatchError, ConfigError
+from lora_lightning.training.adapter_callback import AdapterCallback
 
 
 class LoraOptions(TypedDict, total=False):
@@ -102,25 +103,21 @@ def check_options(
         )
 
 
-def check_same_adapter(
-    module: nn.Module,
-    root: nn.Module,
-    config: AdapterConfig,
-    adapter_name: str,
-    autocast_adapter_dtype: bool,
-) -> None:
+def check_same_adapter(callback: AdapterCallback, module: nn.Module, root: nn.Module) -> None:
     """An adapter that `module` carries already is the one that is asked for on `root` in it.
 
     Raises:
         AdapterMismatchError: If its options differ, or it sits on more than `root`.
 
     """
+    adapter_name = callback.adapter_name
     inside = adapters_named(root, adapter_name)
     what_to_do = (
         "another adapter_name, or take the old one off with "
         f"delete_adapter(module, {adapter_name!r})."
     )
-    asked = options_of(config) | {"autocast_adapter_dtype": autocast_adapter_dtype}
+    asked = options_of(callback.config)
+    asked["autocast_adapter_dtype"] = callback.autocast_adapter_dtype
     for path, adapter in inside.items():
         found = options_of(adapter.config)
         found["autocast_adapter_dtype"] = adapter.autocast_adapter_dtype

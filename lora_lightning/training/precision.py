@@ -2,9 +2,9 @@
 
 Most plugins only cast, which adapters withstand (`Adapter._apply`). One that replaces modules when
 the strategy is set up would replace those that carry adapters. `BitsandbytesPrecision` is asked to
-convert before they grow, and leaves a module with layers of bitsandbytes alone from then on. So is
-`DoublePrecision`: a checkpoint is loaded before the strategy is set up, into tensors that would be
-too narrow for it.
+convert before they are attached, and leaves a module with layers of bitsandbytes alone from then
+on. So is `DoublePrecision`: a checkpoint is loaded before the strategy is set up, into tensors that
+would be too narrow for it.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def check_precision(trainer: Any) -> None:
     if _is_a(plugin, "TransformerEnginePrecision"):
         raise ConfigError(
             f"LoraCallback does not support {name}: TransformerEngine replaces Linear and "
-            "LayerNorm modules by its own, after adapters have grown on them. Use 'bf16-mixed' or "
-            "'bf16-true'; for a smaller base, BitsandbytesPrecision. (trainer.precision)"
+            "LayerNorm modules by its own, after adapters were attached to them. Use 'bf16-mixed' "
+            "or 'bf16-true'; for a smaller base, BitsandbytesPrecision. (trainer.precision)"
         )
     owner = next(cls for cls in plugin.__mro__ if "convert_module" in vars(cls))
     if not owner.__module__.startswith(_LIGHTNING):
@@ -49,7 +49,7 @@ def check_precision(trainer: Any) -> None:
         )
 
 
-def convert_before_growth(module: LightningModule) -> None:
+def convert_before_attaching(module: LightningModule) -> None:
     """Let the plugin of bitsandbytes or of float64 convert `module`; others wait for the strategy.
 
     Doing it again changes nothing.
@@ -69,7 +69,7 @@ def convert_before_growth(module: LightningModule) -> None:
             raise AdapterStateError(
                 f"The adapters {adapter_names(module)} sit on layers that "
                 f"{type(plugin).__name__} would replace. Take them off with delete_adapter and let "
-                "LoraCallback grow them, or train without the plugin. (trainer.precision)"
+                "LoraCallback attach them, or train without the plugin. (trainer.precision)"
             )
         for parameter in module.parameters():  # an optimizer that was built before may hold them
             parameter.requires_grad_(False)

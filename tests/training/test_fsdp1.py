@@ -352,7 +352,7 @@ def test_gradients_are_averaged_after_a_backward_that_failed(
 def test_refusals(found: dict[str, Any]) -> None:
     refused = found["refused"]
     assert "Use bias='none', or ModelParallelStrategy. (lora.bias)" in refused["bias"]
-    assert "body were wrapped in FSDP before adapters could grow" in refused["late"]
+    assert "body were wrapped in FSDP before adapters could be attached" in refused["late"]
     assert "WeightAveraging swaps whole models" in refused["averaging"]
     assert "The base of rank 1 is not that of rank 0" in refused["base"]
 

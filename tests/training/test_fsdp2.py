@@ -300,13 +300,19 @@ def starts(folder: Path) -> dict[str, Any]:
 
 
 class Spy(LoraCallback):
-    """Looks at A and at the random state when adapters have grown, before DDP hands A to all."""
+    """Looks at A and at the random state once A is attached, before DDP hands A to all."""
 
-    def _attach(self, pl_module: Any) -> None:
-        before = torch.get_rng_state()
-        super()._attach(pl_module)
-        self.undisturbed = torch.equal(before, torch.get_rng_state())
-        self.start = full_tensor(pl_module.embed.adapters["default"].lora_A.detach()).clone()
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        configure_model = pl_module.configure_model  # the adapter is attached around the module's
+
+        def configure_and_look() -> None:
+            before = torch.get_rng_state()
+            configure_model()
+            self.undisturbed = torch.equal(before, torch.get_rng_state())
+            self.start = full_tensor(pl_module.embed.adapters["default"].lora_A.detach()).clone()
+
+        pl_module.configure_model = configure_and_look
 
 
 def evaluate(folder: Path) -> list[float]:

@@ -62,7 +62,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
             CheckpointError: If that is impossible; a file of that name is as it was.
 
         """
-        if KEY in checkpoint:  # absent where a run failed before anything had grown
+        if KEY in checkpoint:  # absent where a run failed before adapters were attached
             checkpoint = with_hashes(checkpoint)
         file = _local(path)
         if file is None or storage_options is not None:

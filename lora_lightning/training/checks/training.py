@@ -118,9 +118,9 @@ def check_still_there(module: LightningModule, selection: Selection) -> None:
     lost = [path for path, target in selection.targets.items() if id(target) not in present]
     if lost:
         raise AdapterStateError(
-            f"{first_few(lost)} were replaced after adapters had grown on them, by a plugin or in "
-            "a hook: the adapters are gone with them. Replace modules in the module's __init__, "
-            "setup or configure_model, before adapters grow."
+            f"{first_few(lost)} were replaced after adapters were attached to them, by a plugin "
+            "or in a hook: the adapters are gone with them. Replace modules in the module's "
+            "__init__, setup or configure_model, before adapters are attached."
         )
 
 
@@ -184,7 +184,7 @@ def check_first_gradients(module: LightningModule) -> None:
         )
 
 
-def check_no_strangers(module: LightningModule) -> None:
+def check_no_unmanaged_adapters(module: LightningModule) -> None:
     """The model carries no adapter but those of the callbacks.
 
     Raises:
@@ -192,10 +192,10 @@ def check_no_strangers(module: LightningModule) -> None:
 
     """
     managed = [callback.adapter_name for callback in callbacks_of(module)]
-    strangers = [name for name in adapter_names(module) if name not in managed]
-    if strangers:
+    unmanaged = [name for name in adapter_names(module) if name not in managed]
+    if unmanaged:
         raise AdapterStateError(
-            f"The model carries adapters {strangers}, which no LoraCallback of this Trainer "
+            f"The model carries adapters {unmanaged}, which no LoraCallback of this Trainer "
             "manages: they would not be saved. Make them part of the base with "
             "merge_and_unload(module), take them off with delete_adapter, or give each a "
             "LoraCallback of its own. (lora.adapter_name)"

@@ -1,7 +1,7 @@
 """Data loaders whose position in an epoch can be saved, and found again.
 
-As an adapter grows on its module, so the loader stays itself and only its class is swapped for a
-subclass of it. Two things change:
+The loader stays the same object, and only its class is swapped for a subclass of it, as that of
+a layer to which an adapter is attached. Two things change:
 
 * The iterator of a pass (one epoch) is made when its first batch is asked for. Lightning makes it
   earlier, in a resumed run too early: before random states are restored, and before the sampler

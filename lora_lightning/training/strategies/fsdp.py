@@ -53,7 +53,7 @@ def check_fsdp(strategy: Any) -> None:
             f"{type(strategy).__name__}(ignored_states=...) cannot be given beside adapters, which "
             "are left out as modules. Name modules: ignored_modules. (trainer.strategy)"
         )
-    # Passed on when `configure_model` begins, to wrap by; adapters that grow in it are added.
+    # Passed on when `configure_model` begins, to wrap by; adapters attached in it are added.
     options["ignored_modules"] = [*(options.get("ignored_modules") or [])]
 
 
@@ -86,26 +86,26 @@ def leave_out_adapters(module: LightningModule) -> None:
 
 
 def check_not_wrapped(module: LightningModule) -> None:
-    """Adapters cannot grow on weights that FSDP has flattened.
+    """Refuse to attach adapters to weights that FSDP has flattened.
 
     Raises:
-        ConfigError: If some are and adapters are still to grow.
+        ConfigError: If some are and adapters are still to be attached.
 
     """
     from torch.distributed.fsdp import FullyShardedDataParallel
 
-    grown = adapter_names(module)
+    attached = adapter_names(module)
     if not is_fsdp(module.trainer.strategy) or all(
-        callback.adapter_name in grown for callback in callbacks_of(module)
+        callback.adapter_name in attached for callback in callbacks_of(module)
     ):
         return
     wrapped = [n for n, m in module.named_modules() if isinstance(m, FullyShardedDataParallel)]
     if wrapped:
         raise ConfigError(
-            f"{first_few(wrapped)} were wrapped in FSDP before adapters could grow on them: their "
-            "weights are flattened by now. Build the model in __init__ or setup "
-            "and give the strategy an auto_wrap_policy instead; or, to build and shard in "
-            "configure_model, use ModelParallelStrategy. (trainer.strategy)"
+            f"{first_few(wrapped)} were wrapped in FSDP before adapters could be attached to them: "
+            "their weights are flattened by now. Build the model in __init__ or setup and give the "
+            "strategy an auto_wrap_policy instead; or, to build and shard in configure_model, "
+            "use ModelParallelStrategy. (trainer.strategy)"
         )
 
 

@@ -19,16 +19,13 @@ import torch
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lora_lightning.adapters.registry import config_type_of
-from lora_lightning.checkpoint.state_dict import KEY, materialize
-from lora_lightning.engine.injection import inject_adapter
+from lora_lightning.checkpoint.state_dict import KEY
 from lora_lightning.engine.switching import adapter_names
 from lora_lightning.errors import ConfigError
 from lora_lightning.layers.traversal import walk
-from lora_lightning.training.adapter_callback import AdapterCallback
+from lora_lightning.training.attachment import attach_all
 from lora_lightning.training.checkpoints.metadata import reduce_checkpoint
 from lora_lightning.training.module_state import callbacks_of, module_state
-from lora_lightning.utilities.wrappers import under_own_names
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
@@ -61,28 +58,6 @@ def check_launcher(trainer: Any, pl_module: LightningModule, adapter_name: str) 
         )
 
 
-def take_returned(callback: AdapterCallback, pl_module: LightningModule) -> None:
-    """Put on the adapter that came back before the module had built the layers it belongs on."""
-    returned = module_state(pl_module).from_children
-    entry = returned.get("adapters", {}).pop(callback.adapter_name, None)
-    if entry is None:
-        return
-    root = callback._root(pl_module)
-    if callback.adapter_name not in adapter_names(root):
-        config = config_type_of(entry["peft_type"]).from_dict(entry["config"])
-        inject_adapter(
-            root,
-            config,
-            callback.adapter_name,
-            low_cpu_mem_usage=True,
-            autocast_adapter_dtype=callback.autocast_adapter_dtype,
-        )
-        materialize(root, callback.adapter_name)
-    own = {key: returned["state_dict"].pop(key) for key in entry["tensors"]}
-    state = under_own_names(pl_module, {**own, **returned["moved"]})
-    pl_module.load_state_dict(state, strict=False)
-
-
 def _get_extra_results(self: Any, trainer: Any) -> dict[str, Any]:
     """In a child process, on its way out: what training changed, beside what Lightning returns."""
     extra = _original_extra(self, trainer)
@@ -99,7 +74,7 @@ def _get_extra_results(self: Any, trainer: Any) -> dict[str, Any]:
 
 
 def _update_main_process_results(self: Any, trainer: Any, extra: dict[str, Any]) -> None:
-    """In the main process: grow what came back, now or when the module builds its layers."""
+    """In the main process: attach what came back, now or when the module builds its layers."""
     _original_update(self, trainer, extra)
     if KEY not in extra:
         return
@@ -118,8 +93,7 @@ def _update_main_process_results(self: Any, trainer: Any, extra: dict[str, Any])
             "it builds them again, in the next fit, validate, test or predict."
         )
         return
-    for callback in callbacks_of(module):
-        callback._attach(module)
+    attach_all(module)
 
 
 def _has_modules_of(module: LightningModule, keys: Iterable[str]) -> bool:

@@ -9,7 +9,7 @@ afterwards, of a method of the LightningModule:
 
 Each process takes its part. Adapters have made their start values by then, the same everywhere.
 Under other strategies the same module has memory from the start, but `init_module(empty_init=True)`
-leaves in it what was there: the base is loaded before adapters grow.
+leaves in it what was there: the base is loaded before adapters are attached.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Adapters on a module that its user shards in `configure_model` (FSDP2, ModelParallelStrategy).
 
-Where the module is built before, adapters grow before it is sharded, and `fully_shard` takes them
-up with their modules. Where `configure_model` builds and shards at once, they grow afterwards: the
-adapters inside one FSDP unit then become a unit of their own. Layers read the tensors of adapters
-directly (the fused path, `transform_input`), so this unit is not entered by a forward of its own:
-every layer gathers it when it is called. It stays gathered until backward is over, where FSDP
-reduces its gradients together with those of units whose inputs needed none.
+Where the module is built before, adapters are attached before it is sharded, and `fully_shard`
+takes them up with their modules. Where `configure_model` builds and shards at once, they are
+attached afterwards: the adapters inside one FSDP unit then become a unit of their own. Layers read
+the tensors of adapters directly (the fused path, `transform_input`), so this unit is not entered
+by a forward of its own: every layer gathers it when it is called. It stays gathered until backward
+is over, where FSDP reduces its gradients together with those of units whose inputs needed none.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from lora_lightning.errors import ConfigError, TargetError, first_few
+from lora_lightning.errors import ConfigError, first_few
 from lora_lightning.layers.base import AdaptedLayer
 from lora_lightning.layers.traversal import named_adapted_layers, walk
 from lora_lightning.utilities.dtensor import is_sharded
@@ -76,21 +76,8 @@ def check_model_parallel(trainer: Any, starts_from_data: bool) -> None:
             )
 
 
-def grow_before_sharding(module: LightningModule, callbacks: list[Any]) -> None:
-    """Grow the adapters whose modules are there before `configure_model`, which may shard them."""
-    strategy = module.trainer.strategy
-    if not (is_model_parallel(strategy) or is_fsdp(strategy)):
-        return
-    reshard(module)  # a run before may have left it gathered
-    for callback in callbacks:
-        try:
-            callback._attach(module)
-        except (TargetError, ConfigError):  # not built yet; what is wrong shows again afterwards
-            continue
-
-
 def shard_adapters(module: LightningModule) -> None:
-    """Shard adapters that were grown on modules that are sharded already.
+    """Shard adapters that were attached to modules that are sharded already.
 
     Raises:
         ConfigError: If adapters would be left whole beside sharded ones: nobody would reduce

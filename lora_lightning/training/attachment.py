@@ -1,0 +1,191 @@
+"""The one way in which adapters are attached to a module, and the moments at which that is done.
+
+| moment                                    | reason                                              |
+|-------------------------------------------|-----------------------------------------------------|
+| the callback's `setup`, if the module     | callbacks that come after it find the adapters:     |
+| defines neither `setup` nor               | WeightAveraging copies the module in its `setup`    |
+| `configure_model`                         |                                                     |
+| after the module's `setup`, if it defines | it may build its layers there; other callbacks may  |
+| no `configure_model`                      | have loaded a base, whose fingerprint is then taken |
+| before its `configure_model`, under FSDP  | what that shards is sharded with the adapters on it |
+| after its `configure_model`               | it may build its layers there                       |
+| after a fit in child processes (spawn)    | no hook is called in the main process, which gets   |
+|                                           | back what they trained                              |
+
+An adapter that is there already stays: to come by more than once does no harm.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_lightning.adapters.registry import config_type_of
+from lora_lightning.checkpoint.peft.folder import load_adapter
+from lora_lightning.checkpoint.state_dict import materialize
+from lora_lightning.engine.injection import (
+    adapters_named,
+    delete_adapter,
+    extend_adapter,
+    freeze,
+    inject_adapter,
+    unchanged_on_error,
+)
+from lora_lightning.engine.switching import (
+    active_adapters,
+    adapter_names,
+    set_adapter,
+    set_trainable,
+)
+from lora_lightning.errors import ConfigError, TargetError
+from lora_lightning.layers.traversal import named_adapted_layers
+from lora_lightning.training.adapter_callback import AdapterCallback
+from lora_lightning.training.checkpoints.metadata import remember_base
+from lora_lightning.training.checks.training import (
+    check_base_has_values,
+    check_no_unmanaged_adapters,
+)
+from lora_lightning.training.eva import ranks_of_checkpoint, start_values, take_over_ranks
+from lora_lightning.training.module_state import callbacks_of, module_state
+from lora_lightning.training.options import check_same_adapter
+from lora_lightning.training.precision import convert_before_attaching
+from lora_lightning.training.strategies.fsdp import check_not_wrapped
+from lora_lightning.training.strategies.meta_base import expect_base, load_base_at_once
+from lora_lightning.training.strategies.model_parallel import is_fsdp, is_model_parallel, reshard
+from lora_lightning.utilities.wrappers import under_own_names
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule
+
+
+def attach(callback: AdapterCallback, module: LightningModule) -> None:
+    """Attach the callback's adapter to the module, which keeps one that it carries already.
+
+    Raises:
+        LoraError: If options, model, strategy or precision do not allow it; nothing is attached.
+
+    """
+    check_not_wrapped(module)
+    load_base_at_once(module)
+    convert_before_attaching(module)
+    check_base_has_values(module)
+    root = callback._root(module)
+    _attach_what_children_trained(callback, module, root)
+    if callback.init_from is not None:
+        _attach_from_file(callback, root, callback.init_from)
+    else:
+        take_over_ranks(callback, module, root)
+    check_same_adapter(callback, module, root)
+    check_no_unmanaged_adapters(module)
+    first = not adapter_names(module)
+    start = start_values(callback, module, root)
+    # Processes that nobody seeded have seeds of their own.
+    seed = module.trainer.strategy.broadcast(torch.initial_seed())
+    _extend(callback, module, root, seed, start)
+    expect_base(module)
+    remember_base(module, first)
+
+
+def attach_all(module: LightningModule) -> None:
+    """Attach the adapters of all callbacks."""
+    for callback in callbacks_of(module):
+        attach(callback, module)
+
+
+def attach_before_sharding(module: LightningModule) -> None:
+    """Attach the adapters whose layers are there before `configure_model`, which may shard them."""
+    strategy = module.trainer.strategy
+    if not (is_model_parallel(strategy) or is_fsdp(strategy)):
+        return
+    reshard(module)  # a run before may have left it gathered
+    for callback in callbacks_of(module):
+        try:
+            attach(callback, module)
+        except (TargetError, ConfigError):  # not built yet; what is wrong shows again afterwards
+            continue
+
+
+def attach_with_saved_ranks(
+    callback: AdapterCallback, module: LightningModule, saved: dict[str, Any]
+) -> None:
+    """Attach the adapter anew, if EVA found other ranks when the run of a checkpoint began.
+
+    Called before the checkpoint's tensors are loaded, and before there are optimizers.
+
+    Args:
+        callback: Whose adapter it is.
+        module: The module, which carries it.
+        saved: What the checkpoint says of the adapter.
+
+    """
+    config = ranks_of_checkpoint(callback, module.trainer.strategy, saved)
+    if config is None:
+        return
+    root = callback._root(module)
+    order = adapter_names(root)
+    delete_adapter(root, callback.adapter_name)
+    callback.config = config
+    _extend(callback, module, root)
+    for _, layer in named_adapted_layers(root):  # in the order that the optimizer's state goes by
+        for name in filter(layer.adapters.__contains__, order):
+            layer.adapters[name] = layer.adapters.pop(name)
+
+
+def _extend(
+    callback: AdapterCallback,
+    module: LightningModule,
+    root: nn.Module,
+    seed: int | None = None,
+    start: dict[str, Tensor] | None = None,
+) -> None:
+    """Make the adapter on the layers that do not carry it, activate it, and freeze the rest."""
+    with unchanged_on_error(root):
+        callback._selection = extend_adapter(
+            root,
+            callback.config,
+            callback.adapter_name,
+            seed=seed,
+            start=start,
+            autocast_adapter_dtype=callback.autocast_adapter_dtype,
+        )
+        if callback.adapter_name not in active_adapters(root):
+            set_adapter(root, [*active_adapters(root), callback.adapter_name])
+    freeze(module)
+    for other in callbacks_of(module):
+        if other.adapter_name in adapter_names(root):
+            set_trainable(root, other.adapter_name, other.trainable)
+
+
+def _attach_from_file(callback: AdapterCallback, root: nn.Module, path: str) -> None:
+    """Attach the adapter of a file, unless it is there already, and take its options over."""
+    if callback.adapter_name not in adapter_names(root):
+        load_adapter(
+            root,
+            path,
+            callback.adapter_name,
+            autocast_adapter_dtype=callback.autocast_adapter_dtype,
+        )
+    callback.config = next(iter(adapters_named(root, callback.adapter_name).values())).config
+
+
+def _attach_what_children_trained(
+    callback: AdapterCallback, module: LightningModule, root: nn.Module
+) -> None:
+    """Attach the adapter as it came back from child processes, if it did."""
+    returned = module_state(module).from_children
+    entry = returned.get("adapters", {}).pop(callback.adapter_name, None)
+    if entry is None:
+        return
+    if callback.adapter_name not in adapter_names(root):
+        inject_adapter(
+            root,
+            config_type_of(entry["peft_type"]).from_dict(entry["config"]),
+            callback.adapter_name,
+            low_cpu_mem_usage=True,
+            autocast_adapter_dtype=callback.autocast_adapter_dtype,
+        )
+        materialize(root, callback.adapter_name)
+    own = {key: returned["state_dict"].pop(key) for key in entry["tensors"]}
+    module.load_state_dict(under_own_names(module, {**own, **returned["moved"]}), strict=False)
