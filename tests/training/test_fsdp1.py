@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,7 +25,7 @@ from lora_lightning import LoraConfig, load_adapter, merge_adapter, save_adapter
 from lora_lightning.checkpoint.sharded_folder import read_checkpoint_folder
 from lora_lightning.checkpoint.state_dict import KEY
 from lora_lightning.errors import AdapterStateError, ConfigError, LoraError
-from lora_lightning.training.eva import adopt_ranks
+from lora_lightning.training.eva import ranks_of_checkpoint
 from lora_lightning.training.strategies.fsdp import GradientAverage, check_fsdp
 from lora_lightning.utilities.wrappers import plain_name
 from tests.helpers.lightning_modules import BuiltInConfigureModel, Data, make_trainer
@@ -361,11 +360,10 @@ def test_ranks_of_eva_cannot_change_after_the_setup() -> None:
     callback = make_callback(r=3, init_lora_weights="eva")
     found = LoraConfig(r=3, rank_pattern={"embed": 5})
     saved = {"config": found.to_dict(), "peft_type": "LORA"}
-    trainer = SimpleNamespace(strategy=on_cpu())
     with pytest.raises(ConfigError, match="OnCpu restores checkpoints into adapters that it has"):
-        adopt_ranks(callback, SimpleNamespace(trainer=trainer), saved)  # type: ignore[arg-type]
+        ranks_of_checkpoint(callback, on_cpu(), saved)
     callback.config = found
-    adopt_ranks(callback, SimpleNamespace(trainer=trainer), saved)  # type: ignore[arg-type]
+    assert ranks_of_checkpoint(callback, on_cpu(), saved) is None
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Lightning's `BitsandbytesPrecision`: it converts once, before adapters grow; on the CPU.
+"""Lightning's `BitsandbytesPrecision`: it converts once, before adapters are attached; on the CPU.
 
 Lightning refuses the plugin without a GPU, although bitsandbytes itself runs on a CPU too; a
 fixture takes that check away. What the plugin does on a GPU only (it quantises as layers are made)
