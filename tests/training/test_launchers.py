@@ -24,7 +24,7 @@ OPTIONS = dict(r=2, target_modules=["embed", "body.2"], modules_to_save=["head"]
 def trainer_for(folder, strategy, epochs=1, **options):
     saver = ModelCheckpoint(folder, save_last=True, filename="best", monitor="val_loss")
     callback = LoraCallback(**{**OPTIONS, **options})
-    return run(folder, callback, saver, devices=2, strategy=strategy, max_epochs=epochs)
+    return make_trainer(folder, callback, saver, devices=2, strategy=strategy, max_epochs=epochs)
 
 
 def go(folder, strategy, kind, prepare=lambda module: None, **options):
@@ -67,7 +67,7 @@ def main(folder, strategy, kind):
     untrained = test_loss(trainer_for(folder, "ddp_fork"), kind())
     assert trained == restored != untrained, (trained, restored, untrained)
     if kind is not Net:  # its layers are there only once a run in this process has built them
-        test_loss(run(folder, LoraCallback(**OPTIONS)), module)
+        test_loss(make_trainer(folder, LoraCallback(**OPTIONS)), module)
         check_trained(module, folder)
     return module
 
@@ -120,7 +120,7 @@ def test_adapters_that_do_not_fit_a_pipe(tmp_path: Path) -> None:
     """More than 64 kB, which the main process takes up only once its children have ended."""
     code = """
 module = Net(width=512)
-trainer = run(folder, LoraCallback(r=64, target_modules=["2"]), devices=2, strategy="ddp_fork")
+trainer = make_trainer(folder, LoraCallback(r=64, target_modules=["2"]), devices=2, strategy="ddp_fork")
 trainer.fit(module, Data())
 state = adapters(module.state_dict())
 assert sum(t.numel() for t in state.values()) * 4 > 200_000
