@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,16 +12,10 @@ from typing import Any
 import peft
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
-from lightning.pytorch.plugins import MixedPrecision
 from peft.tuners.adalora.layer import RankAllocator as PeftAllocator
 from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_avg_fn
-from torch.utils.data import DataLoader, TensorDataset
 
 from lora_lightning import (
-    LoraCallback,
     adapter_state_dict,
     disable_adapter,
     inject_adapter,
@@ -32,7 +24,7 @@ from lora_lightning import (
     merge_adapter,
     save_adapter,
 )
-from lora_lightning.adapters.adalora import AdaLoraAdapter, AdaLoraConfig
+from lora_lightning.adapters.adalora import AdaLoraConfig
 from lora_lightning.engine.rank_allocation import (
     RankAllocator,
     adalora_adapters,
@@ -40,10 +32,8 @@ from lora_lightning.engine.rank_allocation import (
     without_masked,
 )
 from lora_lightning.errors import AdapterMismatchError, ConfigError, RankError
-from lora_lightning.layers.traversal import named_adapted_layers
-from tests.helpers.lightning_modules import Data, Net, make_trainer
-from tests.helpers.paths import child_environment
-from tests.helpers.tensors import bit_equal, randomize, trainable
+from tests.helpers.adalora_of_peft import adalora_of_peft, short_name
+from tests.helpers.tensors import assert_close_state, bit_equal, randomize, trainable
 from tests.helpers.torch_models import OneLayerNet, example_input
 
 
@@ -72,37 +62,16 @@ def base_and_input(layer: str, dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
     return OneLayerNet(layer).to(dtype), example_input(layer, dtype)
 
 
-def peft_model(base: nn.Module, **options: Any) -> peft.PeftModel:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # fan_in_fan_out for every Conv1D
-        model = peft.get_peft_model(base, peft.AdaLoraConfig(**{"total_step": 15, **options}))
-    for name, parameter in model.named_parameters():
-        if "ranknum" in name:  # on any base but fp32, peft would train it, and not save it
-            parameter.requires_grad_(False)
-    return model
-
-
-def short(key: str) -> str:
-    key = key.removeprefix("base_model.model.").replace(".base_layer", "")
-    return key.replace(".adapters.default", "").removesuffix(".default")
-
-
 def pair(base: nn.Module, **options: Any) -> tuple[peft.PeftModel, nn.Module]:
     """The same net adapted by peft and by us, with the same random adapter values."""
     options = {"init_r": 4, "target_r": 2, "lora_alpha": 6, "target_modules": ["proj"], **options}
-    theirs = peft_model(copy.deepcopy(base), **options)
+    theirs = adalora_of_peft(copy.deepcopy(base), **options)
     ours = copy.deepcopy(base)
     inject_adapter(ours, AdaLoraConfig(**options))
     randomize(trainable(theirs).values())
     state = peft.get_peft_model_state_dict(theirs)
-    load_adapter_state_dict(ours, {short(key): value for key, value in state.items()})
+    load_adapter_state_dict(ours, {short_name(key): value for key, value in state.items()})
     return theirs, ours
-
-
-def assert_same(first: dict[str, Tensor], second: dict[str, Tensor], tolerance: float) -> None:
-    assert first.keys() == second.keys()
-    for key, value in first.items():
-        torch.testing.assert_close(second[key], value, rtol=tolerance, atol=tolerance, msg=key)
 
 
 # -- the adapter ---------------------------------------------------------------------------------
@@ -121,11 +90,11 @@ def test_same_as_peft(layer: str, dropout: float, dtype: torch.dtype) -> None:
         torch.manual_seed(5)
         outputs.append(model(x))
         outputs[-1].square().sum().backward()
-        grads.append({short(name): p.grad for name, p in trainable(model).items()})
+        grads.append({short_name(name): p.grad for name, p in trainable(model).items()})
     torch.testing.assert_close(outputs[1], outputs[0], rtol=tolerance, atol=tolerance)
     assert (outputs[1] - before).abs().max() > 1e-2
     assert all(grad.abs().max() > 1e-3 for grad in grads[1].values())
-    assert_same(*grads, tolerance)
+    assert_close_state(*grads, tolerance)
     with disable_adapter(ours):
         assert bit_equal(ours(x), before)
     theirs.eval().merge_adapter()
@@ -134,13 +103,13 @@ def test_same_as_peft(layer: str, dropout: float, dtype: torch.dtype) -> None:
     torch.testing.assert_close(ours(x), unmerged, rtol=tolerance, atol=tolerance)
     merged = [
         {
-            short(k): p
+            short_name(k): p
             for k, p in model.named_parameters()
             if "lora_" not in k and "ranknum" not in k
         }
         for model in (theirs, ours)
     ]
-    assert_same(*merged, tolerance)
+    assert_close_state(*merged, tolerance)
 
 
 def test_starts_as_the_base_with_small_vectors() -> None:
@@ -258,25 +227,25 @@ def test_every_step_is_that_of_pefts_allocator(schedule: dict[str, Any]) -> None
         allocator.step()
         for name, p in theirs.base_model.model.named_parameters():
             if ".lora_" in name:
-                own = allocator.sensitivity.get(short(name))
+                own = allocator.sensitivity.get(short_name(name))
                 assert (own is None) == (name not in oracle.exp_avg_ipt)
                 if own is not None:
                     torch.testing.assert_close(
                         own, oracle.exp_avg_ipt[name], rtol=1e-10, atol=1e-10
                     )
                     torch.testing.assert_close(
-                        allocator.uncertainty[short(name)],
+                        allocator.uncertainty[short_name(name)],
                         oracle.exp_avg_unc[name],
                         rtol=1e-10,
                         atol=1e-10,
                     )
-                path, tensor = short(name).rsplit(".", 1)
+                path, tensor = short_name(name).rsplit(".", 1)
                 torch.testing.assert_close(
                     getattr(allocator.adapters[path], tensor), p, rtol=1e-10, atol=1e-10
                 )
         pattern = theirs.peft_config["default"].rank_pattern or {}
         masks = {path: mask.tolist() for path, mask in allocator.masks.items()}
-        assert masks == {short(key).removesuffix(".lora_E"): m for key, m in pattern.items()}
+        assert masks == {short_name(key).removesuffix(".lora_E"): m for key, m in pattern.items()}
         fallen.add(sum(sum(mask) for mask in masks.values()))
     assert allocator.settled
     assert sum(sum(mask) for mask in masks.values()) == 4
@@ -292,8 +261,8 @@ def test_orthogonality_is_pefts_loss_term() -> None:
     theirs.base_model(x).loss.backward()  # PeftModel's own forward goes past the loss term
     ours(x).square().mean().backward()
     RankAllocator(adalora_adapters(ours), AdaLoraConfig(orth_reg_weight=0.7), 1).add_orthogonality()
-    grads = [{short(n): p.grad for n, p in trainable(m).items()} for m in (theirs, ours)]
-    assert_same(*grads, 1e-10)
+    grads = [{short_name(n): p.grad for n, p in trainable(m).items()} for m in (theirs, ours)]
+    assert_close_state(*grads, 1e-10)
 
 
 def test_orthogonality_of_orthogonal_vectors_and_of_a_skipped_batch() -> None:
@@ -367,7 +336,7 @@ def test_pattern_and_pruned_tensors_are_those_peft_saves() -> None:
     assert rank_pattern(ours) == pattern
     assert sum(map(sum, pattern.values())) == 4
     pruned = without_masked(adapter_state_dict(ours))
-    assert_same({short(key): value for key, value in state.items()}, pruned, 1e-10)
+    assert_close_state({short_name(key): value for key, value in state.items()}, pruned, 1e-10)
 
     # What peft saved, here.
     x = torch.randn(4, 6, dtype=torch.float64)
@@ -387,7 +356,7 @@ def test_pattern_and_pruned_tensors_are_those_peft_saves() -> None:
             options.pop(key)
         base = OneLayerNet("linear").double()
         base.load_state_dict(ours.state_dict(), strict=False)
-        loaded = peft_model(base, **options)
+        loaded = adalora_of_peft(base, **options)
         named = {f"base_model.model.{key}": value for key, value in tensors.items()}
         peft.set_peft_model_state_dict(loaded, named)
         torch.testing.assert_close(loaded(x), ours(x), rtol=1e-10, atol=1e-10)
@@ -432,397 +401,3 @@ def test_no_pattern_before_anything_was_masked() -> None:
         nn.init.zeros_(adapter.lora_E)
     assert rank_pattern(ours) == {}
     assert all(len(t) for t in without_masked(adapter_state_dict(ours)).values())
-
-
-# -- driven by LoraCallback ----------------------------------------------------------------------
-
-CONFIG = {"init_r": 6, "target_r": 3, "target_modules": ["embed", "body.2"]}
-
-
-def total_rank(model: nn.Module) -> int:
-    return sum(
-        int((layer.adapters["default"].lora_E != 0).sum())
-        for _, layer in named_adapted_layers(model)
-        if isinstance(layer.adapters["default"], AdaLoraAdapter)
-    )
-
-
-class Watch(Callback):
-    """Total rank after every batch; scores stay finite, and what is masked for good stays zero."""
-
-    def __init__(self, lora: LoraCallback) -> None:
-        self.lora = lora
-        self.ranks: list[int] = []
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        self.ranks.append(total_rank(pl_module))
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        allocator = self.lora.ranks.allocator
-        assert all(t.isfinite().all() for t in allocator.sensitivity.values())
-        if allocator.settled:
-            for path, mask in allocator.masks.items():
-                assert not allocator.adapters[path].lora_E[~mask].any()
-
-
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_total_rank_falls_to_the_target(tmp_path: Path, capsys: Any, accumulate: int) -> None:
-    lora = LoraCallback(AdaLoraConfig(**CONFIG, tinit=2, tfinal=3 // accumulate))
-    watch = Watch(lora)
-    module = Net()
-    options = {"accumulate_grad_batches": accumulate, "max_epochs": 3 * accumulate}
-    make_trainer(tmp_path, lora, watch, **options).fit(module, Data())
-    ranks = watch.ranks[accumulate - 1 :: accumulate]
-    assert len(ranks) == 12
-    assert ranks[:2] == [12, 12]
-    assert ranks == sorted(ranks, reverse=True)
-    assert ranks[12 - 3 // accumulate - 1 :] == [6] * (3 // accumulate + 1)
-    masks = lora.ranks.allocator.masks
-    embed, body = (int(masks[name].sum()) for name in ("embed", "body.2"))
-    line = f"AdaLoRA kept a total rank of 6 of 12: body.2 {body}, embed {embed}"
-    assert line in capsys.readouterr().out
-
-
-def test_a_run_that_is_too_short(tmp_path: Path, capsys: Any) -> None:
-    with pytest.raises(ConfigError, match="leave none of 4 optimizer steps"):
-        make_trainer(tmp_path, LoraCallback(AdaLoraConfig(**CONFIG, tinit=4))).fit(Net(), Data())
-    with pytest.warns(UserWarning, match="ends after 4 optimizer steps, before .*step 9"):
-        make_trainer(tmp_path, LoraCallback(AdaLoraConfig(**CONFIG, total_step=9))).fit(
-            Net(), Data()
-        )
-    assert "ranks are not final: 4 of 9 steps" in capsys.readouterr().out
-    endless = make_trainer(tmp_path, LoraCallback(AdaLoraConfig(**CONFIG)), max_epochs=-1)
-    with pytest.raises(ConfigError, match=r"Set total_step, or max_steps.*\(lora.total_step\)"):
-        endless.fit(Net(), Data())
-    lora = LoraCallback(AdaLoraConfig(**CONFIG, tinit=40, tfinal=40))
-    make_trainer(tmp_path, lora, fast_dev_run=True).fit(Net(), Data())
-
-
-class Regression(LightningModule):
-    """float64 throughout; `order` is how the user writes manual optimization."""
-
-    def __init__(self, order: str = "automatic") -> None:
-        super().__init__()
-        torch.manual_seed(3)
-        layers = [nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2)]
-        self.net = nn.Sequential(*layers).double()
-        self.order = order
-        self.automatic_optimization = order == "automatic"
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
-        loss = nn.functional.mse_loss(self.net(batch[0]), batch[1])
-        if self.order == "automatic":
-            return loss
-        optimizer = self.optimizers()
-        if self.order == "zero first":
-            optimizer.zero_grad()
-        self.manual_backward(loss)
-        optimizer.step()
-        if self.order == "zero last":
-            optimizer.zero_grad()
-        return None
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.AdamW(self.parameters(), lr=0.05)
-
-
-def regression_data() -> TensorDataset:
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(60, 6, generator=generator, dtype=torch.float64)
-    return TensorDataset(x, torch.stack([x[:, :3].prod(1), x[:, 3].sin()], 1))
-
-
-REGRESSION = {
-    "init_r": 5,
-    "target_r": 2,
-    "tinit": 2,
-    "tfinal": 4,
-    "deltaT": 2,
-    "orth_reg_weight": 0.3,
-    "target_modules": ["0", "2"],
-}
-
-
-@pytest.mark.parametrize("order", ["automatic", "zero first", "zero last"])
-def test_trajectory_of_a_peft_loop(tmp_path: Path, order: str) -> None:
-    """15 steps: loss term, clipping, importance, masks and optimizer, without a call by the user."""
-    clip = 0.01 if order == "automatic" else None  # which Lightning leaves to the user otherwise
-    module = Regression(order)
-    lora = LoraCallback(AdaLoraConfig(**REGRESSION), module="net")
-    snapshots: list[dict[str, Tensor]] = []
-
-    class Keep(Callback):
-        def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-            self.on_train_batch_end(trainer, pl_module)
-
-        def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-            state = adapter_state_dict(pl_module.net)
-            snapshots.append({k: v.clone() for k, v in state.items()})
-
-    loader = DataLoader(regression_data(), batch_size=12)
-    make_trainer(tmp_path, lora, Keep(), max_epochs=3, gradient_clip_val=clip).fit(module, loader)
-    assert len(snapshots) == 16
-
-    class WithLoss(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = Regression().net
-
-        def forward(self, x: Tensor, y: Tensor) -> SimpleNamespace:
-            return SimpleNamespace(loss=nn.functional.mse_loss(self.net(x), y))
-
-    options = {**REGRESSION, "target_modules": ["net.0", "net.2"]}
-    theirs = peft_model(WithLoss(), **options)
-    names = {k: short(k).removeprefix("net.") for k in trainable(theirs)}
-    with torch.no_grad():
-        for name, p in trainable(theirs).items():
-            p.copy_(snapshots[0][names[name]])
-    optimizer = torch.optim.AdamW(trainable(theirs).values(), lr=0.05)
-    clipped = 0
-    for step, batch in enumerate(list(loader) * 3, start=1):
-        theirs.base_model(*batch).loss.backward()
-        if clip:
-            clipped += int(nn.utils.clip_grad_norm_(trainable(theirs).values(), clip) > clip)
-        optimizer.step()
-        theirs.base_model.update_and_allocate(step)
-        optimizer.zero_grad()
-        tensors = {names[name]: p.detach() for name, p in trainable(theirs).items()}
-        assert_same(tensors, snapshots[step], 1e-10)
-    assert clip is None or clipped > 5
-    assert sum(int((v != 0).sum()) for k, v in tensors.items() if k.endswith("lora_E")) == 4
-
-
-def test_two_optimizers_with_a_part_each(tmp_path: Path) -> None:
-    """A step of the schedule is a batch; each optimizer's own gradients are measured."""
-
-    class Parts(Regression):
-        def training_step(self, batch: Any, batch_idx: int) -> None:
-            for optimizer in self.optimizers():
-                optimizer.zero_grad()
-            self.manual_backward(nn.functional.mse_loss(self.net(batch[0]), batch[1]))
-            for optimizer in self.optimizers():
-                optimizer.step()
-                optimizer.zero_grad()
-
-        def configure_optimizers(self) -> Any:
-            return [torch.optim.AdamW(self.net[i].parameters(), lr=0.05) for i in (0, 2)]
-
-    class Scores(Callback):
-        def on_train_batch_end(self, *_: Any) -> None:
-            self.last = lora.ranks.allocator.state()["sensitivity"] or self.last
-
-    states, scores = [], Scores()
-    for module in (Regression("zero first"), Parts("manual")):
-        lora = LoraCallback(AdaLoraConfig(**REGRESSION), module="net")
-        loader = DataLoader(regression_data(), batch_size=12)
-        torch.manual_seed(0)
-        make_trainer(tmp_path, lora, scores, max_epochs=3).fit(module, loader)
-        assert lora.ranks.allocator.steps == 15
-        states.append({**adapter_state_dict(module.net), "scores": scores.last["0.lora_A"]})
-    assert_same(*states, 1e-12)
-
-
-@pytest.mark.parametrize("fused", [False, True])
-def test_gradient_scaler(tmp_path: Path, fused: bool) -> None:
-    """16-mixed: the term is not scaled with the loss, and a step left out is not measured."""
-
-    class Scaled(Net):
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            loss = super().training_step(batch, batch_idx)
-            return loss * (float("inf") if self.global_step == 2 and self.with_inf else 1)
-
-        def configure_optimizers(self) -> Any:
-            return torch.optim.SGD(self.parameters(), lr=0.1, fused=fused)
-
-    states = []
-    for scale in (1.0, 2.0**10, None):
-        scaler = None if scale is None else torch.amp.GradScaler("cpu", init_scale=scale)
-        # bf16, the CPU's half precision; what is tested is the scaler.
-        plugin = MixedPrecision("bf16-mixed", "cpu")
-        plugin.scaler = scaler
-        seed_everything(4, verbose=False)
-        module = Scaled()
-        module.with_inf = scaler is not None
-        lora = LoraCallback(AdaLoraConfig(**CONFIG, init_lora_weights=False), nonfinite="ignore")
-        make_trainer(tmp_path, lora, Watch(lora), max_epochs=2, plugins=[plugin]).fit(
-            module, Data()
-        )
-        allocator = lora.ranks.allocator
-        assert allocator.steps == 8
-        assert allocator.settled
-        assert total_rank(module) == 6
-        state = adapter_state_dict(module)
-        assert all(t.isfinite().all() for t in state.values())
-        states.append(state)
-    assert_same(states[0], states[1], 1e-6)
-    assert any((states[0][key] - states[2][key]).abs().max() > 1e-3 for key in states[0])
-
-
-def test_averaged_weights_keep_the_final_ranks(tmp_path: Path) -> None:
-    lora = LoraCallback(AdaLoraConfig(**CONFIG, tfinal=2))
-    averaging = WeightAveraging(avg_fn=get_ema_avg_fn(0.9))
-    module = Net()
-    make_trainer(tmp_path, lora, averaging, max_epochs=2).fit(module, Data())
-    assert total_rank(module) == 6
-
-
-def test_a_frozen_adapter_has_no_schedule(tmp_path: Path, capsys: Any) -> None:
-    frozen = LoraCallback(
-        AdaLoraConfig(**CONFIG, tinit=40, init_lora_weights=False),
-        adapter_name="frozen",
-        trainable=False,
-    )
-    module = Net()
-    make_trainer(tmp_path, frozen, LoraCallback(r=2)).fit(module, Data())
-    assert frozen.ranks.allocator is None
-    assert "rank of" not in (text := capsys.readouterr().out)  # the line that a schedule ends with
-    assert "not final" not in text
-    assert all(adapter.lora_E.all() for adapter in adalora_adapters(module, "frozen").values())
-
-
-def test_other_adapter_types_have_no_allocation(tmp_path: Path) -> None:
-    saver = ModelCheckpoint(tmp_path, save_last=True)
-    make_trainer(tmp_path, LoraCallback(r=2), saver).fit(Net(), Data())
-    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
-    assert saved["lora_lightning"]["adapters"]["default"]["rank_allocation"] is None
-
-
-SCRIPT = """
-import os, sys
-import torch
-from torch.utils.data import DataLoader
-from tests.adapters.test_adalora import REGRESSION, AdaLoraConfig, LoraCallback, Regression, make_trainer, regression_data
-
-folder, devices = sys.argv[1], int(sys.argv[2])
-torch.manual_seed(0)
-module = Regression()
-lora = LoraCallback(AdaLoraConfig(**REGRESSION), module="net")
-trainer = make_trainer(folder, lora, max_epochs=3, devices=devices, gradient_clip_val=0.01,
-              strategy="ddp" if devices > 1 else "auto", use_distributed_sampler=False)
-mine = list(range(int(os.environ.get("LOCAL_RANK", 0)), 60, devices))
-trainer.fit(module, DataLoader(regression_data(), batch_size=12 // devices, sampler=mine))
-state = {k: v for k, v in module.state_dict().items() if ".adapters." in k}
-torch.save([state, lora.ranks.allocator.masks], f"{folder}/{devices}-{trainer.global_rank}.pt")
-"""
-
-
-@pytest.mark.slow
-def test_two_processes_allocate_the_same(tmp_path: Path) -> None:
-    """On both, and the same as one process with their common batches."""
-    script = tmp_path / "train.py"
-    script.write_text(SCRIPT)
-    for devices in (1, 2):
-        done = subprocess.run(
-            [sys.executable, str(script), str(tmp_path), str(devices)],
-            env=child_environment(),
-            capture_output=True, text=True, timeout=300, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stdout + done.stderr
-    alone, first, second = (
-        torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("1-0", "2-0", "2-1")
-    )
-    for part in (0, 1):
-        assert_bit_equal(first[part], second[part])
-        assert_same(alone[part], first[part], 1e-10)
-
-
-# -- resuming ------------------------------------------------------------------------------------
-
-
-class Kill(Callback):
-    """End the run after an epoch, as a crash would, without telling the Trainer its length."""
-
-    def __init__(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        trainer.should_stop = trainer.current_epoch + 1 == self.epoch
-
-
-def fit(
-    folder: Path, *callbacks: Callback, ckpt_path: Any = None, epochs: int = 6, **options: Any
-) -> tuple[dict[str, Tensor], LoraCallback]:
-    seed_everything(7 if ckpt_path is None else 123, verbose=False)
-    schedule = {"tinit": 3, "tfinal": 6, "deltaT": 3, "lora_dropout": 0.2}
-    lora = LoraCallback(AdaLoraConfig(**CONFIG, **schedule))
-    saver = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, save_last=True)
-    module = Net()
-    trainer = make_trainer(folder, lora, *callbacks, saver, max_epochs=epochs, **options)
-    trainer.fit(module, Data(), ckpt_path=ckpt_path)
-    state = trainer.optimizers[0].state_dict()["state"]
-    moments = {f"{i}.{k}": v for i, s in state.items() for k, v in s.items() if torch.is_tensor(v)}
-    return {**module.state_dict(), **moments}, lora
-
-
-def assert_bit_equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
-    assert first.keys() == second.keys()
-    assert [key for key in first if not torch.equal(first[key], second[key])] == []
-
-
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_resume_is_exact(tmp_path: Path, accumulate: int) -> None:
-    """Before anything was allocated, in the middle of the schedule, and when ranks are final."""
-    options = {"accumulate_grad_batches": accumulate, "epochs": 6 * accumulate}
-    straight, lora = fit(tmp_path / "straight", **options)
-    assert lora.ranks.allocator.settled
-    for epoch in (1, 3, 5) if accumulate == 1 else (6,):
-        _, broken = fit(tmp_path / "broken", Kill(epoch), **options)
-        assert broken.ranks.allocator.steps == 4 * epoch // accumulate
-        resumed, lora = fit(
-            tmp_path, ckpt_path=tmp_path / f"broken/epoch={epoch - 1}.ckpt", **options
-        )
-        assert_bit_equal(straight, resumed)
-        assert lora.ranks.allocator.steps == 24
-
-
-def test_twin_without_the_allocation_differs(tmp_path: Path) -> None:
-    straight, _ = fit(tmp_path / "straight")
-    fit(tmp_path / "broken", Kill(3))
-    path = tmp_path / "broken/last.ckpt"
-    saved = torch.load(path, weights_only=True)
-    state = saved["lora_lightning"]["adapters"]["default"]["rank_allocation"]
-    assert state["steps"] == 12
-    assert not state["settled"]
-    saved["lora_lightning"]["adapters"]["default"]["rank_allocation"] = None
-    del saved["lora_lightning"]["content"]  # the hashes, which would notice this
-    torch.save(saved, path)
-    resumed, _ = fit(tmp_path / "broken", ckpt_path=path)
-    assert any(not torch.equal(straight[key], resumed[key]) for key in straight)
-
-
-def test_a_checkpoint_by_a_callback_before_ours(tmp_path: Path) -> None:
-    """At the end of a batch, when we have not counted it yet."""
-
-    class Early(Callback):
-        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-            if trainer.global_step == 12:
-                trainer.save_checkpoint(tmp_path / "early.ckpt")
-
-    lora = LoraCallback(AdaLoraConfig(**CONFIG, tinit=3, tfinal=6, deltaT=3, lora_dropout=0.2))
-    seed_everything(7, verbose=False)
-    make_trainer(tmp_path, Early(), lora, max_epochs=6).fit(Net(), Data())
-    saved = torch.load(tmp_path / "early.ckpt", weights_only=True)
-    state = saved["lora_lightning"]["adapters"]["default"]["rank_allocation"]
-    assert state["steps"] == 12
-    assert not all(mask.all() for mask in state["masks"].values())
-    for path, mask in state["masks"].items():
-        assert not saved["state_dict"][f"{path}.adapters.default.lora_E"][~mask].any()
-
-
-def test_a_longer_run_keeps_the_ranks(tmp_path: Path) -> None:
-    """Resumed for more epochs, and continued by a second fit of the same Trainer."""
-    _, first = fit(tmp_path)
-    masks = first.ranks.allocator.masks
-    _, second = fit(tmp_path, ckpt_path="last", epochs=8)
-    assert second.ranks.allocator.settled
-    assert second.ranks.allocator.total_step == 24
-    assert_bit_equal(masks, second.ranks.allocator.masks)
-
-    lora = LoraCallback(AdaLoraConfig(**CONFIG))
-    module = Net()
-    trainer = make_trainer(tmp_path, lora, max_epochs=2)
-    trainer.fit(module, Data())
-    trainer.fit_loop.max_epochs = 4
-    trainer.fit(module, Data())
-    assert lora.ranks.allocator.steps == 16
-    assert total_rank(module) == 6

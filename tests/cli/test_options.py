@@ -15,6 +15,7 @@ from torch import Tensor
 import lora_lightning.cli.main
 from lora_lightning.checkpoint.sharded_folder import read_checkpoint_folder
 from tests.helpers.processes import on_processes
+from tests.helpers.tensors import same_state
 from tests.helpers.tiny_lm import tiny_llama
 
 pytestmark = [
@@ -84,10 +85,6 @@ def fit(folder: Path, monkeypatch: Any, run: str, *arguments: str) -> dict[str, 
     return torch.load(path, weights_only=True)["state_dict"]
 
 
-def equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
-
-
 @pytest.fixture(scope="module")
 def plain(folder: Path) -> dict[str, Tensor]:
     with pytest.MonkeyPatch.context() as monkeypatch:
@@ -146,7 +143,7 @@ def test_resumed_without_adapters(folder: Path, saved: list[str], monkeypatch: A
     straight = fit(folder, monkeypatch, f"{run} straight", *options, "--trainer.max_epochs=2")
     fit(folder, monkeypatch, run, *options)
     options += ["--trainer.max_epochs=2", "--ckpt_path=last"]
-    assert equal(straight, fit(folder, monkeypatch, run, *options))
+    assert same_state(straight, fit(folder, monkeypatch, run, *options))
 
 
 @pytest.mark.slow
@@ -154,18 +151,18 @@ def test_resumed_without_adapters(folder: Path, saved: list[str], monkeypatch: A
 def test_shared_out_by_yaml_alone(shared_out: Any, name: str, tensors: int) -> None:
     for found in shared_out:
         assert len(found[name]) == tensors
-        assert equal(found[name], found[f"{name} parts"])
+        assert same_state(found[name], found[f"{name} parts"])
 
 
 @pytest.mark.slow
 def test_twin_of_the_resumed_run(shared_out: Any, folder: Path, monkeypatch: Any) -> None:
     once = fit(folder, monkeypatch, "once", *CONSTANT)
     assert once.keys() == shared_out[0]["lora"].keys()
-    assert not equal(once, shared_out[0]["lora"])
+    assert not same_state(once, shared_out[0]["lora"])
 
 
 @pytest.mark.slow
 def test_each_process_has_the_whole_quantised_base(shared_out: Any, plain: Any) -> None:
     first, second = (found["ddp"] for found in shared_out)
     assert first.keys() == plain.keys()
-    assert equal(first, second)
+    assert same_state(first, second)

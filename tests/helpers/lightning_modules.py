@@ -11,6 +11,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from lora_lightning import (
+    LoraCallback,
+)
+
 
 class Net(LightningModule):
     """Dropout, BatchNorm and a head: everything that can go wrong in a small space."""
@@ -114,3 +118,39 @@ def make_trainer(folder: Path, *callbacks: Any, **options: Any) -> Trainer:
 def _borrow_layers(module: LightningModule) -> None:
     for name, child in Net().named_children():
         module.add_module(name, child)
+
+
+OPTIONS: dict[str, Any] = {
+    "r": 2,
+    "target_modules": ["embed", "body.2"],
+    "modules_to_save": ["head"],
+}
+
+
+KEYS = [
+    *(f"{path}.adapters.default.{name}" for path in ("embed", "body.2") for name in ("lora_A", "lora_B")),
+    *(f"head.adapters.default.module.{name}" for name in ("weight", "bias")),
+]  # fmt: skip
+
+
+def saved(path: Path) -> dict[str, Any]:
+    return torch.load(path, weights_only=True)
+
+
+def trained(folder: Path, module: Any = None, **options: Any) -> tuple[Trainer, Any]:
+    trainer = make_trainer(folder, LoraCallback(**OPTIONS), **options)
+    module = module or Net()
+    trainer.fit(module, Data())
+    return trainer, module
+
+
+class WithHparams(Net):
+    """Keeps its arguments; one of them is a class, which torch does not load."""
+
+    def __init__(self, width: int = 16, scale: float = 1.0, act: Any = None) -> None:
+        super().__init__(width)
+        self.save_hyperparameters(ignore=[] if act else ["act"])
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * super().forward(x)

@@ -27,3 +27,22 @@ def bit_equal(one: Tensor, other: Tensor) -> bool:
         else one.shape == other.shape
         and torch.equal(one.detach().view(torch.int16), other.detach().view(torch.int16))
     )
+
+
+def adapter_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Copies of all tensors of adapters, by their names in the state dict."""
+    return {k: v.clone() for k, v in module.state_dict().items() if ".adapters." in k}
+
+
+def same_state(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    """True if both have the same names and values."""
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+def assert_close_state(
+    first: dict[str, Tensor], second: dict[str, Tensor], tolerance: float
+) -> None:
+    """The same names, and values within an absolute and relative tolerance."""
+    assert first.keys() == second.keys()
+    for key, value in first.items():
+        torch.testing.assert_close(second[key], value, rtol=tolerance, atol=tolerance, msg=key)

@@ -27,12 +27,9 @@ from lora_lightning.errors import OptimizerError
 from lora_lightning.layers.base import AdaptedLayer
 from lora_lightning.training.optimizers import check_coverage
 from tests.helpers.lightning_modules import Data, Net, make_trainer
+from tests.helpers.tensors import same_state
 
 CONFIG = LoraConfig(r=2, target_modules=["embed", "body.2"], modules_to_save=["head"])
-
-
-def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
 
 
 # -- 1: base untouched -----------------------------------------------------------------------------
@@ -49,8 +46,8 @@ def test_1_base_is_bit_identical(tmp_path: Path, dtype: torch.dtype) -> None:
         unmerge_adapter(module)
     with disable_adapter(module):
         pass
-    assert same(before, base_of(module))
-    assert same(before, unload(module).state_dict())
+    assert same_state(before, base_of(module))
+    assert same_state(before, unload(module).state_dict())
 
 
 def base_of(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -77,7 +74,7 @@ def test_1_twin_subtracting_the_delta_drifts() -> None:
         for _ in range(10):
             layer.weight += layer.adapters["default"].delta_weight()
             layer.weight -= layer.adapters["default"].delta_weight()
-    assert not same(before, base_of(module))
+    assert not same_state(before, base_of(module))
 
 
 # -- 2: no-op start --------------------------------------------------------------------------------

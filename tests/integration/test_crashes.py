@@ -15,6 +15,7 @@ from lightning.pytorch.plugins import AsyncCheckpointIO
 
 from lora_lightning.training.checkpoints.files import DurableCheckpointIO
 from tests.helpers.killable_process import KillableProcess, command, fit
+from tests.helpers.tensors import same_state
 
 EPOCHS = 6  # of four batches
 KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -72,10 +73,6 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[s
     return get
 
 
-def same(first: dict[str, Any], second: dict[str, Any]) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
-
-
 def kill_often(folder: Path, kinds: Iterable[str], wanted: int, straight: Any, per_run: int) -> int:
     """Runs of these kinds, each through at last and as it should be, until `wanted` kills."""
     draw = random.Random(0)
@@ -86,7 +83,7 @@ def kill_often(folder: Path, kinds: Iterable[str], wanted: int, straight: Any, p
             folder / f"run{number}", kind, lambda: draw.uniform(0.1, 0.9),
             lambda left=left: next(left) < per_run,
         )  # fmt: skip
-        assert same(adapters, straight(kind)), f"{kind}, run {number}"
+        assert same_state(adapters, straight(kind)), f"{kind}, run {number}"
         kills += count
         if kills >= wanted:
             break
@@ -136,7 +133,7 @@ def test_the_command_goes_on_with_last(tmp_path: Path) -> None:
     assert call("killed", *again) == 0, log.read_text()
     ends = [tmp_path / run / "checkpoints/last.ckpt" for run in ("straight", "killed")]
     states = [torch.load(path, weights_only=True)["state_dict"] for path in ends]
-    assert same(*states)
+    assert same_state(*states)
 
 
 @pytest.mark.slow

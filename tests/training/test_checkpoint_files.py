@@ -9,10 +9,8 @@ import random
 import resource
 import shutil
 import subprocess
-import sys
 import time
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,15 +37,14 @@ from lora_lightning.checkpoint.integrity import (
     damaged_parts,
     with_hashes,
 )
-from lora_lightning.checkpoint.sharded_folder import is_checkpoint_folder
 from lora_lightning.errors import CheckpointError
 from lora_lightning.training.checkpoints import files as checkpoint_files
 from lora_lightning.training.checkpoints.files import DurableCheckpointIO, newest_good
-from lora_lightning.training.strategies.sharded_files import save_sharded_checkpoint
 from lora_lightning.utilities import atomic_write
-from lora_lightning.utilities.atomic_write import exchange, link_atomically, write_atomically
+from lora_lightning.utilities.atomic_write import link_atomically, write_atomically
 from tests.helpers.lightning_modules import Data, Net, make_trainer
 from tests.helpers.processes import on_processes
+from tests.helpers.tensors import same_state
 
 OPTIONS: dict[str, Any] = {
     "r": 2,
@@ -69,10 +66,6 @@ def adapters(trainer: Any) -> dict[str, Any]:
     return {k: v for k, v in trainer.model.state_dict().items() if ".adapters." in k}
 
 
-def same(first: dict[str, Any], second: dict[str, Any]) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
-
-
 def same_content(first: Any, second: Any) -> bool:
     return content_hash(first) == content_hash(second)
 
@@ -91,40 +84,6 @@ def load(path: Path, **options: Any) -> None:
 
 
 # -- the hash ------------------------------------------------------------------------------------
-
-VALUES: list[Any] = [
-    0, 1, -1, True, False, None, 0.0, -0.0, 1.0, 1e-300, "", "a", "1", b"a", b"", 1j,
-    [], (), {}, set(), [1], (1,), {1}, {"a": 1}, {"a": 1, "b": 2}, {"b": 2, "a": 1}, [[1], 2], [1, [2]],
-    ["ab", "c"], ["a", "bc"], torch.float32, torch.bfloat16, torch.device("cpu"), torch.device("meta"),
-    torch.zeros(2), torch.zeros(3), torch.zeros(1, 2), torch.zeros(2, dtype=torch.int32),
-    torch.zeros(2, dtype=torch.bfloat16), torch.tensor(0.0), torch.tensor([0.0]), torch.tensor([-0.0]),
-    torch.tensor([True]), torch.zeros(0), torch.zeros(0, 1), torch.tensor([1j]),
-    torch.arange(6.0).reshape(2, 3), torch.arange(6.0).reshape(2, 3).t(), torch.arange(6.0).reshape(3, 2),
-]  # fmt: skip
-
-
-def test_values_that_differ_hash_differently() -> None:
-    assert len({content_hash(value) for value in VALUES}) == len(VALUES)
-    assert content_hash({"a": VALUES}) == content_hash({"a": VALUES})
-
-
-def test_what_does_not_matter_hashes_alike() -> None:
-    x = torch.arange(12.0).reshape(3, 4)
-    assert content_hash(x[1:, ::2]) == content_hash(x[1:, ::2].clone())
-    assert content_hash(torch.tensor([1j]).conj()) == content_hash(torch.tensor([complex(0, -1)]))
-    assert content_hash(OrderedDict(a=1)) == content_hash({"a": 1})
-    assert content_hash(nn.Parameter(x)) == content_hash(x)
-    assert content_hash(torch.Size([1])) == content_hash((1,))
-    assert content_hash({3, 1, 2}) == content_hash({1, 2, 3})
-
-
-def test_tensors_without_plain_bytes_count_by_their_kind() -> None:
-    sparse = torch.eye(3).to_sparse()
-    assert content_hash(sparse) == content_hash((2 * torch.eye(3)).to_sparse())
-    assert content_hash(sparse) != content_hash(torch.eye(3))
-    for dtype in (torch.float8_e4m3fn, torch.complex64, torch.uint16, torch.bool):
-        one, other = torch.zeros(3).to(dtype), torch.ones(3).to(dtype)
-        assert content_hash(one) == content_hash(one.clone()) != content_hash(other)
 
 
 def test_a_checkpoint_carries_its_hashes(good: Path) -> None:
@@ -332,7 +291,7 @@ def test_a_full_disk_is_told_and_the_old_file_stays(tmp_path: Path) -> None:
     )
     assert path.read_bytes() == before
     assert names(tmp_path) == ["a.ckpt"]  # no remains
-    assert same(adapters(trainer), straight)  # training was not disturbed
+    assert same_state(adapters(trainer), straight)  # training was not disturbed
     trainer.save_checkpoint(path)
     assert path.read_bytes() != before
 
@@ -378,7 +337,7 @@ def test_a_disk_that_fills_up_during_fit(small_disk: Path) -> None:
     assert f"The newest good one there is '{good}'" in str(caught.value)
     subprocess.run(["mount", "-o", "remount,size=1m", str(small_disk)], check=True)
     trainer = fit(small_disk, ModelCheckpoint(small_disk), max_epochs=4, ckpt_path=good)
-    assert same(adapters(trainer), straight)
+    assert same_state(adapters(trainer), straight)
 
 
 def test_a_disk_that_becomes_read_only(small_disk: Path) -> None:
@@ -498,7 +457,7 @@ def test_all_processes_learn_that_saving_failed(tmp_path: Path) -> None:
     for rank, (errors, (straight, full)) in enumerate(results):
         assert len(errors) == 4
         assert ("by another process, whose error says why" in errors[0]) == (rank == 1)
-        assert same(straight, full)
+        assert same_state(straight, full)
 
 
 # -- Lightning's ways of saving --------------------------------------------------------------------
@@ -712,36 +671,3 @@ def test_a_peft_folder_killed_at_every_step(alpha: int, tmp_path: Path) -> None:
         if not killed:
             break
     assert seen == {"old", "new"} | ({"incomplete"} if alpha == 4 else set())
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux exchanges names in one step")
-def test_names_are_exchanged_in_one_step(tmp_path: Path) -> None:
-    new, old = tmp_path / "new", tmp_path / "old"
-    for folder in (new, old):
-        folder.mkdir()
-        (folder / folder.name).write_text(folder.name)
-    assert exchange(new, old)
-    assert [file.name for file in old.iterdir()] == ["new"]
-    assert [file.name for file in new.iterdir()] == ["old"]
-    assert not exchange(new, tmp_path / "nobody")
-    assert [file.name for file in new.iterdir()] == ["old"]
-
-
-def test_a_folder_stays_where_the_file_that_is_to_replace_it_fails(tmp_path: Path) -> None:
-    class Failing:
-        is_global_zero, world_size, _save_distributed_checkpoint = True, 1, False
-
-        def broadcast(self, value: Any) -> Any:
-            return value
-
-        def save_checkpoint(self, *args: Any) -> None:
-            raise OSError("No space left on device")
-
-    folder = tmp_path / "last.ckpt"
-    folder.mkdir()
-    for name in ("meta.pt", ".metadata"):
-        (folder / name).write_text("here")
-    with pytest.raises(OSError, match="No space left"):
-        save_sharded_checkpoint(Failing(), {}, folder)
-    assert is_checkpoint_folder(folder)
-    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]

@@ -67,6 +67,7 @@ from tests.helpers.fsdp2_modules import (
 )
 from tests.helpers.lightning_modules import Data, make_trainer
 from tests.helpers.processes import on_processes
+from tests.helpers.tensors import same_state
 
 
 def make_callback(**options: Any) -> LoraCallback:
@@ -111,10 +112,6 @@ def whole_state(module: nn.Module, optimizer: Any) -> dict[str, Any]:
         for key, value in moments.items():
             state[f"{names[id(parameter)]}/{key}"] = full_tensor(value).clone()
     return state
-
-
-def equal(first: dict[str, Any], second: dict[str, Any]) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
 
 
 T = {"target_modules": ["embed", "body.2"]}
@@ -411,7 +408,7 @@ def found(ranks: Any) -> dict[str, Any]:
     """The runs, which end alike on both processes."""
     first, second = (ranks[rank]["runs"] for rank in (0, 1))
     for name in first:
-        assert equal(first[name], second[name]), name
+        assert same_state(first[name], second[name]), name
     return first
 
 
@@ -440,7 +437,7 @@ def test_twin_without_sharding_diverges(ranks: Any) -> None:
 @pytest.mark.parametrize(("kind", "form"), FORMS)
 def test_resume_is_exact(found: Any, kind: Any, form: str) -> None:
     name = f"{kind.__name__}-{form}"
-    assert equal(found[name], found[f"{name} resumed"])
+    assert same_state(found[name], found[f"{name} resumed"])
 
 
 @pytest.mark.slow
@@ -448,7 +445,7 @@ def test_resume_is_exact(found: Any, kind: Any, form: str) -> None:
 def test_resume_in_mid_epoch_is_exact(ranks: Any, form: str) -> None:
     for rank in (0, 1):
         runs = ranks[rank]["mid-epoch"]
-        assert equal(runs[form], runs[f"{form} resumed"])
+        assert same_state(runs[form], runs[f"{form} resumed"])
 
 
 @pytest.mark.slow
@@ -472,7 +469,7 @@ def test_one_device_resumes_sharded_files(
 @pytest.mark.slow
 def test_other_strategies_resume_folders(found: Any, alone: Any) -> None:
     assert_close(found["ddp from folder"], alone)
-    assert equal(found["file from folder"], found["ShardedLater-folder"])
+    assert same_state(found["file from folder"], found["ShardedLater-folder"])
 
 
 @pytest.mark.slow
@@ -537,7 +534,7 @@ def test_base_on_meta_in_bf16(found: Any, folder: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["folder", "file"])
 def test_an_optimizer_without_state_and_empty_groups(found: Any, form: str, tmp_path: Path) -> None:
-    assert equal(found[f"sgd-{form}"], found[f"sgd-{form} resumed"])
+    assert same_state(found[f"sgd-{form}"], found[f"sgd-{form} resumed"])
     assert_close(found[f"sgd-{form}"], fit(PlainSGD, tmp_path, 4))
 
 
@@ -567,7 +564,7 @@ def test_same_start_on_all_ranks(ranks: Any) -> None:
 
 @pytest.mark.slow
 def test_rank_0_says_which_base_it_is_under_ddp(found: Any) -> None:
-    assert equal(found["unlike"], found["unlike resumed"])
+    assert same_state(found["unlike"], found["unlike resumed"])
 
 
 @pytest.mark.slow

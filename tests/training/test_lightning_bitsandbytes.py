@@ -24,6 +24,7 @@ from lora_lightning.errors import AdapterStateError, TargetError
 from lora_lightning.layers.quantized.base import AdaptedBitsandbytesLinear
 from lora_lightning.training import precision
 from tests.helpers.lightning_modules import Data, Net, make_trainer
+from tests.helpers.tensors import adapter_tensors
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -79,10 +80,6 @@ def fit(
     return module, trainer
 
 
-def adapters(module: nn.Module) -> dict[str, Tensor]:
-    return {k: v for k, v in module.state_dict().items() if ".adapters." in k}
-
-
 def codes(layer: Any) -> list[Tensor]:
     """All that the weight consists of."""
     weight = layer.weight
@@ -124,7 +121,7 @@ def assert_base_is_that_of(mode: str, module: Any) -> None:
 def test_fit_and_resume(mode: str, tmp_path: Path) -> None:
     module, trainer = fit(tmp_path / "straight", mode)
     assert_base_is_that_of(mode, module)
-    found = adapters(module)
+    found = adapter_tensors(module)
     assert len(found) == 6
     state = [v for s in trainer.optimizers[0].state_dict()["state"].values() for v in s.values()]
     assert {t.dtype for t in (*found.values(), *state)} == {torch.float32}
@@ -135,7 +132,7 @@ def test_fit_and_resume(mode: str, tmp_path: Path) -> None:
 
     fit(tmp_path / "broken", mode, epochs=1)
     again, trainer_again = fit(tmp_path / "broken", mode, ckpt_path="last")
-    assert all(torch.equal(adapters(again)[name], t) for name, t in found.items())
+    assert all(torch.equal(adapter_tensors(again)[name], t) for name, t in found.items())
     assert_base_is_that_of(mode, again)
 
     # The same module once more, another one from the file: the same figures.
@@ -222,11 +219,11 @@ def test_a_model_built_in_the_context_of_the_plugin(tmp_path: Path) -> None:
     assert all(
         isinstance(module.get_submodule(n), AdaptedBitsandbytesLinear) for n in ("embed", "body.2")
     )
-    found = adapters(module)
+    found = adapter_tensors(module)
     assert {t.dtype for t in found.values()} == {torch.float32}
     fit(tmp_path / "broken", "nf4", epochs=1, **how)
     again = fit(tmp_path / "broken", "nf4", ckpt_path="last", **how)[0]
-    assert all(torch.equal(adapters(again)[name], t) for name, t in found.items())
+    assert all(torch.equal(adapter_tensors(again)[name], t) for name, t in found.items())
 
 
 @pytest.mark.usefixtures("on_cpu")
@@ -251,9 +248,9 @@ def test_on_a_gpu(mode: str, kind: type, tmp_path: Path) -> None:
     how = {"kind": kind, "accelerator": "gpu", "devices": 1, "config": config}
     how["ignored"] = None if built_there else "head"
     module = fit(tmp_path / "straight", mode, **how)[0]
-    found = adapters(module)
+    found = adapter_tensors(module)
     assert {t.dtype for t in found.values()} == {torch.float32}
     assert all(t.any() for t in found.values())
     fit(tmp_path / "broken", mode, epochs=1, **how)
     again = fit(tmp_path / "broken", mode, ckpt_path="last", **how)[0]
-    assert all(torch.equal(adapters(again)[name], t) for name, t in found.items())
+    assert all(torch.equal(adapter_tensors(again)[name], t) for name, t in found.items())

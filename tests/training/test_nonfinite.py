@@ -21,6 +21,7 @@ from lora_lightning.utilities.dtensor import full_tensor
 from tests.helpers.fsdp2_modules import shard
 from tests.helpers.lightning_modules import Data, Net, make_trainer
 from tests.helpers.processes import on_processes
+from tests.helpers.tensors import same_state
 
 OPTIONS: dict[str, Any] = {
     "r": 2,
@@ -77,10 +78,6 @@ def full_state(trainer: Any, module: nn.Module) -> dict[str, Any]:
     return copy.deepcopy({**module.state_dict(), **moments})
 
 
-def same(one: dict[str, Any], two: dict[str, Any]) -> bool:
-    return one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
-
-
 class Watch(LoraCallback):
     """Keeps the state after every batch; before, so that one can see what a step changed."""
 
@@ -101,7 +98,7 @@ def test_stop_leaves_everything_as_before_the_step(tmp_path: Path, kind: str) ->
     trainer = make_trainer(tmp_path, watch, saver, max_epochs=3)
     with pytest.raises(NonfiniteError) as error:
         trainer.fit(Poisoned(kind=kind), Ordered())
-    assert same(watch.before, watch.at_exception)
+    assert same_state(watch.before, watch.at_exception)
     text = str(error.value)
     assert text.startswith("At global_step=6, epoch 1, batch 2: ")
     if kind == "inf":  # a constant has no gradient
@@ -120,7 +117,7 @@ def test_stop_leaves_everything_as_before_the_step(tmp_path: Path, kind: str) ->
     make_trainer(tmp_path / "straight", LoraCallback(**OPTIONS), max_epochs=3).fit(
         straight, Ordered()
     )
-    assert same(fresh.state_dict(), straight.state_dict())
+    assert same_state(fresh.state_dict(), straight.state_dict())
 
 
 @pytest.mark.parametrize("kind", ["nan", "input"])
@@ -206,13 +203,13 @@ def test_skip_is_the_run_without_that_step(
     )  # fmt: skip
     with pytest.warns(UserWarning, match="epoch 1, .*left out, number 1 of this run"):
         trainer.fit(module, Ordered())
-    assert same(module.state_dict(), by_hand((1, 2), accumulate))
+    assert same_state(module.state_dict(), by_hand((1, 2), accumulate))
     assert "1 optimizer steps were left out" in capsys.readouterr().out
     assert trainer.global_step == 8 // accumulate  # schedules and max_steps go by attempts
 
 
 def test_twin_a_skipped_batch_is_a_difference() -> None:
-    assert not same(by_hand((1, 2)), by_hand((9, 9)))
+    assert not same_state(by_hand((1, 2)), by_hand((9, 9)))
 
 
 @pytest.mark.filterwarnings("ignore:.*left out, number 1")
@@ -430,7 +427,7 @@ def test_all_processes_do_the_same(tmp_path: Path) -> None:
         other = "another process has a loss or gradient that is not finite"
         assert zero["text"].startswith(said.format(other))
         assert zero["skipped"] == one["skipped"] == 1
-        assert same(zero["state"], one["state"])
+        assert same_state(zero["state"], one["state"])
         assert len(zero["state"]) == 6
         states.append(zero["state"])
     for name, value in states[0].items():

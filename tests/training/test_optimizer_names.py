@@ -16,6 +16,7 @@ from lora_lightning import LoraCallback
 from lora_lightning.errors import CheckpointError, OptimizerError
 from lora_lightning.training.strategies.optimizer_names import with_names, with_numbers
 from tests.helpers.lightning_modules import Data, Net, make_trainer
+from tests.helpers.tensors import same_state
 
 
 class Reversed(Net):
@@ -51,10 +52,6 @@ def fit(kind: type, folder: Path, epochs: int, ckpt_path: Any = None) -> dict[st
     return {k: v for k, v in module.state_dict().items() if ".adapters." in k}
 
 
-def equal(first: dict[str, Any], second: dict[str, Any]) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
-
-
 def test_files_name_parameters(tmp_path: Path) -> None:
     trained = fit(Straight, tmp_path, 1)
     (state,) = torch.load(tmp_path / "epoch=0.ckpt", weights_only=True)["optimizer_states"]
@@ -64,7 +61,7 @@ def test_files_name_parameters(tmp_path: Path) -> None:
 
 def test_another_order_resumes_exactly(tmp_path: Path) -> None:
     straight = fit(Straight, tmp_path, 4)
-    assert equal(straight, fit(Reversed, tmp_path / "other", 4, tmp_path / "epoch=1.ckpt"))
+    assert same_state(straight, fit(Reversed, tmp_path / "other", 4, tmp_path / "epoch=1.ckpt"))
 
 
 def test_twin_with_numbers_gets_others_moments(tmp_path: Path, monkeypatch: Any) -> None:
@@ -79,7 +76,7 @@ def test_empty_groups_stay(tmp_path: Path) -> None:
     straight = fit(Grouped, tmp_path, 4)
     (state,) = torch.load(tmp_path / "epoch=1.ckpt", weights_only=True)["optimizer_states"]
     assert [len(group["params"]) for group in state["param_groups"]] == [0, 2, 0, 2, 2]
-    assert equal(straight, fit(Grouped, tmp_path / "again", 4, tmp_path / "epoch=1.ckpt"))
+    assert same_state(straight, fit(Grouped, tmp_path / "again", 4, tmp_path / "epoch=1.ckpt"))
 
 
 def test_checkpoints_with_numbers_still_resume(tmp_path: Path) -> None:
@@ -92,7 +89,7 @@ def test_checkpoints_with_numbers_still_resume(tmp_path: Path) -> None:
     state["param_groups"][0]["params"] = list(range(len(names)))
     old["lora_lightning"].pop("content")
     torch.save(old, tmp_path / "old.ckpt")
-    assert equal(straight, fit(Straight, tmp_path / "again", 4, tmp_path / "old.ckpt"))
+    assert same_state(straight, fit(Straight, tmp_path / "again", 4, tmp_path / "old.ckpt"))
 
 
 def test_other_groups_are_refused(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from lora_lightning import LoraCallback, inject_adapter, load_adapter, save_adap
 from lora_lightning.adapters.base import Adapter
 from lora_lightning.errors import AdapterMismatchError, ConfigError
 from tests.helpers.lightning_modules import Data, Net, make_trainer
+from tests.helpers.tensors import adapter_tensors
 
 # Precision: dtype of the base, of adapters, and of adapters that follow the base.
 FP32, BF16, FP16, FP64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
@@ -82,10 +83,6 @@ def fit(
     return module, trainer, watch
 
 
-def adapters(module: nn.Module) -> dict[str, Tensor]:
-    return {k: v for k, v in module.state_dict().items() if ".adapters." in k}
-
-
 def moments(trainer: Any) -> list[Tensor]:
     state = trainer.optimizers[0].state_dict()["state"].values()
     return [s[key] for s in state for key in ("exp_avg", "exp_avg_sq")]
@@ -100,7 +97,7 @@ def check_run(
 ) -> None:
     """One uninterrupted run and one in two parts: all that the table in the docs claims."""
     module, trainer, watch = fit(folder / "straight", precision, **how)
-    found = adapters(module)
+    found = adapter_tensors(module)
     assert len(found) == 6
     assert watch.reached == set(found)
     assert dtypes(found.values()) == watch.dtypes == dtypes(moments(trainer)) == {own}
@@ -119,7 +116,7 @@ def check_run(
 
     fit(folder / "broken", precision, epochs=1, **how)
     again, trainer_again, _ = fit(folder / "broken", precision, ckpt_path="last", **how)
-    resumed = adapters(again)
+    resumed = adapter_tensors(again)
     assert all(torch.equal(resumed[name], tensor) for name, tensor in found.items())
     both = zip(moments(trainer_again), moments(trainer), strict=True)
     assert all(torch.equal(one, other) for one, other in both)
@@ -197,18 +194,18 @@ def test_an_adapter_that_is_there_in_the_other_dtype_is_refused(tmp_path: Path) 
 def test_a_folder_or_checkpoint_starts_in_either_dtype(tmp_path: Path) -> None:
     module = fit(tmp_path, "bf16-true", kind=HalfNet)[0]
     save_adapter(module, tmp_path / "folder")
-    trained = adapters(module)
+    trained = adapter_tensors(module)
     for place in ("folder", "last.ckpt"):
         for autocast, dtype in ((True, FP32), (False, BF16)):
             other = HalfNet()
             load_adapter(other, tmp_path / place, autocast_adapter_dtype=autocast)
-            assert dtypes(adapters(other).values()) == {dtype}
-            for name, tensor in adapters(other).items():
+            assert dtypes(adapter_tensors(other).values()) == {dtype}
+            for name, tensor in adapter_tensors(other).items():
                 assert torch.equal(tensor, trained[name].to(dtype))
     lora = LoraCallback(init_from=str(tmp_path / "folder"), autocast_adapter_dtype=False)
     other = HalfNet()
     make_trainer(tmp_path, lora, precision="bf16-true").fit(other, Data())
-    assert dtypes(adapters(other).values()) == {BF16}
+    assert dtypes(adapter_tensors(other).values()) == {BF16}
 
 
 def test_an_adapter_that_follows_is_cast_along() -> None:
@@ -219,7 +216,7 @@ def test_an_adapter_that_follows_is_cast_along() -> None:
     for dtype in (BF16, FP16, FP32):
         model.to(dtype)
         for name, wanted in (("default", dtype), ("wide", FP32)):
-            own = {k: v for k, v in adapters(model).items() if f".adapters.{name}." in k}
+            own = {k: v for k, v in adapter_tensors(model).items() if f".adapters.{name}." in k}
             assert len(own) == 6
             assert dtypes(own.values()) == {wanted}
         scales = [b for name, b in model.named_buffers() if name.endswith("scaling_tensor")]
@@ -245,8 +242,10 @@ def test_a_checkpoint_goes_on_under_any_precision(first: str, tmp_path: Path) ->
         again, other, _ = fit(
             tmp_path, second, epochs=1, ckpt_path=tmp_path / "epoch=0.ckpt"
         )  # loads, and has nothing left to do
-        for name, tensor in adapters(module).items():
-            assert torch.equal(adapters(again)[name], tensor.to(adapters(again)[name].dtype))
+        for name, tensor in adapter_tensors(module).items():
+            assert torch.equal(
+                adapter_tensors(again)[name], tensor.to(adapter_tensors(again)[name].dtype)
+            )
         pairs = zip(moments(other), moments(trainer), strict=True)
         assert all(torch.equal(one, two.to(one.dtype)) for one, two in pairs)
 

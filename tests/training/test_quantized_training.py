@@ -10,7 +10,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.swa_utils import get_ema_avg_fn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -23,6 +23,7 @@ from lora_lightning.layers.traversal import named_adapted_layers
 from lora_lightning.training.weight_averaging import _differ
 from tests.helpers.lightning_modules import make_trainer
 from tests.helpers.processes import on_processes
+from tests.helpers.tensors import adapter_tensors
 from tests.layers.test_quantized import assert_same, loaded, parts
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
@@ -78,10 +79,6 @@ def fit(folder: Path, module: Any, epochs: int, ckpt_path: Any = None, **how: An
     return trainer
 
 
-def adapters(module: nn.Module) -> dict[str, Tensor]:
-    return {k: v for k, v in module.state_dict().items() if ".adapters." in k}
-
-
 def all_parts(module: Any) -> dict[str, Tensor]:
     layers = [
         (path, layer)
@@ -100,7 +97,7 @@ def test_fit_checkpoint_and_resume(llama: str, method: str, precision: str, tmp_
     trainer = fit(tmp_path / "straight", module, 2, precision=precision)
     assert base_fingerprint(module) == before
     bits = all_parts(module)
-    found = adapters(module)
+    found = adapter_tensors(module)
     assert len(found) == 14
     state = [v for s in trainer.optimizers[0].state_dict()["state"].values() for v in s.values()]
     assert {t.dtype for t in (*found.values(), *state)} == {torch.float32}
@@ -112,12 +109,12 @@ def test_fit_checkpoint_and_resume(llama: str, method: str, precision: str, tmp_
     fit(tmp_path / "broken", LanguageModel(llama, method), 1, precision=precision)
     again = LanguageModel(llama, method)
     fit(tmp_path / "broken", again, 2, "last", precision=precision)
-    assert all(torch.equal(adapters(again)[name], t) for name, t in found.items())
+    assert all(torch.equal(adapter_tensors(again)[name], t) for name, t in found.items())
     assert_same(all_parts(again), bits)
 
     fresh = LanguageModel(llama, method)
     load_adapter(fresh, path)
-    assert all(torch.equal(adapters(fresh)[name], t) for name, t in found.items())
+    assert all(torch.equal(adapter_tensors(fresh)[name], t) for name, t in found.items())
 
 
 def test_a_base_of_other_codes_is_refused(llama: str, tmp_path: Path) -> None:
@@ -136,7 +133,7 @@ def test_weight_averaging_leaves_the_codes_alone(llama: str, method: str, tmp_pa
     before = base_fingerprint(module)
     make_trainer(tmp_path, LoraCallback(r=2), averaging, max_epochs=2).fit(module, data())
     assert base_fingerprint(module) == before
-    assert all(t.any() for t in adapters(module).values())
+    assert all(t.any() for t in adapter_tensors(module).values())
 
 
 def test_buffers_that_differ() -> None:
@@ -162,7 +159,7 @@ def fit_on_this_rank(llama: str, folder: Path) -> list[dict[str, Tensor]]:
         for epochs, ckpt_path in parts_of_run:
             module = LanguageModel(llama, "nf4")
             fit(folder / name, module, epochs, ckpt_path, **how)
-        runs.append({**adapters(module), **all_parts(module)})
+        runs.append({**adapter_tensors(module), **all_parts(module)})
     return runs
 
 

@@ -24,13 +24,7 @@ from lora_lightning.errors import (
     CheckpointError,
     ConfigError,
 )
-from tests.helpers.lightning_modules import BuiltInConfigureModel, Data, Net, make_trainer
-
-OPTIONS: dict[str, Any] = {
-    "r": 2,
-    "target_modules": ["embed", "body.2"],
-    "modules_to_save": ["head"],
-}
+from tests.helpers.lightning_modules import OPTIONS, BuiltInConfigureModel, Data, Net, make_trainer
 
 
 @pytest.fixture

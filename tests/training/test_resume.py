@@ -22,6 +22,7 @@ from tests.helpers.lightning_modules import (
     NetWithoutOptimizer,
     make_trainer,
 )
+from tests.helpers.tensors import same_state
 
 
 def fit(
@@ -42,10 +43,6 @@ def fit(
     return {**module.state_dict(), **moments}
 
 
-def equal(first: dict[str, Any], second: dict[str, Any]) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
-
-
 @pytest.mark.parametrize("kind", [Net, NetWithoutOptimizer, BuiltInConfigureModel])
 @pytest.mark.parametrize(
     "options",
@@ -55,13 +52,15 @@ def equal(first: dict[str, Any], second: dict[str, Any]) -> bool:
 def test_resume_is_exact(tmp_path: Path, kind: type, options: dict[str, Any]) -> None:
     straight = fit(kind, tmp_path / "straight", 4, **options)
     fit(kind, tmp_path / "broken", 2, **options)
-    assert equal(straight, fit(kind, tmp_path / "broken", 4, "last", **options))
+    assert same_state(straight, fit(kind, tmp_path / "broken", 4, "last", **options))
 
 
 def test_resume_from_any_epoch(tmp_path: Path) -> None:
     straight = fit(Net, tmp_path, 4)
     for epoch in range(3):
-        assert equal(straight, fit(Net, tmp_path / "again", 4, tmp_path / f"epoch={epoch}.ckpt"))
+        assert same_state(
+            straight, fit(Net, tmp_path / "again", 4, tmp_path / f"epoch={epoch}.ckpt")
+        )
 
 
 def test_twin_without_the_random_state_differs(tmp_path: Path, monkeypatch: Any) -> None:
@@ -70,7 +69,7 @@ def test_twin_without_the_random_state_differs(tmp_path: Path, monkeypatch: Any)
     monkeypatch.setattr(
         lora_lightning.training.resume.run_state, "set_random_state", lambda _: None
     )
-    assert not equal(straight, fit(Net, tmp_path / "broken", 4, "last"))
+    assert not same_state(straight, fit(Net, tmp_path / "broken", 4, "last"))
 
 
 def test_evaluation_leaves_the_random_state_alone(tmp_path: Path) -> None:
@@ -114,8 +113,8 @@ def test_weight_averaging(tmp_path: Path) -> None:
     for part in ("state_dict", "current_model_state"):
         assert len(saved[part]) == 6
         assert all(".adapters." in key for key in saved[part])
-    assert not equal(saved["state_dict"], saved["current_model_state"])
-    assert equal(straight, go(tmp_path / "broken", 4, "last"))
+    assert not same_state(saved["state_dict"], saved["current_model_state"])
+    assert same_state(straight, go(tmp_path / "broken", 4, "last"))
     with pytest.raises(ConfigError, match="List LoraCallback before it"):
         go(tmp_path / "wrong", 1, lora_first=False)
 

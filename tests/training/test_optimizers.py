@@ -1,0 +1,327 @@
+"""Optimizers and schedules of every make: adapters in the right group, no empty run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, seed_everything
+from torch import nn
+from torch.optim import lr_scheduler
+
+from lora_lightning import (
+    LoraCallback,
+    LoraConfig,
+    delete_adapter,
+    inject_adapter,
+    set_adapter,
+)
+from lora_lightning.errors import (
+    OptimizerError,
+)
+from tests.helpers.lightning_modules import (
+    KEYS,
+    OPTIONS,
+    Data,
+    Net,
+    NetWithoutOptimizer,
+    make_trainer,
+    trained,
+)
+from tests.helpers.tensors import adapter_tensors
+
+
+def four_groups(module: Any) -> torch.optim.Optimizer:
+    parts = (module.norm, module.embed, module.body, module.head)
+    groups = [{"params": p.parameters(), "lr": 1e-2 / (i + 1)} for i, p in enumerate(parts)]
+    return torch.optim.AdamW(groups)
+
+
+def lambda_lr(optimizer: Any) -> Any:
+    return lr_scheduler.LambdaLR(
+        optimizer, [lambda step, k=k: 1 / (1 + k * step) for k in range(4)]
+    )  # type: ignore[misc]
+
+
+def sequential_lr(optimizer: Any) -> Any:
+    warmup = lr_scheduler.LinearLR(optimizer, 0.1, total_iters=2)
+    rest = lr_scheduler.CosineAnnealingLR(optimizer, 10)
+    return lr_scheduler.SequentialLR(optimizer, [warmup, rest], [2])
+
+
+@pytest.mark.parametrize("schedule", [lambda_lr, sequential_lr])
+def test_empty_groups_are_kept(tmp_path: Path, schedule: Any) -> None:
+    """Schedules count the groups: one that is left without a parameter may not go."""
+
+    class Grouped(Net):
+        def configure_optimizers(self) -> Any:
+            optimizer = four_groups(self)
+            return [optimizer], [{"scheduler": schedule(optimizer), "interval": "step"}]
+
+    seed_everything(1, verbose=False)
+    trainer, straight = trained(tmp_path, Grouped(), max_epochs=2)
+    assert [len(g["params"]) for g in trainer.optimizers[0].param_groups] == [0, 2, 2, 2]
+    rates = [g["lr"] for g in trainer.optimizers[0].param_groups]
+    alone = four_groups(Net())
+    steps = schedule(alone)
+    for _ in range(8):
+        alone.step()
+        steps.step()
+    assert rates == [g["lr"] for g in alone.param_groups]
+    seed_everything(1, verbose=False)
+    trainer, _ = trained(tmp_path, Grouped())
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    resumed = Grouped()
+    make_trainer(tmp_path, LoraCallback(**OPTIONS), max_epochs=2).fit(
+        resumed, Data(), ckpt_path=tmp_path / "a.ckpt"
+    )
+    assert all(torch.equal(v, resumed.state_dict()[k]) for k, v in straight.state_dict().items())
+
+
+def matrices(module: Any, wanted: bool = True) -> list[nn.Parameter]:
+    return [p for p in module.parameters() if (p.ndim == 2) == wanted]
+
+
+needs_muon = pytest.mark.skipif(
+    not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon: torch 2.9"
+)
+
+
+@needs_muon
+def test_muon(tmp_path: Path) -> None:
+    """It refuses what is no matrix, frozen biases too, as it is made, and others as it steps."""
+
+    class OnlyMuon(Net):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.Muon(self.parameters(), lr=1e-2)  # type: ignore[attr-defined]
+
+    module = OnlyMuon()
+    make_trainer(tmp_path, LoraCallback(r=2, target_modules=["embed", "body.2"])).fit(
+        module, Data()
+    )
+    assert module.embed.adapters["default"].lora_B.any()
+
+    class Matrices(Net):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.Muon(matrices(self), lr=1e-2)  # type: ignore[attr-defined]
+
+    with pytest.raises(OptimizerError) as error:
+        trained(tmp_path, Matrices())
+    assert str(error.value).startswith(
+        "head.adapters.default.module.bias [3] trains and is no matrix, but Muon, the only"
+    )
+
+
+@needs_muon
+def test_muon_beside_another(tmp_path: Path) -> None:
+    class Both(Net):
+        automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+            for optimizer in self.optimizers():
+                optimizer.zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx))
+            for optimizer in self.optimizers():
+                optimizer.step()
+
+        def configure_optimizers(self) -> Any:
+            muon = torch.optim.Muon(matrices(self), lr=1e-2)  # type: ignore[attr-defined]
+            return muon, torch.optim.AdamW(matrices(self, False), lr=1e-2)
+
+    trainer, module = trained(tmp_path, Both())
+    held = [[p.ndim for p in o.param_groups[0]["params"]] for o in trainer.optimizers]
+    assert held == [[2] * 5, [1]]
+    assert not torch.equal(module.head.adapters["default"].module.bias, module.head.bias)
+
+
+def test_manual_optimization_with_toggled_optimizers(tmp_path: Path) -> None:
+    """toggle_optimizer sets requires_grad of all that optimizers hold: the base may not wake up."""
+
+    class Toggles(Net):
+        automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+            for optimizer in self.optimizers():
+                self.toggle_optimizer(optimizer)
+                optimizer.zero_grad()
+                self.manual_backward(super().training_step(batch, batch_idx))
+                optimizer.step()
+                self.untoggle_optimizer(optimizer)
+
+        def configure_optimizers(self) -> Any:
+            one = torch.optim.SGD(self.embed.parameters(), lr=0.1)
+            rest = [*self.body.parameters(), *self.head.parameters()]
+            return one, torch.optim.Adam(rest, lr=1e-2)
+
+    _, module = trained(tmp_path, Toggles())
+    assert [n for n, p in module.named_parameters() if p.requires_grad] == KEYS
+    base = Net().state_dict()
+    assert all(torch.equal(v, module.state_dict()[k]) for k, v in base.items())
+    assert all(module.state_dict()[key].any() for key in KEYS)
+
+
+def test_adapters_after_the_optimizer(tmp_path: Path) -> None:
+    """What is put on a module in on_train_start is in no optimizer, and would never move."""
+
+    class Late(Net):
+        def on_train_start(self) -> None:
+            inject_adapter(self, LoraConfig(r=2, target_modules=["embed"]), "late")
+            set_adapter(self, ["default", "late"])
+
+    with pytest.raises(OptimizerError, match=r"in no optimizer: embed\.adapters\.late\.lora_A"):
+        trained(tmp_path, Late())
+
+    class Replaces(Net):
+        def on_train_start(self) -> None:
+            delete_adapter(self, "default")
+            inject_adapter(self, LoraConfig(**OPTIONS))
+
+    with pytest.raises(OptimizerError, match="a tensor that is not the module's"):
+        trained(tmp_path, Replaces())
+
+
+def test_supplied_optimizer_is_fused_adamw(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, LoraCallback(lr=3e-3, **OPTIONS))
+    trainer.fit(NetWithoutOptimizer(), Data())
+    (optimizer,) = trainer.optimizers
+    assert type(optimizer) is torch.optim.AdamW
+    assert optimizer.defaults["fused"] is True
+    assert optimizer.defaults["lr"] == 3e-3
+
+
+def test_supplied_optimizer_in_mixed_precision(tmp_path: Path) -> None:
+    """Lightning would not clip the gradients of a fused one."""
+    for clip in (None, 0.1):
+        options = {"precision": "bf16-mixed", "gradient_clip_val": clip}
+        trainer = make_trainer(tmp_path, LoraCallback(**OPTIONS), max_steps=1, **options)
+        trainer.fit(NetWithoutOptimizer(), Data())
+        assert bool(trainer.optimizers[0].defaults["fused"]) == (clip is None)
+
+
+def test_manual_optimization_in_parts_is_no_warning(tmp_path: Path, recwarn: Any) -> None:
+    class Alternates(Net):
+        automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(self.embed(batch[0]).mean())
+            optimizer.step()
+
+    make_trainer(tmp_path, LoraCallback(**OPTIONS)).fit(Alternates(), Data())
+    assert not [w for w in recwarn if "had no gradient" in str(w.message)]
+
+
+def test_groups_are_found_by_type_not_by_name(tmp_path: Path) -> None:
+    """A user's module may be called `adapters`."""
+
+    class Named(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.adapters = nn.ModuleDict({"fast": nn.Linear(8, 8)})
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(self.adapters["fast"](x))
+
+    module = Named()
+    optimizer = torch.optim.SGD(
+        [
+            {"params": module.embed.parameters(), "lr": 0.1},
+            {"params": module.adapters.parameters(), "lr": 0.2},
+        ]
+    )
+    module.configure_optimizers = lambda: optimizer  # type: ignore[method-assign,assignment]
+    make_trainer(tmp_path, LoraCallback(r=2, target_modules=["embed", "fast"])).fit(module, Data())
+    assert [len(group["params"]) for group in optimizer.param_groups] == [2, 2]
+
+
+def groups_by_kind(self: LightningModule) -> Any:
+    weights = [p for n, p in self.named_parameters() if p.ndim > 1]
+    others = [p for n, p in self.named_parameters() if p.ndim <= 1]
+    return torch.optim.AdamW(
+        [{"params": weights, "weight_decay": 0.1}, {"params": others}], lr=1e-2
+    )
+
+
+def only_the_head(self: Any) -> Any:
+    return torch.optim.SGD(self.head.parameters(), lr=0.1)
+
+
+def named(self: Any) -> Any:
+    return torch.optim.SGD(self.named_parameters(), lr=0.1)
+
+
+def one_cycle(self: Any) -> Any:
+    optimizer = groups_by_kind(self)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=[0.1, 0.2], total_steps=10)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+OPTIMIZERS = {
+    "groups": groups_by_kind,
+    "only the head": only_the_head,
+    "named parameters": named,
+    "one cycle": one_cycle,
+    "Adagrad": lambda self: torch.optim.Adagrad(self.parameters(), lr=0.1),
+    "LBFGS": lambda self: torch.optim.LBFGS(self.parameters(), lr=0.1),
+    "filtered": lambda self: torch.optim.Adam(
+        [p for p in self.parameters() if p.requires_grad], lr=0.1
+    ),
+    "None": lambda self: None,
+}
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
+def test_whatever_configure_optimizers_returns(tmp_path: Path, make: Any) -> None:
+    class Module(Net):
+        configure_optimizers = make
+
+    module = Module()
+    trainer = make_trainer(tmp_path, LoraCallback(**OPTIONS), max_epochs=2)
+    trainer.fit(module, Data())
+    held = [id(p) for o in trainer.optimizers for g in o.param_groups for p in g["params"]]
+    assert sorted(held) == sorted(id(p) for p in module.parameters() if p.requires_grad)
+    assert all(v.abs().sum() > 0 for v in adapter_tensors(module).values())
+
+
+def test_adapter_joins_the_group_of_its_base_weight(tmp_path: Path) -> None:
+    """As from LightningCLI, whose optimizer is older than the adapters."""
+    module = Net()
+    optimizer = torch.optim.SGD(
+        [
+            {"params": module.head.parameters(), "lr": 0.1},
+            {"params": module.embed.parameters(), "lr": 0.2},
+        ]
+    )
+    module.configure_optimizers = lambda: optimizer  # type: ignore[method-assign,assignment]
+    make_trainer(tmp_path, LoraCallback(r=2, target_modules=["embed", "head"])).fit(module, Data())
+    head, embed = (group["params"] for group in optimizer.param_groups)
+    ids = {id(p): name for name, p in module.named_parameters()}
+    assert [ids[id(p)] for p in head] == [
+        "head.adapters.default.lora_A",
+        "head.adapters.default.lora_B",
+    ]
+    assert [ids[id(p)] for p in embed] == [
+        "embed.adapters.default.lora_A",
+        "embed.adapters.default.lora_B",
+    ]
+
+
+def test_optimizer_left_with_nothing(tmp_path: Path) -> None:
+    class TwoOptimizers(Net):
+        automatic_optimization = False
+
+        def configure_optimizers(self) -> Any:
+            return [
+                torch.optim.SGD(self.body.parameters(), lr=0.1),
+                torch.optim.Adam(self.head.parameters(), lr=0.1),
+            ]
+
+    with pytest.raises(OptimizerError) as error:
+        make_trainer(tmp_path, LoraCallback(r=2, target_modules=["body.2"])).fit(
+            TwoOptimizers(), Data()
+        )
+    assert "Optimizer 1 (Adam) is left without any parameter" in str(error.value)
+    assert "(lora.modules_to_save)" in str(error.value)
