@@ -15,8 +15,8 @@ from torch import nn
 import lora_lightning
 from lora_lightning import LoraCallback, inject_adapter, save_adapter
 from lora_lightning.checkpoint.state_dict import KEY
-from tests.engine.test_parity import TABLE as PARITY
-from tests.engine.test_parity import TYPES
+from tests.helpers.adapter_types import TABLE as PARITY
+from tests.helpers.adapter_types import TYPES
 from tests.helpers.lightning_modules import Data, Net, make_trainer
 from tests.helpers.markdown import PAGES, anchors, blocks, linked, rows
 from tests.helpers.paths import ROOT

@@ -15,9 +15,9 @@ from torch import Tensor
 
 import lora_lightning.cli.main
 from lora_lightning.tasks.lm_loss import LMLoss, TokenLoss
+from tests.helpers.causal_lm_with_sgd import MeanOfMeans, WithSGD
 from tests.helpers.processes import on_processes
 from tests.helpers.tiny_lm import tiny_llama
-from tests.tasks.test_language_models import MeanOfMeans, WithSGD
 
 pytestmark = pytest.mark.slow
 WORDS = [

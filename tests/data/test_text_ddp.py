@@ -11,14 +11,14 @@ import pytest
 import torch
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.strategies import ModelParallelStrategy
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from lora_lightning import LoraCallback, TextDataModule
 from lora_lightning.tasks import CausalLM
+from tests.helpers.fsdp1_on_cpu import OnCpu
 from tests.helpers.lightning_modules import make_trainer
 from tests.helpers.processes import on_processes
 from tests.helpers.tiny_lm import tiny_llama
-from tests.tasks.test_sharding import LAYERS
-from tests.training.test_fsdp1 import OnCpu
 
 pytestmark = pytest.mark.slow
 
@@ -94,7 +94,7 @@ RESUMED = ("map", "streamed")
 def strategy_of(name: str) -> Any:
     if name == "fsdp2":
         return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
-    return OnCpu(auto_wrap_policy=LAYERS) if name == "fsdp1" else name
+    return OnCpu(auto_wrap_policy={LlamaDecoderLayer}) if name == "fsdp1" else name
 
 
 def train_all(folder: Path, model: str, **how: Any) -> dict[str, Any]:

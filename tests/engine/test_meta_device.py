@@ -25,7 +25,7 @@ from lora_lightning import (
 from lora_lightning.adapters.registry import config_types
 from lora_lightning.engine.injection import adapters_named
 from lora_lightning.errors import AdapterMismatchError, AdapterStateError
-from tests.engine.test_parity import TYPES, adapted_by_us, cells, example, net
+from tests.helpers.adapter_types import TYPES, adapted_by_us, cells, example, net
 from tests.helpers.tensors import bit_equal, randomize, trainable
 from tests.helpers.torch_models import VOCAB, Transformer, token_ids
 from tests.helpers.unchanged import unchanged_check

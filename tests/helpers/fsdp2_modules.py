@@ -8,7 +8,11 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from tests.helpers.lightning_modules import Net
@@ -245,3 +249,7 @@ class FullDisk(ModelParallelStrategy):
 
 class DDPWithOwnSeeds(DDPStrategy):
     broadcast = FSDPWithOwnSeeds.broadcast
+
+
+def fully_sharded() -> ModelParallelStrategy:
+    return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)

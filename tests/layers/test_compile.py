@@ -16,7 +16,7 @@ from lora_lightning import (
 )
 from lora_lightning.adapters.base import DeltaAdapter
 from lora_lightning.engine.injection import adapters_named
-from tests.engine.test_parity import TYPES
+from tests.helpers.adapter_types import TYPES
 from tests.helpers.tensors import bit_equal, randomize
 
 

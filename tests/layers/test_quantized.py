@@ -29,6 +29,7 @@ from lora_lightning.errors import AdapterStateError, TargetError
 from lora_lightning.layers import linear
 from lora_lightning.layers.fused_lora import add_lora
 from lora_lightning.layers.quantized.base import AdaptedBitsandbytesLinear, AdaptedQuantizedLinear
+from tests.helpers.quantized import assert_same_bits, loaded, parts, same_bits
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
@@ -108,31 +109,6 @@ def formula(layer: Any, scales: Tensor | None = None) -> Tensor:
     return (state.code.double()[indices] * scales).view(shape)
 
 
-def parts(layer: Any) -> dict[str, Tensor]:
-    """Copies of everything that the base consists of, as plain tensors."""
-    found: dict[str, Tensor] = {}
-    for name, value in layer.state_dict().items():
-        if "adapters" in name:
-            continue
-        if hasattr(value, "qdata"):
-            found |= {f"{name}.{n}": getattr(value, n) for n in value.__tensor_flatten__()[0]}
-        else:
-            found[name] = value
-    return {name: value.clone() for name, value in found.items()}
-
-
-def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Also where packed values, read as floating point, happen to be NaN."""
-    return one.dtype == other.dtype and torch.equal(
-        *(t.contiguous().reshape(-1).view(torch.uint8) for t in (one, other))
-    )
-
-
-def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    assert found.keys() == wanted.keys()
-    assert [name for name in wanted if not same_bits(found[name], wanted[name])] == []
-
-
 def test_the_module_stays_itself(kind: str) -> None:
     model = net(kind)
     layer = model[0]
@@ -144,12 +120,12 @@ def test_the_module_stays_itself(kind: str) -> None:
     assert isinstance(layer, AdaptedBitsandbytesLinear) == ("torchao" not in kind)
     assert layer.weight is weight
     assert [key for key in model.state_dict() if "adapters" not in key] == keys
-    assert_same(parts(layer), before)
+    assert_same_bits(parts(layer), before)
     assert layer.adapters["default"].lora_A.shape == (4, IN)
     assert layer.adapters["default"].lora_B.shape == (OUT, 4)
     delete_adapter(model, "default")
     assert type(layer) is cls
-    assert_same(parts(layer), before)
+    assert_same_bits(parts(layer), before)
 
 
 def test_dense_weight_is_that_of_the_format(kind: str) -> None:
@@ -295,7 +271,7 @@ def test_unmerging_restores_every_bit_ten_times(kind: str) -> None:
         assert base_fingerprint(model) == fingerprint
         model(x)
         unmerge_adapter(model)
-        assert_same(parts(layer), before)
+        assert_same_bits(parts(layer), before)
         assert torch.equal(model(x), y)
     assert layer.weight is weight
 
@@ -338,7 +314,7 @@ def test_copies_are_independent(kind: str, merged: bool) -> None:
     for duplicate in duplicates:
         assert torch.equal(duplicate(x), y)
         unmerge_adapter(duplicate)
-        assert_same(parts(duplicate[0]), before)
+        assert_same_bits(parts(duplicate[0]), before)
         merge_adapter(duplicate)
         assert torch.equal(model(x), y)
 
@@ -509,7 +485,7 @@ def test_values_beyond_float16_are_not_merged_into_eight_bits() -> None:
     nn.init.constant_(model[0].adapters["default"].lora_B, 1e6)
     with pytest.raises(AdapterStateError, match="beyond float16"):
         merge_adapter(model)
-    assert_same(parts(model[0]), before)
+    assert_same_bits(parts(model[0]), before)
     assert model[0].merged_adapters == []
 
 
@@ -522,7 +498,7 @@ def test_adapters_that_read_the_base_start_as_a_no_op(kind: str, options: dict) 
     before, y = parts(model[0]), model(x)
     inject_adapter(model, LoraConfig(r=4, **options))
     torch.testing.assert_close(model(x), y, atol=1e-5, rtol=1e-5)
-    assert_same(parts(model[0]), before)
+    assert_same_bits(parts(model[0]), before)
 
 
 # -- peft, transformers, torch.compile ---------------------------------------------------------
@@ -569,24 +545,6 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = str(tmp_path_factory.mktemp("llama"))
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
-
-
-def loaded(folder: str, method: str) -> Any:
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
-
-    quantisation = {
-        "nf4": lambda: BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        ),
-        "int8": lambda: BitsAndBytesConfig(load_in_8bit=True),
-        "torchao": lambda: TorchAoConfig(torchao.Int8WeightOnlyConfig(set_inductor_config=False)),
-    }[method]()
-    return AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=quantisation, dtype=torch.bfloat16, device_map="cpu"
-    )
 
 
 @pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")

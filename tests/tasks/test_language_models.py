@@ -20,12 +20,13 @@ from lora_lightning.errors import ConfigError, ModelError, RecordError
 from lora_lightning.utilities.constants import IGNORE_INDEX
 from lora_lightning.utilities.dtensor import full_tensor
 from lora_lightning.utilities.wrappers import plain_name
+from tests.helpers.causal_lm_with_sgd import MeanOfMeans, WithSGD
+from tests.helpers.fsdp1_on_cpu import on_cpu
+from tests.helpers.fsdp2_modules import fully_sharded
 from tests.helpers.lightning_modules import make_trainer
 from tests.helpers.processes import on_processes
 from tests.helpers.resumable_run import ResumableRun
 from tests.helpers.tiny_lm import tiny_llama, tiny_tokenizer
-from tests.tasks.test_token_mean import fully_sharded
-from tests.training.test_fsdp1 import on_cpu
 
 LENGTHS = (9, 4, 12, 7, 5, 12, 3, 8)
 PROMPT = 2
@@ -156,18 +157,6 @@ def test_a_batch_without_labels(llama: str) -> None:
 
 
 # -- exactness -------------------------------------------------------------------------------------
-
-
-class WithSGD(CausalLM):
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), lr=0.5)
-
-
-class MeanOfMeans(WithSGD):
-    """As everyone writes it."""
-
-    def window_loss(self, total: Tensor, batch: Any, penalty: Any = None) -> Tensor:
-        return total / self.batch_weight(batch)
 
 
 def adapters(module: Any) -> dict[str, Tensor]:

@@ -22,13 +22,12 @@ from lora_lightning.tasks.sharding import repeated_layers
 from lora_lightning.utilities.constants import IGNORE_INDEX
 from lora_lightning.utilities.dtensor import full_tensor, is_sharded
 from lora_lightning.utilities.wrappers import named_parameters
+from tests.helpers.fsdp1_on_cpu import OnCpu
 from tests.helpers.lightning_modules import make_trainer
 from tests.helpers.processes import on_processes
 from tests.helpers.tiny_bert import save_tiny_bert
 from tests.helpers.tiny_lm import tiny_llama
-from tests.training.test_fsdp1 import OnCpu
 
-LAYERS = {LlamaDecoderLayer}
 CASES: dict[str, tuple[str, bool, dict[str, Any]]] = {
     "adapters": ("tied", True, {}),
     "all": ("tied", False, {}),
@@ -78,7 +77,7 @@ def on_two(folder: Path) -> dict[str, Any]:
         "untied",
         True,
         2,
-        OnCpu(auto_wrap_policy=LAYERS),
+        OnCpu(auto_wrap_policy={LlamaDecoderLayer}),
         gradient_checkpointing=True,
     )
     return {

@@ -11,7 +11,6 @@ import pytest
 import torch
 from lightning.pytorch import seed_everything
 from lightning.pytorch.plugins.precision import MixedPrecision
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
 from torch.nn.functional import cross_entropy
@@ -23,11 +22,12 @@ from lora_lightning.tasks import SequenceClassification
 from lora_lightning.tasks.token_mean import TokenMean
 from lora_lightning.utilities.dtensor import full_tensor
 from lora_lightning.utilities.wrappers import named_parameters
+from tests.helpers.fsdp1_on_cpu import on_cpu
+from tests.helpers.fsdp2_modules import fully_sharded
 from tests.helpers.lightning_modules import make_trainer
 from tests.helpers.processes import on_processes
 from tests.helpers.resumable_run import ResumableRun, SaveAtSpots
 from tests.helpers.tiny_bert import save_tiny_bert
-from tests.training.test_fsdp1 import on_cpu
 
 summoned = FullyShardedDataParallel.summon_full_params
 WORDS, IGNORE_INDEX = 13, -100
@@ -278,10 +278,6 @@ class Sharded(Tokens):
 
 class PlainMeanSharded(Sharded):
     training_step = PlainMean.training_step  # type: ignore[assignment]
-
-
-def fully_sharded() -> ModelParallelStrategy:
-    return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
 
 
 # (strategy, what is exact, what is not)

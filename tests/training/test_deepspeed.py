@@ -34,9 +34,11 @@ from lora_lightning.training.strategies.deepspeed import (
 )
 from lora_lightning.training.strategies.optimizer_names import with_names, with_numbers
 from lora_lightning.training.strategies.state import _DEEPSPEED
+from tests.helpers.fsdp2_modules import Quiet, WithDropout
 from tests.helpers.lightning_modules import Data, make_trainer
 from tests.helpers.processes import on_processes
-from tests.training.test_fsdp2 import Quiet, WithDropout, equal, make_callback
+from tests.helpers.sharded_runs import make_callback
+from tests.helpers.tensors import same_state
 
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed"
@@ -267,22 +269,22 @@ def test_trains_as_ddp_does(both: Any, way: str) -> None:
             for key, value in found[way].items():
                 assert torch.allclose(value, found[f"{way} ddp"][key], rtol=0, atol=1e-6)
         else:
-            assert equal(found[way], found[f"{way} ddp"])
-    assert equal(both[0][way], both[1][way])
+            assert same_state(found[way], found[f"{way} ddp"])
+    assert same_state(both[0][way], both[1][way])
 
 
 @needs_deepspeed
 @pytest.mark.parametrize("way", [*WAYS, "stage 1"])
 def test_resumes_in_the_middle_of_an_epoch(both: Any, way: str) -> None:
     for found in both:
-        assert equal(found[f"{way} resumed"], found[way])
-        assert not equal(found["twin without moments"], found["plain"])
+        assert same_state(found[f"{way} resumed"], found[way])
+        assert not same_state(found["twin without moments"], found["plain"])
 
 
 @needs_deepspeed
 @pytest.mark.parametrize("way", ["stage 1", "from ddp", "to ddp", "round robin to ddp"])
 def test_stages_and_ddp_read_each_others_files(both: Any, way: str) -> None:
-    assert all(equal(found[way], found["plain"]) for found in both)
+    assert all(same_state(found[way], found["plain"]) for found in both)
 
 
 @needs_deepspeed
@@ -300,13 +302,13 @@ def test_files_hold_adapters_and_moments_by_name(both: Any, folder: Path) -> Non
     ]
     assert own["state"].keys() == other["state"].keys() == both[0]["plain"].keys()
     for name, moments in own["state"].items():
-        assert equal(moments, other["state"][name])
+        assert same_state(moments, other["state"][name])
 
 
 @needs_deepspeed
 def test_adapters_stay_in_float32(both: Any) -> None:
     assert both[0]["dtypes"] == {(True, torch.float32), (False, torch.bfloat16)}
-    assert not equal(both[0]["twin cast"], both[0]["bf16"])  # rounded before the first step
+    assert not same_state(both[0]["twin cast"], both[0]["bf16"])  # rounded before the first step
 
 
 @needs_deepspeed
@@ -318,7 +320,7 @@ def test_evaluates_a_checkpoint(both: Any) -> None:
 @needs_deepspeed
 def test_files_are_read_by_other_numbers_of_processes(both: Any, folder: Path) -> None:
     (one,) = on_processes(1, on_one, folder)
-    assert equal(one, both[0]["plain"])
+    assert same_state(one, both[0]["plain"])
     start = folder / "plain" / "step=12.ckpt"
     alone = make_trainer(folder, make_callback())
     tested = alone.test(Quiet(), Data().test_dataloader(), ckpt_path=start, verbose=False)
@@ -327,7 +329,7 @@ def test_files_are_read_by_other_numbers_of_processes(both: Any, folder: Path) -
 
 @needs_deepspeed
 def test_the_same_module_trains_again(both: Any) -> None:
-    assert all(equal(found["again"], found["again ddp"]) for found in both)
+    assert all(same_state(found["again"], found["again ddp"]) for found in both)
 
 
 @needs_deepspeed
@@ -342,7 +344,7 @@ def test_errors(both: Any) -> None:
         assert "in no optimizer: embed.weight" in errors["thaws"]
         assert "are on the meta device and have no values" in errors["meta"]
         assert "SIGTERMException" in errors["terminated"]
-        assert equal(found["terminated resumed"], found["plain"])
+        assert same_state(found["terminated resumed"], found["plain"])
         assert "This checkpoint holds weights only" in errors["weights"]
         assert "would train in torch.bfloat16" in errors["narrow"]
 

@@ -11,13 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.fabric.strategies.fsdp import _setup_activation_checkpointing
 from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
-from lightning.pytorch.strategies import FSDPStrategy
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.fsdp.wrap import enable_wrap, wrap
+from torch.distributed.fsdp.wrap import wrap
 from torch.optim.swa_utils import get_ema_avg_fn
 from torch.utils.data import DataLoader
 
@@ -28,41 +26,13 @@ from lora_lightning.errors import AdapterStateError, ConfigError, LoraError
 from lora_lightning.training.eva import ranks_of_checkpoint
 from lora_lightning.training.strategies.fsdp import GradientAverage, check_fsdp
 from lora_lightning.utilities.wrappers import plain_name
+from tests.helpers.fsdp1_on_cpu import FORMS, UNITS, on_cpu
+from tests.helpers.fsdp2_modules import Quiet
 from tests.helpers.lightning_modules import BuiltInConfigureModel, Data, make_trainer
 from tests.helpers.processes import on_processes
-from tests.training.test_fsdp2 import Quiet, equal, fit, make_callback, whole_state
+from tests.helpers.sharded_runs import fit, make_callback, state_of
+from tests.helpers.tensors import same_state
 
-
-class OnCpu(FSDPStrategy):
-    @property
-    def root_device(self) -> torch.device:
-        return torch.device("cpu")
-
-    @property
-    def wrap_options(self) -> dict[str, Any]:
-        options = {"device_id": torch.device("cpu"), "sharding_strategy": self.sharding_strategy}
-        return {**options, "mixed_precision": self.mixed_precision_config, **self.kwargs}
-
-    def _setup_model(self, model: nn.Module) -> nn.Module:
-        if any(isinstance(part, FullyShardedDataParallel) for part in model.modules()):
-            return model
-        root = FullyShardedDataParallel(model, **self.wrap_options)
-        _setup_activation_checkpointing(root, self._activation_checkpointing_kwargs)
-        return root
-
-    def model_sharded_context(self) -> Any:
-        return enable_wrap(wrapper_cls=FullyShardedDataParallel, **self.wrap_options)
-
-
-def on_cpu(**options: Any) -> OnCpu:
-    return OnCpu(process_group_backend="gloo", **options)
-
-
-UNITS = {"auto_wrap_policy": {nn.Sequential}}
-FORMS: dict[str, dict[str, Any]] = {
-    "file": {},
-    "folder": {"state_dict_type": "sharded", **UNITS},
-}
 WAYS: dict[str, dict[str, Any]] = {  # options of the Trainer, under FSDP1 and DDP alike
     "plain": {},
     "bf16-true": {"precision": "bf16-true"},
@@ -119,11 +89,6 @@ def train(
     )
     trainer.fit(module, share, share)
     return state_of(trainer), trainer
-
-
-def state_of(trainer: Any) -> dict[str, Any]:
-    state = whole_state(trainer.lightning_module, trainer.optimizers[0])
-    return {plain_name(name): value for name, value in state.items()}
 
 
 def on_two(folder: Path) -> dict[str, Any]:
@@ -218,14 +183,14 @@ def both(folder: Path, alone: Any) -> list[dict[str, Any]]:
 def found(both: list[dict[str, Any]]) -> dict[str, Any]:
     first, second = both
     for name in first.keys() - {"twin", "refused"}:
-        assert equal(first[name], second[name]), name
+        assert same_state(first[name], second[name]), name
     return first
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_resume_is_exact(found: dict[str, Any], form: str) -> None:
-    assert equal(found[form], found[f"{form} resumed"])
+    assert same_state(found[form], found[f"{form} resumed"])
 
 
 @pytest.mark.slow
@@ -235,7 +200,7 @@ def test_files_hold_adapters_only(found: dict[str, Any], folder: Path, form: str
     saved = read_checkpoint_folder(path) if path.is_dir() else torch.load(path, weights_only=True)
     assert path.is_dir() == (form == "folder")
     adapters = {key: value for key, value in found[form].items() if "/" not in key}
-    assert equal(saved["state_dict"], adapters)
+    assert same_state(saved["state_dict"], adapters)
 
 
 @pytest.mark.slow
@@ -257,7 +222,7 @@ def test_same_as_ddp_bit_for_bit(found: dict[str, Any], way: str) -> None:
         for key, value in found[f"ddp {way}"].items():
             torch.testing.assert_close(found[f"fsdp {way}"][key], value)
         return
-    assert equal(found[f"fsdp {way}"], found[f"ddp {way}"])
+    assert same_state(found[f"fsdp {way}"], found[f"ddp {way}"])
     state = found[f"fsdp {way}"]
     assert all(state[key].dtype == torch.float32 for key in state if "lora_" in key)  # moments too
 
@@ -265,8 +230,8 @@ def test_same_as_ddp_bit_for_bit(found: dict[str, Any], way: str) -> None:
 @pytest.mark.slow
 def test_ways_differ(found: dict[str, Any]) -> None:
     """So that the comparisons above say something."""
-    assert not equal(found["fsdp plain"], found["fsdp clipped"])
-    assert not equal(found["fsdp plain"], found["fsdp bf16-true"])
+    assert not same_state(found["fsdp plain"], found["fsdp clipped"])
+    assert not same_state(found["fsdp plain"], found["fsdp bf16-true"])
 
 
 @pytest.mark.slow
@@ -280,7 +245,7 @@ def test_base_is_sharded_and_frozen(found: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 def test_wrapping_in_configure_model(found: dict[str, Any], folder: Path) -> None:
-    assert equal(found["wraps itself"], found["ddp plain"])
+    assert same_state(found["wraps itself"], found["ddp plain"])
     base, own = (
         torch.load(folder / name / "epoch=1.ckpt", weights_only=True)[KEY]["base"]
         for name in ("alone", "itself")
@@ -290,14 +255,14 @@ def test_wrapping_in_configure_model(found: dict[str, Any], folder: Path) -> Non
 
 @pytest.mark.slow
 def test_an_adapter_that_one_process_uses(found: dict[str, Any]) -> None:
-    assert equal(found["fsdp unused"], found["ddp unused"])
+    assert same_state(found["fsdp unused"], found["ddp unused"])
 
 
 @pytest.mark.slow
 def test_other_ways_to_compute_the_same(found: dict[str, Any]) -> None:
     """Activation checkpointing, and an adapter that reads the base's weight."""
-    assert equal(found["fsdp recomputed"], found["ddp plain"])
-    assert equal(found["fsdp dora"], found["ddp dora"])
+    assert same_state(found["fsdp recomputed"], found["ddp plain"])
+    assert same_state(found["fsdp dora"], found["ddp dora"])
     assert any("magnitude" in name for name in found["fsdp dora"])
 
 
@@ -306,7 +271,7 @@ def test_saved_by_one_process(found: dict[str, Any], folder: Path) -> None:
     other = Quiet()
     load_adapter(other, folder / "peft")
     trained = {key: value for key, value in found["fsdp plain"].items() if "/" not in key}
-    assert equal(trained, {k: v for k, v in other.state_dict().items() if k in trained})
+    assert same_state(trained, {k: v for k, v in other.state_dict().items() if k in trained})
 
 
 @pytest.mark.slow
@@ -318,7 +283,7 @@ def test_evaluation_after_fit(found: dict[str, Any]) -> None:
 @pytest.mark.slow
 def test_twin_without_the_average_diverges(both: list[dict[str, Any]]) -> None:
     first, second = both
-    assert not equal(first["twin"], second["twin"])
+    assert not same_state(first["twin"], second["twin"])
 
 
 @pytest.mark.parametrize("begun", [True, False], ids=["", "twin"])
@@ -395,4 +360,4 @@ def test_lightnings_own_strategy(tmp_path: Path) -> None:
     straight = go("straight", 4)
     saved = torch.load(tmp_path / "straight/epoch=1.ckpt", weights_only=True)
     assert all(".adapters." in key for key in saved["state_dict"])
-    assert equal(straight, go("resumed", 4, tmp_path / "straight/epoch=1.ckpt"))
+    assert same_state(straight, go("resumed", 4, tmp_path / "straight/epoch=1.ckpt"))

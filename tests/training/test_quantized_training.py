@@ -23,8 +23,8 @@ from lora_lightning.layers.traversal import named_adapted_layers
 from lora_lightning.training.weight_averaging import _differ
 from tests.helpers.lightning_modules import make_trainer
 from tests.helpers.processes import on_processes
+from tests.helpers.quantized import assert_same_bits, loaded, parts
 from tests.helpers.tensors import adapter_tensors
-from tests.layers.test_quantized import assert_same, loaded, parts
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
@@ -110,7 +110,7 @@ def test_fit_checkpoint_and_resume(llama: str, method: str, precision: str, tmp_
     again = LanguageModel(llama, method)
     fit(tmp_path / "broken", again, 2, "last", precision=precision)
     assert all(torch.equal(adapter_tensors(again)[name], t) for name, t in found.items())
-    assert_same(all_parts(again), bits)
+    assert_same_bits(all_parts(again), bits)
 
     fresh = LanguageModel(llama, method)
     load_adapter(fresh, path)
@@ -167,9 +167,9 @@ def fit_on_this_rank(llama: str, folder: Path) -> list[dict[str, Tensor]]:
 def test_two_processes(llama: str, tmp_path: Path) -> None:
     first, second = on_processes(2, fit_on_this_rank, llama, tmp_path)
     for straight, broken in (first, second):
-        assert_same(straight, first[0])
-        assert_same(broken, first[0])
+        assert_same_bits(straight, first[0])
+        assert_same_bits(broken, first[0])
     alone = LanguageModel(llama, "nf4")
     codes = {name: t for name, t in first[0].items() if ".adapters." not in name}
     inject_adapter(alone, LoraConfig(r=2))
-    assert_same(all_parts(alone), codes)
+    assert_same_bits(all_parts(alone), codes)

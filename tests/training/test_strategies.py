@@ -28,12 +28,13 @@ from torch.utils.data import DataLoader
 
 from lora_lightning import LoraCallback, LoraError
 from lora_lightning.checkpoint.sharded_folder import read_checkpoint_folder
-from tests.helpers.fsdp2_modules import Quiet, ShardedLater
+from tests.helpers.fsdp1_on_cpu import FORMS, on_cpu
+from tests.helpers.fsdp2_modules import Quiet, ShardedLater, strategy
 from tests.helpers.lightning_modules import Data, make_trainer
 from tests.helpers.markdown import PAGES
 from tests.helpers.processes import on_processes
-from tests.training.test_fsdp1 import FORMS, on_cpu, state_of
-from tests.training.test_fsdp2 import equal, strategy
+from tests.helpers.sharded_runs import state_of
+from tests.helpers.tensors import same_state
 
 PAGE = PAGES["lora_lightning/training/README.md"]
 EPOCHS = 3
@@ -168,9 +169,9 @@ def test_a_cell(row: str, precision: str, folder: Path) -> None:
     for rank in results(row, folder):
         found = rank[precision]
         assert not isinstance(found, str), found
-        assert equal(found["straight"], oracle), "T"
-        assert equal(found["resumed"], oracle), "R"
-        assert equal(found["from one device"], oracle), "X, from one device"
+        assert same_state(found["straight"], oracle), "T"
+        assert same_state(found["resumed"], oracle), "R"
+        assert same_state(found["from one device"], oracle), "X, from one device"
 
     path = folder / row / precision / "epoch=0.ckpt"
     saved = read_checkpoint_folder(path) if path.is_dir() else torch.load(path, weights_only=True)
@@ -183,7 +184,7 @@ def test_a_cell(row: str, precision: str, folder: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that random numbers of other processes are not continued
         continued = fit("one device", precision, folder / row / f"{precision} alone", EPOCHS, path)
-    assert equal(continued, oracle), "X, to one device"
+    assert same_state(continued, oracle), "X, to one device"
 
 
 @pytest.mark.slow
@@ -192,7 +193,7 @@ def test_twin_that_sees_other_batches_differs(folder: Path, tmp_path: Path) -> N
     oracle = results("one device", folder)[0]["32-true"]["straight"]
     shorter = fit("one device", "32-true", tmp_path, EPOCHS, limit_train_batches=3)
     assert shorter.keys() == oracle.keys()
-    assert not equal(shorter, oracle)
+    assert not same_state(shorter, oracle)
 
 
 @pytest.mark.slow
@@ -215,4 +216,4 @@ def test_a_cell_that_needs_a_gpu(row: str, precision: str, tmp_path: Path) -> No
         return fit(row, precision, folder, EPOCHS, ckpt_path, **gpu)
 
     straight = on_gpu(tmp_path)
-    assert equal(on_gpu(tmp_path / "2", tmp_path / "epoch=0.ckpt"), straight)
+    assert same_state(on_gpu(tmp_path / "2", tmp_path / "epoch=0.ckpt"), straight)
