@@ -13,6 +13,7 @@ import types
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 import yaml
@@ -165,7 +166,7 @@ class ParseOnly(LoraCLI):
     """Takes the command's options, makes everything but the Trainer, and does nothing."""
 
     def instantiate_classes(self) -> None:
-        self.parser.instantiate_classes(self.config)
+        self.made = self.parser.instantiate_classes(self.config)[self.subcommand]
 
     def _run_subcommand(self, subcommand: str) -> None:
         pass
@@ -194,7 +195,9 @@ def test_commands_parse(call: str, monkeypatch: Any) -> None:
         with pytest.raises(CheckpointError, match="holds no checkpoint"):
             ParseOnly()
     else:
-        ParseOnly()
+        made = ParseOnly().made
+        assert isinstance(made.model, L.LightningModule)
+        assert isinstance(made.data, L.LightningDataModule)
 
 
 @pytest.mark.parametrize("config", [config for _, config in blocks("yaml")])
@@ -206,7 +209,10 @@ def test_yaml_is_accepted(config: str, monkeypatch: Any) -> None:
     }
     Path("c.yaml").write_text(yaml.safe_dump(content))
     monkeypatch.setattr(sys, "argv", ["lora-lightning", "fit", "--config", "c.yaml"])
-    ParseOnly()
+    cli = ParseOnly()
+    given = cli.config[cli.subcommand]
+    assert all(given[section] is not None for section in content)
+    assert isinstance(cli.made.model, L.LightningModule)
 
 
 def test_setup_commands_are_one_line_each() -> None:

@@ -176,4 +176,11 @@ def test_slurm_requeues(place: Path, uninterrupted: dict[str, torch.Tensor]) -> 
 
 @pytest.mark.parametrize("file", ["torchrun.sh", "slurm.sbatch"])
 def test_launch_files_are_bash(file: str) -> None:
-    subprocess.run(["bash", "-n", str(LAUNCH / file)], check=True)
+    def check(text: str) -> int:
+        return subprocess.run(
+            ["bash", "-n"], input=text, text=True, stderr=subprocess.DEVNULL
+        ).returncode
+
+    text = (LAUNCH / file).read_text()
+    assert check(text) == 0
+    assert check(f"{text}\nif true") != 0

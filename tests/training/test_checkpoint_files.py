@@ -44,7 +44,7 @@ from lora_lightning.utilities import atomic_write
 from lora_lightning.utilities.atomic_write import link_atomically, write_atomically
 from tests.helpers.lightning_modules import Data, Net, make_trainer
 from tests.helpers.processes import on_processes
-from tests.helpers.tensors import same_state
+from tests.helpers.tensors import adapter_tensors, same_state
 
 OPTIONS: dict[str, Any] = {
     "r": 2,
@@ -78,9 +78,14 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def load(path: Path, **options: Any) -> None:
+    """Evaluate the checkpoint with a new module, which must have its tensors then."""
+    module = Net()
     make_trainer(path.parent, LoraCallback(**OPTIONS), **options).validate(
-        Net(), Data(), ckpt_path=str(path), verbose=False
+        module, Data(), ckpt_path=str(path), verbose=False
     )
+    if path.is_file():
+        wanted = torch.load(path, weights_only=True)["state_dict"]
+        assert same_state(adapter_tensors(module), wanted)
 
 
 # -- the hash ------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from lora_lightning.errors import (
     ConfigError,
 )
 from tests.helpers.lightning_modules import OPTIONS, BuiltInConfigureModel, Data, Net, make_trainer
+from tests.helpers.tensors import adapter_tensors, same_state
 
 
 @pytest.fixture
@@ -58,10 +59,15 @@ def edited(path: Path, edit: Any) -> Path:
     return path.with_name("edited.ckpt")
 
 
+def accepted(path: Path, module: Net, **changed: Any) -> None:
+    """The checkpoint is loaded: the module has its tensors."""
+    callback = LoraCallback(**{**OPTIONS, **changed})
+    make_trainer(path.parent, callback).validate(module, Data(), str(path), verbose=False)
+    assert same_state(adapter_tensors(module), torch.load(path, weights_only=True)["state_dict"])
+
+
 def test_the_good_one_is_accepted(checkpoint: Path) -> None:
-    make_trainer(checkpoint.parent, LoraCallback(**OPTIONS)).validate(
-        Net(), Data(), str(checkpoint), verbose=False
-    )
+    accepted(checkpoint, Net())
 
 
 @pytest.mark.parametrize("strict", [True, False], ids=["strict", "strict_loading=False"])
@@ -98,10 +104,7 @@ def test_other_targets(checkpoint: Path) -> None:
 
 
 def test_same_targets_spelled_differently_are_accepted(checkpoint: Path) -> None:
-    callback = LoraCallback(**{**OPTIONS, "target_modules": r"embed|body\.2"})
-    make_trainer(checkpoint.parent, callback).validate(
-        Net(), Data(), str(checkpoint), verbose=False
-    )
+    accepted(checkpoint, Net(), target_modules=r"embed|body\.2")
 
 
 @pytest.mark.parametrize("strict", [True, False], ids=["strict", "strict_loading=False"])
@@ -135,9 +138,7 @@ def test_twin_the_fingerprint_is_what_notices(checkpoint: Path, monkeypatch: Any
     other = Net()
     with torch.no_grad():
         other.embed.weight[3, 3] += 1e-6
-    make_trainer(checkpoint.parent, LoraCallback(**OPTIONS)).validate(
-        other, Data(), str(checkpoint), verbose=False
-    )
+    accepted(checkpoint, other)
 
 
 def test_a_full_model_checkpoint(tmp_path: Path) -> None:
@@ -215,6 +216,10 @@ def test_options_that_a_newer_torch_adds_are_no_other_optimizer(checkpoint: Path
 
     trainer = make_trainer(checkpoint.parent, LoraCallback(**OPTIONS), max_epochs=2)
     trainer.fit(Net(), Data(), ckpt_path=str(edited(checkpoint, edit)))
+    assert trainer.global_step == 8
+    again = make_trainer(checkpoint.parent, LoraCallback(**OPTIONS), max_epochs=2)
+    again.fit(Net(), Data(), ckpt_path=str(checkpoint))
+    assert same_state(adapter_tensors(trainer.model), adapter_tensors(again.model))
 
 
 def test_a_peft_folder(checkpoint: Path) -> None:

@@ -82,6 +82,10 @@ def test_the_advice_works(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("schedule", [None, warmup, plateau])
-def test_twin_the_same_rate_is_no_matter(tmp_path: Path, schedule: Any) -> None:
+def test_the_same_rate_is_no_matter(tmp_path: Path, schedule: Any) -> None:
+    straight = fit(tmp_path, 3, Rated(0.25, schedule))
     fit(tmp_path, 2, Rated(0.25, schedule))
-    fit(tmp_path, 3, Rated(0.25, schedule), ckpt=tmp_path / "2.ckpt")  # warnings are errors
+    resumed = fit(
+        tmp_path, 3, Rated(0.25, schedule), ckpt=tmp_path / "2.ckpt"
+    )  # warnings are errors
+    assert resumed == straight
