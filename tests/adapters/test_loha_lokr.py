@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import warnings
 from collections.abc import Callable
 
@@ -537,8 +538,15 @@ def test_function_transforms(kind):
 
 @pytest.mark.parametrize(
     ("kind", "case"),
-    [(k, c) for k in TYPES for c in ("linear", "conv2d-effective", "dropout")]
-    + [("lokr", "conv2d"), ("lokr", "conv1d-full")],
+    [(kind, "linear") for kind in TYPES]
+    + [
+        pytest.param(kind, case, marks=pytest.mark.slow)
+        for kind, case in (
+            *itertools.product(TYPES, ("conv2d-effective", "dropout")),
+            ("lokr", "conv2d"),
+            ("lokr", "conv1d-full"),
+        )
+    ],
 )
 def test_compiles_whole_and_rescaling_does_not_recompile(kind, case):
     build, shape, options = CASES["linear" if case == "dropout" else case]

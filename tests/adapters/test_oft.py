@@ -275,7 +275,13 @@ def test_autocast_makes_the_rotation_in_float32() -> None:
     assert y.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("kind", ["linear", "linear-constrained", "conv"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "linear",
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("linear-constrained", "conv")),
+    ],
+)
 def test_compiles_to_one_graph(kind) -> None:
     conv = kind == "conv"
     extra = {"coft": True, "eps": 0.1, "use_cayley_neumann": False} if "-" in kind else {}

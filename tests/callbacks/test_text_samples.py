@@ -143,7 +143,7 @@ def same(first: dict[str, Any], second: dict[str, Any]) -> bool:
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-@pytest.mark.parametrize("every", [1, None])
+@pytest.mark.parametrize("every", [1, pytest.param(None, marks=pytest.mark.slow)])
 def test_training_goes_on_as_if_nothing_was_written(
     tmp_path: Path, folder: str, precision: Any, every: int | None
 ) -> None:

@@ -378,7 +378,13 @@ SMALL: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=sorted(config_types()))
+@pytest.fixture(
+    scope="module",
+    params=[
+        "LORA",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in sorted(config_types()) if n != "LORA"),
+    ],
+)
 def any_type(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     model = OneLayerNet("linear")

@@ -209,6 +209,7 @@ def test_a_single_callback_needs_no_list(cli: Any, folder: Path, name: str) -> N
     assert "holds 1 checkpoints" in cli("fit", "--config", "my.yaml", fails=1)
 
 
+@pytest.mark.slow
 def test_each_process_keeps_what_it_predicts(cli: Any, folder: Path) -> None:
     cli("predict", "--config", "my.yaml")
     arguments = ["predict", "--config", "my.yaml", "--trainer.strategy", "ddp"]
@@ -448,6 +449,7 @@ def test_help_explains_every_option(cli: Any, folder: Path) -> None:
     assert "Rank of the update, 1 <= r" in " ".join(text.split())
 
 
+@pytest.mark.slow
 def test_installed_command(folder: Path) -> None:
     """Called by its path, as without an activated environment; what it prints can be pasted."""
     out = process(folder, "fit", "--config", "my.yaml")

@@ -91,6 +91,7 @@ def plain(folder: Path) -> dict[str, Tensor]:
         return fit(folder, monkeypatch, "plain")
 
 
+@pytest.mark.slow
 def test_compile_and_its_options(folder: Path, monkeypatch: Any) -> None:
     # Without dropout, of which a graph draws other numbers.
     options = ["--lora.lora_dropout=0", "--model.warmup_steps=2", "--data.packing=true"]
@@ -136,6 +137,7 @@ def shared_out(folder: Path) -> list[dict[str, dict[str, Tensor]]]:
     return on_processes(2, fit_here, folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("saved", [[], IN_VALIDATION], ids=["after the epoch", "in validation"])
 def test_resumed_without_adapters(folder: Path, saved: list[str], monkeypatch: Any) -> None:
     """The order of the second epoch is its own, not the first's again."""

@@ -62,6 +62,7 @@ def test_no_tests_and_nothing_installed_is_read(records):
     assert not folders & {"test", "tests", "idle_test", "site-packages", "dist-packages"}
 
 
+@pytest.mark.slow
 def test_every_process_reads_the_same_texts(records):
     code = (
         "import hashlib, pathlib, sysconfig\n"

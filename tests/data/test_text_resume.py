@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -84,9 +85,20 @@ MODES = {
 }
 
 
-@pytest.mark.parametrize("lora", [True, False], ids=["LoraCallback", "full fine-tuning"])
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("mode", MODES)
+FAST = (
+    "streaming, packed",
+    2,
+    True,
+)  # of those with workers, which take longer to start than to train
+
+
+@pytest.mark.parametrize(
+    ("mode", "workers", "lora"),
+    [
+        pytest.param(*case, marks=[pytest.mark.slow] if case[1] and case != FAST else [])
+        for case in itertools.product(MODES, (0, 2), (True, False))
+    ],
+)
 def test_the_next_batch_is_the_one_that_would_have_come(
     mode, workers, lora, model, train, tmp_path
 ):

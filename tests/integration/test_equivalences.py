@@ -21,6 +21,10 @@ import lora_lightning.cli.main
 from tests.helpers.paths import child_environment
 from tests.helpers.tiny_lm import tiny_llama
 
+pytestmark = (
+    pytest.mark.slow
+)  # the ideas have faster tests: test_token_mean, test_packing, test_lm_loss
+
 TWINS = '''
 """Tasks and data with one thing broken, or done another way."""
 from lora_lightning.data import TextDataModule
@@ -240,7 +244,6 @@ LOADING = {
 TWIN = "--data twins.FromTheStart --data.train my.jsonl --data.val 0 --data.max_length 128"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("loading", LOADING)
 def test_resume_in_mid_epoch(fit: Any, place: Path, request: Any, loading: str) -> None:
     """After step 4 of an epoch, with dropout, to the last bit."""
@@ -256,7 +259,6 @@ def test_resume_in_mid_epoch(fit: Any, place: Path, request: Any, loading: str) 
         assert difference(fit(twin, at=f"{folder}/twin"), straight) > BROKEN
 
 
-@pytest.mark.slow
 def test_two_processes(fit: Any) -> None:
     """2 processes x 4 examples are 1 x 8."""
     one = fit("--data.batch_size 8")

@@ -71,7 +71,14 @@ def test_one_graph_for_all_states(name: str) -> None:
     assert backend.graphs == 1
 
 
-@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lora",
+        "dora",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in TYPES if n not in ("lora", "dora")),
+    ],
+)
 def test_gradients_through_the_graph(name: str) -> None:
     model, x = net(name), torch.randn(4, 6)
     set_adapter(model, "one")

@@ -589,6 +589,7 @@ def test_autocast(inputs, need_weights):
         assert all(p.grad.isfinite().all() for p in lora_tensors(net).values())
 
 
+@pytest.mark.slow
 def test_compiles_to_one_graph_and_switches_without_another():
     base = attention(batch_first=True)
     net = adapted(base)
