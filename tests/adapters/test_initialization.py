@@ -98,7 +98,7 @@ def test_the_random_state_is_not_disturbed():
 
 
 def test_a_layer_made_by_torch_would_disturb_it():
-    """The broken twin."""
+    """The negative control."""
     before = torch.get_rng_state()
     nn.Linear(3, 3)
     assert not torch.equal(torch.get_rng_state(), before)

@@ -163,10 +163,10 @@ def test_other_tokens_for_the_same_weight_are_refused() -> None:
 def test_deepcopy_keeps_head_and_table_together() -> None:
     model = llama()
     inject_adapter(model, LoraConfig(target_modules=[], trainable_token_indices=TOKENS))
-    twin = copy.deepcopy(model)
-    randomize([p for p in twin.parameters() if p.requires_grad])
-    assert not torch.allclose(loss_of(twin), loss_of(model))
-    rows = adapters_named(twin, "default")
+    other = copy.deepcopy(model)
+    randomize([p for p in other.parameters() if p.requires_grad])
+    assert not torch.allclose(loss_of(other), loss_of(model))
+    rows = adapters_named(other, "default")
     assert rows["lm_head"]._rows[0] is rows["model.embed_tokens"]
     assert list(adapter_state_dict(model)) == ["model.embed_tokens.trainable_tokens_delta"]
 

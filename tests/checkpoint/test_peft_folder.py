@@ -289,12 +289,12 @@ def test_several_adapters_of_different_types_in_one_folder(tmp_path: Path) -> No
     again = copy.deepcopy(base)
     assert load_adapter(again, tmp_path) == ["two", "one", "three"]
     assert active_adapters(again) == ["two"]
-    twin = copy.deepcopy(base)  # the order is part of a mix with DoRA: the same one here
+    beside = copy.deepcopy(base)  # the order is part of a mix with DoRA: the same one here
     for name in ("two", "one", "three"):
-        load_adapter(twin, tmp_path / name, name)
-    for adapted in (again, twin):
+        load_adapter(beside, tmp_path / name, name)
+    for adapted in (again, beside):
         set_adapter(adapted, names)
-    assert bit_equal(again(token_ids()), twin(token_ids()))
+    assert bit_equal(again(token_ids()), beside(token_ids()))
     for name in names:
         for key, tensor in adapter_state_dict(model, name).items():
             assert bit_equal(tensor, adapter_state_dict(again, name)[key])

@@ -1,4 +1,4 @@
-"""What must come to the same comes to the same through the command, and its twin does not."""
+"""What must come to the same comes to the same through the command, and a broken one does not."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ ONE_BY_ONE = {"data.init_args.batch_size": 1, "trainer.accumulate_grad_batches":
 
 def test_accumulation(folder: Path, whole: dict[str, Tensor]) -> None:
     assert difference(fit(folder, "accumulated", ONE_BY_ONE), whole) < 1e-5
-    assert difference(fit(folder, "twin1", {**ONE_BY_ONE, **MEANS}), whole) > 1e-2
+    assert difference(fit(folder, "broken1", {**ONE_BY_ONE, **MEANS}), whole) > 1e-2
 
 
 def test_packing(folder: Path, whole: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +122,7 @@ def test_packing(folder: Path, whole: dict[str, Tensor], monkeypatch: pytest.Mon
         "inputs",
         lambda self, batch: {k: v for k, v in batch.items() if k not in ("labels", "position_ids")},
     )
-    assert difference(fit(folder, "twin2", packed), whole) > 1e-2
+    assert difference(fit(folder, "broken2", packed), whole) > 1e-2
 
 
 def test_chunks(folder: Path, whole: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,19 +137,19 @@ def test_chunks(folder: Path, whole: dict[str, Tensor], monkeypatch: pytest.Monk
         return plainly(self, network, inputs, targets.index_fill(0, torch.tensor([7]), -100))
 
     monkeypatch.setattr(LMLoss, "__call__", without_the_last)
-    assert difference(fit(folder, "twin3", in_one), whole) > 1e-2
+    assert difference(fit(folder, "broken3", in_one), whole) > 1e-2
 
 
 def on_rank(folder: Path) -> None:
     halves = {"data.init_args.batch_size": 2, "trainer.accumulate_grad_batches": 2, "trainer.devices": 2, "trainer.strategy": "ddp"}  # fmt: skip
     fit(folder, "ddp", halves)
-    fit(folder, "twin4", {**halves, **MEANS})
+    fit(folder, "broken4", {**halves, **MEANS})
 
 
 def test_two_processes(folder: Path, whole: dict[str, Tensor]) -> None:
     on_processes(2, on_rank, folder)
     states = []
-    for name in ("ddp", "twin4"):
+    for name in ("ddp", "broken4"):
         [path] = (folder / name).rglob("*.ckpt")
         state = torch.load(path, weights_only=True)["state_dict"]
         states.append({key: value for key, value in state.items() if "lora_B" in key})

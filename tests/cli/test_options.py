@@ -157,7 +157,9 @@ def test_shared_out_by_yaml_alone(shared_out: Any, name: str, tensors: int) -> N
 
 
 @pytest.mark.slow
-def test_twin_of_the_resumed_run(shared_out: Any, folder: Path, monkeypatch: Any) -> None:
+def test_negative_control_of_the_resumed_run(
+    shared_out: Any, folder: Path, monkeypatch: Any
+) -> None:
     once = fit(folder, monkeypatch, "once", *CONSTANT)
     assert once.keys() == shared_out[0]["lora"].keys()
     assert not same_state(once, shared_out[0]["lora"])

@@ -120,7 +120,7 @@ def check_epochs(read: dict[tuple[int, int], Any]) -> None:
 
 
 def forget(monkeypatch, mode):
-    """A broken twin: the position is lost."""
+    """A negative control: the position is lost."""
     if "streaming" in mode:
         monkeypatch.setattr(StreamPass, "load_state_dict", lambda self, state: None)
     else:

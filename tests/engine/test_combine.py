@@ -419,7 +419,7 @@ def test_same_adapter_as_peft(combination, weights, sign, monkeypatch):
     a = {"target_modules": targets, "lora_alpha": 4}
     b = {"target_modules": targets[1:], "lora_alpha": 4}
     model = zoo(a=a, b=b)
-    their_model = peft_twin(model, a=a, b=b)
+    their_model = peft_beside(model, a=a, b=b)
     options = {"combination_type": combination, "majority_sign_method": sign}
     if combination.removesuffix("_svd") in PRUNED:
         options["density"] = 0.6
@@ -442,17 +442,22 @@ def peft_model(base: nn.Module, options: dict, name: str) -> peft.PeftModel:
         return base
 
 
-def peft_twin(model: nn.Module, **configs: dict) -> peft.PeftModel:
+def peft_beside(model: nn.Module, **configs: dict) -> peft.PeftModel:
     """A peft model with the same adapters and values."""
-    twin = None
+    theirs_model = None
     for name, options in configs.items():
-        twin = peft_model(Zoo().double() if twin is None else twin, {"r": 2, **options}, name)
+        theirs_model = peft_model(
+            Zoo().double() if theirs_model is None else theirs_model, {"r": 2, **options}, name
+        )
         for path in paths_with(model, name):
-            mine, layer = module(model, path).adapters[name], module(twin.base_model.model, path)
+            mine, layer = (
+                module(model, path).adapters[name],
+                module(theirs_model.base_model.model, path),
+            )
             for tensor, value in mine.named_parameters():
                 held = getattr(layer, tensor)[name]
                 getattr(held, "weight", held).data.copy_(value)
-    return twin
+    return theirs_model
 
 
 @pytest.mark.parametrize("merge", PRUNED)
@@ -479,7 +484,7 @@ def test_rslora_does_not_scale_the_result():
     """peft 0.21.2 gives sqrt(r) times the sum: it keeps use_rslora with alpha = r."""
     options = {"target_modules": ["linear"], "use_rslora": True}
     model = zoo(a=options, b=options)
-    their_model = peft_twin(model, a=options, b=options)
+    their_model = peft_beside(model, a=options, b=options)
     add_weighted_adapter(model, ["a", "b"], [1.0, 1.0], "new", "cat")
     their_model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "new", "cat")
     adapters = model.linear.adapters

@@ -150,7 +150,7 @@ def test_outputs_gradients_merged_weights_and_base(layer, options, dtype):
 
 
 def test_this_comparison_can_fail():
-    """The broken twin: a scaling that is off by one part in a million is noticed."""
+    """The negative control: a scaling that is off by one part in a million is noticed."""
     _, theirs, ours = pair("linear")
     ours.layers[0].proj.adapters["default"].scaling *= 1 + 1e-6
     x = example_input("linear", torch.float64)

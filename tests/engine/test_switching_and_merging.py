@@ -225,7 +225,7 @@ def test_ten_merges_leave_no_drift(layer, dtype):
 
 
 def test_subtracting_would_drift():
-    """The broken twin: what unmerging by subtraction leaves behind in bf16."""
+    """The negative control: what unmerging by subtraction leaves behind in bf16."""
     weight, delta = torch.randn(64, 64).bfloat16(), torch.randn(64, 64).bfloat16()
     again = weight.clone()
     for _ in range(10):

@@ -1,4 +1,4 @@
-"""Contracts 1 to 6 of the design, each with a twin that breaks it and must be noticed."""
+"""Contracts 1 to 6 of the design, each with a negative control that breaks it and must be noticed."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_1_own_state_dict_still_loads() -> None:
     assert all(".adapters.default." in key for key in result.missing_keys)
 
 
-def test_1_twin_subtracting_the_delta_drifts() -> None:
+def test_1_broken_subtracting_the_delta_drifts() -> None:
     """What the kept weight is for: W + d - d is not W in bf16."""
     module = Net().to(torch.bfloat16)
     before = copy.deepcopy(module.state_dict())
@@ -88,7 +88,7 @@ def test_2_output_is_bit_equal_at_the_start(init: Any) -> None:
     assert torch.equal(module(x), before)
 
 
-def test_2_twin_random_b_is_noticed() -> None:
+def test_2_broken_random_b_is_noticed() -> None:
     module, x = Net().eval(), torch.randn(5, 8)
     before = module(x)
     inject_adapter(module, LoraConfig(r=2, init_lora_weights=False))
@@ -124,7 +124,7 @@ def test_3_only_adapters_require_gradients(tmp_path: Path) -> None:
     }
 
 
-def test_3_twin_norm_left_in_train_mode_moves(tmp_path: Path, monkeypatch: Any) -> None:
+def test_3_broken_norm_left_in_train_mode_moves(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(lora_lightning.engine.injection, "freeze_norm_stats", lambda _: None)
     moved = frozen_tensors_that_moved(tmp_path)
     assert moved == {"norm.running_mean", "norm.running_var", "norm.num_batches_tracked"}
@@ -183,7 +183,7 @@ def test_4_master_weights_are_fp32_and_activations_stay_bf16() -> None:
     assert large == {torch.bfloat16}
 
 
-def test_4_twin_casting_the_activation_is_noticed(monkeypatch: Any) -> None:
+def test_4_broken_casting_the_activation_is_noticed(monkeypatch: Any) -> None:
     def forward(self: Any, x: torch.Tensor, y: torch.Tensor, base: Any) -> torch.Tensor:
         hidden = nn.functional.linear(x.to(self.lora_A.dtype), self.lora_A)
         return y + nn.functional.linear(hidden, self.lora_B).to(y.dtype)
@@ -222,7 +222,7 @@ def test_5_optimizer_holds_exactly_the_adapters(tmp_path: Path) -> None:
     assert sorted(held) == sorted(trainable)
 
 
-def test_5_twin_without_the_override_is_refused(tmp_path: Path, monkeypatch: Any) -> None:
+def test_5_broken_without_the_override_is_refused(tmp_path: Path, monkeypatch: Any) -> None:
     overrides = dict(lora_lightning.training.module_hooks._OVERRIDES)
     del overrides["configure_optimizers"]
     monkeypatch.setattr(lora_lightning.training.module_hooks, "_OVERRIDES", overrides)
@@ -278,7 +278,7 @@ def test_6_checkpoints_hold_adapters_only(tmp_path: Path) -> None:
             assert len(state["state"]) == len(adapters)
 
 
-def test_6_twin_a_callback_hook_alone_writes_the_base(tmp_path: Path, monkeypatch: Any) -> None:
+def test_6_broken_a_callback_hook_alone_writes_the_base(tmp_path: Path, monkeypatch: Any) -> None:
     """Callback.on_save_checkpoint is not called for weights-only files: the naive way leaks."""
     overrides = dict(lora_lightning.training.module_hooks._OVERRIDES)
     reduce = overrides.pop("on_save_checkpoint")

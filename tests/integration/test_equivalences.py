@@ -1,6 +1,6 @@
 """Equivalences, through the real command: two ways to say the same train the same adapter.
 
-Each has a twin, the same run with one thing broken on purpose, which must train another.
+Each has a negative control, the same run with one thing broken on purpose, which must train another.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ pytestmark = (
     pytest.mark.slow
 )  # the ideas have faster tests: test_token_mean, test_packing, test_lm_loss
 
-TWINS = '''
+BROKEN_CLASSES = '''
 """Tasks and data with one thing broken, or done another way."""
 from lora_lightning.data import TextDataModule
 from lora_lightning.tasks import CausalLM
@@ -119,7 +119,7 @@ def place(tmp_path_factory: Any) -> Path:
     folder = tmp_path_factory.mktemp("equivalences")
     tiny_llama(folder / "model", attention_dropout=0.1)
     tiny_llama(folder / "steady")
-    (folder / "twins.py").write_text(TWINS)
+    (folder / "broken.py").write_text(BROKEN_CLASSES)
     dice = random.Random(0)
 
     def text(most: int) -> str:
@@ -197,7 +197,7 @@ def difference(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) 
 # In float64, but for norms and softmax, which transformers computes in float32 in any case: where
 # sums are taken in another order, one of its last digits falls the other way now and then.
 EXACT = 1e-6
-BROKEN = 1e-3  # a twin is off by more
+BROKEN = 1e-3  # a negative control is off by more
 
 
 def test_accumulation(fit: Any) -> None:
@@ -208,8 +208,8 @@ def test_accumulation(fit: Any) -> None:
     assert difference(fit(f"{data} {in_parts}"), whole) < EXACT
     by_three = "--data.batch_size 3 --trainer.accumulate_grad_batches 3"  # 3, 3 and 2 examples
     assert difference(fit(f"{data} {by_three}"), whole) < EXACT
-    twin = "--model twins.MeanOfMeans --model.model steady --model.learning_rate 0.01"
-    assert difference(fit(f"{data} {in_parts} {twin}"), whole) > BROKEN
+    broken = "--model broken.MeanOfMeans --model.model steady --model.learning_rate 0.01"
+    assert difference(fit(f"{data} {in_parts} {broken}"), whole) > BROKEN
 
 
 def test_packing(fit: Any) -> None:
@@ -220,8 +220,8 @@ def test_packing(fit: Any) -> None:
     for attention in ("eager", "sdpa"):
         packed = f"{data} --data.packing true --model.attn_implementation {attention}"
         assert difference(fit(packed), alone) < EXACT
-    twin = "--data twins.OneText --data.train my.jsonl --data.val 0 --data.max_length 128"
-    assert difference(fit(f"{twin} {data} --data.packing true"), alone) > BROKEN
+    broken = "--data broken.OneText --data.train my.jsonl --data.val 0 --data.max_length 128"
+    assert difference(fit(f"{broken} {data} --data.packing true"), alone) > BROKEN
 
 
 SAVE = (
@@ -240,8 +240,8 @@ LOADING = {
     "streamed, workers": f"{STREAMED} --data.num_workers 2",
     "streamed, packed": f"{STREAMED} --data.packing true",
 }
-# The twins' loaders are those in memory.
-TWIN = "--data twins.FromTheStart --data.train my.jsonl --data.val 0 --data.max_length 128"
+# The broken loaders are those in memory.
+FORGETFUL = "--data broken.FromTheStart --data.train my.jsonl --data.val 0 --data.max_length 128"
 
 
 @pytest.mark.parametrize("loading", LOADING)
@@ -255,8 +255,8 @@ def test_resume_in_mid_epoch(fit: Any, place: Path, request: Any, loading: str) 
     resumed = run.replace("LOADING", f"{LOADING[loading]} --ckpt_path {middle}")
     assert difference(fit(resumed, at=f"{folder}/resumed"), straight) == 0
     if loading == "in memory":
-        twin = run.replace("LOADING", f"{TWIN} {IN_MEMORY} --ckpt_path {middle}")
-        assert difference(fit(twin, at=f"{folder}/twin"), straight) > BROKEN
+        broken = run.replace("LOADING", f"{FORGETFUL} {IN_MEMORY} --ckpt_path {middle}")
+        assert difference(fit(broken, at=f"{folder}/broken"), straight) > BROKEN
 
 
 def test_two_processes(fit: Any) -> None:
@@ -264,8 +264,8 @@ def test_two_processes(fit: Any) -> None:
     one = fit("--data.batch_size 8")
     two = "--data.batch_size 4 --trainer.devices 2 --trainer.strategy ddp"
     assert difference(fit(two, alone=False), one) < EXACT
-    twin = "--model twins.MeanOfMeans --model.model steady --model.learning_rate 0.01"
-    assert difference(fit(f"{two} {twin}", alone=False), one) > BROKEN
+    broken = "--model broken.MeanOfMeans --model.model steady --model.learning_rate 0.01"
+    assert difference(fit(f"{two} {broken}", alone=False), one) > BROKEN
 
 
 def test_gradient_checkpointing(fit: Any) -> None:
@@ -273,13 +273,13 @@ def test_gradient_checkpointing(fit: Any) -> None:
     with_dropout = "--model.model model --lora.lora_dropout 0.1"
     kept = fit(with_dropout)
     assert difference(fit(f"{with_dropout} --model.gradient_checkpointing true"), kept) == 0
-    twin = "--model twins.OtherNumbers --model.model model --model.learning_rate 0.01"
-    assert difference(fit(f"{twin} --lora.lora_dropout 0.1"), kept) > BROKEN
+    broken = "--model broken.OtherNumbers --model.model model --model.learning_rate 0.01"
+    assert difference(fit(f"{broken} --lora.lora_dropout 0.1"), kept) > BROKEN
 
 
 def test_chunked_loss(fit: Any, monkeypatch: Any) -> None:
     """The loss in chunks is the loss from all scores."""
-    all_scores = fit("--model twins.AllScores --model.model steady --model.learning_rate 0.01")
+    all_scores = fit("--model broken.AllScores --model.model steady --model.learning_rate 0.01")
     assert difference(fit(""), all_scores) < EXACT
-    twin = "--model twins.FirstToken --model.model steady --model.learning_rate 0.01"
-    assert difference(fit(twin), all_scores) > BROKEN
+    broken = "--model broken.FirstToken --model.model steady --model.learning_rate 0.01"
+    assert difference(fit(broken), all_scores) > BROKEN

@@ -323,7 +323,7 @@ def test_no_dense_weight_is_made(
     dense = ours.experts.gate_up_proj.nbytes
     inputs = [t.detach().requires_grad_(t.is_floating_point()) for t in batch(torch.float32)]
     assert largest_saved(ours, inputs) < dense / 2
-    # The twin: experts that are not known to read by torch operations get the sum.
+    # The negative control: experts that are not known to read by torch operations get the sum.
     monkeypatch.setattr(experts_file, "LOW_RANK_PACKAGES", ())
     assert largest_saved(ours, inputs) >= dense
 
@@ -663,8 +663,8 @@ def test_experts_that_are_called_twice() -> None:
 
 def test_a_tied_parameter_is_not_merged() -> None:
     tied = net("mixtral")
-    tied.twin = net("mixtral").experts
-    tied.twin.down_proj = tied.experts.down_proj
+    tied.second = net("mixtral").experts
+    tied.second.down_proj = tied.experts.down_proj
     adapt(tied)
     with pytest.raises(AdapterStateError, match="shared with another module"):
         merge_adapter(tied)

@@ -344,7 +344,7 @@ def test_transformer_encoder_adapts_in_eval_as_in_training(build, kwargs, saved)
 
 
 def test_without_closing_the_fast_path_adapters_would_be_bypassed():
-    """The broken twin of the test above: torch really has that road, and it really bypasses."""
+    """The negative control of the test above: torch really has that road, and it really bypasses."""
     model = adapted(encoder(None).eval(), LoraConfig(r=2))
     x = torch.randn(2, 5, 8)
     with torch.inference_mode():
@@ -441,7 +441,7 @@ def test_q_k_and_v_share_one_autocast_copy_of_x(needs_grad, monkeypatch):
         kept = saved_for_backward(model, x)
         shared = model(x)
         assert copies_of(x, kept) == 1
-        # The broken twin: a cast per layer.
+        # The negative control: a cast per layer.
         monkeypatch.setattr("lora_lightning.layers.linear.autocast_input", lambda x: x.bfloat16())
         assert copies_of(x, saved_for_backward(model, x)) == 3
         assert bit_equal(model(x), shared)

@@ -789,7 +789,7 @@ def test_a_folder_of_peft_computes_the_same_here(tmp_path):
     wanted = theirs(x, x, x)
     for version in ("0.21.2", "0.7.0", "0.18", None):  # None: of before it said its version
         close(computed(peft_version=version), wanted)
-    # The twin: of a PEFT that has mended it, were this folder its.
+    # The negative control: of a PEFT that has mended it, were this folder its.
     for version in ("0.21.3", "0.22.0.dev0", "1.0"):
         assert not torch.allclose(computed(peft_version=version)[0], wanted[0], atol=1e-4)
 

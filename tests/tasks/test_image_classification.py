@@ -130,7 +130,7 @@ def test_a_frozen_batchnorm_resumes(tmp_path, folder, others):
     resumed(tmp_path, folder, others, kind="resnet").check(tmp_path)
 
 
-def test_twin_with_other_random_numbers_differs(tmp_path, folder, others, monkeypatch):
+def test_negative_control_with_other_random_numbers_differs(tmp_path, folder, others, monkeypatch):
     monkeypatch.setattr(resumable_loader, "set_randomness", lambda *args: None)
     with pytest.raises(AssertionError):
         resumed(tmp_path, folder, others).check(tmp_path)

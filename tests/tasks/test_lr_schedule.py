@@ -97,7 +97,7 @@ def test_steps_are_the_optimizers_under_accumulation(tmp_path: Path) -> None:
     assert accumulated(tmp_path) == pytest.approx(curve("cosine", 2, 6))
 
 
-def test_twin_that_counts_batches(tmp_path: Path, monkeypatch: Any) -> None:
+def test_negative_control_that_counts_batches(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(lr_schedule.math, "ceil", lambda x: BATCHES)
     assert accumulated(tmp_path) != pytest.approx(curve("cosine", 2, 6))
 
@@ -166,7 +166,7 @@ def test_a_resumed_run_is_on_the_curve_that_it_asks_for(tmp_path: Path) -> None:
     assert rates == pytest.approx(curve("cosine", 25, 40)[20:])
 
 
-def test_twin_whose_schedule_stays_where_the_shorter_run_ended(
+def test_negative_control_whose_schedule_stays_where_the_shorter_run_ended(
     tmp_path: Path, monkeypatch: Any
 ) -> None:
     def begin(self: Schedule, total_steps: float, trial: bool) -> None:
@@ -210,7 +210,7 @@ class AsksAtOnce(Task):
         return [optimizer], [LambdaLR(optimizer, lambda step: 1 - step / steps)]
 
 
-def test_twin_that_asks_at_once(tmp_path: Path) -> None:
+def test_negative_control_that_asks_at_once(tmp_path: Path) -> None:
     assert mid_epoch(tmp_path, AsksAtOnce)[0] == 0.0  # Lightning #20550
 
 

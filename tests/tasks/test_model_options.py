@@ -284,7 +284,7 @@ def indices_after(module: Any) -> Tensor:
 def test_rounding_is_that_of_any_process(
     llama: str, as_in_a_new_process: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not another one after a model under `bf16-true`, as on a twin that lets things be."""
+    """Not another one after a model under `bf16-true`, as on a module that lets things be."""
     as_in_a_new_process()
     wanted = indices_after(LanguageModel(llama))
     as_in_a_new_process()
@@ -292,8 +292,8 @@ def test_rounding_is_that_of_any_process(
 
     monkeypatch.setattr("lora_lightning.tasks.network.settle_rounding_table", lambda kind: None)
     as_in_a_new_process()
-    twin = indices_after(LanguageModel(llama, quantize="nf4"))
-    assert not torch.equal(twin, wanted)
+    broken = indices_after(LanguageModel(llama, quantize="nf4"))
+    assert not torch.equal(broken, wanted)
 
 
 def test_a_head_stays_as_precise_as_it_is(tmp_path: Path) -> None:
@@ -367,7 +367,7 @@ def test_gradient_checkpointing(llama: str, lora: bool) -> None:
     assert found["bytes"] < 0.5 * without["bytes"]
 
 
-def test_twin_in_eval_mode(llama: str) -> None:
+def test_negative_control_in_eval_mode(llama: str) -> None:
     """As `from_pretrained` leaves it: nothing is checkpointed, and nothing says so."""
     assert step(built(llama, gradient_checkpointing=True).eval())["calls"] == 1
 
@@ -508,7 +508,7 @@ def test_heads_are_not_part_of_the_graph(tmp_path: Path) -> None:
     assert seen == [Tensor, Tensor]  # not once, while a graph was made
 
 
-def test_twin_that_is_compiled_for_each_length(llama: str) -> None:
+def test_negative_control_that_is_compiled_for_each_length(llama: str) -> None:
     torch._dynamo.reset()
     backend = Counting()
     network = built(llama, compile={"backend": backend, "dynamic": False})

@@ -412,7 +412,7 @@ def test_a_decoder_finds_the_end_of_padded_texts(tmp_path, file, other):
 
 
 class Unfilled(TextClassificationDataModule):
-    """The broken twin: Lightning shares out, and repeats a row where they do not go round."""
+    """The negative control: Lightning shares out, and repeats a row where they do not go round."""
 
     def order(self, lengths, *, shuffle, group):
         return None
@@ -449,6 +449,6 @@ def test_two_processes_do_what_one_does(tmp_path, model):
         names = ("train_loss", "val_loss", "val_accuracy", "val_f1")
         assert [found[1][n] for n in names] == pytest.approx([after[n] for n in names], rel=1e-4)
         assert (found[2] - weight).norm() < 1e-4 * weight.norm()
-    twin = on_processes(2, trained_and_validated, str(tmp_path), model, str(path), 2, Unfilled)
-    assert twin[0][0] != pytest.approx(before, rel=1e-3)
-    assert (twin[0][2] - weight).norm() > 1e-3 * weight.norm()
+    broken = on_processes(2, trained_and_validated, str(tmp_path), model, str(path), 2, Unfilled)
+    assert broken[0][0] != pytest.approx(before, rel=1e-3)
+    assert (broken[0][2] - weight).norm() > 1e-3 * weight.norm()

@@ -183,7 +183,9 @@ def test_two_processes_are_one(place: Path, found: Any, name: str) -> None:
 
 
 @pytest.mark.slow
-def test_twin_one_process_with_half_of_the_rows(place: Path, found: Any, monkeypatch: Any) -> None:
+def test_negative_control_one_process_with_half_of_the_rows(
+    place: Path, found: Any, monkeypatch: Any
+) -> None:
     monkeypatch.setenv("RANK", "1")  # every row but the first
     with pytest.raises(AssertionError):
         test_two_processes_are_one(place, found, "all")

@@ -264,7 +264,7 @@ def sgd_update(folder, model, path, batch_size, accumulate, kind=TokenClassifica
 
 
 class MeanOfMeans(TokenClassification):
-    """The broken twin: what Lightning's accumulation makes of mean losses."""
+    """The negative control: what Lightning's accumulation makes of mean losses."""
 
     def batch_weight(self, batch):
         return (batch["labels"] != -100).any().float()
@@ -287,8 +287,8 @@ def test_accumulation_weights_words_not_batches(tmp_path, uneven):
     whole = sgd_update(tmp_path, model, uneven, 8, 1)
     parts = sgd_update(tmp_path, model, uneven, 1, 8)
     assert (parts - whole).norm() / whole.norm() < 1e-5
-    twin = sgd_update(tmp_path, model, uneven, 1, 8, MeanOfMeans)
-    assert (twin - whole).norm() / whole.norm() > 1e-2
+    broken = sgd_update(tmp_path, model, uneven, 1, 8, MeanOfMeans)
+    assert (broken - whole).norm() / whole.norm() > 1e-2
 
 
 def validated(folder, model, path, devices):

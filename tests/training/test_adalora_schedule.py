@@ -359,7 +359,7 @@ def test_resume_is_exact(tmp_path: Path, accumulate: int) -> None:
         assert lora.ranks.allocator.steps == 24
 
 
-def test_twin_without_the_allocation_differs(tmp_path: Path) -> None:
+def test_negative_control_without_the_allocation_differs(tmp_path: Path) -> None:
     straight, _ = fit(tmp_path / "straight")
     fit(tmp_path / "broken", Kill(3))
     path = tmp_path / "broken/last.ckpt"

@@ -61,7 +61,9 @@ def test_it_is_loaded_before_adapters_grow(tmp_path: Path, kind: Any) -> None:
     assert all(torch.equal(found[key], wanted[key]) for key in wanted)
 
 
-def test_twin_without_it_the_run_has_another_base(tmp_path: Path, monkeypatch: Any) -> None:
+def test_negative_control_without_it_the_run_has_another_base(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
     monkeypatch.delattr(Unset, "base_state_dict")
     found, wanted = trained(tmp_path, InInit()), trained(tmp_path, Net())
     assert not torch.equal(found["body.2.weight"], wanted["body.2.weight"])

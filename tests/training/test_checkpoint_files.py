@@ -145,7 +145,7 @@ def test_edited_content_is_refused_by_name(good: Path, tmp_path: Path) -> None:
         load_adapter(Net(), tmp_path / "bad.ckpt")
 
 
-def test_twin_it_is_the_hash_that_notices(
+def test_negative_control_it_is_the_hash_that_notices(
     good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     content = torch.load(good, weights_only=True)
@@ -200,7 +200,7 @@ def test_a_turned_bit_anywhere_is_noticed(good: Path, tmp_path: Path) -> None:
     assert harmless < 75
 
 
-def test_twin_without_checks_turned_bits_are_loaded(good: Path, tmp_path: Path) -> None:
+def test_negative_control_without_checks_turned_bits_are_loaded(good: Path, tmp_path: Path) -> None:
     path = tmp_path / "a.ckpt"
     path.write_bytes(good.read_bytes())
 
@@ -301,7 +301,7 @@ def test_a_full_disk_is_told_and_the_old_file_stays(tmp_path: Path) -> None:
     assert path.read_bytes() != before
 
 
-def test_twin_lightning_alone_loses_the_old_file(tmp_path: Path) -> None:
+def test_negative_control_lightning_alone_loses_the_old_file(tmp_path: Path) -> None:
     """Where the temporary folder is on another disk, it copies in place."""
     trainer = fit(tmp_path)
     path = tmp_path / "a.ckpt"
@@ -427,7 +427,7 @@ def test_killed_at_every_step(step: int, existing: bool, good: Path, tmp_path: P
     assert names(tmp_path) == [path.name]
 
 
-def test_twin_written_in_place_half_a_file_is_left(good: Path, tmp_path: Path) -> None:
+def test_negative_control_written_in_place_half_a_file_is_left(good: Path, tmp_path: Path) -> None:
     path = tmp_path / "a.ckpt"
     old, new = b"old" * 1000, good.read_bytes()
     path.write_bytes(old)
@@ -551,7 +551,7 @@ def test_old_files_go_after_new_ones_are_there(
     load(tmp_path / "last.ckpt")
 
 
-def test_twin_a_background_writer_alone_has_a_moment_without_any(
+def test_negative_control_a_background_writer_alone_has_a_moment_without_any(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(DurableCheckpointIO, "in_order", lambda self, action: action())

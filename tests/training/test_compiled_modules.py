@@ -63,7 +63,9 @@ def test_compiled_submodules(tmp_path: Path, starts: type, resumes: type) -> Non
     assert all(torch.equal(straight[key], resumed[key]) for key in straight)
 
 
-def test_twin_names_as_they_are_would_not_be_found(tmp_path: Path, monkeypatch: Any) -> None:
+def test_negative_control_names_as_they_are_would_not_be_found(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
     monkeypatch.setattr("lora_lightning.layers.traversal.WRAPPED", ())
     with pytest.raises(TargetError, match=r"'head' matched nothing.*_orig_mod"):
         trained(tmp_path, Compiled())

@@ -218,7 +218,7 @@ def on_two(folder: Path) -> dict[str, Any]:
         warnings.simplefilter("always")
         train(folder / "headless", OnCpu(), kind=WithoutHead, gradient_clip_val=1.0)
     found["warnings"] = [str(w.message) for w in caught]
-    return {**found, **twins(folder, middle)}
+    return {**found, **negative_controls(folder, middle)}
 
 
 class Terminated(Callback):
@@ -237,15 +237,15 @@ def restored(folder: Path, start: Path, way: Any, kind: Any = Quiet) -> tuple[An
     return module, trainer.test(module, Data().test_dataloader(), ckpt_path=start, verbose=False)
 
 
-def twins(folder: Path, middle: Path) -> dict[str, Any]:
+def negative_controls(folder: Path, middle: Path) -> dict[str, Any]:
     """Broken on purpose: moments are not restored; the engine casts adapters."""
     found: dict[str, Any] = {}
     load, setup = WholeOptimizer.load_state_dict, _DEEPSPEED["_setup_model"]
     WholeOptimizer.load_state_dict = lambda self, _: self.zero.refresh_fp32_params()  # type: ignore[method-assign]
-    found["twin without moments"], _ = train(folder / "twin", OnCpu(), middle)
+    found["broken without moments"], _ = train(folder / "broken", OnCpu(), middle)
     WholeOptimizer.load_state_dict = load  # type: ignore[method-assign]
     _DEEPSPEED["_setup_model"] = lambda self, model: model
-    found["twin cast"], _ = train(folder / "twin", OnCpu(), precision="bf16-true")
+    found["broken cast"], _ = train(folder / "broken", OnCpu(), precision="bf16-true")
     _DEEPSPEED["_setup_model"] = setup
     return found
 
@@ -278,7 +278,7 @@ def test_trains_as_ddp_does(both: Any, way: str) -> None:
 def test_resumes_in_the_middle_of_an_epoch(both: Any, way: str) -> None:
     for found in both:
         assert same_state(found[f"{way} resumed"], found[way])
-        assert not same_state(found["twin without moments"], found["plain"])
+        assert not same_state(found["broken without moments"], found["plain"])
 
 
 @needs_deepspeed
@@ -308,7 +308,7 @@ def test_files_hold_adapters_and_moments_by_name(both: Any, folder: Path) -> Non
 @needs_deepspeed
 def test_adapters_stay_in_float32(both: Any) -> None:
     assert both[0]["dtypes"] == {(True, torch.float32), (False, torch.bfloat16)}
-    assert not same_state(both[0]["twin cast"], both[0]["bf16"])  # rounded before the first step
+    assert not same_state(both[0]["broken cast"], both[0]["bf16"])  # rounded before the first step
 
 
 @needs_deepspeed

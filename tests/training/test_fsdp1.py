@@ -140,7 +140,7 @@ def on_two(folder: Path) -> dict[str, Any]:
     with pytest.raises(ValueError, match="requires them to be on GPU"):  # torch's, when it wraps
         train(folder / "synced", synced, kind=OtherBasePerRank)
     GradientAverage.__post_init__ = lambda self: None  # type: ignore[method-assign]
-    found["twin"], _ = train(folder / "twin", on_cpu(**UNITS))
+    found["broken"], _ = train(folder / "broken", on_cpu(**UNITS))
     return found
 
 
@@ -182,7 +182,7 @@ def both(folder: Path, alone: Any) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def found(both: list[dict[str, Any]]) -> dict[str, Any]:
     first, second = both
-    for name in first.keys() - {"twin", "refused"}:
+    for name in first.keys() - {"broken", "refused"}:
         assert same_state(first[name], second[name]), name
     return first
 
@@ -281,12 +281,12 @@ def test_evaluation_after_fit(found: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-def test_twin_without_the_average_diverges(both: list[dict[str, Any]]) -> None:
+def test_negative_control_without_the_average_diverges(both: list[dict[str, Any]]) -> None:
     first, second = both
-    assert not same_state(first["twin"], second["twin"])
+    assert not same_state(first["broken"], second["broken"])
 
 
-@pytest.mark.parametrize("begun", [True, False], ids=["", "twin"])
+@pytest.mark.parametrize("begun", [True, False], ids=["", "negative control"])
 def test_gradients_are_averaged_after_a_backward_that_failed(
     monkeypatch: pytest.MonkeyPatch, begun: bool
 ) -> None:

@@ -130,7 +130,7 @@ def on_two(folder: Path) -> dict[str, Any]:
     return {
         "runs": found,
         "mid-epoch": in_mid_epoch(folder / "mid-epoch"),
-        "twin": left_full_tensor(folder / "twin"),
+        "broken": left_full_tensor(folder / "broken"),
         "saving": saving(folder / "saving"),
         "second trainer": second_trainer(folder / "second"),
         "refusals": refusals(folder),
@@ -232,9 +232,9 @@ def starts(folder: Path) -> dict[str, Any]:
     found = {}
     for name, way in (
         ("fsdp", strategy(folder=True)),
-        ("fsdp, twin", strategy(folder=True, kind=FSDPWithOwnSeeds)),
+        ("fsdp, broken", strategy(folder=True, kind=FSDPWithOwnSeeds)),
         ("ddp", "ddp"),
-        ("ddp, twin", DDPWithOwnSeeds()),
+        ("ddp, broken", DDPWithOwnSeeds()),
     ):
         torch.manual_seed(torch.distributed.get_rank())
         spy = Spy(**make_callback().config.to_dict())
@@ -380,8 +380,8 @@ def test_sharded_run_equals_one_device(found: Any, alone: Any, kind: Any, form: 
 
 
 @pytest.mark.slow
-def test_twin_without_sharding_diverges(ranks: Any) -> None:
-    first, second = (ranks[rank]["twin"] for rank in (0, 1))
+def test_negative_control_without_sharding_diverges(ranks: Any) -> None:
+    first, second = (ranks[rank]["broken"] for rank in (0, 1))
     assert not torch.equal(
         first["embed.adapters.default.lora_B"], second["embed.adapters.default.lora_B"]
     )
@@ -504,7 +504,7 @@ def test_evaluation_of_sharded_checkpoints(ranks: Any, folder: Path) -> None:
 
 @pytest.mark.slow
 def test_same_start_on_all_ranks(ranks: Any) -> None:
-    """Whatever their seeds are; the twins share none of them."""
+    """Whatever their seeds are; the negative controls share none of them."""
     expected = ranks[0]["starts"]["rank 0"]
     for rank in (0, 1):
         starts = ranks[rank]["starts"]
@@ -512,8 +512,8 @@ def test_same_start_on_all_ranks(ranks: Any) -> None:
         assert torch.equal(starts["ddp"], expected)
         assert starts["fsdp, undisturbed"]
         assert starts["ddp, undisturbed"]
-    assert not torch.equal(ranks[1]["starts"]["fsdp, twin"], expected)
-    assert not torch.equal(ranks[1]["starts"]["ddp, twin"], expected)
+    assert not torch.equal(ranks[1]["starts"]["fsdp, broken"], expected)
+    assert not torch.equal(ranks[1]["starts"]["ddp, broken"], expected)
 
 
 @pytest.mark.slow

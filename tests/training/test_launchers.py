@@ -136,7 +136,7 @@ def test_adapters_come_back_from_spawned_processes(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_without_the_way_back(tmp_path: Path) -> None:
-    """The twin: refused with the way out, which works; unrefused, the adapters are lost."""
+    """The negative control: refused with the way out, which works; unrefused, the adapters are lost."""
     code = """
 cls = launchers._MultiProcessingLauncher
 cls.get_extra_results = launchers._original_extra

@@ -167,7 +167,9 @@ def test_quantised_once(tmp_path: Path, monkeypatch: Any) -> None:
 
 
 @pytest.mark.usefixtures("on_cpu")
-def test_twin_without_conversion_first_loses_the_adapters(tmp_path: Path, monkeypatch: Any) -> None:
+def test_negative_control_without_conversion_first_loses_the_adapters(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
     monkeypatch.setattr(precision, "_is_a", lambda cls, name: False)
     monkeypatch.setattr(precision, "_LIGHTNING", ("",))
     with pytest.raises(AdapterStateError, match=r"embed, body.2 were replaced after adapters"):
@@ -193,7 +195,9 @@ def test_an_adapter_checkpoint_is_not_quantised_into_the_base(
     module = fit(tmp_path, "nf4", ckpt_path="last", config=config)[0]
     assert_base_is_that_of("nf4", module)
     monkeypatch.setattr(precision, "_quantize_base_only", lambda layer: None)
-    with pytest.raises((RuntimeError, AssertionError)):  # the twin: it wants to do so on a GPU
+    with pytest.raises(
+        (RuntimeError, AssertionError)
+    ):  # the negative control: it wants to do so on a GPU
         fit(tmp_path, "nf4", ckpt_path="last", config=config)
 
 

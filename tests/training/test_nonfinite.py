@@ -121,7 +121,7 @@ def test_stop_leaves_everything_as_before_the_step(tmp_path: Path, kind: str) ->
 
 
 @pytest.mark.parametrize("kind", ["nan", "input"])
-def test_twin_without_the_guard_is_poisoned(tmp_path: Path, kind: str) -> None:
+def test_negative_control_without_the_guard_is_poisoned(tmp_path: Path, kind: str) -> None:
     module = Poisoned(kind=kind)
     trainer = make_trainer(tmp_path, LoraCallback(nonfinite="ignore", **OPTIONS), max_epochs=2)
     trainer.fit(module, Ordered())
@@ -208,7 +208,7 @@ def test_skip_is_the_run_without_that_step(
     assert trainer.global_step == 8 // accumulate  # schedules and max_steps go by attempts
 
 
-def test_twin_a_skipped_batch_is_a_difference() -> None:
+def test_negative_control_a_skipped_batch_is_a_difference() -> None:
     assert not same_state(by_hand((1, 2)), by_hand((9, 9)))
 
 

@@ -64,7 +64,9 @@ def test_another_order_resumes_exactly(tmp_path: Path) -> None:
     assert same_state(straight, fit(Reversed, tmp_path / "other", 4, tmp_path / "epoch=1.ckpt"))
 
 
-def test_twin_with_numbers_gets_others_moments(tmp_path: Path, monkeypatch: Any) -> None:
+def test_negative_control_with_numbers_gets_others_moments(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
     room = lora_lightning.training.strategies.state
     monkeypatch.setattr(room, "with_names", lambda state, *_: state)
     fit(Straight, tmp_path, 4)

@@ -135,7 +135,7 @@ def test_adapters_in_the_dtype_of_the_base_when_asked(precision: str, tmp_path: 
     check_run(tmp_path, precision, base, own, options={"autocast_adapter_dtype": False}, kind=kind)
 
 
-def test_twin_without_master_copies_fails(tmp_path: Path, monkeypatch: Any) -> None:
+def test_negative_control_without_master_copies_fails(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(Adapter, "_apply", nn.Module._apply)
     with pytest.raises(AssertionError, match="bfloat16"):
         check_run(tmp_path, "bf16-true", BF16, FP32)

@@ -104,7 +104,7 @@ def test_sigterm_saves_and_the_run_goes_on_exactly(
     assert same_state(fit(tmp_path, saver, ckpt_path="last", **options), straight)
 
 
-def test_twin_lightning_alone_saves_nothing(
+def test_negative_control_lightning_alone_saves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Preemption, "watch", lambda *_: None)
@@ -288,7 +288,7 @@ def test_requeue(signum: int, tmp_path: Path, slurm: Any) -> None:
     assert signal.getsignal(signum) is before
 
 
-def test_twin_lightning_alone_saves_within_the_step(
+def test_negative_control_lightning_alone_saves_within_the_step(
     tmp_path: Path, slurm: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Preemption, "watch", lambda *_: None)

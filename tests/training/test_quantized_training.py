@@ -145,7 +145,9 @@ def test_buffers_that_differ() -> None:
     assert _differ([]) == []
 
 
-def test_twin_that_averages_everything(llama: str, tmp_path: Path, monkeypatch: Any) -> None:
+def test_negative_control_that_averages_everything(
+    llama: str, tmp_path: Path, monkeypatch: Any
+) -> None:
     monkeypatch.setattr(lora_lightning.callback, "average_what_trains", lambda trainer: None)
     with pytest.raises(AssertionError, match="uint8"):
         test_weight_averaging_leaves_the_codes_alone(llama, "nf4", tmp_path)

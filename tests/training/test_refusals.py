@@ -131,7 +131,9 @@ def test_other_base(checkpoint: Path) -> None:
     assert "embed.weight: shape [16, 8] in the checkpoint, [8, 8] here" in text
 
 
-def test_twin_the_fingerprint_is_what_notices(checkpoint: Path, monkeypatch: Any) -> None:
+def test_negative_control_the_fingerprint_is_what_notices(
+    checkpoint: Path, monkeypatch: Any
+) -> None:
     monkeypatch.setattr(
         "lora_lightning.training.checkpoints.metadata.fingerprint_difference", lambda *_: []
     )

@@ -63,7 +63,9 @@ def test_resume_from_any_epoch(tmp_path: Path) -> None:
         )
 
 
-def test_twin_without_the_random_state_differs(tmp_path: Path, monkeypatch: Any) -> None:
+def test_negative_control_without_the_random_state_differs(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
     straight = fit(Net, tmp_path / "straight", 4)
     fit(Net, tmp_path / "broken", 2)
     monkeypatch.setattr(

@@ -292,8 +292,8 @@ def test_a_loader_stays_itself(kind: Any) -> None:
     assert resumable(loader) is loader is resumable(loader)
     assert isinstance(loader, kind)
     assert differences(before, list(loader)) == []
-    for twin in (copy.deepcopy(loader), pickle.loads(pickle.dumps(loader))):
-        assert type(twin) is kind
+    for copied in (copy.deepcopy(loader), pickle.loads(pickle.dumps(loader))):
+        assert type(copied) is kind
     assert resumable([1, 2]) == [1, 2]
 
 

@@ -65,13 +65,13 @@ def go(folder: Path) -> dict[str, list[str]]:
         found[f"workers {spot}"] = differences(loaded, again)
 
     state: Any = lora_lightning.training.resume.run_state
-    found["twin"] = _with_rank_zero_only(state, lambda: differences(
-        straight, both.fit(folder / "twin", folder / "batch2.ckpt")
+    found["broken"] = _with_rank_zero_only(state, lambda: differences(
+        straight, both.fit(folder / "broken", folder / "batch2.ckpt")
     ))  # fmt: skip
     return found
 
 
-def _with_rank_zero_only(state: Any, twin: Callable[[], list[str]]) -> list[str]:
+def _with_rank_zero_only(state: Any, broken: Callable[[], list[str]]) -> list[str]:
     prepare = state.prepare_run_state
 
     def broken(checkpoint: dict[str, Any], module: Any) -> None:
@@ -81,7 +81,7 @@ def _with_rank_zero_only(state: Any, twin: Callable[[], list[str]]) -> list[str]
 
     state.prepare_run_state = broken
     try:
-        return twin()
+        return broken()
     finally:
         state.prepare_run_state = prepare
 
@@ -113,8 +113,8 @@ def test_two_processes_that_share_the_model(tmp_path: Path, distributed: bool) -
 @pytest.mark.slow
 def test_two_processes(tmp_path: Path) -> None:
     for rank, found in enumerate(on_processes(2, go, tmp_path)):
-        twin = found.pop("twin")
-        assert any("lora_B" in path for path in twin), rank
+        broken = found.pop("broken")
+        assert any("lora_B" in path for path in broken), rank
         assert found == {what: [] for what in found}, rank
     assert "LOCAL_RANK" not in os.environ
 

@@ -186,7 +186,9 @@ def test_resume_is_exact(tmp_path: Path, name: str) -> None:
     RUNS[name].check(tmp_path)
 
 
-def test_twin_accumulation_that_does_not_follow_differs(tmp_path: Path, monkeypatch: Any) -> None:
+def test_negative_control_accumulation_that_does_not_follow_differs(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
     monkeypatch.setattr(
         lora_lightning.training.resume.loop_state, "GradientAccumulationScheduler", EarlyStopping
     )
@@ -197,7 +199,7 @@ def test_twin_accumulation_that_does_not_follow_differs(tmp_path: Path, monkeypa
 @pytest.mark.parametrize(
     "without", ["random state", "position", "gradients", "the rest of the batch", "metrics"]
 )
-def test_twin_without_differs(tmp_path: Path, monkeypatch: Any, without: str) -> None:
+def test_negative_control_without_differs(tmp_path: Path, monkeypatch: Any, without: str) -> None:
     state = lora_lightning.training.resume.run_state
     run, spot = ResumableRun(), "batch9"
     if without == "random state":
@@ -361,12 +363,12 @@ def test_on_cuda(tmp_path: Path, precision: Any, monkeypatch: Any) -> None:
     device = {"accelerator": "gpu", "devices": 1, "precision": precision}
     on_device = ResumableRun(options=options(**device, accumulate_grad_batches=3))
     on_device.check(tmp_path)
-    straight = on_device.fit(tmp_path / "twin")
+    straight = on_device.fit(tmp_path / "broken")
     original = lora_lightning.training.resume.run_state.set_random_state
     monkeypatch.setattr(
         lora_lightning.training.resume.run_state,
         "set_random_state",
         lambda state: original({**state, "cuda": []}),
     )
-    twin = on_device.fit(tmp_path / "other", tmp_path / "twin/batch9.ckpt")
-    assert any("lora_B" in path for path in differences(straight, twin))
+    broken = on_device.fit(tmp_path / "other", tmp_path / "broken/batch9.ckpt")
+    assert any("lora_B" in path for path in differences(straight, broken))

@@ -189,7 +189,7 @@ def test_a_cell(row: str, precision: str, folder: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("strategies")
-def test_twin_that_sees_other_batches_differs(folder: Path, tmp_path: Path) -> None:
+def test_negative_control_that_sees_other_batches_differs(folder: Path, tmp_path: Path) -> None:
     oracle = results("one device", folder)[0]["32-true"]["straight"]
     shorter = fit("one device", "32-true", tmp_path, EPOCHS, limit_train_batches=3)
     assert shorter.keys() == oracle.keys()
