@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_lightning.utilities.is_a import is_a
+
 Row = dict[str, str]  # column -> text; all rows have the same columns
 
 
@@ -16,9 +18,9 @@ def log_texts(logger: Any, name: str, rows: Sequence[Row], step: int) -> None:
     TensorBoard, W&B, MLflow and Comet show them; any other logger that has a folder gets lines in
     its `<name>.jsonl`, such as a CSVLogger beside its `metrics.csv`.
     """
-    for kind in type(logger).__mro__:
-        if kind.__name__ in _WAYS:
-            _WAYS[kind.__name__](logger, name, rows, step)
+    for kind, log in _WAYS.items():
+        if is_a(logger, kind):
+            log(logger, name, rows, step)
             return
     folder = getattr(logger, "log_dir", None) or logger.save_dir
     if folder:

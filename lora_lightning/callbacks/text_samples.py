@@ -28,6 +28,7 @@ from lora_lightning.tasks.pretrained_task import PretrainedTask
 from lora_lightning.training import summary as report
 from lora_lightning.training.progress import left_out
 from lora_lightning.utilities.dtensor import is_sharded
+from lora_lightning.utilities.is_a import is_a
 from lora_lightning.utilities.pretrained import load_pretrained
 
 Prompt = str | list[dict[str, Any]] | Sample
@@ -98,10 +99,10 @@ class TextSamples(Callback):
 
     def on_fit_start(self, trainer: Any, pl_module: LightningModule) -> None:
         """Find model, tokenizer and prompts before any work."""
-        names = {kind.__name__ for kind in type(trainer.strategy).__mro__}
-        if "FSDPStrategy" in names or getattr(trainer.strategy, "zero_stage_3", False):
+        strategy = trainer.strategy
+        if is_a(strategy, "FSDPStrategy") or getattr(strategy, "zero_stage_3", False):
             raise ConfigError(
-                f"TextSamples cannot generate under {type(trainer.strategy).__name__}, which "
+                f"TextSamples cannot generate under {type(strategy).__name__}, which "
                 "gathers the weights only in the module's own forward. Use ModelParallelStrategy "
                 "(FSDP2) or leave it out. (trainer.callbacks)"
             )

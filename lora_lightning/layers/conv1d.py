@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_lightning.layers.linear import AdaptedLinear
+from lora_lightning.utilities.is_a import is_a
 
 
 class AdaptedConv1D(AdaptedLinear):
@@ -24,7 +25,4 @@ class AdaptedConv1D(AdaptedLinear):
 
 def is_conv1d(module: nn.Module) -> bool:
     """Whether `module` is transformers' Conv1D, found without importing transformers."""
-    return any(
-        base.__name__ == "Conv1D" and base.__module__ == "transformers.pytorch_utils"
-        for base in type(module).__mro__
-    )
+    return is_a(module, "Conv1D", module="transformers.pytorch_utils")

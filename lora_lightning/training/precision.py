@@ -18,6 +18,7 @@ from torch import nn
 from lora_lightning.engine.switching import adapter_names
 from lora_lightning.errors import AdapterStateError, ConfigError
 from lora_lightning.layers.quantized.bitsandbytes import is_linear4bit, is_linear8bit
+from lora_lightning.utilities.is_a import is_a
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
@@ -34,7 +35,7 @@ def check_precision(trainer: Any) -> None:
     """
     plugin = type(trainer.precision_plugin)
     name = plugin.__name__
-    if _is_a(plugin, "TransformerEnginePrecision"):
+    if is_a(trainer.precision_plugin, "TransformerEnginePrecision"):
         raise ConfigError(
             f"LoraCallback does not support {name}: TransformerEngine replaces Linear and "
             "LayerNorm modules by its own, after adapters were attached to them. Use 'bf16-mixed' "
@@ -60,9 +61,9 @@ def convert_before_attaching(module: LightningModule) -> None:
     """
     trainer: Any = module.trainer
     plugin = trainer.precision_plugin
-    if _is_a(type(plugin), "DoublePrecision"):
+    if is_a(plugin, "DoublePrecision"):
         plugin.convert_module(module)
-    if not _is_a(type(plugin), "BitsandbytesPrecision"):
+    if not is_a(plugin, "BitsandbytesPrecision"):
         return
     if not any(map(_is_quantized, module.modules())):
         if adapter_names(module):
@@ -82,10 +83,6 @@ def convert_before_attaching(module: LightningModule) -> None:
 
 def _is_quantized(module: nn.Module) -> bool:
     return is_linear4bit(module) or is_linear8bit(module)
-
-
-def _is_a(cls: type, name: str) -> bool:
-    return any(base.__name__ == name for base in cls.__mro__)
 
 
 def _quantize_base_only(layer: nn.Module) -> None:

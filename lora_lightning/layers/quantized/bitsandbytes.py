@@ -21,28 +21,24 @@ from torch import Tensor, nn
 
 from lora_lightning.errors import AdapterStateError
 from lora_lightning.utilities.dtensor import full_tensor, is_sharded
+from lora_lightning.utilities.is_a import is_a
+
+_MODULES = "bitsandbytes.nn.modules"
 
 
 def is_linear4bit(module: nn.Module) -> bool:
     """Whether `module` is bitsandbytes' Linear4bit, found without importing bitsandbytes."""
-    return _is_a(module, "Linear4bit")
+    return is_a(module, "Linear4bit", module=_MODULES)
 
 
 def is_linear8bit(module: nn.Module) -> bool:
     """Whether `module` is bitsandbytes' Linear8bitLt, found without importing bitsandbytes."""
-    return _is_a(module, "Linear8bitLt")
+    return is_a(module, "Linear8bitLt", module=_MODULES)
 
 
 def is_quantized_embedding(module: nn.Module) -> bool:
     """Whether `module` is an embedding of bitsandbytes, found without importing bitsandbytes."""
-    return _is_a(module, "Embedding4bit") or _is_a(module, "Embedding8bit")
-
-
-def _is_a(module: nn.Module, name: str) -> bool:
-    return any(
-        base.__name__ == name and base.__module__ == "bitsandbytes.nn.modules"
-        for base in type(module).__mro__
-    )
+    return is_a(module, "Embedding4bit", "Embedding8bit", module=_MODULES)
 
 
 def settle_rounding_table(quant_type: str) -> None:

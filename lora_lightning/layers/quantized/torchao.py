@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_lightning.utilities.is_a import is_a
+
 
 def is_torchao_linear(module: nn.Module) -> bool:
     """Whether `module` is a Linear with a weight of torchao's, found without importing torchao."""
@@ -25,10 +27,7 @@ def has_torchao_weight(module: nn.Module) -> bool:
     """Whether the weight of `module` is one of torchao's, found without importing torchao."""
     if isinstance(module, torch.jit.ScriptModule):
         return False
-    return any(
-        base.__name__ == "TorchAOBaseTensor" and base.__module__ == "torchao.utils"
-        for base in type(module._parameters.get("weight")).__mro__
-    )
+    return is_a(module._parameters.get("weight"), "TorchAOBaseTensor", module="torchao.utils")
 
 
 def why_not_int8(module: nn.Module) -> str | None:

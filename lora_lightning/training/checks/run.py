@@ -7,6 +7,7 @@ from typing import Any
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 
 from lora_lightning.errors import ConfigError
+from lora_lightning.utilities.is_a import is_a
 
 _STRATEGIES = {"SingleDeviceStrategy", "DDPStrategy", "ModelParallelStrategy", "FSDPStrategy"}
 _BASE_CHANGERS = {"BaseFinetuning", "ModelPruning"}
@@ -20,8 +21,7 @@ def check_strategy(trainer: Any) -> None:
 
     """
     name = type(trainer.strategy).__name__
-    ancestors = {cls.__name__ for cls in type(trainer.strategy).__mro__}
-    if not ancestors & _STRATEGIES:
+    if not is_a(trainer.strategy, *_STRATEGIES):
         raise ConfigError(
             f"LoraCallback does not support {name} in this version: adapters would not be sharded, "
             "saved or restored correctly. Use a single device, strategy='ddp' or 'fsdp', or "
@@ -37,10 +37,7 @@ def check_callbacks(trainer: Any) -> None:
 
     """
     for callback in trainer.callbacks:
-        name = next(
-            (c.__name__ for c in type(callback).__mro__ if c.__name__ in _BASE_CHANGERS), None
-        )
-        if name is not None:
+        if is_a(callback, *_BASE_CHANGERS):
             raise ConfigError(
                 f"{type(callback).__name__} changes base weights, but with LoraCallback the base "
                 "is frozen and checkpoints hold adapters only: its work would be lost. Take one of "

@@ -24,6 +24,7 @@ from lora_lightning.errors import CheckpointError, ConfigError, OptimizerError, 
 from lora_lightning.training.collectives import save_together
 from lora_lightning.training.module_state import callbacks_of, defines_hook, module_state
 from lora_lightning.training.optimizers import check_coverage, trainable_parameters
+from lora_lightning.utilities.is_a import is_a
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
@@ -51,7 +52,7 @@ _NOT_SUPPORTED = {
 
 def is_deepspeed(strategy: Any) -> bool:
     """Whether this is Lightning's DeepSpeed."""
-    return any(cls.__name__ == "DeepSpeedStrategy" for cls in type(strategy).__mro__)
+    return is_a(strategy, "DeepSpeedStrategy")
 
 
 def check_deepspeed(trainer: Any, configs: list[Any]) -> None:
@@ -121,7 +122,7 @@ def check_deepspeed(trainer: Any, configs: list[Any]) -> None:
                 "strategy='ddp'. (trainer.strategy)"
             )
     for callback in trainer.callbacks:
-        if any(cls.__name__ == "WeightAveraging" for cls in type(callback).__mro__):
+        if is_a(callback, "WeightAveraging"):
             raise ConfigError(
                 f"LoraCallback does not support {type(callback).__name__} under {name}. Take it "
                 "out, or use strategy='ddp'. (trainer.callbacks)"

@@ -26,6 +26,7 @@ from lora_lightning.layers.traversal import walk
 from lora_lightning.training.attachment import attach_all
 from lora_lightning.training.checkpoints.metadata import reduce_checkpoint
 from lora_lightning.training.module_state import callbacks_of, module_state
+from lora_lightning.utilities.is_a import is_a
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
@@ -44,8 +45,7 @@ def check_launcher(trainer: Any, pl_module: LightningModule, adapter_name: str) 
 
     """
     launcher: Any = trainer.strategy.launcher
-    ancestors = {cls.__name__ for cls in type(launcher).__mro__}
-    if "_MultiProcessingLauncher" not in ancestors or trainer.state.fn != "fit":
+    if not is_a(launcher, "_MultiProcessingLauncher") or trainer.state.fn != "fit":
         return
     hands_back = getattr(launcher.get_extra_results, "__func__", None) is _get_extra_results
     if not hands_back and adapter_name not in adapter_names(pl_module):

@@ -18,6 +18,7 @@ from lora_lightning.errors import ConfigError, first_few
 from lora_lightning.layers.base import AdaptedLayer
 from lora_lightning.layers.traversal import named_adapted_layers, walk
 from lora_lightning.utilities.dtensor import is_sharded
+from lora_lightning.utilities.is_a import is_a
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
@@ -31,13 +32,12 @@ _NO_TENSOR_PARALLEL = (
 
 def is_model_parallel(strategy: Any) -> bool:
     """Whether the user's module shards itself (FSDP2)."""
-    # By name, so that the strategies of the `pytorch_lightning` package count as well.
-    return any(cls.__name__ == "ModelParallelStrategy" for cls in type(strategy).__mro__)
+    return is_a(strategy, "ModelParallelStrategy")
 
 
 def is_fsdp(strategy: Any) -> bool:
     """Whether this is Lightning's FSDP1."""
-    return any(cls.__name__ == "FSDPStrategy" for cls in type(strategy).__mro__)
+    return is_a(strategy, "FSDPStrategy")
 
 
 def reshard(module: nn.Module) -> None:
@@ -69,7 +69,7 @@ def check_model_parallel(trainer: Any, starts_from_data: bool) -> None:
             "one device with eva_start, and give rank_pattern. (lora.init_lora_weights)"
         )
     for callback in trainer.callbacks:
-        if any(cls.__name__ == "WeightAveraging" for cls in type(callback).__mro__):
+        if is_a(callback, "WeightAveraging"):
             raise ConfigError(
                 f"{type(callback).__name__} copies the whole module, which cannot be done with a "
                 "sharded one. Take one of the two out. (trainer.callbacks)"
