@@ -22,6 +22,7 @@ from lora_lightning.adapters.lora.embedding import LoraEmbeddingAdapter
 from lora_lightning.adapters.lora.linear import LoraAdapter, LoraConfig, LowRankAdapter
 from lora_lightning.adapters.modules_to_save import ModulesToSaveCopy
 from lora_lightning.engine.bias import trained_biases
+from lora_lightning.engine.construction import BuildContext
 from lora_lightning.engine.injection import extend_adapter
 from lora_lightning.engine.switching import adapter_names, check_enabled
 from lora_lightning.engine.targets.selection import select_modules
@@ -113,7 +114,7 @@ def add_weighted_adapter(
     saved = {key for _, copy in copies.values() for key in copy.config.modules_to_save or ()}
     config = _config(model, combined, sorted(saved))
     # A module of several weights has one rank: it may exceed what the smallest of them has.
-    extend_adapter(model, config, adapter_name, seed=seed, check_rank=False)
+    extend_adapter(model, BuildContext(config, adapter_name, seed, check_rank=False))
     layers = dict(named_adapted_layers(model))
     for (path, part), update in combined.items():
         _fill(_parts(layers[path].adapters[adapter_name])[part], update)

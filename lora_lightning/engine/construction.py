@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -26,51 +26,62 @@ from lora_lightning.utilities.dtensor import full_tensor
 from lora_lightning.utilities.wrappers import unwrapped
 
 
+@dataclass(frozen=True)
+class BuildContext:
+    """All that the adapters of one injection are made from, whatever weights they are for.
+
+    Attributes:
+        config: The options.
+        adapter_name: The name that they get.
+        seed: What random start values depend on, beside each tensor's name. Default: the seed that
+            PyTorch was given.
+        low_cpu_mem_usage: Make them on the meta device, without memory and start values.
+        check_rank: Whether a rank that exceeds the weight's is an error.
+        start: Start values of A by module path, as `eva_start` finds them.
+        autocast_adapter_dtype: Whether 16-bit bases get fp32 adapters (PEFT's name for it).
+        shared: What all of them share; `config.prepare` makes it.
+
+    """
+
+    config: AdapterConfig
+    adapter_name: str
+    seed: int = field(default_factory=torch.initial_seed)
+    low_cpu_mem_usage: bool = False
+    check_rank: bool = True
+    start: Mapping[str, Tensor] | None = None
+    autocast_adapter_dtype: bool = True
+    shared: Any = None
+
+    @property
+    def device(self) -> torch.device | None:
+        """Of all tensors, or None where each lies with its weight."""
+        return torch.device("meta") if self.low_cpu_mem_usage else None
+
+
 def make_adapters(
+    context: BuildContext,
     targets: dict[str, nn.Module],
     selection: Selection,
-    config: AdapterConfig,
-    adapter_name: str,
-    seed: int,
-    device: torch.device | None,
-    check_rank: bool,
     known: dict[str, Adapter],
-    start: Mapping[str, Tensor],
-    autocast_adapter_dtype: bool,
 ) -> dict[str, Adapter]:
     """The adapters for `targets`, by path; the modules become layers, without the adapters yet.
 
     All are made before the first one is put on: a rank that does not fit shows here, and then the
-    modules become again what they were. `known` are those of the same name on other modules,
-    `start` has start values of A by path.
+    modules become again what they were. `known` are those of the same name on other modules.
     """
     fresh = [module for module in targets.values() if not isinstance(module, AdaptedLayer)]
     try:
         for path, module in targets.items():
             layer_type = AdaptedExperts if path in selection.parameters else layer_type_for(module)
             convert_to_adapted(module, cast(type[AdaptedLayer], layer_type))
-        shapes = {
-            path: list(cast(AdaptedLayer, module).weight_shapes().values())
-            for path, module in targets.items()
-        }
-        shared = config.prepare(shapes, known) if shapes else None
+        layers = cast(dict[str, AdaptedLayer], targets)
+        shapes = {path: list(layer.weight_shapes().values()) for path, layer in layers.items()}
+        if shapes:
+            context = replace(context, shared=context.config.prepare(shapes, known))
         adapters = {
-            path: _make_adapter(
-                path,
-                cast(AdaptedLayer, module),
-                selection.parameters.get(path),
-                config,
-                adapter_name,
-                seed,
-                device,
-                check_rank,
-                selection.along.get(path),
-                shared,
-                autocast_adapter_dtype,
-            )
-            for path, module in targets.items()
+            path: _make_adapter(context, path, layer, selection) for path, layer in layers.items()
         }
-        for path, values in start.items():
+        for path, values in (context.start or {}).items():
             _start_with(adapters.get(path), path, values)
         return adapters
     except BaseException:
@@ -81,28 +92,15 @@ def make_adapters(
 
 
 def _make_adapter(
-    path: str,
-    layer: AdaptedLayer,
-    parameters: list[str] | None,
-    config: AdapterConfig,
-    adapter_name: str,
-    seed: int,
-    device: torch.device | None,
-    check_rank: bool,
-    along: str | None,
-    shared: Any,
-    autocast_adapter_dtype: bool,
+    context: BuildContext, path: str, layer: AdaptedLayer, selection: Selection
 ) -> Adapter:
     parts: dict[str, Adapter] = {}
-    for weight_name in layer.weight_shapes() if parameters is None else parameters:
-        stored = cast(Tensor, getattr(layer, weight_name))
-        spec = make_spec(
-            path, layer, weight_name, config, adapter_name, seed, device, check_rank, along
-        )
-        spec = replace(spec, shared=shared, autocast_adapter_dtype=autocast_adapter_dtype)
-        adapter = classes_for(config)[layer.kind](spec)
-        if adapter.needs_weight and device is None:
-            if stored.is_meta:
+    for weight_name in selection.parameters.get(path, layer.weight_shapes()):
+        spec = make_spec(context, path, layer, weight_name)
+        spec = replace(spec, along=selection.along.get(path))
+        adapter = classes_for(context.config)[layer.kind](spec)
+        if adapter.needs_weight and not context.low_cpu_mem_usage:
+            if spec.device.type == "meta":
                 raise ConfigError(
                     f"The adapter of {path!r} starts from the base weight, which is on the meta "
                     "device and has no values yet: load the base first. (lora.init_lora_weights)"
@@ -111,7 +109,7 @@ def _make_adapter(
         parts[weight_name] = adapter
     if parts.keys() == {"weight"} and not isinstance(layer, AdaptedExperts):
         return parts["weight"]
-    return MultiWeightAdapter(config, parts)
+    return MultiWeightAdapter(context.config, parts)
 
 
 @torch.no_grad()
@@ -127,60 +125,41 @@ def _start_with(adapter: Adapter | None, path: str, values: Tensor) -> None:
 
 
 def make_spec(
-    path: str,
-    layer: AdaptedLayer,
-    weight_name: str,
-    config: AdapterConfig,
-    adapter_name: str,
-    seed: int,
-    device: torch.device | None,
-    check_rank: bool,
-    along: str | None = None,
+    context: BuildContext, path: str, layer: AdaptedLayer, weight_name: str = "weight"
 ) -> AdapterSpec:
     """All that an adapter on one weight of `layer` is made from."""
-    name = path if weight_name == "weight" else f"{path}.{weight_name}"
+    weight = cast(Tensor, getattr(layer, weight_name))
+    full_name = f"{path}.{weight_name}"
+    name = path if weight_name == "weight" else full_name
     return AdapterSpec(
-        config=config,
+        config=context.config,
         kind=layer.kind,
         shape=layer.weight_shapes()[weight_name],
-        path=f"{path}.{weight_name}" if isinstance(layer, AdaptedExperts) else path,
-        name=f"{name}.{adapter_name}",
-        seed=seed,
-        device=cast(Tensor, getattr(layer, weight_name)).device if device is None else device,
+        path=full_name if isinstance(layer, AdaptedExperts) else path,
+        name=f"{name}.{context.adapter_name}",
+        seed=context.seed,
+        device=context.device or weight.device,
         base_dtype=layer.weight_dtype(weight_name),
         conv=layer.convolution(),
         transposed=bool(getattr(layer, "is_transposed", False)),
-        check_rank=check_rank,
-        along=along,
+        check_rank=context.check_rank,
+        shared=context.shared,
+        autocast_adapter_dtype=context.autocast_adapter_dtype,
     )
 
 
 def train_tokens(
-    model: nn.Module,
-    path: str,
-    module: nn.Module,
-    selection: Selection,
-    config: AdapterConfig,
-    adapter_name: str,
-    device: torch.device | None,
-    autocast_adapter_dtype: bool,
+    context: BuildContext, model: nn.Module, path: str, module: nn.Module, selection: Selection
 ) -> None:
     """Put trained rows on an embedding, and on every head that is tied to it."""
     convert_to_adapted(module, cast(type[AdaptedLayer], layer_type_for(module)))
-    spec = make_spec(
-        path, cast(AdaptedLayer, module), "weight", config, adapter_name, 0, device, True
-    )
-    spec = replace(spec, autocast_adapter_dtype=autocast_adapter_dtype)
-    rows = TrainableTokensAdapter(spec, selection.tokens[path])
-    if device is None:
-        rows.start_from_weight(full_tensor(cast(AdaptedLayer, module).base_weight().detach()))
-    attach_adapter(module, AdaptedLayer, adapter_name, rows)
+    layer = cast(AdaptedLayer, module)
+    rows = TrainableTokensAdapter(make_spec(context, path, layer), selection.tokens[path])
+    if not context.low_cpu_mem_usage:
+        rows.start_from_weight(full_tensor(layer.base_weight().detach()))
+    attach_adapter(layer, AdaptedLayer, context.adapter_name, rows)
     for other, owner in selection.tied.items():
         if owner == path:
             head = unwrapped(model.get_submodule(other))
-            attach_adapter(
-                head,
-                layer_type_for(head) or AdaptedLayer,
-                adapter_name,
-                TiedTrainableTokensAdapter(rows),
-            )
+            layer_type = layer_type_for(head) or AdaptedLayer
+            attach_adapter(head, layer_type, context.adapter_name, TiedTrainableTokensAdapter(rows))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from lora_lightning.adapters.modules_to_save import ModulesToSaveCopy
 from lora_lightning.adapters.trainable_tokens import check_token_ids
 from lora_lightning.adapters.wrong_arguments import explain_no_config
 from lora_lightning.engine.bias import biases_to_train, forget_bias, train_bias, trained_biases
-from lora_lightning.engine.construction import make_adapters, train_tokens
+from lora_lightning.engine.construction import BuildContext, make_adapters, train_tokens
 from lora_lightning.engine.loftq import original_weights, start_from_rounding_error
 from lora_lightning.engine.norm_stats import freeze_norm_stats, unfreeze_norm_stats
 from lora_lightning.engine.switching import (
@@ -93,116 +94,96 @@ def inject_adapter(
         )
     return extend_adapter(
         model,
-        config,
-        adapter_name,
-        seed=seed,
-        low_cpu_mem_usage=low_cpu_mem_usage,
-        start=start,
-        autocast_adapter_dtype=autocast_adapter_dtype,
+        BuildContext(
+            config,
+            adapter_name,
+            torch.initial_seed() if seed is None else seed,
+            low_cpu_mem_usage,
+            start=start,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+        ),
     )
 
 
-def extend_adapter(
-    model: nn.Module,
-    config: AdapterConfig,
-    adapter_name: str,
-    *,
-    seed: int | None = None,
-    low_cpu_mem_usage: bool = False,
-    check_rank: bool = True,
-    start: Mapping[str, Tensor] | None = None,
-    autocast_adapter_dtype: bool = True,
-) -> Selection:
+def extend_adapter(model: nn.Module, context: BuildContext) -> Selection:
     """`inject_adapter` for a model that grows: modules that carry the adapter already keep it."""
-    _check_name(adapter_name)
-    needs_start = getattr(config, "init_lora_weights", True) == "eva" and not low_cpu_mem_usage
-    if needs_start and start is None:
+    _check_name(context.adapter_name)
+    needs_start = getattr(context.config, "init_lora_weights", True) == "eva"
+    if needs_start and context.start is None and not context.low_cpu_mem_usage:
         raise ConfigError(
             "init_lora_weights='eva' starts from data: LoraCallback takes the first batches of the "
             "run; by hand, config, start = eva_start(model, config, batches, forward), then "
             "inject_adapter(model, config, start=start). (lora.init_lora_weights)"
         )
     with unchanged_on_error(model):
-        return _extend(
-            model,
-            config,
-            adapter_name,
-            seed,
-            low_cpu_mem_usage,
-            check_rank,
-            start,
-            autocast_adapter_dtype,
-        )
-
-
-def _extend(
-    model: nn.Module,
-    config: AdapterConfig,
-    adapter_name: str,
-    seed: int | None,
-    low_cpu_mem_usage: bool,
-    check_rank: bool,
-    start: Mapping[str, Tensor] | None,
-    autocast: bool,
-) -> Selection:
-    seed = torch.initial_seed() if seed is None else seed
-    selection = select_modules(model, config)
-    new_targets = _without_adapter(selection.targets, adapter_name)
-    new_saved = _without_adapter(selection.saved, adapter_name)
-    new_tokens = _without_adapter(_modules(model, selection.tokens), adapter_name)
-    for path, module in {**new_targets, **_modules(model, selection.tied)}.items():
-        check_convertible(module, path)
-    for path, module in new_tokens.items():
-        check_convertible(module, path, "trainable_token_indices")
-        check_token_ids(selection.tokens[path], module.weight.shape[0], path)  # type: ignore[arg-type,index]
-    for path, module in new_saved.items():
-        check_convertible(module, path, "modules_to_save")
-    biases = _new_biases(model, config, adapter_name, set(selection.targets), selection.saved)
-    if not (new_targets or new_saved or new_tokens or biases):
+        selection = select_modules(model, context.config)
+        new = _new_modules(model, context, selection)
+        if new.targets or new.saved or new.tokens or new.biases:
+            check_enabled(model)
+            _check_unmerged(model)
+            _put_on(model, context, selection, new)
         return selection
-    check_enabled(model)
-    _check_unmerged(model)
-    device = torch.device("meta") if low_cpu_mem_usage else None
-    known = adapters_named(model, adapter_name)
-    adapters = make_adapters(
-        new_targets,
-        selection,
-        config,
-        adapter_name,
-        seed,
-        device,
-        check_rank,
-        known,
-        start or {},
-        autocast,
-    )
 
+
+@dataclass
+class _NewModules:
+    """What of a selection does not carry the adapter yet: modules by path, and owners of biases."""
+
+    targets: dict[str, nn.Module]
+    saved: dict[str, nn.Module]
+    tokens: dict[str, nn.Module]
+    biases: list[nn.Module] = field(default_factory=list)
+
+
+def _new_modules(model: nn.Module, context: BuildContext, selection: Selection) -> _NewModules:
+    name = context.adapter_name
+    new = _NewModules(
+        _without_adapter(selection.targets, name),
+        _without_adapter(selection.saved, name),
+        _without_adapter(_modules(model, selection.tokens), name),
+    )
+    for path, module in {**new.targets, **_modules(model, selection.tied)}.items():
+        check_convertible(module, path)
+    for path, module in new.tokens.items():
+        check_convertible(module, path, "trainable_token_indices")
+        rows = cast(Tensor, module.weight).shape[0]
+        check_token_ids(selection.tokens[path], rows, path)
+    for path, module in new.saved.items():
+        check_convertible(module, path, "modules_to_save")
+    new.biases = _new_biases(model, context, selection)
+    return new
+
+
+def _put_on(
+    model: nn.Module, context: BuildContext, selection: Selection, new: _NewModules
+) -> None:
+    config, name = context.config, context.adapter_name
+    adapters = make_adapters(context, new.targets, selection, adapters_named(model, name))
     others = adapter_names(model)
-    active = not others or adapter_name in active_adapters(model)
+    active = not others or name in active_adapters(model)
     if not others:
         freeze(model)
     for path, adapter in adapters.items():
-        attach_adapter(new_targets[path], AdaptedLayer, adapter_name, adapter)
-    for path, module in new_tokens.items():
-        train_tokens(model, path, module, selection, config, adapter_name, device, autocast)
-    for module in new_saved.values():
-        trained = ModulesToSaveCopy(_copy_without_adapters(module, device), config)
+        attach_adapter(new.targets[path], AdaptedLayer, name, adapter)
+    for path, module in new.tokens.items():
+        train_tokens(context, model, path, module, selection)
+    for module in new.saved.values():
+        trained = ModulesToSaveCopy(_copy_without_adapters(module, context.device), config)
         plain = AdaptedSequential if isinstance(module, nn.Sequential) else AdaptedLayer
-        attach_adapter(module, layer_type_for(module) or plain, adapter_name, trained)
-        trained.train(model.training)  # also where the module itself is a norm layer held still
-    for module in biases:
-        train_bias(module, adapter_name)
-    for adapter in adapters_named(model, adapter_name).values():
-        adapter.set_autocast_dtype(autocast)
+        attach_adapter(module, layer_type_for(module) or plain, name, trained)
+        trained.train(model.training)  # also where the module itself is a frozen norm layer
+    for module in new.biases:
+        train_bias(module, name)
+    for adapter in adapters_named(model, name).values():
+        adapter.set_autocast_dtype(context.autocast_adapter_dtype)
     route_out_projections(model)
     close_fast_path(model)
     close_cpu_packing(model)
-    activate_new(model, adapter_name, active)
+    activate_new(model, name, active)
     freeze_norm_stats(model)
     loftq = getattr(config, "loftq_config", None)
-    if loftq is not None and not low_cpu_mem_usage:
-        start_from_rounding_error(model, original_weights(loftq.weights), adapter_name)
-    return selection
+    if loftq is not None and not context.low_cpu_mem_usage:
+        start_from_rounding_error(model, original_weights(loftq.weights), name)
 
 
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:
@@ -280,25 +261,19 @@ def _modules(model: nn.Module, paths: Iterable[str]) -> dict[str, nn.Module]:
     return {path: unwrapped(model.get_submodule(path)) for path in paths}
 
 
-def _new_biases(
-    model: nn.Module,
-    config: AdapterConfig,
-    adapter_name: str,
-    targets: set[str],
-    saved: dict[str, nn.Module],
-) -> list[nn.Module]:
+def _new_biases(model: nn.Module, context: BuildContext, selection: Selection) -> list[nn.Module]:
     owners = {id(module.bias): record.adapter_name for _, module, record in trained_biases(model)}
     found = []
-    for path, module in biases_to_train(model, config.bias, targets):
-        if any(path == outer or path.startswith(outer + ".") for outer in saved):
+    for path, module in biases_to_train(model, context.config.bias, set(selection.targets)):
+        if any(path == outer or path.startswith(outer + ".") for outer in selection.saved):
             continue
         owner = owners.get(id(module.bias))
         if owner is None:
             found.append(module)
-        elif owner != adapter_name:
+        elif owner != context.adapter_name:
             raise AdapterStateError(
                 f"The bias of {path!r} already trains with adapter {owner!r}; it cannot also "
-                f"train with {adapter_name!r}. Use bias='none' for one of them. (lora.bias)"
+                f"train with {context.adapter_name!r}. Use bias='none' for one of them. (lora.bias)"
             )
     return found
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from lora_lightning.adapters.registry import config_type_of
 from lora_lightning.checkpoint.peft.folder import load_adapter
 from lora_lightning.checkpoint.state_dict import materialize
+from lora_lightning.engine.construction import BuildContext
 from lora_lightning.engine.injection import (
     adapters_named,
     delete_adapter,
@@ -141,15 +142,15 @@ def _extend(
     start: dict[str, Tensor] | None = None,
 ) -> None:
     """Make the adapter on the layers that do not carry it, activate it, and freeze the rest."""
+    context = BuildContext(
+        callback.config,
+        callback.adapter_name,
+        seed,
+        start=start,
+        autocast_adapter_dtype=callback.autocast_adapter_dtype,
+    )
     with unchanged_on_error(root):
-        callback._selection = extend_adapter(
-            root,
-            callback.config,
-            callback.adapter_name,
-            seed=seed,
-            start=start,
-            autocast_adapter_dtype=callback.autocast_adapter_dtype,
-        )
+        callback._selection = extend_adapter(root, context)
         if callback.adapter_name not in active_adapters(root):
             set_adapter(root, [*active_adapters(root), callback.adapter_name])
     freeze(module)

@@ -22,6 +22,7 @@ from lora_lightning import (
     set_adapter,
 )
 from lora_lightning.adapters.vera import Projections, VeraConfig
+from lora_lightning.engine.construction import BuildContext
 from lora_lightning.engine.injection import extend_adapter
 from lora_lightning.errors import AdapterStateError, ConfigError, RankError, TargetError
 from tests.helpers.compared_with_peft import (
@@ -224,16 +225,16 @@ def test_they_do_not_train_and_no_random_number_is_used_up() -> None:
 
 def test_a_model_that_grows() -> None:
     model = Chain(first=nn.Linear(6, 9))
-    extend_adapter(model, ours(), "default")
+    extend_adapter(model, BuildContext(ours(), "default"))
     model.proj = nn.Linear(5, 7)
-    extend_adapter(model, ours(), "default")
+    extend_adapter(model, BuildContext(ours(), "default"))
     assert same_memory(model)
     model.last = nn.Linear(6, 3)
-    extend_adapter(model, ours(), "default")
+    extend_adapter(model, BuildContext(ours(), "default"))
     assert same_memory(model)
     model.wide = nn.Linear(5, 12)
     with pytest.raises(AdapterStateError, match="5 inputs and 12 outputs joins a VeRA adapter"):
-        extend_adapter(model, ours(), "default")
+        extend_adapter(model, BuildContext(ours(), "default"))
     assert type(model.wide) is nn.Linear
 
 

@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
-from lora_lightning.adapters.config import AdapterConfig
 from lora_lightning.checkpoint.compatibility import check_values, tensor_differences
 from lora_lightning.checkpoint.loading import load_adapters
 from lora_lightning.checkpoint.peft.config import (
@@ -40,6 +40,7 @@ from lora_lightning.checkpoint.peft.keys import (
 )
 from lora_lightning.checkpoint.sharded_folder import is_checkpoint_folder
 from lora_lightning.checkpoint.state_dict import materialize
+from lora_lightning.engine.construction import BuildContext
 from lora_lightning.engine.injection import delete_adapter, extend_adapter, unchanged_on_error
 from lora_lightning.engine.switching import adapter_names
 from lora_lightning.errors import (
@@ -287,7 +288,14 @@ def _load_folder(
     with opened_folder(model, folder, options) as (content, shapes, opened):
         config = content.config
         # On the meta device first: a config can ask for any size.
-        _extend(model, config, name, folder, autocast, on_meta=True)
+        context = BuildContext(
+            config,
+            name,
+            low_cpu_mem_usage=True,
+            check_rank=False,
+            autocast_adapter_dtype=autocast,
+        )
+        _inject(model, context, folder)
         own = tensors_to_load(model, name)
         loaded = {own_key: shapes[key] for key, own_key in content.own.items()}
         differences = tensor_differences(loaded, {k: list(t.shape) for k, t in own.items()})
@@ -299,25 +307,16 @@ def _load_folder(
         values = read_values(model, content, opened, own, file)
     if config.starts_from_base:
         delete_adapter(model, name)
-        _extend(model, config, name, folder, autocast, on_meta=False)
+        _inject(model, replace(context, low_cpu_mem_usage=False), folder)
     materialize(model, name)
     with torch.no_grad():
         for key, tensor in tensors_to_load(model, name).items():
             tensor.copy_(values[key])
 
 
-def _extend(
-    model: nn.Module, config: AdapterConfig, name: str, folder: Path, autocast: bool, on_meta: bool
-) -> None:
+def _inject(model: nn.Module, context: BuildContext, folder: Path) -> None:
     try:
-        extend_adapter(
-            model,
-            config,
-            name,
-            low_cpu_mem_usage=on_meta,
-            check_rank=False,
-            autocast_adapter_dtype=autocast,
-        )
+        extend_adapter(model, context)
     except LoraError:
         raise
     except (RuntimeError, TypeError, ValueError, ArithmeticError) as error:
