@@ -91,13 +91,22 @@ def add_weighted_adapter(
             same module in several. Nothing is changed then.
 
     """
-    names = [names] if isinstance(names, str) else list(names)
-    numbers = [float(weight) for weight in weights]
     seed = torch.initial_seed() if seed is None else seed
     combination = Combination(
         combination_type, svd_rank, svd_clamp, density, majority_sign_method, seed
     )
-    _check_request(model, names, numbers, adapter_name)
+    names = [names] if isinstance(names, str) else list(names)
+    _add_combined(model, names, [float(weight) for weight in weights], adapter_name, combination)
+
+
+def _add_combined(
+    model: nn.Module,
+    names: list[str],
+    weights: list[float],
+    adapter_name: str,
+    combination: Combination,
+) -> None:
+    _check_request(model, names, weights, adapter_name)
     copies = _trained_copies(model, names)
     updates = _updates(model, names, copies)
     for (path, _), by_index in updates.items():
@@ -106,7 +115,7 @@ def add_weighted_adapter(
         (path, part): combination.combine(
             f"{path}.{part}" if part else path,
             list(by_index.values()),
-            [numbers[i] for i in by_index],
+            [weights[i] for i in by_index],
         )
         for (path, part), by_index in updates.items()
     }
@@ -114,7 +123,8 @@ def add_weighted_adapter(
     saved = {key for _, copy in copies.values() for key in copy.config.modules_to_save or ()}
     config = _config(model, combined, sorted(saved))
     # A module of several weights has one rank: it may exceed what the smallest of them has.
-    extend_adapter(model, BuildContext(config, adapter_name, seed, check_rank=False))
+    context = BuildContext(config, adapter_name, combination.seed, check_rank=False)
+    extend_adapter(model, context)
     layers = dict(named_adapted_layers(model))
     for (path, part), update in combined.items():
         _fill(_parts(layers[path].adapters[adapter_name])[part], update)

@@ -15,6 +15,8 @@ import dataclasses
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -160,48 +162,25 @@ def _components(
     largest = {
         path: min(round(r * options.rho), *_sizes(path, targets[path])) for path, r in ranks.items()
     }
-    found = {path: PrincipalComponents(k) for path, k in largest.items()}
-    batch_now: Any = None
-    shared: dict[tuple[int, int], PrincipalComponents] = {}  # layers that read the same tensor
-
-    def watch(path: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = next(iter((*args, *kwargs.values())))  # a linear map has one input
-            key = (id(x), largest[path])
-            alive.append(x)  # so that no other tensor gets its id before the batch is through
-            if key in shared:
-                found[path] = shared[key]
-                return
-            shared[key] = found[path]
-            rows = _rows(x, batch_now, options)
-            if rows.shape[0] >= largest[path]:
-                found[path].update(rows, options.tau)
-
-        return look
-
-    alive: list[Tensor] = []
+    inputs = _Inputs(largest, options)
     handles = [
-        module.register_forward_pre_hook(watch(path), with_kwargs=True)
+        module.register_forward_pre_hook(partial(inputs.take, path), with_kwargs=True)
         for path, module in targets.items()
     ]
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        for count, batch in enumerate(batches):
-            batch_now = batch
-            shared.clear()
-            alive.clear()
+        for batch in islice(batches, options.max_batches):
+            inputs.expect(batch)
             forward(batch)
-            if all(bool(c.converged.all()) for c in found.values()) or count + 1 == (
-                options.max_batches
-            ):
+            if all(bool(c.converged.all()) for c in inputs.components.values()):
                 break
     finally:
         for handle in handles:
             handle.remove()
         for module, mode in modes:
             module.training = mode
-    empty = [path for path, c in found.items() if c.components is None]
+    empty = [path for path, c in inputs.components.items() if c.components is None]
     if empty:
         raise ConfigError(
             f"EVA saw no batch with enough rows for {first_few(empty, 3)}: a batch must bring at "
@@ -209,7 +188,36 @@ def _components(
             "and the layer must be called. Take larger batches or a lower rho or r. "
             "(lora.eva_config)"
         )
-    return found
+    return inputs.components
+
+
+class _Inputs:
+    """The principal components of what goes into each layer; those that read one tensor share."""
+
+    def __init__(self, sizes: dict[str, int], options: EvaConfig) -> None:
+        self.options = options
+        self.components = {path: PrincipalComponents(k) for path, k in sizes.items()}
+        self.expect(None)
+
+    def expect(self, batch: Any) -> None:
+        """Begin with another batch."""
+        self.batch = batch
+        self._seen: dict[tuple[int, int], PrincipalComponents] = {}
+        self._alive: list[Tensor] = []  # so that no other tensor gets the id of one of this batch
+
+    def take(self, path: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Take in what the layer at `path` is called with, as a forward pre-hook."""
+        x = next(iter((*args, *kwargs.values())))  # a linear map has one input
+        own = self.components[path]
+        key = (id(x), own.k)
+        self._alive.append(x)
+        if key in self._seen:
+            self.components[path] = self._seen[key]
+            return
+        self._seen[key] = own
+        rows = _rows(x, self.batch, self.options)
+        if rows.shape[0] >= own.k:
+            own.update(rows, self.options.tau)
 
 
 def _sizes(path: str, module: nn.Module) -> tuple[int, int]:
@@ -220,7 +228,8 @@ def _sizes(path: str, module: nn.Module) -> tuple[int, int]:
             f"{type(module).__name__}. Leave it out (lora.exclude_modules). "
             "(lora.init_lora_weights)"
         )
-    return tuple(module.weight.shape)  # type: ignore[return-value]
+    height, width = module.weight.shape
+    return height, width
 
 
 def _rows(x: Tensor, batch: Any, options: EvaConfig) -> Tensor:

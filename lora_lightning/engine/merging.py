@@ -142,66 +142,77 @@ def _check_weights(model: nn.Module, names: Sequence[str], copies_too: bool = Fa
         for parameter in module._parameters.values()
         if parameter is not None
     )
-    for _, layer in named_adapted_layers(model):
-        merging = [layer.adapters[name] for name in names if name in layer.adapters]
-        if merging and all(isinstance(adapter, TiedTrainableTokensAdapter) for adapter in merging):
-            owners[id(layer.weight)] -= 1  # it asks for the very rows that its table gets
-    for path, layer in named_adapted_layers(model):
-        merging = [layer.adapters[name] for name in names if name in layer.adapters]
-        if all(isinstance(adapter, TiedTrainableTokensAdapter) for adapter in merging):
-            continue
-        written: list[tuple[str, nn.Parameter]] = []
-        for weight_name in layer.weight_shapes():
-            parts = [part_of(adapter, weight_name) for adapter in merging]
-            if not any(
-                part is not None and not isinstance(part, ModulesToSaveCopy) for part in parts
-            ):
-                continue
-            bias_name = layer.bias_name(weight_name)
-            names_written = [weight_name]
-            whole = bias_name in layer._parameters or is_parametrized(layer, bias_name)
-            if whole and any(part and _changes_bias(part, layer, bias_name) for part in parts):
-                names_written.append(bias_name)
-            for name in names_written:
-                parameter = layer._parameters.get(name)
-                if parameter is None:
-                    raise AdapterStateError(
-                        f"The {name} of {path!r} is computed from other tensors (a "
-                        "parametrization); nothing can be merged into it. Remove the "
-                        "parametrization first."
-                    )
-                written.append((name, parameter))
-            if getattr(layer, "max_norm", None) is not None:
-                raise AdapterStateError(
-                    f"{path!r} limits its rows to max_norm; a merged row would be limited together "
-                    "with its update, which gives other values. Take it out of the targets, or "
-                    "keep the adapter unmerged."
-                )
-            copies = [n for n in layer.applied_names() if not layer.can_merge(n)]
-            if copies:
-                raise AdapterStateError(
-                    f"Adapter {copies[0]!r} has a trained copy in the place of {path!r} "
-                    "(modules_to_save): what is merged into its weight would not act. Merge with "
-                    f"{copies[0]!r} switched off, or leave the others unmerged."
-                )
-        if copies_too and any(isinstance(adapter, ModulesToSaveCopy) for adapter in merging):
+    merging = {
+        path: (layer, [layer.adapters[name] for name in names if name in layer.adapters])
+        for path, layer in named_adapted_layers(model)
+    }
+    for path, (layer, adapters) in list(merging.items()):
+        if all(isinstance(adapter, TiedTrainableTokensAdapter) for adapter in adapters):
+            if adapters:
+                owners[id(layer.weight)] -= 1  # it asks for the very rows that its table gets
+            del merging[path]
+    for path, (layer, adapters) in merging.items():
+        written = _written(path, layer, adapters)
+        if copies_too and any(isinstance(adapter, ModulesToSaveCopy) for adapter in adapters):
             own = _adapter_parameters(layer)
             written += [(n, p) for n, p in layer.named_parameters() if id(p) not in own]
         for name, parameter in written:
-            if parameter.is_meta:
-                raise AdapterStateError(f"{path!r} is on the meta device; load the base first.")
-            if is_flattened(parameter):
+            _check_writable(path, name, parameter, owners[id(parameter)])
+
+
+def _written(
+    path: str, layer: AdaptedLayer, adapters: list[Adapter]
+) -> list[tuple[str, nn.Parameter]]:
+    """The tensors of a layer that a merge of these adapters changes, by name."""
+    written: list[tuple[str, nn.Parameter]] = []
+    for weight_name in layer.weight_shapes():
+        parts = [part_of(adapter, weight_name) for adapter in adapters]
+        if not any(part is not None and not isinstance(part, TrainedCopy) for part in parts):
+            continue
+        bias_name = layer.bias_name(weight_name)
+        names = [weight_name]
+        whole = bias_name in layer._parameters or is_parametrized(layer, bias_name)
+        if whole and any(part and _changes_bias(part, layer, bias_name) for part in parts):
+            names.append(bias_name)
+        for name in names:
+            parameter = layer._parameters.get(name)
+            if parameter is None:
                 raise AdapterStateError(
-                    f"FSDP has split the {name} of {path!r} over the processes; nothing can be "
-                    "merged into a part. save_adapter(model, folder), then load_adapter(other, "
-                    "folder) on a model that was not trained under FSDP, and merge there."
+                    f"The {name} of {path!r} is computed from other tensors (a parametrization); "
+                    "nothing can be merged into it. Remove the parametrization first."
                 )
-            if owners[id(parameter)] > 1:
-                raise AdapterStateError(
-                    f"The {name} of {path!r} is shared with another module (tied embeddings, "
-                    "say); merging would change that one too. Untie them first: give each module "
-                    "a parameter of its own."
-                )
+            written.append((name, parameter))
+        if getattr(layer, "max_norm", None) is not None:
+            raise AdapterStateError(
+                f"{path!r} limits its rows to max_norm; a merged row would be limited together "
+                "with its update, which gives other values. Take it out of the targets, or keep "
+                "the adapter unmerged."
+            )
+        copies = [n for n in layer.live_names() if not layer.can_merge(n)]
+        if copies:
+            raise AdapterStateError(
+                f"Adapter {copies[0]!r} has a trained copy in the place of {path!r} "
+                "(modules_to_save): what is merged into its weight would not act. Merge with "
+                f"{copies[0]!r} switched off, or leave the others unmerged."
+            )
+    return written
+
+
+def _check_writable(path: str, name: str, parameter: nn.Parameter, owners: int) -> None:
+    if parameter.is_meta:
+        raise AdapterStateError(f"{path!r} is on the meta device; load the base first.")
+    if is_flattened(parameter):
+        raise AdapterStateError(
+            f"FSDP has split the {name} of {path!r} over the processes; nothing can be "
+            "merged into a part. save_adapter(model, folder), then load_adapter(other, "
+            "folder) on a model that was not trained under FSDP, and merge there."
+        )
+    if owners > 1:
+        raise AdapterStateError(
+            f"The {name} of {path!r} is shared with another module (tied embeddings, say); "
+            "merging would change that one too. Untie them first: give each module a parameter "
+            "of its own."
+        )
 
 
 def _check_order(model: nn.Module, names: Sequence[str]) -> None:

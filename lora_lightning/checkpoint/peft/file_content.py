@@ -73,18 +73,16 @@ def content_of_file(
     modules = {path: module for path, module in walk(model) if path}
     shared = config.shared_file_keys.intersection(keys)
     places = _places(model, modules, [key for key in keys if key not in shared], where)
-    saved: set[str] = set()
-    tables: set[str] = set()
-    for key, place in places.items():
-        if place.tensor in _own_tensors(modules[place.path]):
-            outer, named = _saved_module(place.path, config)
-            # PEFT copies more than what has the name, and may not have trained it.
-            if outer and (named or not unchanged(key, f"{place.path}.{place.tensor}")):
-                saved.add(outer)
-        elif _is_rows(place.tensor) and isinstance(modules[place.path], nn.Embedding):
-            tables.add(place.path)
-    targets: set[str] = set()
+    tables = {
+        place.path
+        for place in places.values()
+        if _is_rows(place.tensor)
+        and isinstance(modules[place.path], nn.Embedding)
+        and place.tensor not in _own_tensors(modules[place.path])
+    }
+    saved = _saved_modules(modules, places, config, unchanged)
     content = FileContent(config, {key: key for key in shared})
+    targets: set[str] = set()
     for key, (name, path, tensor) in places.items():
         copied = _saved_module(path, config)[0] in saved
         if _is_rows(tensor):
@@ -105,15 +103,8 @@ def content_of_file(
     targets -= {path for path, _ in parameters.values()}
     if not (targets or tables or parameters):
         raise AdapterMismatchError(f"{where} holds no tensors of an adapter.")
-    # An attention stands for its out_proj too, unless the file has nothing for that.
-    outs = {f"{p}.out_proj" for p in targets if isinstance(modules[p], nn.MultiheadAttention)}
-    changes: dict[str, Any] = {
-        "target_modules": exact_names(modules, targets - outs),
-        "exclude_modules": exact_names(modules, outs - targets) or None,
-        "layers_to_transform": None,
-        "layers_pattern": None,
-        "modules_to_save": sorted(saved) or None,
-    }
+    changes = _selecting(modules, targets)
+    changes["modules_to_save"] = sorted(saved) or None
     ids = getattr(config, "trainable_token_indices", None)
     if isinstance(ids, list) and tables != set(input_embeddings(model)):
         changes["trainable_token_indices"] = dict.fromkeys(sorted(tables), ids) or None
@@ -123,6 +114,35 @@ def content_of_file(
             changes[option] = _fitting(pattern, [*targets, *parameters])
     content.config = dataclasses.replace(config, **changes)
     return content
+
+
+def _saved_modules(
+    modules: dict[str, nn.Module],
+    places: dict[str, _Place],
+    config: AdapterConfig,
+    unchanged: Callable[[str, str], bool],
+) -> set[str]:
+    """Paths of the modules that were saved in full."""
+    saved = set()
+    for key, (_, path, tensor) in places.items():
+        if tensor in _own_tensors(modules[path]):
+            outer, named = _saved_module(path, config)
+            # PEFT copies more than what has the name, and may not have trained it.
+            if outer and (named or not unchanged(key, f"{path}.{tensor}")):
+                saved.add(outer)
+    return saved
+
+
+def _selecting(modules: dict[str, nn.Module], targets: set[str]) -> dict[str, Any]:
+    """The options that select exactly `targets`."""
+    # An attention stands for its out_proj too, unless the file has nothing for that.
+    outs = {f"{p}.out_proj" for p in targets if isinstance(modules[p], nn.MultiheadAttention)}
+    return {
+        "target_modules": exact_names(modules, targets - outs),
+        "exclude_modules": exact_names(modules, outs - targets) or None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+    }
 
 
 def exact_names(paths: Iterable[str], wanted: set[str]) -> list[str] | str:

@@ -150,11 +150,25 @@ def load_adapter(
             return load_adapters(model, place, adapter_name, autocast_adapter_dtype)
     folder = place.parent if place.is_file() else place
     options = _read_config(folder)
-    if options.get("peft_type") != MIX:
-        name = "default" if adapter_name is None else adapter_name
-        with unchanged_on_error(model):
-            _load_folder(model, folder, name, options, autocast_adapter_dtype)
-        return [name]
+    if options.get("peft_type") == MIX:
+        names = _names_in_mix(folder, options, adapter_name)
+        folders = {name: folder / name for name in names}
+    else:
+        folders = {"default" if adapter_name is None else adapter_name: folder}
+    with unchanged_on_error(model):
+        for name, own in folders.items():
+            _load_folder(model, own, name, autocast_adapter_dtype)
+    return list(folders)
+
+
+def _names_in_mix(folder: Path, options: dict[str, Any], adapter_name: str | None) -> list[str]:
+    """The adapters of a folder of folders.
+
+    Raises:
+        CheckpointError: If it does not list them, or as what cannot be folders in it.
+        AdapterStateError: If another name was asked for.
+
+    """
     names = options.get("adapters")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise CheckpointError(f"{str(folder / CONFIG)!r} does not list the adapters of its folder.")
@@ -167,16 +181,12 @@ def load_adapter(
         raise CheckpointError(
             f"{str(folder / CONFIG)!r} names {names} as its adapters, not folders beside it."
         )
-    with unchanged_on_error(model):
-        for name in names:
-            options = _read_config(folder / name)
-            _load_folder(model, folder / name, name, options, autocast_adapter_dtype)
     return names
 
 
 @contextmanager
 def opened_folder(
-    model: nn.Module, folder: Path, options: dict[str, Any] | None = None
+    model: nn.Module, folder: Path
 ) -> Iterator[tuple[FileContent, dict[str, list[int]], Any]]:
     """(what it holds for `model`, shapes by key in the file, the open file) of a PEFT folder.
 
@@ -185,7 +195,7 @@ def opened_folder(
         AdapterMismatchError: If the adapter uses what this library or the model does not have.
 
     """
-    options = _read_config(folder) if options is None else options
+    options = _read_config(folder)
     config = parse(options, str(folder / CONFIG))
     file = folder / TENSORS
     with _opened(file) as opened:
@@ -275,9 +285,7 @@ def _json(content: dict[str, Any]) -> bytes:
     return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
 
 
-def _load_folder(
-    model: nn.Module, folder: Path, name: str, options: dict[str, Any], autocast: bool
-) -> None:
+def _load_folder(model: nn.Module, folder: Path, name: str, autocast: bool) -> None:
     if name in adapter_names(model):
         raise AdapterStateError(
             f"The model already has an adapter {name!r}. Take it off first with "
@@ -285,7 +293,7 @@ def _load_folder(
             "this one under another name."
         )
     file = folder / TENSORS
-    with opened_folder(model, folder, options) as (content, shapes, opened):
+    with opened_folder(model, folder) as (content, shapes, opened):
         config = content.config
         # On the meta device first: a config can ask for any size.
         context = BuildContext(
