@@ -39,9 +39,9 @@ if TYPE_CHECKING:
     from lora_lightning.callback import LoraCallback as LoraCallback
     from lora_lightning.callbacks.comparison import compare_with_base as compare_with_base
     from lora_lightning.callbacks.text_samples import TextSamples as TextSamples
-    from lora_lightning.checkpoint.peft.folder import load_adapter as load_adapter
-    from lora_lightning.checkpoint.peft.folder import save_adapter as save_adapter
+    from lora_lightning.checkpoint.loading import load_adapter as load_adapter
     from lora_lightning.checkpoint.peft.hotswap import hotswap_adapter as hotswap_adapter
+    from lora_lightning.checkpoint.peft.writing import save_adapter as save_adapter
     from lora_lightning.checkpoint.state_dict import adapter_state_dict as adapter_state_dict
     from lora_lightning.checkpoint.state_dict import (
         load_adapter_state_dict as load_adapter_state_dict,
@@ -131,8 +131,8 @@ _HOME = {
     "adapters_per_row": "engine.switching",
     "scale_adapter": "engine.switching",
     "adapter_status": "engine.status",
-    "save_adapter": "checkpoint.peft.folder",
-    "load_adapter": "checkpoint.peft.folder",
+    "save_adapter": "checkpoint.peft.writing",
+    "load_adapter": "checkpoint.loading",
     "load_from_checkpoint": "training.checkpoints.loading",
     "hotswap_adapter": "checkpoint.peft.hotswap",
     "adapter_state_dict": "checkpoint.state_dict",

@@ -1,4 +1,4 @@
-"""Adapters out of the checkpoints that a run with `LoraCallback` writes, without a Trainer.
+"""Adapters out of files onto a model, without a Trainer: PEFT folders and Lightning checkpoints.
 
 A file is untrusted input, as a PEFT folder is: what it says is checked, and its tensors are too.
 """
@@ -6,6 +6,7 @@ A file is untrusted input, as a PEFT folder is: what it says is checked, and its
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from lora_lightning.adapters.config import AdapterConfig
 from lora_lightning.adapters.registry import config_type_of
 from lora_lightning.checkpoint.compatibility import check_values, tensor_differences
 from lora_lightning.checkpoint.fingerprint import base_fingerprint, fingerprint_difference
-from lora_lightning.checkpoint.peft.config import made_from
+from lora_lightning.checkpoint.peft.config import CONFIG, TENSORS, made_from
 from lora_lightning.checkpoint.peft.file_content import exact_names
+from lora_lightning.checkpoint.peft.reading import load_folders
+from lora_lightning.checkpoint.sharded_folder import is_checkpoint_folder
 from lora_lightning.checkpoint.single_file import read_adapter_checkpoint
 from lora_lightning.checkpoint.state_dict import (
     KEY,
@@ -24,32 +27,65 @@ from lora_lightning.checkpoint.state_dict import (
     load_adapter_state_dict,
     saved_keys,
 )
-from lora_lightning.engine.injection import inject_adapter
+from lora_lightning.engine.injection import inject_adapter, unchanged_on_error
 from lora_lightning.engine.targets.parameters import matching_parameters
 from lora_lightning.errors import (
     AdapterMismatchError,
     AdapterStateError,
+    CheckpointError,
     first_few,
 )
 from lora_lightning.layers.traversal import walk
 
 
-def load_adapters(
-    model: nn.Module, file: Path, adapter_name: str | None, autocast_adapter_dtype: bool = True
+def load_adapter(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    adapter_name: str | None = None,
+    *,
+    autocast_adapter_dtype: bool = True,
 ) -> list[str]:
-    """Put the adapters of a Lightning checkpoint on `model`, the LightningModule or its inside.
+    """Put an adapter on `model` from a PEFT folder or an adapter-only Lightning checkpoint.
+
+    As with `inject_adapter`, the first adapter on a model is active and trainable, later ones are
+    neither. Nothing is fetched from a hub. Everything is checked first: on any error the model is
+    as it was before.
 
     Args:
-        model: The module that was trained, or a part of it that holds all that was adapted.
-        file: A checkpoint that a run with `LoraCallback` wrote.
-        adapter_name: Another name for the checkpoint's only adapter, or the name of one of several.
-        autocast_adapter_dtype: As of `inject_adapter`.
+        model: The model that the adapter was made for.
+        path: The folder, or a checkpoint that a run with `LoraCallback` wrote.
+        adapter_name: The name to give it. Default: "default" for a PEFT folder; the names they
+            have for the adapters of a checkpoint or a folder of several.
+        autocast_adapter_dtype: As of `inject_adapter`; False rounds the file's values to the
+            dtype of a 16-bit base.
+
+    Returns:
+        The names of the adapters that were loaded.
 
     Raises:
-        CheckpointError: If the file is damaged or of another kind.
-        AdapterMismatchError: If adapters or base differ.
+        CheckpointError: If the files are missing, damaged or of another kind.
+        AdapterMismatchError: If the adapter does not fit the model, or uses what this library does
+            not have.
+        AdapterStateError: If the model already has an adapter of that name.
 
     """
+    place = Path(path)
+    with unchanged_on_error(model):
+        if is_checkpoint_folder(place) or (place.is_file() and place.name not in (CONFIG, TENSORS)):
+            if place.suffix == ".safetensors":
+                raise CheckpointError(
+                    f"{str(place)!r} holds tensors, but does not say how they act: a PEFT adapter "
+                    f"is loaded from a folder that holds them as {TENSORS} beside {CONFIG}."
+                )
+            return _load_checkpoint(model, place, adapter_name, autocast_adapter_dtype)
+        folder = place.parent if place.is_file() else place
+        return load_folders(model, folder, adapter_name, autocast_adapter_dtype)
+
+
+def _load_checkpoint(
+    model: nn.Module, file: Path, adapter_name: str | None, autocast_adapter_dtype: bool
+) -> list[str]:
+    """Put the adapters of a Lightning checkpoint on `model`, the LightningModule or its inside."""
     checkpoint = read_adapter_checkpoint(file)
     entries: dict[str, Any] = checkpoint[KEY]["adapters"]
     if adapter_name is None:

@@ -199,7 +199,7 @@ def test_a_file_that_cannot_be_read(
         def refuse(*_: Any, **__: Any) -> None:
             raise denied
 
-        place = "lora_lightning.checkpoint.peft.folder.safe_open"
+        place = "lora_lightning.checkpoint.peft.reading.safe_open"
         if name == CONFIG:
             monkeypatch.setattr(Path, "read_bytes", refuse)
         else:

@@ -26,10 +26,14 @@ from lora_lightning.errors import AdapterMismatchError, LoraError
 from lora_lightning.layers.conv1d import is_conv1d
 from lora_lightning.layers.traversal import named_adapted_layers, walk
 
+CONFIG = "adapter_config.json"
+TENSORS = "adapter_model.safetensors"
+
 # What PEFT calls these types; PEFT refuses other names, as it must.
 PEFT_TYPES = ("LORA", "LOHA", "LOKR", "ADALORA", "OFT", "SHIRA", "IA3", "VERA")
 # Put before the type where PEFT knows it, but would compute something else from this adapter.
 OWN = "LORA_LIGHTNING_"
+MIX = OWN + "MIX"  # the peft_type of a folder of folders
 TOKENS = "TRAINABLE_TOKENS"  # PEFT's type for trained rows alone; here an option of LORA
 
 LARGEST_NUMBER = 2**31  # of any option; float32 can hold what is computed from it
@@ -248,3 +252,8 @@ def _spelled(hint: Any) -> str:
 
 def _peft_fields(config: AdapterConfig) -> set[str]:
     return {"bias"} if config.peft_type in ("LORA", "ADALORA", "OFT", "VERA") else set()
+
+
+def is_folder_name(name: str) -> bool:
+    """Whether `name` is the name of a folder inside another one, and no path that leads out."""
+    return name not in ("", ".", "..") and not set(name) & set("/\\:\0")

@@ -103,15 +103,11 @@ def content_of_file(
     targets -= {path for path, _ in parameters.values()}
     if not (targets or tables or parameters):
         raise AdapterMismatchError(f"{where} holds no tensors of an adapter.")
-    changes = _selecting(modules, targets)
-    changes["modules_to_save"] = sorted(saved) or None
+    changes = {**_selecting(modules, targets), "modules_to_save": sorted(saved) or None}
     ids = getattr(config, "trainable_token_indices", None)
     if isinstance(ids, list) and tables != set(input_embeddings(model)):
         changes["trainable_token_indices"] = dict.fromkeys(sorted(tables), ids) or None
-    for option in ("rank_pattern", "alpha_pattern"):
-        pattern = getattr(config, option, None)
-        if pattern and all(isinstance(value, (int, float)) for value in pattern.values()):
-            changes[option] = _fitting(pattern, [*targets, *parameters])
+    changes |= _fitting_patterns(config, [*targets, *parameters])
     content.config = dataclasses.replace(config, **changes)
     return content
 
@@ -259,11 +255,16 @@ def _tied(modules: dict[str, nn.Module], path: str, others: Iterable[str]) -> st
     return next(shared, None) if weight is not None else None
 
 
-def _fitting(pattern: dict[str, Any], paths: list[str]) -> dict[str, Any]:
-    """Without the entries for modules that are not in the file."""
-    found = {}
-    for expression, value in pattern.items():
-        fits = re.compile(rf"(.*\.)?({expression})$").match  # once: a file may list very many
-        if any(fits(path) for path in paths):
-            found[expression] = value
-    return found
+def _fitting_patterns(config: AdapterConfig, paths: list[str]) -> dict[str, dict[str, float]]:
+    """Rank and alpha patterns without the entries for modules that are not in the file."""
+    fitting: dict[str, dict[str, float]] = {}
+    for option in ("rank_pattern", "alpha_pattern"):
+        pattern = getattr(config, option, None)
+        if not pattern or not all(isinstance(value, (int, float)) for value in pattern.values()):
+            continue
+        fitting[option] = {}
+        for expression, value in pattern.items():
+            fits = re.compile(rf"(.*\.)?({expression})$").match  # once: a file may list very many
+            if any(fits(path) for path in paths):
+                fitting[option][expression] = value
+    return fitting

@@ -18,8 +18,9 @@ from lora_lightning.adapters.config import AdapterConfig, pattern_value
 from lora_lightning.adapters.lora.linear import LoraConfig, LowRankAdapter
 from lora_lightning.adapters.trainable_tokens import TrainableTokensAdapter
 from lora_lightning.checkpoint.compatibility import config_differences
-from lora_lightning.checkpoint.peft.folder import TENSORS, opened_folder, read_values
+from lora_lightning.checkpoint.peft.config import TENSORS
 from lora_lightning.checkpoint.peft.keys import parts_in_file, tensors_to_load
+from lora_lightning.checkpoint.peft.reading import opened_folder, read_values
 from lora_lightning.engine.injection import adapters_named
 from lora_lightning.engine.targets.matching import matches_name
 from lora_lightning.errors import AdapterMismatchError, AdapterStateError, first_few

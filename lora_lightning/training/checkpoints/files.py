@@ -25,7 +25,7 @@ from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lora_lightning.checkpoint.integrity import HASHES, damaged_parts, with_hashes
-from lora_lightning.checkpoint.peft.folder import CONFIG
+from lora_lightning.checkpoint.peft.config import CONFIG
 from lora_lightning.checkpoint.sharded_folder import is_checkpoint_folder
 from lora_lightning.checkpoint.state_dict import KEY
 from lora_lightning.errors import CheckpointError, LoraError, did_you_mean, first_few

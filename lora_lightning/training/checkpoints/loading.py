@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from lora_lightning.checkpoint.peft.folder import load_adapter
+from lora_lightning.checkpoint.loading import load_adapter
 from lora_lightning.checkpoint.single_file import read_adapter_checkpoint
 from lora_lightning.checkpoint.state_dict import KEY
 from lora_lightning.engine.switching import set_adapter

@@ -1,4 +1,4 @@
-"""PEFT folders, both ways: adapter_config.json beside adapter_model.safetensors.
+"""Adapters out of PEFT folders: adapter_config.json beside adapter_model.safetensors.
 
 Source: the files that peft 0.21.2 writes and reads. A folder is untrusted input: everything is
 checked before the model is touched.
@@ -7,8 +7,7 @@ checked before the model is touched.
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,32 +15,22 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from lora_lightning.checkpoint.compatibility import check_values, tensor_differences
-from lora_lightning.checkpoint.loading import load_adapters
 from lora_lightning.checkpoint.peft.config import (
-    OWN,
-    TOKENS,
+    CONFIG,
+    MIX,
+    TENSORS,
     adds_twice,
-    describe,
-    for_twice,
+    is_folder_name,
     parse,
 )
 from lora_lightning.checkpoint.peft.file_content import FileContent, content_of_file
-from lora_lightning.checkpoint.peft.keys import (
-    OUT_PROJ_B,
-    also_saved_by_peft,
-    rows_alone,
-    tensors_of_base,
-    tensors_to_load,
-    tensors_to_save,
-)
-from lora_lightning.checkpoint.sharded_folder import is_checkpoint_folder
+from lora_lightning.checkpoint.peft.keys import OUT_PROJ_B, tensors_to_load
 from lora_lightning.checkpoint.state_dict import materialize
 from lora_lightning.engine.construction import BuildContext
-from lora_lightning.engine.injection import delete_adapter, extend_adapter, unchanged_on_error
+from lora_lightning.engine.injection import delete_adapter, extend_adapter
 from lora_lightning.engine.switching import adapter_names
 from lora_lightning.errors import (
     AdapterMismatchError,
@@ -49,126 +38,33 @@ from lora_lightning.errors import (
     CheckpointError,
     LoraError,
     first_few,
-    nearest_hint,
 )
-from lora_lightning.utilities.atomic_write import write_atomically
-from lora_lightning.utilities.dtensor import is_sharded
 from lora_lightning.utilities.wrappers import plain_name
 
-CONFIG = "adapter_config.json"
-TENSORS = "adapter_model.safetensors"
-MIX = OWN + "MIX"  # the peft_type of a folder of folders
 LARGEST_CONFIG = 10_000_000  # bytes
 
 
-def save_adapter(
-    model: nn.Module,
-    directory: str | os.PathLike[str],
-    adapter_name: str | Sequence[str] = "default",
-) -> None:
-    """Write an adapter as a PEFT folder: adapter_config.json and adapter_model.safetensors.
-
-    The same adapter gives the same bytes, in any process. An adapter whose start was subtracted
-    from it (PiSSA, OLoRA) is written as the plain LoRA of twice the rank that it is. PEFT adds the
-    update of an attention's out_proj twice, so that its B is written as half of what it is.
-
-    Args:
-        model: The model that PEFT would load the adapter onto.
-        directory: Made if need be; files of these names in it are replaced.
-        adapter_name: Which adapter; several names give a folder with one folder for each, which
-            `load_adapter` reads back in this order.
-
-    Raises:
-        AdapterStateError: If there is no such adapter, or it is on the meta device.
-        CheckpointError: If the folder cannot be written; what was there before is still there.
-
-    """
-    folder = Path(directory)
-    if isinstance(adapter_name, str):
-        files = _files(model, folder, adapter_name)
-    else:
-        names = list(dict.fromkeys(adapter_name))
-        if not names or not all(map(_is_folder_name, names)):
-            raise AdapterStateError(
-                f"The adapters {names} cannot be saved in a folder of folders: it takes at least "
-                "one, and names that can be those of folders. Save each in a folder of your own."
-            )
-        files = {}
-        for name in names:
-            files.update(_files(model, folder / name, name))
-        files[folder / CONFIG] = _json({"peft_type": MIX, "adapters": names})
-    try:
-        for path in files:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(files)
-    except OSError as error:
-        raise CheckpointError(
-            f"The adapter cannot be written to {str(folder)!r}: {error.strerror or error}."
-        ) from error
-
-
-def load_adapter(
-    model: nn.Module,
-    path: str | os.PathLike[str],
-    adapter_name: str | None = None,
-    *,
-    autocast_adapter_dtype: bool = True,
+def load_folders(
+    model: nn.Module, folder: Path, adapter_name: str | None, autocast_adapter_dtype: bool
 ) -> list[str]:
-    """Put an adapter on `model` from a PEFT folder or an adapter-only Lightning checkpoint.
-
-    As with `inject_adapter`, the first adapter on a model is active and trainable, later ones are
-    neither. Nothing is fetched from a hub. Everything is checked first: on any error the model is
-    as it was before.
-
-    Args:
-        model: The model that the adapter was made for.
-        path: The folder, or a checkpoint that a run with `LoraCallback` wrote.
-        adapter_name: The name to give it. Default: "default" for a PEFT folder; the names they
-            have for the adapters of a checkpoint or a folder of several.
-        autocast_adapter_dtype: As of `inject_adapter`; False rounds the file's values to the
-            dtype of a 16-bit base.
+    """Put the adapter of a PEFT folder on `model`, or all adapters of a folder of folders.
 
     Returns:
-        The names of the adapters that were loaded.
+        Their names.
 
     Raises:
-        CheckpointError: If the files are missing, damaged or of another kind.
-        AdapterMismatchError: If the adapter does not fit the model, or uses what this library does
+        CheckpointError: If the files are missing or damaged.
+        AdapterMismatchError: If an adapter does not fit the model, or uses what this library does
             not have.
-        AdapterStateError: If the model already has an adapter of that name.
+        AdapterStateError: If the model already has an adapter of that name, or another name was
+            asked for than those of the folders.
 
     """
-    place = Path(path)
-    whole_file = place.is_file() and place.name not in (CONFIG, TENSORS)
-    if whole_file or is_checkpoint_folder(place):
-        if place.suffix == ".safetensors":
-            raise CheckpointError(
-                f"{str(place)!r} holds tensors, but does not say how they act: a PEFT adapter is "
-                f"loaded from a folder that holds them as {TENSORS} beside {CONFIG}."
-            )
-        with unchanged_on_error(model):
-            return load_adapters(model, place, adapter_name, autocast_adapter_dtype)
-    folder = place.parent if place.is_file() else place
     options = _read_config(folder)
-    if options.get("peft_type") == MIX:
-        names = _names_in_mix(folder, options, adapter_name)
-        folders = {name: folder / name for name in names}
-    else:
-        folders = {"default" if adapter_name is None else adapter_name: folder}
-    with unchanged_on_error(model):
-        for name, own in folders.items():
-            _load_folder(model, own, name, autocast_adapter_dtype)
-    return list(folders)
-
-
-def _names_in_mix(folder: Path, options: dict[str, Any], adapter_name: str | None) -> list[str]:
-    """The adapters of a folder of folders.
-
-    Raises:
-        CheckpointError: If it does not list them, or as what cannot be folders in it.
-        AdapterStateError: If another name was asked for.
-
-    """
+    if options.get("peft_type") != MIX:
+        name = "default" if adapter_name is None else adapter_name
+        _load_folder(model, folder, name, options, autocast_adapter_dtype)
+        return [name]
     names = options.get("adapters")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise CheckpointError(f"{str(folder / CONFIG)!r} does not list the adapters of its folder.")
@@ -177,16 +73,19 @@ def _names_in_mix(folder: Path, options: dict[str, Any], adapter_name: str | Non
             f"{str(folder)!r} holds the adapters {names}, which keep their names; load one of "
             f"them from its own folder to give it the name {adapter_name!r}."
         )
-    if not names or not all(map(_is_folder_name, names)):
+    if not names or not all(map(is_folder_name, names)):
         raise CheckpointError(
             f"{str(folder / CONFIG)!r} names {names} as its adapters, not folders beside it."
         )
+    for name in names:
+        inner = folder / name
+        _load_folder(model, inner, name, _read_config(inner), autocast_adapter_dtype)
     return names
 
 
 @contextmanager
 def opened_folder(
-    model: nn.Module, folder: Path
+    model: nn.Module, folder: Path, options: dict[str, Any] | None = None
 ) -> Iterator[tuple[FileContent, dict[str, list[int]], Any]]:
     """(what it holds for `model`, shapes by key in the file, the open file) of a PEFT folder.
 
@@ -195,7 +94,7 @@ def opened_folder(
         AdapterMismatchError: If the adapter uses what this library or the model does not have.
 
     """
-    options = _read_config(folder)
+    options = _read_config(folder) if options is None else options
     config = parse(options, str(folder / CONFIG))
     file = folder / TENSORS
     with _opened(file) as opened:
@@ -236,56 +135,9 @@ def read_values(
     return values
 
 
-def _files(model: nn.Module, folder: Path, adapter_name: str) -> dict[Path, bytes]:
-    known = adapter_names(model)
-    if adapter_name not in known:
-        hint = nearest_hint(adapter_name, known)
-        raise AdapterStateError(
-            f"No adapter {adapter_name!r} to save; the model has {known or 'none'}.{hint}"
-        )
-    config = describe(model, adapter_name)
-    own = tensors_to_save(model, adapter_name)
-    if config["peft_type"] == TOKENS:
-        own = rows_alone(model, adapter_name)
-    if not config["peft_type"].startswith(OWN):
-        own |= tensors_of_base(
-            model, also_saved_by_peft(model, config.get("modules_to_save") or [])
-        )
-        if doubled := [key for key in own if key.endswith(OUT_PROJ_B)]:
-            config = for_twice(config)
-            # Halved without rounding: float16 has too few bits for small numbers.
-            own |= {key: own[key].to(_wide(own[key].dtype)) / 2 for key in doubled}
-    tensors = {}
-    for key, tensor in sorted(own.items()):
-        if tensor.is_meta:
-            raise AdapterStateError(
-                f"Adapter {adapter_name!r} is on the meta device and has no values to save: load "
-                "it first."
-            )
-        if is_sharded(tensor):
-            raise AdapterStateError(
-                f"Adapter {adapter_name!r} is spread over several processes. Load it in one "
-                "process, load_adapter(model, 'last.ckpt'), and save it from there."
-            )
-        tensors[key] = tensor.detach().to("cpu", copy=True).contiguous()
-    content = to_safetensors(tensors, metadata={"format": "pt"})
-    return {folder / TENSORS: content, folder / CONFIG: _json(config)}
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype == torch.float16 else dtype
-
-
-def _is_folder_name(name: str) -> bool:
-    """Whether `name` is the name of a folder inside another one, and no path that leads out."""
-    return name not in ("", ".", "..") and not set(name) & set("/\\:\0")
-
-
-def _json(content: dict[str, Any]) -> bytes:
-    return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
-
-
-def _load_folder(model: nn.Module, folder: Path, name: str, autocast: bool) -> None:
+def _load_folder(
+    model: nn.Module, folder: Path, name: str, options: dict[str, Any], autocast: bool
+) -> None:
     if name in adapter_names(model):
         raise AdapterStateError(
             f"The model already has an adapter {name!r}. Take it off first with "
@@ -293,7 +145,7 @@ def _load_folder(model: nn.Module, folder: Path, name: str, autocast: bool) -> N
             "this one under another name."
         )
     file = folder / TENSORS
-    with opened_folder(model, folder) as (content, shapes, opened):
+    with opened_folder(model, folder, options) as (content, shapes, opened):
         config = content.config
         # On the meta device first: a config can ask for any size.
         context = BuildContext(

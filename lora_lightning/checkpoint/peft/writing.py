@@ -1,0 +1,128 @@
+"""Adapters into PEFT folders: adapter_config.json beside adapter_model.safetensors.
+
+Source: the files that peft 0.21.2 writes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save as to_safetensors
+from torch import nn
+
+from lora_lightning.checkpoint.peft.config import (
+    CONFIG,
+    MIX,
+    OWN,
+    TENSORS,
+    TOKENS,
+    describe,
+    for_twice,
+    is_folder_name,
+)
+from lora_lightning.checkpoint.peft.keys import (
+    OUT_PROJ_B,
+    also_saved_by_peft,
+    rows_alone,
+    tensors_of_base,
+    tensors_to_save,
+)
+from lora_lightning.engine.switching import adapter_names
+from lora_lightning.errors import AdapterStateError, CheckpointError, nearest_hint
+from lora_lightning.utilities.atomic_write import write_atomically
+from lora_lightning.utilities.dtensor import is_sharded
+
+
+def save_adapter(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    adapter_name: str | Sequence[str] = "default",
+) -> None:
+    """Write an adapter as a PEFT folder: adapter_config.json and adapter_model.safetensors.
+
+    The same adapter gives the same bytes, in any process. An adapter whose start was subtracted
+    from it (PiSSA, OLoRA) is written as the plain LoRA of twice the rank that it is. PEFT adds the
+    update of an attention's out_proj twice, so that its B is written as half of what it is.
+
+    Args:
+        model: The model that PEFT would load the adapter onto.
+        directory: Made if need be; files of these names in it are replaced.
+        adapter_name: Which adapter; several names give a folder with one folder for each, which
+            `load_adapter` reads back in this order.
+
+    Raises:
+        AdapterStateError: If there is no such adapter, or it is on the meta device.
+        CheckpointError: If the folder cannot be written; what was there before is still there.
+
+    """
+    folder = Path(directory)
+    if isinstance(adapter_name, str):
+        files = _files(model, folder, adapter_name)
+    else:
+        names = list(dict.fromkeys(adapter_name))
+        if not names or not all(map(is_folder_name, names)):
+            raise AdapterStateError(
+                f"The adapters {names} cannot be saved in a folder of folders: it takes at least "
+                "one, and names that can be those of folders. Save each in a folder of your own."
+            )
+        files = {}
+        for name in names:
+            files.update(_files(model, folder / name, name))
+        files[folder / CONFIG] = _json({"peft_type": MIX, "adapters": names})
+    try:
+        for path in files:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(files)
+    except OSError as error:
+        raise CheckpointError(
+            f"The adapter cannot be written to {str(folder)!r}: {error.strerror or error}."
+        ) from error
+
+
+def _files(model: nn.Module, folder: Path, adapter_name: str) -> dict[Path, bytes]:
+    known = adapter_names(model)
+    if adapter_name not in known:
+        hint = nearest_hint(adapter_name, known)
+        raise AdapterStateError(
+            f"No adapter {adapter_name!r} to save; the model has {known or 'none'}.{hint}"
+        )
+    config = describe(model, adapter_name)
+    own = tensors_to_save(model, adapter_name)
+    if config["peft_type"] == TOKENS:
+        own = rows_alone(model, adapter_name)
+    if not config["peft_type"].startswith(OWN):
+        own |= tensors_of_base(
+            model, also_saved_by_peft(model, config.get("modules_to_save") or [])
+        )
+        if doubled := [key for key in own if key.endswith(OUT_PROJ_B)]:
+            config = for_twice(config)
+            # Halved without rounding: float16 has too few bits for small numbers.
+            own |= {key: own[key].to(_wide(own[key].dtype)) / 2 for key in doubled}
+    tensors = {}
+    for key, tensor in sorted(own.items()):
+        if tensor.is_meta:
+            raise AdapterStateError(
+                f"Adapter {adapter_name!r} is on the meta device and has no values to save: load "
+                "it first."
+            )
+        if is_sharded(tensor):
+            raise AdapterStateError(
+                f"Adapter {adapter_name!r} is spread over several processes. Load it in one "
+                "process, load_adapter(model, 'last.ckpt'), and save it from there."
+            )
+        tensors[key] = tensor.detach().to("cpu", copy=True).contiguous()
+    content = to_safetensors(tensors, metadata={"format": "pt"})
+    return {folder / TENSORS: content, folder / CONFIG: _json(config)}
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def _json(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
