@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lora_lightning.adapters.modules_to_save import ModulesToSaveCopy
 from lora_lightning.checkpoint.compatibility import tensor_differences
 from lora_lightning.engine.bias import trained_biases
-from lora_lightning.engine.switching import adapter_names
+from lora_lightning.engine.switching import check_known
 from lora_lightning.errors import AdapterMismatchError, AdapterStateError
 from lora_lightning.layers.traversal import named_adapted_layers
 from lora_lightning.utilities.wrappers import plain_name
@@ -95,10 +95,7 @@ def saved_keys(model: nn.Module, adapter_name: str) -> dict[str, list[int]]:
 
 def _tensors(model: nn.Module, adapter_name: str) -> list[tuple[str, str, Tensor]]:
     """(short name, key in the model's state dict, tensor) of everything an adapter owns."""
-    if adapter_name not in adapter_names(model):
-        raise AdapterStateError(
-            f"No adapter {adapter_name!r}; the model has {adapter_names(model) or 'none'}."
-        )
+    check_known(model, adapter_name)
     found = []
     for path, layer in named_adapted_layers(model):
         if adapter_name not in layer.adapters:

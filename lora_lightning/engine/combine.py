@@ -23,8 +23,8 @@ from lora_lightning.adapters.lora.linear import LoraAdapter, LoraConfig, LowRank
 from lora_lightning.adapters.modules_to_save import ModulesToSaveCopy
 from lora_lightning.engine.bias import trained_biases
 from lora_lightning.engine.construction import BuildContext
-from lora_lightning.engine.injection import extend_adapter
-from lora_lightning.engine.switching import adapter_names, check_enabled
+from lora_lightning.engine.injection import check_new_name, check_unmerged, extend_adapter
+from lora_lightning.engine.switching import check_enabled, check_known
 from lora_lightning.engine.targets.selection import select_modules
 from lora_lightning.engine.task_arithmetic import (
     Combination,
@@ -32,7 +32,7 @@ from lora_lightning.engine.task_arithmetic import (
     MajoritySignMethod,
     Update,
 )
-from lora_lightning.errors import AdapterStateError, ConfigError, nearest_hint
+from lora_lightning.errors import AdapterStateError, ConfigError
 from lora_lightning.layers.traversal import named_adapted_layers
 from lora_lightning.utilities.wrappers import unwrapped
 
@@ -136,28 +136,15 @@ def _add_combined(
 def _check_request(
     model: nn.Module, names: list[str], weights: list[float], adapter_name: str
 ) -> None:
-    known = adapter_names(model)
-    for name in names:
-        if name not in known:
-            hint = nearest_hint(name, known)
-            raise AdapterStateError(f"No adapter {name!r}; the model has {known or 'none'}.{hint}")
+    check_known(model, *names)
     if not names or len(names) != len(weights) or not all(map(math.isfinite, weights)):
         raise ConfigError(
             f"names {names} and weights {weights}: give at least one name, and a finite weight for "
             "each. (lora.weights)"
         )
-    if adapter_name in known:
-        raise AdapterStateError(
-            f"The model already has an adapter {adapter_name!r}. Take it off first with "
-            f"delete_adapter(model, {adapter_name!r}), or choose another name."
-        )
+    check_new_name(model, adapter_name)
     check_enabled(model)
-    for path, layer in named_adapted_layers(model):
-        if layer.merged_adapters:
-            raise AdapterStateError(
-                f"Adapters {layer.merged_adapters} are merged into the base ({path!r}, for one). "
-                "Call unmerge_adapter(model) first."
-            )
+    check_unmerged(model)
     for path, _, record in trained_biases(model):
         if record.adapter_name in names:
             raise AdapterStateError(

@@ -87,11 +87,7 @@ def inject_adapter(
     """
     if not isinstance(config, AdapterConfig) or not isinstance(model, nn.Module):
         raise ConfigError(explain_no_config(config, "inject_adapter"))
-    if adapter_name in adapter_names(model):
-        raise AdapterStateError(
-            f"The model already has an adapter {adapter_name!r}. Take it off first with "
-            f"delete_adapter(model, {adapter_name!r}), or choose another name."
-        )
+    check_new_name(model, adapter_name)
     return extend_adapter(
         model,
         BuildContext(
@@ -120,7 +116,7 @@ def extend_adapter(model: nn.Module, context: BuildContext) -> Selection:
         new = _new_modules(model, context, selection)
         if new.targets or new.saved or new.tokens or new.biases:
             check_enabled(model)
-            _check_unmerged(model)
+            check_unmerged(model)
             _put_on(model, context, selection, new)
         return selection
 
@@ -199,7 +195,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
         raise AdapterStateError(
             f"The model has no adapter {adapter_name!r}; it has {names or 'none at all'}."
         )
-    _check_unmerged(model, adapter_name)
+    check_unmerged(model, adapter_name)
     layers = [
         (path, layer)
         for path, layer in named_adapted_layers(model)
@@ -240,7 +236,27 @@ def _check_name(name: str) -> None:
         )
 
 
-def _check_unmerged(model: nn.Module, adapter_name: str | None = None) -> None:
+def check_new_name(model: nn.Module, adapter_name: str) -> None:
+    """Refuse a name that an adapter on `model` has already.
+
+    Raises:
+        AdapterStateError: If there is one.
+
+    """
+    if adapter_name in adapter_names(model):
+        raise AdapterStateError(
+            f"The model already has an adapter {adapter_name!r}. Take it off first with "
+            f"delete_adapter(model, {adapter_name!r}), or choose another name."
+        )
+
+
+def check_unmerged(model: nn.Module, adapter_name: str | None = None) -> None:
+    """Refuse adapters that are merged into the base: this one, or any.
+
+    Raises:
+        AdapterStateError: Naming a module where one is.
+
+    """
     for path, layer in named_adapted_layers(model):
         if layer.merged_adapters if adapter_name is None else adapter_name in layer.merged_adapters:
             raise AdapterStateError(

@@ -1,9 +1,9 @@
 """LoftQ: LoRA that starts from what rounding took from the base weight.
 
-    min || W - (Q + scaling * B A) ||_F  over Q = quantise(...), A (r, in), B (out, r),
+    scaling * B A = argmin || W - (Q + scaling * B A) ||_F over matrices of rank r,
 
-by turns: Q_t = quantise(W - scaling * B_(t-1) A_(t-1)), then scaling * B_t A_t = the best rank-r
-approximation of W - Q_t, from B_0 A_0 = 0 on.
+A (r, in), B (out, r), for the weight W that was quantised to Q: one turn of the paper's algorithm,
+since Q is there and stays.
 
 Source: Li et al. 2023, "LoftQ" (arXiv:2310.08659), section 3.2 and algorithm 1. There the scaling
 is 1; here it is divided out of A and B, so that every lora_alpha starts from the same weight.
@@ -30,36 +30,6 @@ from lora_lightning.layers.quantized.base import AdaptedQuantizedLinear
 from lora_lightning.layers.traversal import named_adapted_layers
 
 
-@torch.no_grad()
-def loftq_factors(
-    weight: Tensor,
-    rank: int,
-    scaling: float,
-    num_iter: int,
-    quantize: Callable[[Tensor], Tensor],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """A, B and Q after `num_iter` turns.
-
-    Args:
-        weight: W, (out, in).
-        rank: r of A and B.
-        scaling: Factor that A and B act with.
-        num_iter: Turns; with one, Q is the rounded W itself.
-        quantize: Rounds a weight and gives it back dense, such as `rounded_to_nf4`.
-
-    Returns:
-        A (r, in), B (out, r) and the dense Q (out, in), in at least float32.
-
-    """
-    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    low_rank = torch.zeros_like(weight)
-    for _ in range(num_iter):
-        rounded = quantize(weight - low_rank)
-        a, b = error_factors(weight - rounded, rank, scaling)
-        low_rank = scaling * b @ a
-    return a, b, rounded
-
-
 def error_factors(error: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
     """A and B with scaling * B A = the best rank-r approximation of `error`, shared out evenly.
 
@@ -68,13 +38,6 @@ def error_factors(error: Tensor, rank: int, scaling: float) -> tuple[Tensor, Ten
     u, s, vh = torch.linalg.svd(error, full_matrices=False)
     root = (s[:rank] / scaling).sqrt()
     return root[:, None] * vh[:rank], u[:, :rank] * root
-
-
-def rounded_to_nf4(weight: Tensor, blocksize: int = 64) -> Tensor:
-    """`weight` rounded to NF4 by bitsandbytes, dense again."""
-    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-
-    return dequantize_4bit(*quantize_4bit(weight.float(), blocksize=blocksize, quant_type="nf4"))
 
 
 def original_weights(path: str | os.PathLike[str]) -> Callable[[str], Tensor]:

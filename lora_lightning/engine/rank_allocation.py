@@ -282,20 +282,3 @@ def rank_pattern(model: nn.Module, adapter_name: str = "default") -> dict[str, l
             there and (bool(next(acts)) or not begun) for there in adapter.triplets
         ]
     return {} if all(all(mask) for mask in pattern.values()) else pattern
-
-
-def without_masked(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of AdaLoRA adapters, by any names, less those triplets that do not act.
-
-    What is left is an adapter with the `rank_pattern` of the whole one, and computes the same.
-    """
-    left = dict(state)
-    values = {key: tensor for key, tensor in state.items() if key.endswith("lora_E")}
-    if not any(tensor.any() for tensor in values.values()):  # none has begun to
-        return left
-    for key, tensor in values.items():
-        prefix, acts = key.removesuffix("lora_E"), (tensor != 0).flatten()
-        left[key] = tensor[acts]
-        left[prefix + "lora_A"] = state[prefix + "lora_A"][acts]
-        left[prefix + "lora_B"] = state[prefix + "lora_B"][:, acts]
-    return left

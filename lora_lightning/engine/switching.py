@@ -48,9 +48,7 @@ def set_adapter(model: nn.Module, names: str | Sequence[str], *, trainable: bool
     """
     check_enabled(model)
     names = [names] if isinstance(names, str) else list(names)
-    known = adapter_names(model)
-    for name in names:
-        _check_known(name, known)
+    check_known(model, *names)
     layers = list(named_adapted_layers(model))
     for path, layer in layers:
         if layer.merged_adapters and layer.active_adapters != [
@@ -101,10 +99,7 @@ def adapters_per_row(model: nn.Module, names: Sequence[str | None]) -> Iterator[
 
     """
     _check_not_disabled(model)
-    known = adapter_names(model)
-    for name in dict.fromkeys(names):
-        if name is not None:
-            _check_known(name, known)
+    check_known(model, *(name for name in names if name is not None))
     layers = [layer for _, layer in named_adapted_layers(model)]
     for path, layer in named_adapted_layers(model):
         parts = any(isinstance(adapter, MultiWeightAdapter) for adapter in layer.adapters.values())
@@ -146,7 +141,7 @@ def scale_adapter(model: nn.Module, adapter_name: str, factor: float) -> None:
         AdapterStateError: If there is no such adapter, it is merged, or its type has no scaling.
 
     """
-    _check_known(adapter_name, adapter_names(model))
+    check_known(model, adapter_name)
     scaled = []
     for path, layer in named_adapted_layers(model):
         if adapter_name not in layer.adapters:
@@ -188,7 +183,7 @@ def activate_new(model: nn.Module, name: str, active: bool) -> None:
 
 def set_trainable(model: nn.Module, name: str, trainable: bool) -> None:
     """Whether the tensors of an adapter require gradients; which adapters act stays as it is."""
-    _check_known(name, adapter_names(model))
+    check_known(model, name)
     for _, layer in named_adapted_layers(model):
         if name in layer.adapters:
             _require_grad(layer.adapters[name], trainable)
@@ -198,10 +193,18 @@ def set_trainable(model: nn.Module, name: str, trainable: bool) -> None:
             record.parameter(module).requires_grad_(trainable and record.shown)
 
 
-def _check_known(name: str, known: list[str]) -> None:
-    if name not in known:
-        hint = nearest_hint(name, known)
-        raise AdapterStateError(f"No adapter {name!r}; the model has {known or 'none'}.{hint}")
+def check_known(model: nn.Module, *names: str) -> None:
+    """Refuse names that no adapter on `model` has.
+
+    Raises:
+        AdapterStateError: Naming the first one, and the nearest known one.
+
+    """
+    known = adapter_names(model)
+    for name in names:
+        if name not in known:
+            hint = nearest_hint(name, known)
+            raise AdapterStateError(f"No adapter {name!r}; the model has {known or 'none'}.{hint}")
 
 
 def _require_grad(adapter: nn.Module, wanted: bool) -> None:

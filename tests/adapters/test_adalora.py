@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,12 +30,28 @@ from lora_lightning.engine.rank_allocation import (
     RankAllocator,
     adalora_adapters,
     rank_pattern,
-    without_masked,
 )
 from lora_lightning.errors import AdapterMismatchError, ConfigError, RankError
 from tests.helpers.adalora_of_peft import adalora_of_peft, short_name
 from tests.helpers.tensors import assert_close_state, bit_equal, randomize, trainable
 from tests.helpers.torch_models import OneLayerNet, example_input
+
+
+def without_masked(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of AdaLoRA adapters, by any names, less those triplets that do not act.
+
+    What is left is an adapter with the `rank_pattern` of the whole one, and computes the same.
+    """
+    left = dict(state)
+    values = {key: tensor for key, tensor in state.items() if key.endswith("lora_E")}
+    if not any(tensor.any() for tensor in values.values()):  # none has begun to
+        return left
+    for key, tensor in values.items():
+        prefix, acts = key.removesuffix("lora_E"), (tensor != 0).flatten()
+        left[key] = tensor[acts]
+        left[prefix + "lora_A"] = state[prefix + "lora_A"][acts]
+        left[prefix + "lora_B"] = state[prefix + "lora_B"][:, acts]
+    return left
 
 
 @pytest.fixture(autouse=True)

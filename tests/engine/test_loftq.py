@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from lora_lightning import (
     merge_adapter,
     unmerge_adapter,
 )
-from lora_lightning.engine.loftq import loftq_factors, rounded_to_nf4, start_from_rounding_error
+from lora_lightning.engine.loftq import error_factors, start_from_rounding_error
 from lora_lightning.errors import AdapterMismatchError, AdapterStateError, LoraError
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
@@ -31,6 +32,43 @@ IN, OUT, R = 128, 64, 8
 def to_halves(weight: Tensor) -> Tensor:
     """A quantiser that anybody can check."""
     return (weight * 2).round() / 2
+
+
+@torch.no_grad()
+def loftq_factors(
+    weight: Tensor,
+    rank: int,
+    scaling: float,
+    num_iter: int,
+    quantize: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A, B and Q after `num_iter` turns.
+
+    Args:
+        weight: W, (out, in).
+        rank: r of A and B.
+        scaling: Factor that A and B act with.
+        num_iter: Turns; with one, Q is the rounded W itself.
+        quantize: Rounds a weight and gives it back dense, such as `rounded_to_nf4`.
+
+    Returns:
+        A (r, in), B (out, r) and the dense Q (out, in), in at least float32.
+
+    """
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    low_rank = torch.zeros_like(weight)
+    for _ in range(num_iter):
+        rounded = quantize(weight - low_rank)
+        a, b = error_factors(weight - rounded, rank, scaling)
+        low_rank = scaling * b @ a
+    return a, b, rounded
+
+
+def rounded_to_nf4(weight: Tensor, blocksize: int = 64) -> Tensor:
+    """`weight` rounded to NF4 by bitsandbytes, dense again."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    return dequantize_4bit(*quantize_4bit(weight.float(), blocksize=blocksize, quant_type="nf4"))
 
 
 def best_rank(matrix: Tensor, rank: int) -> Tensor:

@@ -32,8 +32,8 @@ from lora_lightning.checkpoint.peft.keys import (
     tensors_of_base,
     tensors_to_save,
 )
-from lora_lightning.engine.switching import adapter_names
-from lora_lightning.errors import AdapterStateError, CheckpointError, nearest_hint
+from lora_lightning.engine.switching import check_known
+from lora_lightning.errors import AdapterStateError, CheckpointError
 from lora_lightning.utilities.atomic_write import write_atomically
 from lora_lightning.utilities.dtensor import is_sharded
 
@@ -85,12 +85,7 @@ def save_adapter(
 
 
 def _files(model: nn.Module, folder: Path, adapter_name: str) -> dict[Path, bytes]:
-    known = adapter_names(model)
-    if adapter_name not in known:
-        hint = nearest_hint(adapter_name, known)
-        raise AdapterStateError(
-            f"No adapter {adapter_name!r} to save; the model has {known or 'none'}.{hint}"
-        )
+    check_known(model, adapter_name)
     config = describe(model, adapter_name)
     own = tensors_to_save(model, adapter_name)
     if config["peft_type"] == TOKENS:
