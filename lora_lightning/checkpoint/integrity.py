@@ -51,7 +51,7 @@ def damaged_parts(checkpoint: Mapping[str, Any]) -> list[str] | None:
     return [str(n) for n in {**hashes, **found} if hashes.get(n) != found.get(n)]
 
 
-def content_hash(value: Any) -> str:
+def content_hash(value: object) -> str:
     """32 hexadecimal digits of SHA-256 over a value of plain types and tensors.
 
     Of objects of any other type (they do not load with `weights_only=True`) only the type counts.
@@ -61,7 +61,7 @@ def content_hash(value: Any) -> str:
     return sha.hexdigest()[:32]
 
 
-def _feed(sha: Any, value: Any) -> None:
+def _feed(sha: hashlib._Hash, value: object) -> None:
     if isinstance(value, Tensor):
         _feed_tensor(sha, value)
     elif isinstance(value, Mapping):
@@ -91,17 +91,17 @@ def _feed(sha: Any, value: Any) -> None:
         _put(sha, "object", type(value).__module__, type(value).__qualname__)
 
 
-def _feed_tensor(sha: Any, tensor: Tensor) -> None:
+def _feed_tensor(sha: hashlib._Hash, tensor: Tensor) -> None:
     _put(sha, "tensor", tensor.dtype, list(tensor.shape))
     plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided
     if not plain or tensor.is_quantized:
         _put(sha, "of a type without plain bytes", type(tensor).__qualname__)
     elif not tensor.is_meta:
         flat = tensor.detach().to("cpu").resolve_conj().resolve_neg().contiguous().reshape(-1)
-        sha.update(flat.view(torch.uint8).numpy())
+        sha.update(flat.view(torch.uint8).numpy().data)
 
 
-def _put(sha: Any, *words: Any) -> None:
+def _put(sha: hashlib._Hash, *words: object) -> None:
     # A text's length in front of it: "ab", "c" is not "a", "bc".
     for word in words:
         encoded = str(word).encode("utf-8", "surrogatepass")

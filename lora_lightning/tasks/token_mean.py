@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lora_lightning.errors import ConfigError
-from lora_lightning.utilities.dtensor import is_sharded
+from lora_lightning.utilities.dtensor import local_part
 
 KEY = "token_mean"  # in checkpoints
 
@@ -120,8 +120,7 @@ class TokenMean(LightningModule):
         held = [
             p for o in self.trainer.optimizers for group in o.param_groups for p in group["params"]
         ]
-        gradients: list[Any] = [p.grad for p in held if p.grad is not None]
-        return [g.to_local() if is_sharded(g) else g for g in gradients]
+        return [local_part(p.grad) for p in held if p.grad is not None]
 
 
 def widest(value: Tensor) -> torch.dtype:

@@ -24,7 +24,7 @@ from lora_lightning.adapters.modules_to_save import ModulesToSaveCopy
 from lora_lightning.errors import ConfigError, NonfiniteError, did_you_mean, first_few
 from lora_lightning.layers.traversal import named_adapted_layers
 from lora_lightning.training.strategies.deepspeed import partitioned_gradients
-from lora_lightning.utilities.dtensor import is_sharded
+from lora_lightning.utilities.dtensor import local_part
 from lora_lightning.utilities.wrappers import named_parameters
 
 if TYPE_CHECKING:
@@ -242,9 +242,9 @@ def _value(tensor: Tensor) -> str:
     return "nan" if tensor.isnan().any() else "inf" if (tensor == torch.inf).any() else "-inf"
 
 
-def _local(tensor: Any) -> Tensor:
+def _local(tensor: Tensor) -> Tensor:
     """The values that this process holds of a gradient: its shard, or a sparse one's rows."""
-    tensor = tensor.to_local() if is_sharded(tensor) else tensor
+    tensor = local_part(tensor)
     return tensor._values() if tensor.is_sparse else tensor
 
 

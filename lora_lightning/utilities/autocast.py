@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ def is_autocast(tensor: Tensor) -> bool:
     return kind != "meta" and torch.is_autocast_enabled(kind)
 
 
-def without_autocast(tensor: Tensor) -> Any:
+def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
     """Autocast off where `tensor` lives: a context manager."""
     kind = tensor.device.type
     return nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False)

@@ -7,24 +7,32 @@ imported DTensor.
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
-def is_sharded(tensor: Any) -> bool:
-    """Whether `tensor` is a DTensor, of which this process holds a part."""
+
+def is_sharded(tensor: object) -> TypeGuard[DTensor]:
+    """True for a DTensor, of which this process holds a part."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def is_flattened(tensor: Any) -> bool:
-    """Whether FSDP1 has laid this parameter into a flat tensor that it splits over processes."""
+def is_flattened(tensor: Tensor) -> bool:
+    """True if FSDP1 has laid this parameter into a flat tensor that it splits over processes."""
     return bool(getattr(tensor, "_fsdp_flattened", False))  # torch's mark
 
 
-def full_tensor(tensor: Any) -> Any:
+def local_part(tensor: Tensor) -> Tensor:
+    """The values that this process holds."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
     """All values of a tensor. Of a sharded one they are gathered: every process has to call it."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
@@ -40,7 +48,7 @@ def full_state(state: Any) -> Any:
     return state
 
 
-def distribute_like(values: Tensor, own: Any) -> Tensor:
+def distribute_like(values: Tensor, own: Tensor | None) -> Tensor:
     """Whole `values`, which every process has, laid out as `own` is: nothing is communicated."""
     if not is_sharded(own) or is_sharded(values):
         return values
@@ -48,6 +56,20 @@ def distribute_like(values: Tensor, own: Any) -> Tensor:
 
     values = values.to(device=own.device)
     return distribute_tensor(values, own.device_mesh, own.placements, src_data_rank=None)
+
+
+def part_like(values: Tensor, own: Tensor) -> Tensor:
+    """`values`, this process's part, as a part of a tensor that is laid out as `own` is."""
+    if not is_sharded(own):
+        return values
+    return own.from_local(
+        values,
+        own.device_mesh,
+        own.placements,
+        run_check=False,
+        shape=own.shape,
+        stride=own.stride(),
+    )
 
 
 @torch.no_grad()

@@ -67,10 +67,10 @@ def random_state_kept() -> Iterator[None]:
 
 # -- generators that belong to an object (a sampler, a dataset) ------------------------------------
 
-GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+Generator = torch.Generator | np.random.Generator | np.random.RandomState | random.Random
 
 
-def generator_state(generator: Any) -> Any:
+def generator_state(generator: Generator) -> Any:
     """State of one generator as plain values."""
     if isinstance(generator, torch.Generator):
         return generator.get_state()
@@ -79,7 +79,7 @@ def generator_state(generator: Any) -> Any:
     return _plain(_bit_generator(generator).state)
 
 
-def set_generator_state(generator: Any, state: Any) -> None:
+def set_generator_state(generator: Generator, state: Any) -> None:
     """Bring a generator of the same kind into a state that `generator_state` gave."""
     if isinstance(generator, torch.Generator):
         generator.set_state(state)
@@ -89,7 +89,7 @@ def set_generator_state(generator: Any, state: Any) -> None:
         _bit_generator(generator).state = _arrays(state)
 
 
-def _bit_generator(generator: Any) -> Any:
+def _bit_generator(generator: np.random.Generator | np.random.RandomState) -> Any:
     if isinstance(generator, np.random.Generator):
         return generator.bit_generator
     return generator._bit_generator
@@ -108,7 +108,9 @@ def _python_tuple(state: list[Any]) -> tuple[Any, ...]:
 def _plain(state: Any) -> Any:
     if isinstance(state, dict):
         return {key: _plain(value) for key, value in state.items()}
-    return {"array": state.tolist(), "dtype": str(state.dtype)} if _is_array(state) else state
+    if isinstance(state, np.ndarray):
+        return {"array": state.tolist(), "dtype": str(state.dtype)}
+    return state
 
 
 def _arrays(state: Any) -> Any:
@@ -117,7 +119,3 @@ def _arrays(state: Any) -> Any:
     if state.keys() == {"array", "dtype"}:
         return np.array(state["array"], dtype=state["dtype"])
     return {key: _arrays(value) for key, value in state.items()}
-
-
-def _is_array(value: Any) -> bool:
-    return isinstance(value, np.ndarray)

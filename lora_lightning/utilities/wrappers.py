@@ -9,7 +9,7 @@ round. FSDP1 and its activation checkpointing wrap modules likewise.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import nn
 
@@ -23,8 +23,8 @@ def plain_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in WRAPPED)
 
 
-def is_wrapper(module: Any) -> bool:
-    """Whether this is what torch.compile returned for a module, or FSDP1."""
+def is_wrapper(module: object) -> TypeGuard[nn.Module]:
+    """True for what torch.compile returned for a module, or FSDP1."""
     return isinstance(module, nn.Module) and any(name in module._modules for name in WRAPPED)
 
 

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from lora_lightning.errors import CheckpointError
 from lora_lightning.utilities.rng import (
-    GENERATORS,
+    Generator,
     generator_state,
     random_state,
     random_state_kept,
@@ -295,14 +295,14 @@ def _generators(loader: Any) -> dict[str, Any]:
         if id(owner) in seen:
             return
         seen.add(id(owner))
-        if isinstance(owner, (*GENERATORS, DistributedSampler)):
+        if isinstance(owner, Generator | DistributedSampler):
             found[path] = owner
         if isinstance(owner, (list, tuple)):
             for index, item in enumerate(owner[:100]):  # parts, not the data themselves
                 visit(item, f"{path}.{index}")
         else:
             for name, value in getattr(owner, "__dict__", {}).items():
-                if name in _PARTS or isinstance(value, GENERATORS):
+                if name in _PARTS or isinstance(value, Generator):
                     visit(value, f"{path}.{name}".lstrip("."))
 
     visit(loader, "")

@@ -33,6 +33,7 @@ from lora_lightning.training.resume.resumable_loader import (
     set_generator_states,
     warn_of_workers,
 )
+from lora_lightning.utilities.dtensor import local_part, part_like
 from lora_lightning.utilities.rng import random_state, seed_all, set_random_state
 from lora_lightning.utilities.wrappers import named_parameters
 
@@ -122,7 +123,7 @@ def _continue(module: LightningModule, own: dict[str, Any]) -> None:
     for name, gradient in own["gradients"].items():
         parameter = parameters[name]
         local = gradient.to(parameter.device, copy=True)
-        parameter.grad = _as_shard_of(parameter, local) if _is_sharded(parameter) else local
+        parameter.grad = part_like(local, parameter)
     set_random_state(own["random_state"])
     if own.get("rank_seed") is not None:
         seed_all(int(torch.randint(2**62, ())) + own["rank_seed"])
@@ -183,29 +184,10 @@ def _gradients(module: LightningModule) -> dict[str, torch.Tensor]:
     if module.automatic_optimization and not trainer.fit_loop._should_accumulate():
         return {}
     return {
-        name: _local(p.grad).detach().cpu().clone()
+        name: local_part(p.grad).detach().cpu().clone()
         for name, p in trainable_parameters(module).items()
         if p.grad is not None
     }
-
-
-def _local(tensor: Any) -> torch.Tensor:
-    return tensor.to_local() if _is_sharded(tensor) else tensor
-
-
-def _is_sharded(tensor: Any) -> bool:
-    return hasattr(tensor, "to_local")  # a DTensor
-
-
-def _as_shard_of(parameter: Any, local: torch.Tensor) -> Any:
-    return type(parameter.data).from_local(
-        local,
-        parameter.device_mesh,
-        parameter.placements,
-        run_check=False,
-        shape=parameter.shape,
-        stride=parameter.stride(),
-    )
 
 
 def _fit_loop_state(checkpoint: dict[str, Any]) -> dict[str, Any]:

@@ -142,7 +142,7 @@ def check_dtypes(module: nn.Module) -> None:
 def _shard_together(unit: nn.Module, layers: list[AdaptedLayer]) -> None:
     from torch.distributed.fsdp import fully_shard
 
-    mesh = next(p.device_mesh for p in unit.parameters() if is_sharded(p))  # type: ignore[attr-defined]
+    mesh = next(p.device_mesh for p in unit.parameters() if is_sharded(p))
     group: list[nn.Module] = [layer.adapters for layer in layers]
     policy = unit._get_fsdp_state()._mp_policy  # type: ignore[operator]  # no public way
     fully_shard(group, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
@@ -182,9 +182,9 @@ def _check_no_tensor_parallel(module: nn.Module) -> None:
             if not is_sharded(parameter):
                 continue
             # FSDP: parts along one dimension of the mesh; a second one holds copies (HSDP).
-            *others, _ = parameter.placements  # type: ignore[attr-defined]
+            *others, _ = parameter.placements
             if _unit_around(module, path) is None or not all(p.is_replicate() for p in others):
                 raise ConfigError(
                     f"{(path + '.' if path else '') + name!r} is split over processes by "
-                    f"tensor parallelism ({parameter.placements}): {_NO_TENSOR_PARALLEL}"  # type: ignore[attr-defined]
+                    f"tensor parallelism ({parameter.placements}): {_NO_TENSOR_PARALLEL}"
                 )
