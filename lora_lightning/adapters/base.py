@@ -68,8 +68,8 @@ class AdapterSpec:
         conv: The convolution's geometry where kind is "conv".
         check_rank: Whether a rank that exceeds the weight's is an error.
         transposed: Whether the experts' weight is stored as (experts, in, out).
-        along: Path of the attention that an `out_proj` is adapted along with: patterns that name
-            the attention hold for both, unless others name the `out_proj` itself.
+        attention: Path of the attention that an `out_proj` is adapted together with: patterns that
+            name the attention hold for both, unless others name the `out_proj` itself.
         shared: What all adapters of one injection share; `config.prepare` made it.
         autocast_adapter_dtype: Whether 16-bit bases get fp32 adapters (PEFT's name for it).
 
@@ -86,7 +86,7 @@ class AdapterSpec:
     conv: Convolution | None = None
     check_rank: bool = True
     transposed: bool = False
-    along: str | None = None
+    attention: str | None = None
     shared: Any = None
     autocast_adapter_dtype: bool = True
 
@@ -124,8 +124,8 @@ class AdapterSpec:
         return float(self._by_pattern(self.config.alpha_pattern, default))
 
     def _by_pattern(self, patterns: Any, default: Any) -> Any:
-        if self.along is not None:
-            default = pattern_value(patterns, self.along, default)
+        if self.attention is not None:
+            default = pattern_value(patterns, self.attention, default)
         return pattern_value(patterns, self.path, default)
 
     def parameter(self, *shape: int) -> nn.Parameter:

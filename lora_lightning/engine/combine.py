@@ -71,7 +71,7 @@ def add_weighted_adapter(
             "dare_linear", "dare_ties", "magnitude_prune": A and B apart, which needs equal ranks
             and is rough. "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd": of
             dense updates, which takes time and memory on large layers. The formulas stand at the
-            head of `lora_lightning/task_arithmetic.py`.
+            head of `engine/task_arithmetic.py`.
         svd_rank: For the types with svd: the new rank, but never more than the layer's size has.
             Default: by module, the largest of the ranks that are combined.
         svd_clamp: For the types with svd: clamp the new A and B to [-q, q], where q is this

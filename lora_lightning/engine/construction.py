@@ -97,7 +97,7 @@ def _make_adapter(
     parts: dict[str, Adapter] = {}
     for weight_name in selection.parameters.get(path, layer.weight_shapes()):
         spec = make_spec(context, path, layer, weight_name)
-        spec = replace(spec, along=selection.along.get(path))
+        spec = replace(spec, attention=selection.attentions.get(path))
         adapter = classes_for(context.config)[layer.kind](spec)
         if adapter.needs_weight and not context.low_cpu_mem_usage:
             if spec.device.type == "meta":

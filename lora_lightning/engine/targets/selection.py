@@ -43,7 +43,8 @@ class Selection:
             of those parameters, by path.
         saved: Modules to train as a copy (`modules_to_save`), by path.
         left_out: Output heads that "all-linear" leaves alone.
-        along: Path of the attention by path of every `out_proj` that is adapted along with it.
+        attentions: Path of the attention by path of every `out_proj` that is adapted only because
+            the attention was named.
         tokens: Ids of the tokens whose rows train, by path of the embedding.
         tied: Path of the embedding by path of every head that shares its weight.
 
@@ -53,7 +54,7 @@ class Selection:
     parameters: dict[str, list[str]] = field(default_factory=dict)
     saved: dict[str, nn.Module] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
-    along: dict[str, str] = field(default_factory=dict)
+    attentions: dict[str, str] = field(default_factory=dict)
     tokens: dict[str, list[int]] = field(default_factory=dict)
     tied: dict[str, str] = field(default_factory=dict)
 
@@ -231,7 +232,7 @@ def _add_output_projections(
             continue
         if not is_excluded(config, out):
             selection.targets[out] = modules[out]
-            selection.along[out] = path
+            selection.attentions[out] = path
 
 
 def _attention_obstacles(model: nn.Module) -> dict[str, str]:
