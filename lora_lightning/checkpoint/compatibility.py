@@ -1,4 +1,4 @@
-"""Whether what a file holds fits an adapter of a model: names and shapes, options, values."""
+"""Checks that what a file holds fits an adapter: names and shapes, options, values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lora_lightning.errors import AdapterMismatchError, first_few
 
 
 def tensor_differences(saved: Mapping[str, list[int]], found: Mapping[str, list[int]]) -> list[str]:
-    """What differs between the tensors of a checkpoint and those of a model, a line per kind."""
+    """Differences between the tensors of a checkpoint and those of a model, a line per kind."""
     missing = sorted(found.keys() - saved.keys())
     extra = sorted(saved.keys() - found.keys())
     shapes = [

@@ -1,4 +1,4 @@
-"""Which base model an adapter belongs to, told without reading all of a large one.
+"""Fingerprints of base models, made without reading all of a large one.
 
 Every base tensor is recorded with its shape, its dtype and a digest of up to 65,536 of its
 values: all of them up to that size, beyond it every k-th with k = ceil(size / 65,536). So a change
@@ -86,7 +86,7 @@ def base_fingerprint(model: nn.Module) -> Fingerprint:
 
 
 def fingerprint_difference(saved: Fingerprint, found: Fingerprint) -> list[str]:
-    """What differs between two bases, a line each; empty for the same base."""
+    """Differences between two bases, a line each; empty for the same base."""
     lines = []
     for name in saved.keys() | found.keys():
         if name not in found:

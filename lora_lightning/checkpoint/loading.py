@@ -167,7 +167,7 @@ def _owners(entry: dict[str, Any], adapter_name: str) -> dict[str, set[str]]:
 
 
 def _prefix(model: nn.Module, owners: list[str]) -> str:
-    """What to take off the front of all `owners`, paths of modules, so that `model` has them."""
+    """Prefix to take off all `owners`, paths of modules, so that `model` has them."""
     paths = {path for path, _ in walk(model)}
     parts = owners[0].split(".")
     for skipped in range(len(parts)):

@@ -27,7 +27,7 @@ _ENTRIES = {
 
 
 def is_checkpoint_folder(path: str | os.PathLike[str]) -> bool:
-    """Whether this is a folder that one of them wrote, with all its parts' index."""
+    """True for a folder that one of them wrote, with all its parts' index."""
     return Path(path, _REST).is_file() and Path(path, _INDEX).is_file()
 
 

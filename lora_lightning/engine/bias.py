@@ -73,7 +73,7 @@ def _unmerged(module: nn.Module) -> Tensor:
 
 
 def train_bias(module: nn.Module, adapter_name: str) -> None:
-    """Let `module.bias` train as part of an adapter."""
+    """Make `module.bias` train as part of an adapter."""
     bias = TrainedBias.parameter(module)
     module.__dict__[_RECORD] = TrainedBias(adapter_name, bias.detach().clone())
 

@@ -37,7 +37,7 @@ from lora_lightning.layers.traversal import named_adapted_layers
 from lora_lightning.utilities.wrappers import unwrapped
 
 COMBINABLE = (LoraAdapter, LoraConvAdapter, LoraEmbeddingAdapter)
-Spot = tuple[str, str]  # path of a module, and name of the part where its adapters have several
+WeightPath = tuple[str, str]  # path of a module, and name of the part where it has several
 
 
 @torch.no_grad()
@@ -171,9 +171,9 @@ def _trained_copies(model: nn.Module, names: list[str]) -> dict[str, tuple[str, 
 
 def _updates(
     model: nn.Module, names: list[str], copies: dict[str, tuple[str, ModulesToSaveCopy]]
-) -> dict[Spot, dict[int, Update]]:
-    """What the adapters `names` add to each weight, by their index in `names`."""
-    updates: dict[Spot, dict[int, Update]] = defaultdict(dict)
+) -> dict[WeightPath, dict[int, Update]]:
+    """Updates of each weight by the adapters `names`, by their index in `names`."""
+    updates: dict[WeightPath, dict[int, Update]] = defaultdict(dict)
     for path, layer in named_adapted_layers(model):
         for index, name in enumerate(names):
             if name not in layer.adapters or isinstance(layer.adapters[name], ModulesToSaveCopy):
@@ -220,7 +220,7 @@ def _parts(adapter: Adapter) -> dict[str, Adapter]:
     return {"": adapter}
 
 
-def _config(model: nn.Module, combined: dict[Spot, Update], saved: list[str]) -> LoraConfig:
+def _config(model: nn.Module, combined: dict[WeightPath, Update], saved: list[str]) -> LoraConfig:
     """Scaling 1 and the right rank on the modules of `combined`, and nothing anywhere else."""
     ranks: dict[str, int] = {}
     for (path, _), update in sorted(combined.items()):

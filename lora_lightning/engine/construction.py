@@ -28,7 +28,7 @@ from lora_lightning.utilities.wrappers import unwrapped
 
 @dataclass(frozen=True)
 class BuildContext:
-    """All that the adapters of one injection are made from, whatever weights they are for.
+    """Options that all adapters of one injection are made from, whatever weights they are for.
 
     Attributes:
         config: The options.
@@ -54,7 +54,7 @@ class BuildContext:
 
     @property
     def device(self) -> torch.device | None:
-        """Of all tensors, or None where each lies with its weight."""
+        """Device of all tensors, or None where each lies with its weight."""
         return torch.device("meta") if self.low_cpu_mem_usage else None
 
 
@@ -127,7 +127,7 @@ def _start_with(adapter: Adapter | None, path: str, values: Tensor) -> None:
 def make_spec(
     context: BuildContext, path: str, layer: AdaptedLayer, weight_name: str = "weight"
 ) -> AdapterSpec:
-    """All that an adapter on one weight of `layer` is made from."""
+    """Gather what an adapter on one weight of `layer` is made from."""
     weight = cast(Tensor, getattr(layer, weight_name))
     full_name = f"{path}.{weight_name}"
     name = path if weight_name == "weight" else full_name

@@ -55,7 +55,7 @@ def inject_adapter(
     start: Mapping[str, Tensor] | None = None,
     autocast_adapter_dtype: bool = True,
 ) -> Selection:
-    """Grow one adapter on every module that `config` selects, in place, and freeze the base.
+    """Put one adapter on every module that `config` selects, in place, and freeze the base.
 
     The first adapter on a model is active and trainable; later ones are neither until
     `set_adapter` names them. Frozen norm layers that track statistics stay in eval mode as long as
@@ -123,7 +123,7 @@ def extend_adapter(model: nn.Module, context: BuildContext) -> Selection:
 
 @dataclass
 class _NewModules:
-    """What of a selection does not carry the adapter yet: modules by path, and owners of biases."""
+    """Selected modules that do not carry the adapter yet, by path, and the owners of new biases."""
 
     targets: dict[str, nn.Module]
     saved: dict[str, nn.Module]
@@ -219,7 +219,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
 
 
 def freeze(model: nn.Module) -> None:
-    """`requires_grad=False` on everything that is in no adapter; norm statistics held still."""
+    """`requires_grad=False` on everything that is in no adapter; norm statistics frozen too."""
     kept = {id(module.bias) for _, module, _ in trained_biases(model)}
     for _, module in walk(model):
         for parameter in module.parameters(recurse=False):

@@ -82,7 +82,7 @@ def original_weights(path: str | os.PathLike[str]) -> Callable[[str], Tensor]:
 def start_from_rounding_error(
     model: nn.Module, original: Callable[[str], Tensor], adapter_name: str = "default"
 ) -> dict[str, tuple[float, float]]:
-    """Let a LoRA adapter on quantised Linears start from what their rounding took away.
+    """Start a LoRA adapter on quantised Linears from what their rounding took away.
 
     One turn of LoftQ: Q is the weight that is there and stays as it is, bit for bit. Everything is
     computed before the first adapter is changed.

@@ -1,4 +1,4 @@
-"""Which triplets of AdaLoRA adapters are worth their place: importance, budget, masks.
+"""AdaLoRA's rank allocation: importance of triplets, budget, masks.
 
 For every number w of A, E and B, after each optimizer step,
 
@@ -42,7 +42,7 @@ _TENSORS = ("lora_A", "lora_E", "lora_B")
 
 
 class RankAllocator:
-    """Lets the total rank of some AdaLoRA adapters fall to `target_r` each in the mean.
+    """Schedule by which the ranks of AdaLoRA adapters fall to `target_r` each in the mean.
 
     Args:
         adapters: They, by path.
@@ -169,7 +169,7 @@ class RankAllocator:
         self.mask()
 
     def _importance(self, path: str) -> Tensor:
-        """Of each triplet of one adapter, (r,)."""
+        """Importance of each triplet of one adapter, (r,)."""
         a, e, b = (self._score(f"{path}.{name}") for name in _TENSORS)
         if a is None or e is None or b is None:  # it has never been stepped
             return torch.zeros_like(full_tensor(self.adapters[path].lora_E.detach())).flatten()
@@ -221,7 +221,7 @@ class RankAllocator:
     # -- the state -------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """All that a resumed run needs, as plain values and the allocator's own tensors."""
+        """State that a resumed run needs, as plain values and the allocator's own tensors."""
         return {
             "steps": self.steps,
             "total_step": self.total_step,
@@ -269,7 +269,7 @@ def adalora_adapters(model: nn.Module, adapter_name: str = "default") -> dict[st
 
 
 def rank_pattern(model: nn.Module, adapter_name: str = "default") -> dict[str, list[bool]]:
-    """Which triplets act, as PEFT's files say it: {"encoder.query.lora_E": [True, False, ...]}.
+    """Masks of the triplets that act, by name: {"encoder.query.lora_E": [True, False, ...]}.
 
     Empty where all do, or none has begun to.
     """

@@ -1,4 +1,4 @@
-"""What is on a model at present, layer by layer."""
+"""Tables of the adapters on a model, layer by layer."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class LayerStatus:
 
 @dataclass
 class AdapterStatus:
-    """All adapters on a model; printing it gives a table.
+    """Adapters on a model; printing it gives a table.
 
     Attributes:
         layers: The modules that carry adapters.
@@ -91,7 +91,7 @@ class AdapterStatus:
 
 
 def adapter_status(model: nn.Module) -> AdapterStatus:
-    """Which adapters sit where, which of them act, are merged, or train."""
+    """Report which adapters sit where, and which of them act, are merged, or train."""
     entries = []
     biases: dict[str, list[str]] = {}
     for path, _, record in trained_biases(model):

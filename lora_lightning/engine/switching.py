@@ -1,4 +1,4 @@
-"""Which adapters act: names, activation, and a context in which none does."""
+"""Choose which adapters act: by name, by row of a batch, none at all; and how strongly."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def adapters_per_row(model: nn.Module, names: Sequence[str | None]) -> Iterator[
 
 
 def scale_adapter(model: nn.Module, adapter_name: str, factor: float) -> None:
-    """Let an adapter act with `factor` times the scaling of its own config; 1 restores it.
+    """Scale an adapter by `factor` times the scaling of its own config; 1 restores it.
 
     W + factor * delta: between 0 (the base) and 1 (as trained) this interpolates (WiSE-FT), beyond
     it exaggerates. Not so with DoRA, where B A is scaled inside the norm and the magnitude is not,
@@ -168,7 +168,7 @@ def scale_adapter(model: nn.Module, adapter_name: str, factor: float) -> None:
 
 
 def activate_new(model: nn.Module, name: str, active: bool) -> None:
-    """Bring freshly grown adapters `name` into the state `active`; others stay as they are."""
+    """Bring new adapters `name` into the state `active`; others stay as they are."""
     for _, layer in named_adapted_layers(model):
         if name not in layer.adapters:
             continue
@@ -182,7 +182,7 @@ def activate_new(model: nn.Module, name: str, active: bool) -> None:
 
 
 def set_trainable(model: nn.Module, name: str, trainable: bool) -> None:
-    """Whether the tensors of an adapter require gradients; which adapters act stays as it is."""
+    """Set whether an adapter's tensors require gradients; which adapters act stays as it is."""
     check_known(model, name)
     for _, layer in named_adapted_layers(model):
         if name in layer.adapters:

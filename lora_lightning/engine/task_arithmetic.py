@@ -150,7 +150,7 @@ def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Update:
-    """What one adapter adds to one weight: scaling * B A and, with `lora_bias`, scaling * bias.
+    """Update of one weight by one adapter: scaling * B A and, with `lora_bias`, scaling * bias.
 
     Shapes:
         a (groups, r / groups, in), b (groups, out / groups, r / groups), bias (out); groups is
@@ -166,13 +166,13 @@ class Update:
 
     @property
     def rank(self) -> int:
-        """Of all groups together."""
+        """Rank of all groups together."""
         return self.a.shape[0] * self.a.shape[1]
 
 
 @dataclass(frozen=True)
 class Combination:
-    """How updates become one; the options of `add_weighted_adapter`."""
+    """Rule by which updates become one; the options of `add_weighted_adapter`."""
 
     combination_type: CombinationType
     svd_rank: int | None = None
@@ -207,7 +207,7 @@ class Combination:
 
     @property
     def merge(self) -> Merge:
-        """How task vectors become one; "linear" for cat and svd."""
+        """Rule for task vectors; "linear" for cat and svd."""
         merge = self.combination_type.removesuffix("_svd")
         return cast(Merge, "linear" if merge in ("cat", "svd") else merge)
 

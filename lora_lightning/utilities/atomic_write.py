@@ -64,7 +64,7 @@ def write_atomically(files: Mapping[Path, Content]) -> None:
 
 
 def link_atomically(target: Path, link: Path) -> None:
-    """Let `link` be a symbolic link to `target`, whatever it was before; a copy where links fail.
+    """Make `link` a symbolic link to `target`, whatever it was before; a copy where links fail.
 
     Raises:
         OSError: If it cannot be made; what was there before is still there.

@@ -1,4 +1,4 @@
-"""What autocast does to a tensor; on the meta device, where torch cannot be asked, nothing."""
+"""Autocast as a tensor meets it; on the meta device, where torch cannot be asked, it is off."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def is_autocast(tensor: Tensor) -> bool:
-    """Whether autocast is on where `tensor` lives."""
+    """True if autocast is on where `tensor` lives."""
     kind = tensor.device.type
     return kind != "meta" and torch.is_autocast_enabled(kind)
 

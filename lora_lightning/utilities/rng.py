@@ -57,7 +57,7 @@ def seed_all(seed: int) -> None:
 
 @contextmanager
 def random_state_kept() -> Iterator[None]:
-    """What is drawn inside (on the CPU) is not drawn from the stream that continues outside."""
+    """Restore, on leaving, the random state (of the CPU) that there was on entering."""
     state = random_state(cuda="none")
     try:
         yield

@@ -120,7 +120,7 @@ def describe(model: nn.Module, adapter_name: str) -> dict[str, Any]:
 
 
 def adds_twice(options: dict[str, Any]) -> bool:
-    """Whether the PEFT that a folder was written by, or for, adds the update of out_proj twice."""
+    """True if the PEFT that a folder was written by, or for, adds the update of out_proj twice."""
     version = options.get("peft_version")
     if not isinstance(version, str):
         return "auto_mapping" in options  # PEFT's own, of before it said its version
@@ -215,7 +215,7 @@ def made_from(
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value out of JSON is of a type as annotated; numbers are finite and not huge."""
+    """True if a value out of JSON is of a type as annotated; numbers are finite and not huge."""
     inner = get_args(hint)
     kind = get_origin(hint)
     if kind in (Union, UnionType):
@@ -233,7 +233,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _is_costly(expression: str) -> bool:
-    """Whether `re` could need exponential time, or a long one, for a path of a hundred characters.
+    """True if `re` could need exponential time, or a long one, for a path of a hundred characters.
 
     Each unlimited repetition multiplies the time by the path's length, each alternative may double
     it, and a repeated group can do worse.
@@ -255,5 +255,5 @@ def _peft_fields(config: AdapterConfig) -> set[str]:
 
 
 def is_folder_name(name: str) -> bool:
-    """Whether `name` is the name of a folder inside another one, and no path that leads out."""
+    """True if `name` is the name of a folder inside another one, and no path that leads out."""
     return name not in ("", ".", "..") and not set(name) & set("/\\:\0")

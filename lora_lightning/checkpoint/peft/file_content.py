@@ -1,4 +1,4 @@
-"""What the tensors of a PEFT file say about which modules they belong to.
+"""Modules that the tensors of a PEFT file belong to.
 
 The names in adapter_config.json are rules; the tensors are facts. So a folder is loaded onto
 exactly the modules that it holds tensors for.
@@ -27,7 +27,7 @@ from lora_lightning.layers.traversal import walk
 
 @dataclass
 class FileContent:
-    """What a file of tensors holds, for one model.
+    """Contents of a file of tensors, for one model.
 
     Attributes:
         config: The options, narrowed to the modules that the file holds tensors for.
@@ -57,7 +57,7 @@ def content_of_file(
     unchanged: Callable[[str, str], bool],
     where: str,
 ) -> FileContent:
-    """What belongs where, of a file with these keys.
+    """Find the place of every tensor of a file with these keys.
 
     Args:
         model: The model that the file is for.
@@ -142,7 +142,7 @@ def _selecting(modules: dict[str, nn.Module], targets: set[str]) -> dict[str, An
 
 
 def exact_names(paths: Iterable[str], wanted: set[str]) -> list[str] | str:
-    """What as `target_modules` selects exactly `wanted`, a part of `paths`.
+    """Value of `target_modules` that selects exactly `wanted`, a part of `paths`.
 
     The last parts of the paths if these select nothing else (what other programs, vLLM and
     llama.cpp, look at), else whole paths, else a regular expression: a whole path as a name also
@@ -217,7 +217,7 @@ def _owner(name: str, modules: dict[str, nn.Module]) -> tuple[str, str]:
 
 
 def _may_hold(module: nn.Module, tensor: str) -> bool:
-    """Whether `tensor` can be a name below `module` itself, and not below a child that is missing.
+    """True if `tensor` can be a name below `module` itself, and not below a child that is missing.
 
     Adapters' tensors have names of one or two parts, behind that of one of several weights.
     """

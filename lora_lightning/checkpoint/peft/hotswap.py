@@ -45,7 +45,7 @@ class _Factor:
 
     @property
     def blocks(self) -> int:
-        """How many updates lie in A one after the other: of experts, or of groups of channels."""
+        """Number of updates one after the other in A: of experts, or of groups of channels."""
         experts: int | None = getattr(self.part, "experts", None)
         groups: int = getattr(self.part, "groups", 1)
         return experts or groups

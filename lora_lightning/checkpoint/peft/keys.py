@@ -1,4 +1,4 @@
-"""How PEFT's files name the tensors of an adapter.
+"""Key names of an adapter's tensors in PEFT's files.
 
     base_model.model.<path of the module>.<tensor>[.weight]
 

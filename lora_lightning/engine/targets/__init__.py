@@ -1,1 +1,1 @@
-"""Which modules a config asks for."""
+"""Selection of the modules that a config asks for."""

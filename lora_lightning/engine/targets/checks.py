@@ -88,7 +88,7 @@ def check_every_target_matched(
 
 
 def _why_not(paths: list[str], config: AdapterConfig) -> str:
-    """Why modules that have a listed name are no targets."""
+    """Reason why modules that have a listed name are no targets."""
     there = f"is there ({first_few(paths, 2)}), but"
     saved = config.modules_to_save or ()
     if any(matches_name(name, path) for name in saved for path in paths):

@@ -1,4 +1,4 @@
-"""Where tokens enter a transformers model and where they leave it, told by duck type."""
+"""Input embeddings and output heads of transformers models, found by duck type."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ def matches_name(name: str, path: str) -> bool:
 
 
 def matches_target(config: AdapterConfig, path: str) -> bool:
-    """Whether `target_modules` (with `layers_to_transform`) selects `path`."""
+    """True if `target_modules` (with `layers_to_transform`) selects `path`."""
     targets = config.target_modules
     if isinstance(targets, str):
         return re.fullmatch(targets, path) is not None
@@ -41,7 +41,7 @@ def layer_index(config: AdapterConfig, path: str) -> int | None:
 
 
 def is_excluded(config: AdapterConfig, path: str) -> bool:
-    """Whether `exclude_modules` or `modules_to_save` takes `path` out of the targets."""
+    """True if `exclude_modules` or `modules_to_save` takes `path` out of the targets."""
     excluded = config.exclude_modules
     if isinstance(excluded, str):
         if re.fullmatch(excluded, path):

@@ -1,4 +1,4 @@
-"""Which parameters `target_parameters` selects: PEFT's rule, but nothing in silence.
+"""Selection by `target_parameters`: PEFT's rule, but nothing in silence.
 
 A listed name selects a parameter by its whole name or by the last part(s) of it (PEFT 0.21.2,
 `BaseTuner._inject_parameters`). `exclude_modules` and `layers_to_transform` are about modules and

@@ -1,4 +1,4 @@
-"""Which modules an adapter's options select: PEFT's matching rules, but nothing in silence.
+"""Selection of modules by an adapter's options: PEFT's rules, but nothing in silence.
 
 The rules are PEFT 0.21.2's (`check_target_module_exists`, `get_pattern_key`). What differs is
 what happens to a name that selects nothing: there it is dropped, here it is an error.
@@ -35,7 +35,7 @@ from lora_lightning.layers.traversal import walk
 
 @dataclass
 class Selection:
-    """What a config selects on a model.
+    """Modules and parameters of a model that a config selects.
 
     Attributes:
         targets: Modules to adapt, by path.
@@ -236,7 +236,7 @@ def _add_output_projections(
 
 
 def _attention_obstacles(model: nn.Module) -> dict[str, str]:
-    """Why attentions, and the out_proj of each, cannot carry adapters, by path."""
+    """Reasons why attentions, and the out_proj of each, cannot carry adapters, by path."""
     obstacles = {}
     for path, module in walk(model):
         if isinstance(module, nn.MultiheadAttention):
