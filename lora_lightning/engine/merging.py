@@ -167,7 +167,7 @@ def _written(
     written: list[tuple[str, nn.Parameter]] = []
     for weight_name in layer.weight_shapes():
         parts = [part_of(adapter, weight_name) for adapter in adapters]
-        if not any(part is not None and not isinstance(part, TrainedCopy) for part in parts):
+        if not any(part is not None and not isinstance(part, ModulesToSaveCopy) for part in parts):
             continue
         bias_name = layer.bias_name(weight_name)
         names = [weight_name]
@@ -188,7 +188,7 @@ def _written(
                 "with its update, which gives other values. Take it out of the targets, or keep "
                 "the adapter unmerged."
             )
-        copies = [n for n in layer.live_names() if not layer.can_merge(n)]
+        copies = [n for n in layer.applied_names() if not layer.can_merge(n)]
         if copies:
             raise AdapterStateError(
                 f"Adapter {copies[0]!r} has a trained copy in the place of {path!r} "
