@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -45,7 +45,7 @@ class BuildContext:
 
     config: AdapterConfig
     adapter_name: str
-    seed: int = field(default_factory=torch.initial_seed)
+    seed: int | None = None
     low_cpu_mem_usage: bool = False
     check_rank: bool = True
     start: Mapping[str, Tensor] | None = None
@@ -137,7 +137,7 @@ def make_spec(
         shape=layer.weight_shapes()[weight_name],
         path=full_name if isinstance(layer, AdaptedExperts) else path,
         name=f"{name}.{context.adapter_name}",
-        seed=context.seed,
+        seed=torch.initial_seed() if context.seed is None else context.seed,
         device=context.device or weight.device,
         base_dtype=layer.weight_dtype(weight_name),
         conv=layer.convolution(),

@@ -93,7 +93,7 @@ def inject_adapter(
         BuildContext(
             config,
             adapter_name,
-            torch.initial_seed() if seed is None else seed,
+            seed,
             low_cpu_mem_usage,
             start=start,
             autocast_adapter_dtype=autocast_adapter_dtype,

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.adapters.registry import config_type_of
-from lora_lightning.checkpoint.peft.folder import load_adapter
+from lora_lightning.checkpoint.loading import load_adapter
 from lora_lightning.checkpoint.state_dict import materialize
 from lora_lightning.engine.construction import BuildContext
 from lora_lightning.engine.injection import (
