@@ -11,21 +11,13 @@ from torch.optim import Optimizer
 from lora_lightning.adapters.config import AdapterConfig
 from lora_lightning.adapters.lora.linear import LoraConfig
 from lora_lightning.checkpoint.state_dict import KEY
-from lora_lightning.engine.injection import (
-    adapters_named,
-)
+from lora_lightning.engine.injection import adapters_named
 from lora_lightning.engine.targets.selection import Selection
-from lora_lightning.errors import ConfigError
-from lora_lightning.training import summary as report
 from lora_lightning.training.adalora_schedule import RankSchedule
 from lora_lightning.training.adapter_callback import AdapterCallback
 from lora_lightning.training.attachment import attach
 from lora_lightning.training.checkpoints.files import protect_checkpoints
-from lora_lightning.training.checks.run import (
-    check_callbacks,
-    check_names,
-    check_strategy,
-)
+from lora_lightning.training.checks.run import check_run
 from lora_lightning.training.checks.training import (
     check_before_fit,
     check_first_gradients,
@@ -34,16 +26,10 @@ from lora_lightning.training.checks.training import (
     check_still_there,
     check_what_trains,
 )
-from lora_lightning.training.eva import starts_from_data
 from lora_lightning.training.module_hooks import bind
 from lora_lightning.training.module_state import callbacks_of, defines_hook, module_state
-from lora_lightning.training.nonfinite import NonfiniteGuard, check_same_policy
-from lora_lightning.training.options import (
-    LoraOptions,
-    check_options,
-    log_options,
-)
-from lora_lightning.training.precision import check_precision
+from lora_lightning.training.nonfinite import NonfiniteGuard
+from lora_lightning.training.options import LoraOptions, check_options, log_options
 from lora_lightning.training.preemption import (
     Preemption,
     lines_without_checkpoint,
@@ -51,10 +37,15 @@ from lora_lightning.training.preemption import (
 )
 from lora_lightning.training.resume.learning_rates import configured_rates
 from lora_lightning.training.resume.resumable_loader import make_loaders_resumable
-from lora_lightning.training.strategies.deepspeed import check_deepspeed
 from lora_lightning.training.strategies.launchers import check_launcher
-from lora_lightning.training.strategies.model_parallel import check_model_parallel
 from lora_lightning.training.strategies.state import override_state_methods
+from lora_lightning.training.summary import (
+    batch_line,
+    end_lines,
+    show,
+    show_start,
+    show_without_adapters,
+)
 from lora_lightning.training.weight_averaging import average_what_trains
 
 if TYPE_CHECKING:
@@ -123,9 +114,9 @@ class LoraCallback(AdapterCallback):
         self.enabled = enabled
         self.autocast_adapter_dtype = autocast_adapter_dtype
         self._selection = Selection()
-        self.ranks = RankSchedule()  # for AdaLoRA
-        self.guard = NonfiniteGuard(nonfinite)
-        self.preemption = Preemption()
+        self._rank_schedule = RankSchedule()  # for AdaLoRA
+        self._nonfinite_guard = NonfiniteGuard(nonfinite)
+        self._preemption = Preemption()
         self._gradients_checked = False
         self._log: Any = None
 
@@ -147,122 +138,86 @@ class LoraCallback(AdapterCallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check the run; attach the adapter, now or once the module has built its layers."""
+        bind(pl_module)  # without adapters too: a checkpoint of adapters is refused in words
         if not self.enabled:
-            bind(pl_module)  # so that an adapter checkpoint is refused in words
             return
-        self.ranks.load(None)
-        self.guard.skipped = 0
-        check_names(callbacks_of(pl_module))
-        check_callbacks(trainer)
-        check_strategy(trainer)
-        check_deepspeed(trainer, [c._requested_config for c in callbacks_of(pl_module)])
-        check_model_parallel(trainer, starts_from_data(self))
+        self._rank_schedule.load(None)
+        self._nonfinite_guard.skipped = 0
+        check_run(self, trainer, pl_module)
         check_launcher(trainer, pl_module, self.adapter_name)
-        check_precision(trainer)
         protect_checkpoints(trainer)
         override_state_methods(trainer.strategy)
         make_loaders_resumable(trainer.strategy)
-        if stage == "fit" and not any(callback.trainable for callback in callbacks_of(pl_module)):
-            raise ConfigError(
-                "Nothing would train: every LoraCallback has trainable=False. (lora.trainable)"
-            )
-        check_same_policy({c.adapter_name: c.nonfinite for c in callbacks_of(pl_module)})
-        bind(pl_module)
         if not (defines_hook(pl_module, "configure_model") or defines_hook(pl_module, "setup")):
             attach(self, pl_module)
-
-    def _leaves_step_out(self) -> bool:
-        return self.guard.skipping
-
-    def _stop_if_asked(self, trainer: Trainer) -> None:
-        self.preemption.at_safe_point(trainer)
-
-    def _rank_allocation(self) -> dict[str, Any] | None:
-        return self.ranks.state()
 
     # -- training ------------------------------------------------------------------------------
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check that exactly the adapters train, and let them."""
+        """Check that exactly the adapters train, and put them into train mode."""
         if not self.enabled:
             return
         check_still_there(pl_module, self._selection)
         check_before_fit(trainer, pl_module, self.adapter_name)
         average_what_trains(trainer)
-        self.guard.start(trainer, pl_module)
+        self._nonfinite_guard.start(trainer, pl_module)
         module_state(pl_module).learning_rates = configured_rates(trainer)
         for adapter in adapters_named(self._root(pl_module), self.adapter_name).values():
             adapter.train()  # also where the base came in eval mode (from_pretrained)
         self._gradients_checked = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Show what trains."""
+        """Show what trains; from now on signals save and end the run."""
         if not self.enabled:
-            if trainer.is_global_zero:
-                report.show(f"no adapters (lora.enabled): {report.trainable_line(pl_module)}")
+            show_without_adapters(trainer, pl_module)
             return
         if self._is_first(pl_module):
-            self.preemption.watch(trainer)
-        root = self._root(pl_module)
-        self.ranks.start(trainer, root, self.config, self.adapter_name)
-        if trainer.is_global_zero:
-            report.show(
-                report.start_table(root, self.adapter_name, self._selection.left_out),
-                *report.start_lines(pl_module, root, self.adapter_name),
-            )
-            if self._is_last(pl_module):
-                check_hyperparameters(pl_module)
-                check_hyperparameters(trainer.datamodule)  # type: ignore[attr-defined]
-                log_options(
-                    trainer, {c.adapter_name: c._requested_config for c in callbacks_of(pl_module)}
-                )
-                report.show(
-                    report.batch_line(
-                        report.batch_size(trainer.train_dataloader),
-                        trainer.accumulate_grad_batches,
-                        trainer.world_size,
-                    ),
-                )
+            self._preemption.watch(trainer)
+        self._rank_schedule.start(trainer, self._root(pl_module), self.config, self.adapter_name)
+        show_start(self, trainer, pl_module)
+        if self._is_last(pl_module) and trainer.is_global_zero:
+            check_hyperparameters(pl_module)
+            check_hyperparameters(trainer.datamodule)  # type: ignore[attr-defined]
+            log_options(trainer, callbacks_of(pl_module))
+            show(batch_line(trainer))
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Check at the head of every epoch that nothing else has begun to train."""
         if self._is_first(pl_module):
-            self.guard.before_batch()
-        if not self.enabled or batch_idx:
-            return
-        check_what_trains(trainer, pl_module)
+            self._nonfinite_guard.before_batch()
+            if batch_idx == 0:
+                check_what_trains(trainer, pl_module)
 
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
     ) -> None:
-        """The loss depends on an adapter; let the guard against NaN and inf see it."""
+        """Check that the loss depends on an adapter; remember it for the check of NaN and inf."""
         if self._is_first(pl_module):
             check_loss(loss)
-            self.guard.before_backward(trainer, loss)
+            self._nonfinite_guard.before_backward(trainer, loss)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """After the first backward, every adapter has a gradient, or something bypasses it."""
+        """Check after the first backward that every adapter has a gradient."""
         # Under manual optimization a backward pass may be meant for a part of the model.
-        if not self.enabled or self._gradients_checked or not pl_module.automatic_optimization:
-            return
-        self._gradients_checked = True
-        check_first_gradients(pl_module)
+        if self.enabled and not self._gradients_checked and pl_module.automatic_optimization:
+            self._gradients_checked = True
+            check_first_gradients(pl_module)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
         """Stop at NaN and inf; add the gradient of AdaLoRA's orthogonality term."""
         if self._is_first(pl_module):
-            self.guard.before_step(trainer, pl_module, optimizer)
-        self.ranks.before_step(trainer, optimizer)
+            self._nonfinite_guard.before_step(trainer, pl_module, optimizer)
+        self._rank_schedule.before_step(trainer, optimizer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Let AdaLoRA allocate ranks."""
-        self.ranks.after_batch()
+        """Allocate AdaLoRA's ranks."""
+        self._rank_schedule.after_batch()
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
@@ -272,27 +227,15 @@ class LoraCallback(AdapterCallback):
         if isinstance(exception, KeyboardInterrupt) and trainer.state.fn == "fit":
             self.on_fit_end(trainer, pl_module)
             if self._is_last(pl_module) and trainer.is_global_zero:
-                report.show(*lines_without_checkpoint(trainer))
+                show(*lines_without_checkpoint(trainer))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say where the adapters lie."""
-        lines = [*self.guard.finish(), *self.ranks.finish()]
+        """Say what was left out, how ranks were shared out and where the adapters lie."""
+        lines = [*self._nonfinite_guard.finish(), *self._rank_schedule.finish()]
         if self.enabled and trainer.is_global_zero:
-            callback: Any = trainer.checkpoint_callback
-            best = getattr(callback, "best_model_path", "")
-            last = getattr(callback, "last_model_path", "")
-            weights_only = getattr(callback, "save_weights_only", False)
-            report.show(*lines)
             if self._is_last(pl_module):
-                report.show(*report.end_lines(pl_module, best, last, weights_only))
-
-    def _is_first(self, pl_module: LightningModule) -> bool:
-        """Of several callbacks, the one that acts for the run as a whole."""
-        return callbacks_of(pl_module)[:1] == [self]
-
-    def _is_last(self, pl_module: LightningModule) -> bool:
-        """Of several callbacks, the one that says what is true of the run as a whole."""
-        return callbacks_of(pl_module)[-1:] == [self]
+                lines += end_lines(trainer, pl_module)
+            show(*lines)
 
     # -- resuming ------------------------------------------------------------------------------
 
@@ -305,11 +248,11 @@ class LoraCallback(AdapterCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """How many steps were left out so far."""
-        return {"skipped": self.guard.skipped} if self.enabled else {}
+        return {"skipped": self._nonfinite_guard.skipped} if self.enabled else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Count on."""
-        self.guard.skipped = state_dict["skipped"]
+        self._nonfinite_guard.skipped = state_dict["skipped"]
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -317,7 +260,26 @@ class LoraCallback(AdapterCallback):
         """Continue AdaLoRA's ranks where the checkpoint left off."""
         if self.enabled and KEY in checkpoint and trainer.state.fn == "fit":
             saved = checkpoint[KEY]["adapters"][self.adapter_name]
-            self.ranks.load(saved.get("rank_allocation"))
+            self._rank_schedule.load(saved.get("rank_allocation"))
+
+    # -- what the modules of training/ ask for -------------------------------------------------
+
+    def _leaves_step_out(self) -> bool:
+        return self._nonfinite_guard.skipping
+
+    def _stop_if_asked(self, trainer: Trainer) -> None:
+        self._preemption.at_safe_point(trainer)
+
+    def _rank_allocation(self) -> dict[str, Any] | None:
+        return self._rank_schedule.state()
+
+    def _is_first(self, pl_module: LightningModule) -> bool:
+        """Of several callbacks, the one that acts for the run as a whole."""
+        return callbacks_of(pl_module)[:1] == [self]
+
+    def _is_last(self, pl_module: LightningModule) -> bool:
+        """Of several callbacks, the one that says what is true of the run as a whole."""
+        return callbacks_of(pl_module)[-1:] == [self]
 
 
 # Of a TypedDict jsonargparse would know neither defaults nor descriptions. Of anything it finds

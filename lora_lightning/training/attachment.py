@@ -84,7 +84,7 @@ def attach(callback: AdapterCallback, module: LightningModule) -> None:
     start = start_values(callback, module, root)
     # Processes that nobody seeded have seeds of their own.
     seed = module.trainer.strategy.broadcast(torch.initial_seed())
-    _extend(callback, module, root, seed, start)
+    _make_and_activate(callback, module, root, seed, start)
     expect_base(module)
     remember_base(module, first)
 
@@ -128,13 +128,13 @@ def attach_with_saved_ranks(
     order = adapter_names(root)
     delete_adapter(root, callback.adapter_name)
     callback.config = config
-    _extend(callback, module, root)
+    _make_and_activate(callback, module, root)
     for _, layer in named_adapted_layers(root):  # in the order that the optimizer's state goes by
         for name in filter(layer.adapters.__contains__, order):
             layer.adapters[name] = layer.adapters.pop(name)
 
 
-def _extend(
+def _make_and_activate(
     callback: AdapterCallback,
     module: LightningModule,
     root: nn.Module,

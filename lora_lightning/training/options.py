@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any, Literal, TypedDict
 
+from lightning.pytorch import Trainer
 from torch import nn
 
 from lora_lightning.adapters.config import AdapterConfig
@@ -47,10 +48,10 @@ def options_of(config: AdapterConfig) -> dict[str, Any]:
     return {"type": config.peft_type, **config.to_dict()}
 
 
-def log_options(trainer: Any, configs: dict[str, AdapterConfig]) -> None:
+def log_options(trainer: Trainer, callbacks: list[AdapterCallback]) -> None:
     """Tell the loggers the options of every adapter, beside the module's hyperparameters."""
     if getattr(trainer, "enable_autolog_hparams", True):
-        options = {name: options_of(config) for name, config in configs.items()}
+        options = {c.adapter_name: options_of(c._requested_config) for c in callbacks}
         for logger in trainer.loggers:
             logger.log_hyperparams({"lora": options})
 

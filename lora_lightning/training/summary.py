@@ -1,11 +1,11 @@
-"""What a run shows its user: the table at the start, and what it left behind at the end."""
+"""The summary of a run for its user: a table at the start, and where checkpoints lie at the end."""
 
 from __future__ import annotations
 
 import os
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -22,7 +22,11 @@ from lora_lightning.errors import first_few
 from lora_lightning.layers.base import AdaptedLayer
 from lora_lightning.layers.registry import layer_type_for
 from lora_lightning.layers.traversal import walk
+from lora_lightning.training.adapter_callback import AdapterCallback
 from lora_lightning.training.optimizers import trainable_parameters
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
 
 
 @dataclass
@@ -64,6 +68,20 @@ def target_rows(model: nn.Module, adapter_name: str) -> list[TargetRow]:
                 row.ranks = tuple(sorted({*row.ranks, *_ranks(adapter)}))
                 row.parameters += size
     return [*(row for row in rows.values() if row.matched), *copies.values()]
+
+
+def show_start(callback: AdapterCallback, trainer: Trainer, module: LightningModule) -> None:
+    """Print what the callback's adapter trains, on rank 0."""
+    if trainer.is_global_zero:
+        root, name = callback._root(module), callback.adapter_name
+        table = start_table(root, name, callback._selection.left_out)
+        show(table, *start_lines(module, root, name))
+
+
+def show_without_adapters(trainer: Trainer, module: LightningModule) -> None:
+    """Print what trains where `enabled` is False, on rank 0."""
+    if trainer.is_global_zero:
+        show(f"no adapters (lora.enabled): {trainable_line(module)}")
 
 
 def start_table(model: nn.Module, adapter_name: str, left_out: list[str]) -> Table:
@@ -133,15 +151,17 @@ def _trained_in_16_bits(root: nn.Module, adapter_name: str) -> list[str]:
     ]
 
 
-def batch_line(size: int | None, accumulate: int, devices: int) -> str:
+def batch_line(trainer: Trainer) -> str:
     """Effective batch = micro batch x accumulated batches x devices."""
+    accumulate, devices = trainer.accumulate_grad_batches, trainer.world_size
+    factors = f"{accumulate} accumulated x {devices} devices"
+    size = _batch_size(trainer.train_dataloader)
     if size is None:
-        return f"effective batch: batches x {accumulate} accumulated x {devices} devices"
-    product = size * accumulate * devices
-    return f"effective batch {product} = {size} x {accumulate} accumulated x {devices} devices"
+        return f"effective batch: batches x {factors}"
+    return f"effective batch {size * accumulate * devices} = {size} x {factors}"
 
 
-def batch_size(loader: Any) -> int | None:
+def _batch_size(loader: Any) -> int | None:
     """The batch size of a loader that has one."""
     size = getattr(loader, "batch_size", None)
     if size is None:
@@ -149,7 +169,14 @@ def batch_size(loader: Any) -> int | None:
     return size if isinstance(size, int) else None
 
 
-def end_lines(model: nn.Module, best: str, last: str, weights_only: bool) -> list[str]:
+def end_lines(trainer: Trainer, model: nn.Module) -> list[str]:
+    """Where the checkpoints of the Trainer's ModelCheckpoint lie, and how large they are."""
+    saver: Any = trainer.checkpoint_callback
+    best, last = (getattr(saver, f"{which}_model_path", "") for which in ("best", "last"))
+    return checkpoint_lines(model, best, last, getattr(saver, "save_weights_only", False))
+
+
+def checkpoint_lines(model: nn.Module, best: str, last: str, weights_only: bool) -> list[str]:
     """Where the adapter checkpoints lie and how large they are beside the base."""
     lines = []
     content = "weights only" if weights_only else "with optimizer state"

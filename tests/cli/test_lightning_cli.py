@@ -59,7 +59,7 @@ def test_plain_cli_with_a_yaml_entry(in_folder: Path) -> None:
     )
     made = cli("fit", "--config", "a.yaml")
     assert lora(made).config.target_modules == ["embed", "body.2"]
-    assert lora(made).guard.policy == "skip"
+    assert lora(made)._nonfinite_guard.policy == "skip"
     assert adapter_names(made.model) == ["default"]
 
 

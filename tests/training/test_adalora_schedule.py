@@ -61,7 +61,7 @@ class Watch(Callback):
         self.ranks.append(total_rank(pl_module))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        allocator = self.lora.ranks.allocator
+        allocator = self.lora._rank_schedule.allocator
         assert all(t.isfinite().all() for t in allocator.sensitivity.values())
         if allocator.settled:
             for path, mask in allocator.masks.items():
@@ -80,7 +80,7 @@ def test_total_rank_falls_to_the_target(tmp_path: Path, capsys: Any, accumulate:
     assert ranks[:2] == [12, 12]
     assert ranks == sorted(ranks, reverse=True)
     assert ranks[12 - 3 // accumulate - 1 :] == [6] * (3 // accumulate + 1)
-    masks = lora.ranks.allocator.masks
+    masks = lora._rank_schedule.allocator.masks
     embed, body = (int(masks[name].sum()) for name in ("embed", "body.2"))
     line = f"AdaLoRA kept a total rank of 6 of 12: body.2 {body}, embed {embed}"
     assert line in capsys.readouterr().out
@@ -212,7 +212,7 @@ def test_two_optimizers_with_a_part_each(tmp_path: Path) -> None:
 
     class Scores(Callback):
         def on_train_batch_end(self, *_: Any) -> None:
-            self.last = lora.ranks.allocator.state()["sensitivity"] or self.last
+            self.last = lora._rank_schedule.allocator.state()["sensitivity"] or self.last
 
     states, scores = [], Scores()
     for module in (Regression("zero first"), Parts("manual")):
@@ -220,7 +220,7 @@ def test_two_optimizers_with_a_part_each(tmp_path: Path) -> None:
         loader = DataLoader(regression_data(), batch_size=12)
         torch.manual_seed(0)
         make_trainer(tmp_path, lora, scores, max_epochs=3).fit(module, loader)
-        assert lora.ranks.allocator.steps == 15
+        assert lora._rank_schedule.allocator.steps == 15
         states.append({**adapter_state_dict(module.net), "scores": scores.last["0.lora_A"]})
     assert_close_state(*states, 1e-12)
 
@@ -250,7 +250,7 @@ def test_gradient_scaler(tmp_path: Path, fused: bool) -> None:
         make_trainer(tmp_path, lora, Watch(lora), max_epochs=2, plugins=[plugin]).fit(
             module, Data()
         )
-        allocator = lora.ranks.allocator
+        allocator = lora._rank_schedule.allocator
         assert allocator.steps == 8
         assert allocator.settled
         assert total_rank(module) == 6
@@ -277,7 +277,7 @@ def test_a_frozen_adapter_has_no_schedule(tmp_path: Path, capsys: Any) -> None:
     )
     module = Net()
     make_trainer(tmp_path, frozen, LoraCallback(r=2)).fit(module, Data())
-    assert frozen.ranks.allocator is None
+    assert frozen._rank_schedule.allocator is None
     assert "rank of" not in (text := capsys.readouterr().out)  # the line that a schedule ends with
     assert "not final" not in text
     assert all(adapter.lora_E.all() for adapter in adalora_adapters(module, "frozen").values())
@@ -300,7 +300,7 @@ def allocated(folder: Path, devices: int) -> list[Any]:
     mine = list(range(int(os.environ.get("LOCAL_RANK", 0)), 60, devices))
     loader = DataLoader(regression_data(), batch_size=12 // devices, sampler=mine)
     make_trainer(folder, lora, **way, **options).fit(module, loader)
-    return [adapter_tensors(module), lora.ranks.allocator.masks]
+    return [adapter_tensors(module), lora._rank_schedule.allocator.masks]
 
 
 @pytest.mark.slow
@@ -348,15 +348,15 @@ def test_resume_is_exact(tmp_path: Path, accumulate: int) -> None:
     """Before anything was allocated, in the middle of the schedule, and when ranks are final."""
     options = {"accumulate_grad_batches": accumulate, "epochs": 6 * accumulate}
     straight, lora = fit(tmp_path / "straight", **options)
-    assert lora.ranks.allocator.settled
+    assert lora._rank_schedule.allocator.settled
     for epoch in (1, 3, 5) if accumulate == 1 else (6,):
         _, broken = fit(tmp_path / "broken", Kill(epoch), **options)
-        assert broken.ranks.allocator.steps == 4 * epoch // accumulate
+        assert broken._rank_schedule.allocator.steps == 4 * epoch // accumulate
         resumed, lora = fit(
             tmp_path, ckpt_path=tmp_path / f"broken/epoch={epoch - 1}.ckpt", **options
         )
         assert_bit_equal(straight, resumed)
-        assert lora.ranks.allocator.steps == 24
+        assert lora._rank_schedule.allocator.steps == 24
 
 
 def test_negative_control_without_the_allocation_differs(tmp_path: Path) -> None:
@@ -396,11 +396,11 @@ def test_a_checkpoint_by_a_callback_before_ours(tmp_path: Path) -> None:
 def test_a_longer_run_keeps_the_ranks(tmp_path: Path) -> None:
     """Resumed for more epochs, and continued by a second fit of the same Trainer."""
     _, first = fit(tmp_path)
-    masks = first.ranks.allocator.masks
+    masks = first._rank_schedule.allocator.masks
     _, second = fit(tmp_path, ckpt_path="last", epochs=8)
-    assert second.ranks.allocator.settled
-    assert second.ranks.allocator.total_step == 24
-    assert_bit_equal(masks, second.ranks.allocator.masks)
+    assert second._rank_schedule.allocator.settled
+    assert second._rank_schedule.allocator.total_step == 24
+    assert_bit_equal(masks, second._rank_schedule.allocator.masks)
 
     lora = LoraCallback(AdaLoraConfig(**CONFIG))
     module = Net()
@@ -408,5 +408,5 @@ def test_a_longer_run_keeps_the_ranks(tmp_path: Path) -> None:
     trainer.fit(module, Data())
     trainer.fit_loop.max_epochs = 4
     trainer.fit(module, Data())
-    assert lora.ranks.allocator.steps == 16
+    assert lora._rank_schedule.allocator.steps == 16
     assert total_rank(module) == 6

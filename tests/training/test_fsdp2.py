@@ -34,7 +34,7 @@ from lora_lightning import (
 from lora_lightning.checkpoint.integrity import damaged_parts
 from lora_lightning.checkpoint.sharded_folder import read_checkpoint_folder
 from lora_lightning.errors import CheckpointError, LoraError
-from lora_lightning.training.summary import end_lines
+from lora_lightning.training.summary import checkpoint_lines
 from lora_lightning.utilities.dtensor import full_tensor
 from tests.helpers.fsdp2_modules import (
     BodyOnly,
@@ -529,7 +529,7 @@ def test_a_folder_is_loaded_without_a_trainer(folder: Path, found: Any) -> None:
     for key, value in found["ShardedLater-folder"].items():
         if "/" not in key:
             assert torch.equal(model.state_dict()[key], value)
-    (line,) = end_lines(model, str(path), "", weights_only=False)
+    (line,) = checkpoint_lines(model, str(path), "", weights_only=False)
     assert "kB with optimizer state; the base is 1.8 kB" in line
 
 

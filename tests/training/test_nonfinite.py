@@ -252,7 +252,7 @@ def test_the_count_goes_on_after_a_resume(tmp_path: Path, capsys: Any) -> None:
         make_trainer(tmp_path, callback, saver, max_epochs=epochs).fit(
             Often(), Ordered(), ckpt_path=ckpt_path
         )
-        return callback.guard.skipped
+        return callback._nonfinite_guard.skipped
 
     assert fit(1) == 1
     assert fit(3, "last") == 3
@@ -295,7 +295,7 @@ def test_skip_with_manual_optimization(tmp_path: Path) -> None:
     callback = LoraCallback(nonfinite="skip", **OPTIONS)
     trainer = make_trainer(tmp_path, callback, max_epochs=2)
     trainer.fit(module, Ordered())
-    assert callback.guard.skipped == 2
+    assert callback._nonfinite_guard.skipped == 2
     assert all(p.isfinite().all() for p in module.parameters())
     with pytest.raises(NonfiniteError, match="global_step=12, epoch 1, batch 2"):
         make_trainer(tmp_path, LoraCallback(**OPTIONS), max_epochs=2).fit(Manual(), Ordered())
@@ -308,9 +308,9 @@ def test_skip_with_adalora(tmp_path: Path) -> None:
     callback = LoraCallback(config, nonfinite="skip")
     make_trainer(tmp_path, callback, max_epochs=3).fit(module, Ordered())
     assert all(p.isfinite().all() for p in module.parameters())
-    allocator = callback.ranks.allocator
+    allocator = callback._rank_schedule.allocator
     assert allocator is not None
-    assert (allocator.steps, allocator.settled, callback.guard.skipped) == (12, True, 1)
+    assert (allocator.steps, allocator.settled, callback._nonfinite_guard.skipped) == (12, True, 1)
 
 
 # -- gradient scaler -----------------------------------------------------------------------------------
@@ -336,7 +336,7 @@ def test_inf_gradients_are_the_scalers_business(tmp_path: Path, kind: type) -> N
     make_trainer(tmp_path, callback, max_epochs=2, plugins=[plugin]).fit(module, Ordered())
     assert plugin.scaler is not None
     assert plugin.scaler.get_scale() == 32.0  # halved once, and the run went on
-    assert callback.guard.skipped == 0
+    assert callback._nonfinite_guard.skipped == 0
     assert all(p.isfinite().all() for p in module.parameters())
 
 
@@ -362,7 +362,7 @@ def test_a_loss_that_is_not_finite_is_noticed_under_a_scaler(
     module, callback = kind(kind=poison), LoraCallback(nonfinite="skip", **OPTIONS)
     trainer = make_trainer(tmp_path, callback, max_epochs=2, plugins=[scaled(64.0)])
     trainer.fit(module, Ordered())
-    assert callback.guard.skipped == 1
+    assert callback._nonfinite_guard.skipped == 1
     steps = [state["step"] for state in trainer.optimizers[0].state.values()]
     assert {int(step) for step in steps} == {7}
     assert all(p.isfinite().all() for p in module.parameters())
@@ -404,7 +404,7 @@ def both_policies(folder: Path, way: str) -> dict[str, Any]:
         except NonfiniteError as error:
             found["text"] = str(error)
         else:
-            found["skipped"] = callback.guard.skipped
+            found["skipped"] = callback._nonfinite_guard.skipped
             found["state"] = {
                 name: full_tensor(p.detach())
                 for name, p in module.named_parameters()

@@ -1,16 +1,45 @@
-"""What is refused before a run starts: strategies, plugins and callbacks that cannot work."""
+"""Checks before a run starts: strategies, plugins and callbacks that cannot work are refused."""
 
 from __future__ import annotations
 
-from typing import Any
-
-from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
+from typing import TYPE_CHECKING, Any
 
 from lora_lightning.errors import ConfigError
+from lora_lightning.training.adapter_callback import AdapterCallback
+from lora_lightning.training.eva import starts_from_data
+from lora_lightning.training.module_state import callbacks_of
+from lora_lightning.training.nonfinite import check_same_policy
+from lora_lightning.training.precision import check_precision
+from lora_lightning.training.strategies.deepspeed import check_deepspeed
+from lora_lightning.training.strategies.model_parallel import check_model_parallel
 from lora_lightning.utilities.is_a import is_a
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
 
 _STRATEGIES = {"SingleDeviceStrategy", "DDPStrategy", "ModelParallelStrategy", "FSDPStrategy"}
 _BASE_CHANGERS = {"BaseFinetuning", "ModelPruning"}
+
+
+def check_run(callback: AdapterCallback, trainer: Trainer, module: LightningModule) -> None:
+    """Refuse what cannot work, before anything is changed.
+
+    Raises:
+        ConfigError: Naming it, and what to use in its place.
+
+    """
+    callbacks = callbacks_of(module)
+    check_names(callbacks)
+    check_callbacks(trainer)
+    check_strategy(trainer)
+    check_deepspeed(trainer, [c._requested_config for c in callbacks])
+    check_model_parallel(trainer, starts_from_data(callback))
+    check_precision(trainer)
+    if trainer.state.fn == "fit" and not any(c.trainable for c in callbacks):
+        raise ConfigError(
+            "Nothing would train: every LoraCallback has trainable=False. (lora.trainable)"
+        )
+    check_same_policy({c.adapter_name: c.nonfinite for c in callbacks})
 
 
 def check_strategy(trainer: Any) -> None:
@@ -45,29 +74,7 @@ def check_callbacks(trainer: Any) -> None:
             )
 
 
-def check_no_search(trainer: Any) -> None:
-    """No search at the head of a resumed fit: Lightning then forgets the checkpoint's progress.
-
-    Raises:
-        ConfigError: For the callback that would search.
-
-    """
-    for callback in searching(trainer):
-        raise ConfigError(
-            f"{type(callback).__name__} searches again at the head of a resumed fit, and Lightning "
-            "then starts from step 0 with a fresh optimizer. Leave it out to resume: the learning "
-            "rate it has found is in the checkpoint; a batch size is not, so set it. "
-            "(trainer.callbacks)"
-        )
-
-
-def searching(trainer: Any) -> list[Any]:
-    """The callbacks that search for a learning rate or a batch size at the head of a fit."""
-    searches = (LearningRateFinder.on_fit_start, BatchSizeFinder.on_fit_start)
-    return [c for c in trainer.callbacks if type(c).on_fit_start in searches]
-
-
-def check_names(callbacks: list[Any]) -> None:
+def check_names(callbacks: list[AdapterCallback]) -> None:
     """Every LoraCallback of the Trainer has an adapter of its own.
 
     Raises:

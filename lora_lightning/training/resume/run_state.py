@@ -14,7 +14,7 @@ import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lora_lightning.checkpoint.state_dict import KEY
-from lora_lightning.training.checks.run import check_no_search, searching
+from lora_lightning.training.checks.resume import check_no_search, searching
 from lora_lightning.training.module_state import module_state
 from lora_lightning.training.optimizers import trainable_parameters
 from lora_lightning.training.resume.learning_rates import warn_of_changed_rates
