@@ -1,4 +1,4 @@
-"""Did it help? Validation without and with the adapters, side by side."""
+"""Validation without and with the adapters, side by side: did they help?"""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Comparison:
         headline: The metric that decides: what a ModelCheckpoint monitors, else `val_loss`, else
             the first loss, else the first metric.
         mode: Whether a small ("min") or large ("max") headline is good; None: not known.
-        noise: Standard error of the headline's difference (tuned - base), from the differences of
+        standard_error: Of the headline's difference (tuned - base), from the differences of
             single batches; None: fewer than four batches, or they were in other processes.
         title: What was compared.
         copies: Modules that train as a whole (`modules_to_save`); the base has their original.
@@ -49,15 +49,15 @@ class Comparison:
     tuned: dict[str, float]
     headline: str
     mode: str | None = None
-    noise: float | None = None
+    standard_error: float | None = None
     title: str = "base and tuned"
     copies: list[str] = field(default_factory=list)
 
     @property
     def helped(self) -> bool | None:
-        """Whether the headline became better by more than twice its noise; None: cannot be said."""
+        """True if the headline improved by more than twice its standard error; None: not known."""
         change = self.tuned[self.headline] - self.base[self.headline]
-        if self.mode is None or not math.isfinite(change) or abs(change) <= 2 * (self.noise or 0.0):
+        if self.mode is None or not math.isfinite(change) or abs(change) <= self._margin:
             return None
         return (change < 0) == (self.mode == "min")
 
@@ -67,18 +67,22 @@ class Comparison:
         base, tuned = self.base[self.headline], self.tuned[self.headline]
         change = tuned - base
         size = _percent(abs(change), base) or f"{abs(change):.4g}"
-        noise = ""
-        if self.noise is not None:
-            noise = f" +- {_percent(2 * self.noise, base) or f'{2 * self.noise:.4g}'}"
+        margin = ""
+        if self.standard_error is not None:
+            margin = f" +- {_percent(self._margin, base) or f'{self._margin:.4g}'}"
         if not math.isfinite(change):
             return f"{self.headline} is not finite: {base:.4g} before, {tuned:.4g} after"
         if change == 0:
             return f"the adapter changes nothing: {self.headline} stays {base:.4g}"
-        if abs(change) <= 2 * (self.noise or 0.0):
-            return f"no clear difference: {self.headline} changes by {size}{noise}"
+        if abs(change) <= self._margin:
+            return f"no clear difference: {self.headline} changes by {size}{margin}"
         verb = "lowers" if change < 0 else "raises"
         worse = ", which is worse" if self.helped is False else ""
-        return f"the adapter {verb} {self.headline} by {size}{noise}{worse}"
+        return f"the adapter {verb} {self.headline} by {size}{margin}{worse}"
+
+    @property
+    def _margin(self) -> float:
+        return 2 * (self.standard_error or 0.0)
 
     def table(self) -> Table:
         """Metric, base, tuned, change."""
@@ -137,29 +141,18 @@ def compare_with_base(
     seed = int(torch.randint(2**62, ()))
     passes = _Pass(seed, disabled=True), _Pass(seed, disabled=False)
     trainer.loggers = [_Silent(logger.save_dir) for logger in loggers]
-    results = []
     try:
-        for one in passes:
-            trainer.callbacks.insert(0, one)  # type: ignore[attr-defined]
-            try:
-                with warnings.catch_warnings():
-                    # That examples may count twice to fill the last batches: in both passes then.
-                    warnings.filterwarnings("ignore", message="Using `DistributedSampler`")
-                    outputs = trainer.validate(module, data, verbose=False)
-            finally:
-                trainer.callbacks.remove(one)  # type: ignore[attr-defined]
-            results.append({name: float(v) for output in outputs for name, v in output.items()})
+        base, tuned = (_validated(trainer, module, data, one) for one in passes)
     finally:
         trainer.loggers = loggers
         set_random_state(state)
-    base, tuned = results
     if not base.keys() & tuned.keys():
         raise ConfigError(
             "the validation data are empty, or nothing is logged of them, so base and adapter "
             "cannot be compared. (data.val)"
         )
     headline, mode = _headline(trainer, list(tuned))
-    noise = _noise(*(one.values.get(headline, []) for one in passes))
+    error = _standard_error(*(one.values.get(headline, []) for one in passes))
     step = f" (step {trainer.global_step})" if trainer.global_step else ""
     comparison = Comparison(
         base,
@@ -167,13 +160,26 @@ def compare_with_base(
         headline,
         mode,
         # Every process has a share of the batches.
-        noise=None if noise is None else noise / math.sqrt(trainer.world_size),
+        standard_error=None if error is None else error / math.sqrt(trainer.world_size),
         title=f"validation without and with the adapter, weights in memory{step}",
         copies=[path for path, layer in named_adapted_layers(module) if _has_copy(layer)],
     )
     if not isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
         _log(trainer, comparison)
     return comparison
+
+
+def _validated(trainer: Any, module: LightningModule, data: Any, one: _Pass) -> dict[str, float]:
+    """Validate in one of the two passes, and return its metrics."""
+    trainer.callbacks.insert(0, one)
+    try:
+        with warnings.catch_warnings():
+            # That examples may count twice to fill the last batches: in both passes then.
+            warnings.filterwarnings("ignore", message="Using `DistributedSampler`")
+            outputs = trainer.validate(module, data, verbose=False)
+    finally:
+        trainer.callbacks.remove(one)
+    return {name: float(value) for output in outputs for name, value in output.items()}
 
 
 class _Silent(DummyLogger):
@@ -271,7 +277,7 @@ def _check_comparable(trainer: Any, module: LightningModule | None, data: Any) -
 
 
 def _defines(owner: Any, hook: str) -> bool:
-    """Whether a module or data module has a hook of its own, rather than Lightning's."""
+    """True if a module or data module has a hook of its own, rather than Lightning's."""
     home = str(getattr(owner, hook).__module__)
     return not home.startswith(("lightning.pytorch.core.", "pytorch_lightning.core."))
 
@@ -287,7 +293,9 @@ def _headline(trainer: Any, names: list[str]) -> tuple[str, str | None]:
     return chosen, "max" if _LARGER_IS_BETTER.search(chosen.lower()) else None
 
 
-def _noise(base: list[tuple[float, float]], tuned: list[tuple[float, float]]) -> float | None:
+def _standard_error(
+    base: list[tuple[float, float]], tuned: list[tuple[float, float]]
+) -> float | None:
     """Standard error of the weighted mean of paired differences."""
     if len(base) != len(tuned) or len(base) < 4:
         return None

@@ -51,7 +51,7 @@ class TextGenerator:
         self.options = {**greedy, **ends, **options}
 
     def fits(self, ids: Sequence[int]) -> bool:
-        """Whether the network has positions for a prompt and the text after it."""
+        """True if the network has positions for a prompt and the text after it."""
         limit = getattr(self.network.config.get_text_config(), "max_position_embeddings", None)
         new = self.max_new_tokens
         needed = max(len(ids), new) if self.is_encoder_decoder else len(ids) + new
@@ -59,11 +59,11 @@ class TextGenerator:
 
     @property
     def is_encoder_decoder(self) -> bool:
-        """Whether the prompt is read apart from what is written."""
+        """True if the prompt is read apart from what is written."""
         return bool(self.network.config.is_encoder_decoder)
 
     def texts(self, module: LightningModule, prompts: Sequence[Sequence[int]]) -> list[str]:
-        """What the network writes after each prompt; the same at every call where it draws."""
+        """Generate a text after each prompt; sampling draws the same at every call."""
         sharded = any(is_sharded(p) for p in module.parameters())
         with training_kept(module), self._whole(module):
             texts = []
@@ -84,7 +84,7 @@ class TextGenerator:
 
     @contextmanager
     def _whole(self, module: LightningModule) -> Iterator[None]:
-        """Gather what FSDP2 has laid into units around the network, which are not called here."""
+        """Gather FSDP2's units around the network, which are not called here."""
         outer = [m for m in module.modules() if _holds(m, self.network)]
         around: list[Any] = [m for m in outer if hasattr(m, "unshard")]
         for unit in around:
@@ -98,7 +98,7 @@ class TextGenerator:
 
 @contextmanager
 def training_kept(module: LightningModule) -> Iterator[None]:
-    """Inside: eval mode, no gradients, the Trainer's precision, random numbers of its own."""
+    """Enter eval mode, no gradients, the Trainer's precision and own random numbers."""
     modes = [(m, m.training) for m in module.modules()]
     state = random_state(cuda="own")
     precision: Any = module.trainer.strategy.precision_plugin

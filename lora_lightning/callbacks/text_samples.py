@@ -197,7 +197,7 @@ class TextSamples(Callback):
         return prompts
 
     def _encode(self, trainer: Any, samples: Sequence[Sample]) -> list[list[int]]:
-        """As the data module encodes its own prompts."""
+        """Encode prompts as the data module encodes its own."""
         assert self._generator is not None
         encoder = getattr(getattr(trainer.datamodule, "encoding", None), "encoder", None)
         if self._generator.is_encoder_decoder:

@@ -98,7 +98,7 @@ class ImageDataModule(LabelledDataModule):
         return split_records(records, self.val_fraction, content=lambda record: record.content)
 
     def label_place(self, record: ImageRecord) -> str:
-        """Where the label of `record` stands."""
+        """Place of the label of `record`, for error messages."""
         return record.where
 
     def prepare(self, split: str, records: Sequence[ImageRecord]) -> ImageDataset:
@@ -113,7 +113,7 @@ class ImageDataModule(LabelledDataModule):
         )
 
     def collator(self) -> Any:
-        """What makes a batch of images of one size."""
+        """Return the collate function, which takes images of one size."""
         return collate_images
 
 

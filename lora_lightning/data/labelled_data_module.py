@@ -1,4 +1,4 @@
-"""Data with classes: which there are, in which order, and the number of each label."""
+"""Base of data modules with classes: their order, and the number of each label."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class LabelledDataModule(SplitDataModule):
         return [record.label]
 
     def label_place(self, record: Any) -> str:
-        """Where the label of `record` stands."""
+        """Place of the label of `record`, for error messages."""
         return f"{record.where}, column {self.label_column!r}"
 
     def setup(self, stage: str | None = None) -> None:
@@ -85,11 +85,11 @@ class LabelledDataModule(SplitDataModule):
         return [index[label] for label in labels]
 
     def lengths(self, examples: Any) -> list[int]:
-        """How long each example is; by default all are alike."""
+        """Return the length of each example; by default all are alike."""
         return [1] * len(examples)
 
     def collator(self) -> Any:
-        """What makes a batch of examples."""
+        """Return the collate function."""
         raise NotImplementedError
 
     def train_dataloader(self) -> DataLoader[Any]:

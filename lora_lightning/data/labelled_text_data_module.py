@@ -1,4 +1,4 @@
-"""Labelled texts as padded batches of token ids, for any Hugging Face tokenizer."""
+"""Base of data modules with labelled texts: tokenizer and padded batches."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class LabelledTextDataModule(LabelledDataModule):
         return self._tokenizer
 
     def collator(self) -> Any:
-        """What makes a padded batch of examples."""
+        """Return the collate function, which pads a batch of examples."""
         from transformers import DataCollatorWithPadding
 
         return DataCollatorWithPadding(self.tokenizer)

@@ -1,4 +1,4 @@
-"""A LightningDataModule's splits: which are given, when each is read, and what is held out."""
+"""Base of all data modules: which splits there are, when each is read, what is held out."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class SplitDataModule(LightningDataModule):
         raise NotImplementedError
 
     def prepare(self, split: str, records: Sequence[Any]) -> Any:
-        """What the loaders of `split` serve; a split without records is not prepared."""
+        """Make what the loaders of `split` serve; a split without records is not prepared."""
         raise NotImplementedError
 
     def hold_out(self, records: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
@@ -133,7 +133,7 @@ class SplitDataModule(LightningDataModule):
         return self._records[split]
 
     def prepared(self, split: str) -> Any:
-        """What `prepare` made of the records of `split`; an empty list where there are none."""
+        """Prepare the records of `split`, once; an empty list where there are none."""
         if split not in self._prepared:
             records = self.records(split)
             self._prepared[split] = self.prepare(split, records) if records else []
@@ -161,7 +161,7 @@ class SplitDataModule(LightningDataModule):
         )
 
     def shares(self) -> dict[str, int]:
-        """Which of how many processes this is: `rank`, `num_replicas`; nothing of a single one."""
+        """Return `rank` and `num_replicas` of this process; nothing of a single one."""
         return (self.trainer.distributed_sampler_kwargs if self.trainer else None) or {}
 
     def state_dict(self) -> dict[str, Any]:

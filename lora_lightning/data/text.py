@@ -129,17 +129,17 @@ class TextDataModule(SplitDataModule):
 
     @property
     def encoding(self) -> Encoding:
-        """How samples become examples for the model; made when it is first used."""
+        """Tokenizer and encoder for the model; made when first used."""
         self._encoding = self._encoding or self._make_encoding()
         return self._encoding
 
     @property
     def encoder(self) -> Any:
-        """What makes examples, and prompts, of samples."""
+        """Encoder from samples to examples and prompts."""
         return self.encoding.encoder
 
     def source(self, split: str) -> TextSource:
-        """Where the rows of a split are; those of `train` for what is held out of them."""
+        """Source of a split's rows; that of `train` for what is held out of it."""
         path = self.paths[split]
         encoding = self.encoding
         template = self._encoder_options["chat_template"] or encoding.tokenizer.chat_template

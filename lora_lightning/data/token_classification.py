@@ -114,7 +114,7 @@ class TokenClassificationDataModule(LabelledTextDataModule):
         return examples
 
     def collator(self) -> Any:
-        """What makes a padded batch of examples."""
+        """Return the collate function, which pads a batch of examples."""
         return _PaddedWords(super().collator(), self.tokenizer.padding_side)
 
     def _encode(self, texts: list[str]) -> tuple[dict[str, list[Any]], set[int]]:

@@ -1,4 +1,4 @@
-"""A train/validation split that cannot leak: it is decided by what each record says itself."""
+"""Train/validation split that cannot leak: a hash of each record's content decides."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def normalised(text: str) -> str:
 
 
 def is_held_out(content: str, fraction: float) -> bool:
-    """Whether a record is among the about `fraction` of all that are held out for validation.
+    """True if a record is among the about `fraction` of all that are held out for validation.
 
     A hash of the normalised `content` decides, so equal contents never fall on both sides, and a
     record stays on its side when the file grows, is reordered, or is read on another machine, or

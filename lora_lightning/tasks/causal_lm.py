@@ -51,7 +51,7 @@ class CausalLM(LanguageModel):
         return next_tokens(self.labels(batch), batch.get("position_ids"))
 
     def prompts(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
-        """With all padding on the left: the next token follows the last."""
+        """Move padding to the left, so that generation continues the last token."""
         order = attention_mask.argsort(dim=1, stable=True)
         return {
             "input_ids": input_ids.gather(1, order),
@@ -59,5 +59,5 @@ class CausalLM(LanguageModel):
         }
 
     def written(self, generated: Tensor, input_ids: Tensor) -> Tensor:
-        """What follows the prompt."""
+        """Cut the prompt off."""
         return generated[:, input_ids.shape[1] :]

@@ -1,4 +1,4 @@
-"""The classes in their order, which model, data, trained head and options must agree on."""
+"""Class names in order, which model, data, trained head and options must agree on."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def weights_of_classes(weights: dict[str, float], names: list[str]) -> Tensor:
 
 
 def difference(first: list[str], second: list[str]) -> str:
-    """How two lists of different names differ."""
+    """Describe how two lists of names differ."""
     if set(first) == set(second):
         return f"the same names in another order, {first} and {second}."
     only_first = first_few([name for name in first if name not in second]) or "nothing"

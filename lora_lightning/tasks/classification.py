@@ -1,4 +1,4 @@
-"""What classification tasks share: the classes in their order, a head that may be new, the loss."""
+"""Base of classification tasks: the classes in order, a head that may be new, the loss."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Entities of one or more words, as the tags of their words write them: found whole, or not."""
+"""F1 of entities, which tags of their words mark (IOB, IOBES, BILOU)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _TAG = re.compile(r"([BIELSU])-(.+)")
 
 
 def writes_entities(names: Sequence[str]) -> bool:
-    """Whether the names of classes are the tags of a scheme for entities: `O`, `B-PER`, `I-PER`."""
+    """True if the names of classes are the tags of a scheme for entities: `O`, `B-PER`, `I-PER`."""
     return any(name != "O" for name in names) and all(
         name == "O" or _TAG.fullmatch(name) for name in names
     )

@@ -30,6 +30,6 @@ class ImageClassification(Classification):
         return super().forward({**batch, "pixel_values": batch["pixel_values"].to(dtype)})
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
-        """Where each image was found, its most probable class, the probabilities of all classes."""
+        """Predict each image's class name and probabilities; `where` says which image it is."""
         where = {"where": batch["where"]} if "where" in batch else {}
         return {**where, **super().predict_step(batch, batch_idx)}

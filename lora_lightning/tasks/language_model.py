@@ -1,4 +1,4 @@
-"""What the tasks that learn to write text share: loss, metrics, generation."""
+"""Base of the tasks that generate text: loss, metrics, generation."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class LanguageModel(PretrainedTask):
         self._tokenizer: Any = None
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
-        """What the network is given."""
+        """Select the network's inputs from a batch."""
         return {name: tensor for name, tensor in batch.items() if name != "labels"}
 
     def targets(self, batch: Batch) -> Tensor:
@@ -75,7 +75,7 @@ class LanguageModel(PretrainedTask):
         return batch["labels"]
 
     def batch_weight(self, batch: Batch) -> Tensor:
-        """How many tokens are learned."""
+        """Count learned tokens."""
         return (self.targets(batch) != IGNORE_INDEX).sum()
 
     def forward(self, batch: Batch) -> Tensor:
@@ -98,7 +98,7 @@ class LanguageModel(PretrainedTask):
         return loss
 
     def count_tokens(self, batch: Batch) -> int:
-        """How many tokens the network reads, padding left out."""
+        """Count the tokens that the network reads, padding left out."""
         mask = batch.get("attention_mask")
         return batch["input_ids"].numel() if mask is None else int(mask.sum())
 
@@ -164,26 +164,26 @@ class LanguageModel(PretrainedTask):
         # Processes that share the weights out gather them until the last has written its texts.
         together = any(is_sharded(p) for p in network.parameters())
         options = {"max_new_tokens": self.max_new_tokens, "pad_token_id": pad, **self.generation}
-        room = _room(network, input_ids.shape[1])
+        left = _positions_left(network, input_ids.shape[1])
         ids = network.generate(
             **self.prompts(input_ids, mask),
             synced_gpus=together,
             tokenizer=tokenizer,  # reads `stop_strings`
-            **{**options, "max_new_tokens": min(options["max_new_tokens"], room)},
+            **{**options, "max_new_tokens": min(options["max_new_tokens"], left)},
         )
         return tokenizer.batch_decode(self.written(ids, input_ids), skip_special_tokens=True)
 
     def prompts(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
-        """What `generate` is given."""
+        """Return the inputs of `generate`."""
         return {"input_ids": input_ids, "attention_mask": attention_mask}
 
     def written(self, generated: Tensor, input_ids: Tensor) -> Tensor:
-        """What of the generated ids (B, L) is not the prompt."""
+        """Select what is not the prompt from generated ids (B, L)."""
         return generated
 
 
-def _room(network: Any, length: int) -> float:
-    """How many tokens there are positions for after a prompt of this length."""
+def _positions_left(network: Any, length: int) -> float:
+    """Count the positions that a prompt of this length leaves for new tokens."""
     config = network.config.get_text_config(decoder=True)
     limit = getattr(config, "max_position_embeddings", None)
     tables = {m.num_embeddings for m in network.modules() if isinstance(m, nn.Embedding)}

@@ -22,7 +22,7 @@ SOFT_CAPPED = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_
 
 
 def next_tokens(labels: Tensor, position_ids: Tensor | None = None) -> Tensor:
-    """What each position of a causal LM is to predict: the label after it, or `IGNORE_INDEX`.
+    """Shift labels: each position of a causal LM predicts the label after it, or `IGNORE_INDEX`.
 
     Args:
         labels: (B, T), each at the place of its token.
@@ -137,7 +137,7 @@ class LMLoss:
 
 
 class Finish:
-    """What a network does to the scores of its head: scale, soft cap c tanh(z / c), bias."""
+    """Operations of a network on its head's scores: scale, soft cap c tanh(z / c), bias."""
 
     def __init__(self, network: Any) -> None:
         config = network.config.get_text_config(decoder=True)
@@ -151,7 +151,7 @@ class Finish:
         self.bias = getattr(network, "final_logits_bias", None)
 
     def __call__(self, scores: Tensor) -> Tensor:
-        """Of scores (..., vocabulary), in float32 or wider."""
+        """Apply them to scores (..., vocabulary), in float32 or wider."""
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         if self.scale != 1:
             scores = scores * self.scale
@@ -180,7 +180,7 @@ def _balance(network: Any, outputs: Any) -> Tensor | None:
 
 
 def _close(found: Tensor, expected: Tensor) -> bool:
-    """Whether scores agree but for the few roundings of what follows the head."""
+    """True if scores agree but for the few roundings of what follows the head."""
     if found.shape != expected.shape:
         return False
     difference = (found.to(expected.dtype) - expected).abs().max()

@@ -1,4 +1,4 @@
-"""How tasks optimise: which tensors decay, and a learning rate that follows the whole run."""
+"""Learning-rate schedule over the whole run, and which parameters decay."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def count_steps(trainer: Any) -> float:
 
 
 def is_trial(trainer: Any) -> bool:
-    """Whether this is `fast_dev_run`, or a search, for which Lightning takes all callbacks away."""
+    """True if this is `fast_dev_run`, or a search, for which Lightning takes all callbacks away."""
     return bool(trainer.fast_dev_run) or not trainer.callbacks
 
 

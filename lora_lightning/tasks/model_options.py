@@ -1,4 +1,4 @@
-"""What may be asked of a task's network, and what may not be asked together."""
+"""Options of a task's network, checked against each other and against the Trainer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _WEIGHTS = {"bf16-true": "bfloat16", "16-true": "float16", "64-true": "float64"}
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """What `PretrainedTask` documents; checked against each other before anything is loaded.
+    """Options that `PretrainedTask` documents, checked before anything is loaded.
 
     Raises:
         ConfigError: Naming the option.
@@ -49,7 +49,7 @@ class ModelOptions:
             )
 
     def hub(self) -> dict[str, Any]:
-        """What every file of the model is asked for with, its tokenizer's as well."""
+        """Options for loading any file of the model, its tokenizer's as well."""
         revision = {} if self.revision is None else {"revision": self.revision}
         return {**revision, "trust_remote_code": self.trust_remote_code}
 

@@ -1,4 +1,4 @@
-"""A task's network as its options say: loaded or random, quantised, compiled, shared out."""
+"""Build a task's network: loaded or random, quantized, compiled, sharded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from lora_lightning.errors import ConfigError, ModelError
 from lora_lightning.layers.quantized.bitsandbytes import settle_rounding_table
 from lora_lightning.tasks.model_options import ModelOptions
-from lora_lightning.tasks.sharding import repeated_layers, share_out
+from lora_lightning.tasks.sharding import repeated_layers, shard
 from lora_lightning.utilities.pretrained import load_pretrained, resolve_model_path
 
 _AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
@@ -72,13 +72,13 @@ def build_network(
         parts = _below_head(network) if mesh is None else repeated_layers(network)
         _compile(parts, {} if options.compile is True else options.compile)
     if mesh is not None:
-        new = share_out(load, network, mesh, trainer.strategy.root_device)
+        new = shard(load, network, mesh, trainer.strategy.root_device)
     return network, new
 
 
 @contextmanager
 def _attention_named(name: str | None) -> Iterator[None]:
-    """Say that it is the attention where that is what transformers cannot have."""
+    """Name the option where transformers cannot have the attention."""
     try:
         yield
     except (ModelError, ImportError, ValueError) as error:
@@ -111,7 +111,7 @@ def _from_config(auto_class: str, name: str, how: dict[str, Any]) -> Any:
 
 
 def _checkpoint_layers(network: Any, name: str) -> None:
-    """Let every layer keep its input only, and run again in backward.
+    """Keep only each layer's input for backward, where the layer runs again.
 
     Non-reentrant: a layer whose input needs no gradient, as below frozen embeddings, trains.
     """
@@ -129,7 +129,7 @@ def _checkpoint_layers(network: Any, name: str) -> None:
 
 
 def _compile(parts: list[Any], options: dict[str, Any]) -> None:
-    """In place: no wrapper, so all names stay, and adapters may grow later."""
+    """Compile in place: no wrapper, so names stay, and adapters may be attached later."""
     for part in parts:
         try:
             part.compile(**{"dynamic": True, **options})
@@ -141,7 +141,7 @@ def _compile(parts: list[Any], options: dict[str, Any]) -> None:
 
 
 def _below_head(network: Any) -> list[Any]:
-    """What a network consists of without its heads, which a loss may call in pieces."""
+    """Parts of a network below its heads, which a loss may call in chunks."""
     if network.base_model is not network:
         return [network.base_model]
     return [child for child in network.children() if repeated_layers(child)]  # T5's two stacks
@@ -157,7 +157,7 @@ def _dtype(options: ModelOptions) -> Any:
 def _quantized(
     auto_class: str, name: str, options: ModelOptions, trainer: Any, how: dict[str, Any]
 ) -> dict[str, Any]:
-    """What makes `from_pretrained` round the Linears of the base."""
+    """Options with which `from_pretrained` quantizes the Linears of the base."""
     from transformers import BitsAndBytesConfig
 
     skeleton = _skeleton(auto_class, name, how)

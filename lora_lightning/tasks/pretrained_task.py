@@ -1,4 +1,4 @@
-"""What all tasks share: a pretrained network by name, and how it is trained."""
+"""Base of all tasks: a pretrained network by name, its optimizer and its checkpoints."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ class PretrainedTask(Evaluation):
         self.new_parameters = {f"network.{key}" for key in new}
 
     def network_options(self) -> dict[str, Any]:
-        """What else `from_pretrained` is given; a task's own."""
+        """Return a task's own options of `from_pretrained`."""
         return {}
 
     def configure_callbacks(self) -> list[Callback]:
@@ -189,7 +189,7 @@ class PretrainedTask(Evaluation):
             )
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """What is trainable, with its peak learning rate."""
+        """Group trainable parameters by peak learning rate."""
         trainable = [p for p in self.parameters() if p.requires_grad]
         return [{"params": trainable, "lr": self.learning_rate}]
 
@@ -198,7 +198,7 @@ class PretrainedTask(Evaluation):
 
 
 def _frozen_for_good(module: nn.Module, names: set[str]) -> set[str]:
-    """Those of the parameters `names` that neither train nor lie below a trained adapter."""
+    """Names out of `names` of parameters that are frozen and lie below no trained adapter."""
     parameters = dict(module.named_parameters())
     owners = adapter_owners(module)
     adapted = {owners[id(p)] for p in parameters.values() if p.requires_grad and id(p) in owners}

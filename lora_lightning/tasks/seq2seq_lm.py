@@ -30,7 +30,7 @@ class Seq2SeqLM(LanguageModel):
     auto_class = "AutoModelForSeq2SeqLM"
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
-        """With the target shifted right: the decoder reads what it has to continue."""
+        """Add the target, shifted right, as the decoder's input."""
         shift = getattr(self.network, "prepare_decoder_input_ids_from_labels", None)
         if shift is None:
             raise ModelError(
@@ -45,5 +45,5 @@ class Seq2SeqLM(LanguageModel):
         return self.labels(batch)
 
     def count_tokens(self, batch: Batch) -> int:
-        """Those of the inputs and of the targets."""
+        """Count input and target tokens."""
         return super().count_tokens(batch) + int(self.batch_weight(batch))

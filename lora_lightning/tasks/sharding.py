@@ -1,4 +1,4 @@
-"""A task's network shared out over processes (FSDP2): `strategy: ModelParallelStrategy`.
+"""FSDP2 of a task's network: `strategy: ModelParallelStrategy`.
 
 Rank 0 alone loads the files, into its main memory; the others build the network without memory.
 Every repeated layer is one FSDP unit, and the rest another: each process has its part of the
@@ -18,7 +18,7 @@ from lora_lightning.errors import ConfigError
 
 
 def data_parallel_mesh(module: Any) -> Any:
-    """The processes that a LightningModule is to be shared out over; None without such a strategy.
+    """Device mesh that a LightningModule is sharded over; None without such a strategy.
 
     Raises:
         ConfigError: If they are to share the work inside layers as well.
@@ -45,10 +45,10 @@ def repeated_layers(network: nn.Module) -> list[nn.Module]:
     return found
 
 
-def share_out(
+def shard(
     load: Callable[[], tuple[Any, set[str]]], skeleton: Any, mesh: Any, device: torch.device
 ) -> set[str]:
-    """Give a network without memory its part of what `load` gives on rank 0.
+    """Shard a network without memory and give it its part of what `load` gives on rank 0.
 
     Args:
         load: Gives the network in main memory, and a set of names.
@@ -85,7 +85,7 @@ def share_out(
 
 
 def _on_rank_0(load: Callable[[], tuple[Any, set[str]]]) -> tuple[Any, set[str]]:
-    """What `load` gives, without the network on other ranks; its errors are raised on all."""
+    """Call `load` on rank 0; others get None for the network. Errors are raised on all ranks."""
     loaded: Any = None
     result: list[Any] = [None]
     if dist.get_rank() == 0:

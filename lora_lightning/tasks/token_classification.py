@@ -33,7 +33,7 @@ class TokenClassification(Classification):
         self.entity_metrics = nn.ModuleDict()
 
     def add_metrics(self, names: list[str]) -> None:
-        """Those of every classification; F1 of entities where the classes write them."""
+        """Add F1 of entities where the classes are tags of entities."""
         super().add_metrics(names)
         if writes_entities(names):
             self.entity_metrics.update({stage: EntityF1(names) for stage in ("val", "test")})

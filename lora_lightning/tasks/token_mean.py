@@ -1,4 +1,4 @@
-"""One update is the mean over all learned tokens of its accumulation window, however uneven."""
+"""Gradient accumulation whose update is the mean over all learned tokens of its window."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class TokenMean(LightningModule):
 
     @torch.no_grad()
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Let gradients so far be those of the mean over the window that is about to grow.
+        """Rescale gradients so far to the mean over the window with this batch in it.
 
         Before the step, not within it: FSDP shows gradients only outside of its forward.
         """
@@ -64,7 +64,7 @@ class TokenMean(LightningModule):
             torch._foreach_mul_(gradients, before / _not_zero(self._window_weight))
 
     def window_loss(self, total: Tensor, batch: Any, penalty: Tensor | None = None) -> Tensor:
-        """What `training_step` is to return, so that the update is the mean over the window.
+        """Scale a loss for `training_step` to return, so that the update is the window's mean.
 
         Args:
             total: Summed loss of this process's micro-batch, of float32 or wider.

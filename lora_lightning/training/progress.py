@@ -1,4 +1,4 @@
-"""How fast training goes, at which learning rate and with how much memory."""
+"""Throughput, learning rate and peak memory of training."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ class TrainingProgress(Callback):
         self.watch.stop()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let it go on."""
+        """Start the clock again."""
         self.watch.go_on()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -177,7 +177,7 @@ class TrainingProgress(Callback):
 
 @contextmanager
 def left_out(trainer: Trainer) -> Iterator[None]:
-    """What is done inside is no training time."""
+    """Leave what is done inside out of the training time."""
     watches = [c.watch for c in trainer.callbacks if isinstance(c, TrainingProgress)]  # type: ignore[attr-defined]
     for watch in watches:
         watch.stop()

@@ -120,7 +120,7 @@ def test_data_that_fit_was_given(tmp_path: Path) -> None:
     x, y = (t[:32] for t in Data().dataset.tensors)
     loss = torch.nn.functional.cross_entropy(Net().eval()(x), y).detach()
     assert compared.base["val_loss"] == pytest.approx(float(loss), rel=1e-5)
-    assert compared.noise is None  # of two batches
+    assert compared.standard_error is None  # of two batches
 
 
 def test_fast_dev_run(tmp_path: Path) -> None:
@@ -241,10 +241,10 @@ def of(base: float, tuned: float, **options: Any) -> Comparison:
     ("compared", "helped", "verdict"),
     [
         (of(2.0, 1.5), True, "the adapter lowers loss by 25.0 %"),
-        (of(2.0, 1.5, noise=0.05), True, "the adapter lowers loss by 25.0 % +- 5.0 %"),
+        (of(2.0, 1.5, standard_error=0.05), True, "the adapter lowers loss by 25.0 % +- 5.0 %"),
         (of(2.0, 2.5), False, "the adapter raises loss by 25.0 %, which is worse"),
         (
-            of(2.0, 1.9, noise=0.06),
+            of(2.0, 1.9, standard_error=0.06),
             None,
             "no clear difference: loss changes by 5.0 % +- 6.0 %",
         ),
@@ -281,7 +281,7 @@ def test_noise_of_a_run(tmp_path: Path) -> None:
         return each.reshape(4, 16).mean(1)
 
     difference = (losses(module) - losses(Net())).detach()
-    assert compared.noise == pytest.approx(float(difference.std() / 2), rel=1e-4)
+    assert compared.standard_error == pytest.approx(float(difference.std() / 2), rel=1e-4)
 
 
 def test_the_table_fits_a_terminal() -> None:

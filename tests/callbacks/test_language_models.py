@@ -87,7 +87,7 @@ def test_a_causal_lm(tmp_path: Path, capsys: Any) -> None:
     difference = (tuned - base) / tokens
     spread = difference - (tuned - base).sum() / tokens.sum()
     noise = ((tokens * spread) ** 2).sum().mul(5 / 4).sqrt() / tokens.sum()
-    assert compared.noise == pytest.approx(float(noise), rel=1e-4)
+    assert compared.standard_error == pytest.approx(float(noise), rel=1e-4)
     assert compared.verdict.startswith("the adapter lowers val_loss by ")
     assert " +- " in compared.verdict
 

@@ -120,7 +120,7 @@ def test_language_model(jupyter, tmp_path, monkeypatch):
         assert found[curve] == sorted(found[curve], reverse=True)
     base, tuned = found["comparison.base"], found["comparison.tuned"]
     assert base.keys() >= {"val_loss", "val_perplexity"}
-    assert base["val_loss"] - tuned["val_loss"] > 1.0 > 4 * found["comparison.noise"]
+    assert base["val_loss"] - tuned["val_loss"] > 1.0 > 4 * found["comparison.standard_error"]
     assert found["comparison.helped"] is True
     assert tuned["val_loss"] == pytest.approx(found["losses(tuning)[1]"][-1], rel=1e-4)
     # What it is about is new to the base, which does worse there than where it was trained.

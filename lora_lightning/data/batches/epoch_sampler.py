@@ -1,4 +1,4 @@
-"""The order of an epoch, shared out over the processes of a run."""
+"""Order of an epoch's rows, and each process's share of them."""
 
 from __future__ import annotations
 

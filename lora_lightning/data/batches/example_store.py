@@ -41,10 +41,10 @@ class Ragged:
     @classmethod
     def of(cls, lists: Iterable[Iterable[int]]) -> Ragged:
         """These lists."""
-        growing = _Converting()
+        builder = _RaggedBuilder()
         for numbers in lists:
-            growing.append(numbers)
-        return growing.done()
+            builder.append(numbers)
+        return builder.done()
 
     def __len__(self) -> int:
         return len(self._ends) - 1
@@ -54,12 +54,12 @@ class Ragged:
 
     @property
     def lengths(self) -> list[int]:
-        """Of each list."""
+        """Length of each list."""
         return self._ends.diff().tolist()
 
 
-class _Converting:
-    """What becomes a `Ragged`; a Python list of ints takes 8 bytes a number, and mostly 28 more."""
+class _RaggedBuilder:
+    """Builder of a `Ragged`; a Python list of ints takes 8 bytes a number, and mostly 28 more."""
 
     def __init__(self) -> None:
         self._values, self._ends = array("i"), array("q", [0])
@@ -86,7 +86,7 @@ class ExampleStore(Dataset[Tokens]):
     """
 
     def __init__(self, examples: Iterable[Example]) -> None:
-        input_ids, labels = _Converting(), _Converting()
+        input_ids, labels = _RaggedBuilder(), _RaggedBuilder()
         for example in examples:
             input_ids.append(example.input_ids)
             labels.append(example.labels)
@@ -105,7 +105,7 @@ class ExampleStore(Dataset[Tokens]):
 
 
 class BatchRows(Dataset[list[Tokens]]):
-    """What a batch is made of: rows of one example each, or of several that are packed.
+    """Rows for batches, of one example each, or of several that are packed.
 
     The row one past the end is a first example of which nothing is learned. It fills up what
     processes share out, so that all have equally many and sums over labels stay what they are.

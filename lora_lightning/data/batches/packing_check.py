@@ -1,4 +1,4 @@
-"""Whether a network keeps packed examples apart: asked of the network itself, before training."""
+"""Check that a network keeps packed examples apart, by running it before training."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def transformers_network(module: nn.Module) -> Any:
 
 
 def needs_one_row(network: Any) -> bool:
-    """Whether attention keeps packed examples apart only where a batch is a single row."""
+    """True if attention keeps packed examples apart only where a batch is a single row."""
     return "flash" in (getattr(network.config, "_attn_implementation", None) or "")
 
 
@@ -72,7 +72,7 @@ def _difference(first: Tensor, second: Tensor) -> float:
 
 
 def _rounds(trainer: Trainer, network: nn.Module) -> bool:
-    """Whether it computes in 16 bits, or fewer."""
+    """True if it computes in 16 bits, or fewer."""
     wide = all(p.dtype in (torch.float32, torch.float64) for p in network.parameters())
     return not wide or "16" in str(trainer.precision)
 

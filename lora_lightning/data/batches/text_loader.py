@@ -35,7 +35,7 @@ class TextLoader(StatefulDataLoader[Any]):
 
     @property
     def ordered(self) -> Any:
-        """What has the order: the sampler, or the stream."""
+        """Sampler or stream, which has the order."""
         return self.dataset if self.streams else self.sampler
 
     def __iter__(self) -> Iterator[Any]:

@@ -58,8 +58,9 @@ class Encoder(SampleEncoder):
         self._before, _ = ids_around(tokenizer)
 
     def encode_prompts(self, samples: Sequence[Sample]) -> list[Ids]:
-        """What the model reads to generate: documents and prompts as they are, chats up to where
-        the assistant answers. Not limited in length.
+        """Encode what the model reads to generate, not limited in length.
+
+        Documents and prompts are encoded as they are, chats up to where the assistant answers.
         """
         texts = [_prompt(sample, self._chats) for sample in samples]
         return [

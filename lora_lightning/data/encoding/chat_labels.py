@@ -1,4 +1,4 @@
-"""Which parts of a chat's text are learned."""
+"""Labels of a chat: which parts of its text are learned."""
 
 from __future__ import annotations
 
@@ -57,11 +57,11 @@ class ChatTurns:
         return texts
 
     def prompt(self, chat: Chat) -> str:
-        """What the model reads to write the next turn."""
+        """Render what the model reads to write the next turn."""
         return self._template.render(chat, _without_nulls(chat), ask=True)
 
     def ends_a_turn(self, text: str) -> bool:
-        """Whether `text` ends in a token that can tell the model to stop."""
+        """True if `text` ends in a token that can tell the model to stop."""
         return text.endswith(self._added)
 
     def _turn(self, chat: Chat, before: list[Message], message: Message) -> Marked:
@@ -131,7 +131,7 @@ class ChatTurns:
         return text[: start + len(header)]
 
     def _end_of_turn(self, text: str, start: int, end: int) -> int:
-        """Where the token that ends the turn ends; `end` if there is no such token."""
+        """Find the end of the token that ends the turn; `end` if there is no such token."""
         body = text[start:end].rstrip()
         if body.endswith(self._added):
             return start + len(body)
@@ -145,13 +145,13 @@ def _without_nulls(chat: Chat) -> list[Message]:
 
 
 def _common_start(text: str, other: str) -> int:
-    """How many characters both begin with."""
+    """Count the characters that both begin with."""
     pairs = enumerate(zip(text, other, strict=False))
     return next((n for n, (a, b) in pairs if a != b), min(len(text), len(other)))
 
 
 def _lost(message: Message, written: str) -> Iterator[str]:
-    """What of a turn is not in what the template wrote; not all templates know all keys."""
+    """Name what of a turn the template did not write; not all templates know all keys."""
     content = message.get("content")
     if isinstance(content, str):
         # Templates write or drop the thinking in it, which may also begin in the prompt, and trim.

@@ -1,4 +1,4 @@
-"""A chat template: which one it is, and what it writes, with errors that name the record."""
+"""Chat template: find it and render messages, with errors that name the record."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class ChatTemplate:
         self._options = dict(options or {})
 
     def marks_turns(self, chat: Chat) -> bool:
-        """Whether the template of this chat has `{% generation %}` blocks."""
+        """True if the template of this chat has `{% generation %}` blocks."""
         return _GENERATION_BLOCK.search(self._source(chat)) is not None
 
     def render(self, chat: Chat, messages: list[Message], *, ask: bool = False) -> str:

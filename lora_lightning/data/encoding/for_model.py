@@ -1,4 +1,4 @@
-"""How text becomes examples of the model that is trained, as settings a worker can be given."""
+"""Choice of the encoder for a model, as settings that a worker process can be given."""
 
 from __future__ import annotations
 
@@ -70,12 +70,12 @@ class BlockEncoder:
 
 
 def held_out(sample: Sample, fraction: float) -> bool:
-    """Whether a sample is among the `fraction` held out for validation."""
+    """True if a sample is among the `fraction` held out for validation."""
     return fraction > 0 and is_held_out(sample_content(sample), fraction)
 
 
 def encoding_for(tokenizer: Any, config: Any, options: dict[str, Any]) -> Encoding:
-    """How to encode for a model.
+    """Choose the encoder for a model.
 
     Args:
         tokenizer: The model's.

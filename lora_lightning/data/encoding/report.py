@@ -1,4 +1,4 @@
-"""What became of the samples of a split, in figures."""
+"""Counts of what became of the samples of a split."""
 
 from __future__ import annotations
 

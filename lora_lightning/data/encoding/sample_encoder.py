@@ -97,7 +97,7 @@ class SampleEncoder:
         return (self.max_length,)
 
     def _lengths(self, example: Example) -> tuple[int, ...]:
-        """What `_limits` limits."""
+        """Lengths that `_limits` limits."""
         return (len(example.input_ids),)
 
     def _cut(self, example: Example) -> Example:
@@ -144,7 +144,7 @@ class SampleEncoder:
         return [self._cut(example)]
 
     def _learned(self, part: Example, whole: Example, where: str, report: EncodingReport) -> bool:
-        """Whether something of `part` is learned; counts it."""
+        """True if a token of `part` is learned; counts the example."""
         learned = sum(label != IGNORE_INDEX for label in part.labels)
         if not learned:
             if self.untrainable == "error":

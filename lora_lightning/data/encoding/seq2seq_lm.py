@@ -41,7 +41,7 @@ class Seq2SeqEncoder(SampleEncoder):
         _, self._after_prompt = ids_around(tokenizer)
 
     def encode_prompts(self, samples: Sequence[Sample]) -> list[Ids]:
-        """What the encoder reads to generate. Not limited in length."""
+        """Encode what the encoder reads to generate. Not limited in length."""
         prompts = [_pair(sample)[0] for sample in samples]
         return self.tokenizer(prompts, verbose=False)["input_ids"] if prompts else []
 
@@ -66,8 +66,8 @@ class Seq2SeqEncoder(SampleEncoder):
     def _cut(self, example: Example) -> Example:
         input_ids = example.input_ids
         if len(input_ids) > self.max_length:
-            room = self.max_length - len(self._after_prompt)
-            input_ids = [*input_ids[:room], *self._after_prompt]
+            kept = self.max_length - len(self._after_prompt)
+            input_ids = [*input_ids[:kept], *self._after_prompt]
         return Example(input_ids, example.labels[: self.max_target_length])
 
 

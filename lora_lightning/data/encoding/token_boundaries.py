@@ -103,7 +103,7 @@ class PieceTokenizer:
 
 
 class _AddedTokens:
-    """Where a text holds tokens that are cut out of it before all else (`<|im_end|>`)."""
+    """Finder of added tokens (`<|im_end|>`), which tokenizers cut out of a text before all else."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokens = {
@@ -116,7 +116,7 @@ class _AddedTokens:
         self._pattern = re.compile("|".join(sorted(forms, key=len, reverse=True)) or "(?!)")
 
     def starts(self, text: str) -> Iterator[int]:
-        """Where they begin; no other token crosses these places."""
+        """Find where they begin; no other token crosses these places."""
         matches = self._pattern.finditer(text)
         return (match.start() for match in matches if match.group() in self._tokens)
 
@@ -129,5 +129,5 @@ def _steps(section: _Section, ids: dict[str, Ids]) -> Iterator[tuple[str, Ids, I
 
 
 def _adds(before: Ids, head: Ids) -> bool:
-    """Whether the part between leaves the ids before it as they are."""
+    """True if the part between leaves the ids before it as they are."""
     return head[: len(before)] == before

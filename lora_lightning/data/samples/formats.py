@@ -1,4 +1,4 @@
-"""What the columns of a row mean: from a row of a file to a sample of text to learn.
+"""Formats of text data: from the columns of a row to a sample.
 
 | format | columns | known from |
 |---|---|---|
@@ -62,7 +62,7 @@ class Fields:
         return self._columns.get(field, field)
 
     def place(self, field: str) -> str:
-        """Where `field` stands, for error messages."""
+        """Place of `field`, for error messages."""
         return f"{self.where}, key {self.column(field)!r}"
 
     def optional(self, field: str) -> Any:
@@ -93,7 +93,7 @@ class Fields:
         return value
 
     def answer(self, field: str) -> str:
-        """What is learned; nothing where only prompts are asked for."""
+        """Read a text that is learned; "" where only prompts are asked for."""
         return "" if self.prompts_only else self.text(field)
 
 
@@ -161,7 +161,7 @@ def _chat(turns: tuple[Message, ...], fields: Fields, learned_from: int = 0) -> 
 
 @dataclass(frozen=True)
 class Format:
-    """How rows of one kind are read: the columns they must and may have, and what they become."""
+    """Columns that rows of a format must and may have, and what reads them."""
 
     required: tuple[str, ...]
     read: Callable[[Fields], Sample]
@@ -173,7 +173,7 @@ class Format:
         return tuple(f for f in self.required if not (prompts_only and f == self.answer))
 
     def knows(self, fields: Iterable[str]) -> bool:
-        """Whether all `fields` are of this format."""
+        """True if all `fields` are of this format."""
         return set(fields) <= {*self.required, *self.optional}
 
 
@@ -196,7 +196,7 @@ def read_samples(
     chat: bool = False,
     prompts_only: bool = False,
 ) -> Iterator[Sample]:
-    """What there is to learn in `rows`, one sample a row.
+    """Read one sample from each row.
 
     A format that is recognised is said, and which columns are not read.
 

@@ -10,7 +10,7 @@ from lora_lightning.errors import RecordError, nearest_hint
 
 Message = dict[str, Any]
 
-# What transformers' chat templates know, and what ShareGPT and its kin call the same.
+# What transformers' chat templates know, and what ShareGPT and similar files call the same.
 ROLES = ("system", "developer", "user", "assistant", "tool")
 OTHER_NAMES = {
     "human": "user",
@@ -162,7 +162,7 @@ def _tool_call(call: Any, place: str) -> Any:
 
 
 def _parsed(value: Any, place: str) -> Any:
-    """What JSON in a string says; any other value as it is."""
+    """Parse JSON in a string; return any other value as it is."""
     if not isinstance(value, str):
         return value
     try:

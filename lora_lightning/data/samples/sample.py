@@ -1,4 +1,4 @@
-"""What a row of text data can be, and what is learned from it: the words all text rooms share."""
+"""Samples of text (document, prompt with completion, chat) and encoded examples."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ Sample = Document | PromptCompletion | Chat
 
 
 def prompt_and_answer(sample: Sample) -> tuple[Sample, str]:
-    """What a model is asked to see how it answers, and what the data answer; "" where nothing.
+    """Split a sample into a prompt and the data's answer; "" where there is none.
 
     Of a document the first eight words are asked, of a chat all before its last assistant turn.
     """

@@ -1,4 +1,4 @@
-"""Where samples come from, as settings that a worker process can be given."""
+"""Source of samples, as settings that a worker process can be given."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lora_lightning.errors import RecordError
 
 @dataclass(frozen=True)
 class TextSource:
-    """Where rows are, and what they mean.
+    """Path of rows, and their format.
 
     Attributes:
         path: As `read_rows` takes it.
@@ -39,7 +39,7 @@ class TextSource:
         return read_rows(self.path, key=self.key, skip=skip, streaming=self.streaming)
 
     def samples(self, rows: Iterable[Row] | None = None) -> Iterator[Sample]:
-        """What all rows say, or some of them."""
+        """Read the samples of all rows, or of some."""
         return read_samples(
             self.rows() if rows is None else rows,
             format=self.format,
@@ -49,7 +49,7 @@ class TextSource:
         )
 
     def recognised(self) -> TextSource:
-        """The same with the format that the first row has, which is said."""
+        """Return the source with the first row's format, and say which that is."""
         for row in self.rows():
             if self.format is not None:
                 return self

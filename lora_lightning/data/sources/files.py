@@ -177,7 +177,7 @@ def _array_elements(text: str, path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _features(schema: Any) -> dict[str, Any]:
-    """What Hugging Face `datasets` noted of the columns when it wrote a Parquet file."""
+    """Features of the columns that Hugging Face `datasets` wrote into a Parquet file."""
     noted = (schema.metadata or {}).get(b"huggingface")
     info = json.loads(noted).get("info", {}) if noted else {}
     return info.get("features") or {}

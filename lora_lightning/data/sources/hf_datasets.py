@@ -23,7 +23,7 @@ STREAMED_BATCH = 32
 
 
 def is_saved_dataset(folder: Path) -> bool:
-    """Whether `datasets` wrote the folder: one split, or several in folders of their own."""
+    """True if `datasets` wrote the folder: one split, or several in folders of their own."""
     return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
 
 
@@ -46,7 +46,7 @@ def saved_dataset(folder: Path, key: str) -> Any:
 
 
 def is_hub_name(source: str) -> bool:
-    """Whether `source` can be a dataset on the Hugging Face hub."""
+    """True if `source` can be a dataset on the Hugging Face hub."""
     return _HUB_NAME.fullmatch(source) is not None
 
 

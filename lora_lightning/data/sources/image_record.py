@@ -117,7 +117,7 @@ def _pil() -> Any:
 
 
 def image_suffixes() -> set[str]:
-    """Of files that PIL can read, such as `.png`."""
+    """Suffixes of files that PIL can read, such as `.png`."""
     pil = _pil()
     pil.init()
     return {suffix for suffix, kind in pil.registered_extensions().items() if kind in pil.OPEN}

@@ -25,7 +25,7 @@ class Skip:
         self.rows = rows
 
     def take(self, available: int = 1) -> int:
-        """How many of the next `available` rows are passed over."""
+        """Take from the next `available` rows those to pass over, and count them."""
         taken = min(self.rows, available)
         self.rows -= taken
         return taken
