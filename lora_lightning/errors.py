@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class LoraError(Exception):
@@ -64,6 +65,14 @@ def nearest_hint(word: str, known: Iterable[str]) -> str:
     """A question after the known word nearest to `word`, to stand behind a sentence; "" if none."""
     near = did_you_mean(word, known)
     return f" Did you mean {near!r}?" if near else ""
+
+
+def nearest_file(path: Path) -> str:
+    """A question after the file or folder beside `path` that may be meant; "" where there is none."""
+    folder = path.parent
+    names = [beside.name for beside in folder.iterdir()] if folder.is_dir() else []
+    near = did_you_mean(path.name, names)
+    return f" Did you mean {str(folder / near)!r}?" if near else ""
 
 
 def first_few(items: Iterable[str], limit: int = 5) -> str:

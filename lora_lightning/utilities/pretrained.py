@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import pkgutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lora_lightning.errors import ModelError, did_you_mean, first_few, nearest_hint
+from lora_lightning.errors import ModelError, did_you_mean, first_few, nearest_file, nearest_hint
 
 PACKAGE_PREFIX = "package:"
 # Packages that carry a model and are an extra of ours: import name -> extra.
@@ -37,9 +37,7 @@ def resolve_model_path(name: str, key: str = "model.model") -> str:
         return str(_model_folder(folder, folder, name, key))
     # "org/model" may be a hub id; these can only be meant as paths.
     if folder.exists() or name.startswith(("/", "./", "../", "~", "\\")):
-        near = did_you_mean(folder.name, _names_beside(folder))
-        hint = f" Did you mean {str(folder.parent / near)!r}?" if near else ""
-        raise ModelError(f"Model {name!r} is no existing folder.{hint} ({key})")
+        raise ModelError(f"Model {name!r} is no existing folder.{nearest_file(folder)} ({key})")
     return name
 
 
@@ -157,7 +155,3 @@ def _model_folder(folder: Path, root: Path, name: str, key: str) -> Path:
     wanted = folder.relative_to(root).as_posix()
     hint = nearest_hint(wanted, found)
     raise ModelError(f"Model {name!r}: folder {str(folder)!r} {problem}.\n  {known}{hint} ({key})")
-
-
-def _names_beside(path: Path) -> Iterable[str]:
-    return (p.name for p in path.parent.iterdir()) if path.parent.is_dir() else ()

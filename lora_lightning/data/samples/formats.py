@@ -26,7 +26,7 @@ from lora_lightning.data.samples.messages import (
 )
 from lora_lightning.data.samples.sample import Chat, Document, PromptCompletion, Sample
 from lora_lightning.data.sources.row import Row, check_characters, described
-from lora_lightning.errors import ConfigError, RecordError, did_you_mean, first_few, nearest_hint
+from lora_lightning.errors import ConfigError, RecordError, first_few, nearest_hint
 
 # The layout of the Alpaca release (github.com/tatsu-lab/stanford_alpaca), to the line break after
 # "Response:", as in the `text` column of the data set.
@@ -232,8 +232,7 @@ def check_format(format: str | None, columns: Mapping[str, str]) -> None:
     if columns and not any(each.knows(columns) for each in known):
         fields = sorted({name for each in known for name in (*each.required, *each.optional)})
         wrong = next((name for name in columns if name not in fields), None)
-        near = did_you_mean(wrong, fields) if wrong else None
-        hint = f" Did you mean {near!r}?" if near else ""
+        hint = nearest_hint(wrong, fields) if wrong else ""
         raise ConfigError(
             f"columns names {first_few(columns)}, but "
             + (f"the format {format!r} has no {wrong!r}" if format else "no format has all of them")

@@ -21,8 +21,8 @@ from lora_lightning.data.sources.image_record import (
 )
 from lora_lightning.data.sources.labelled_texts import label_text
 from lora_lightning.data.sources.read_rows import read_rows
-from lora_lightning.data.sources.row import nearest_file, require_columns
-from lora_lightning.errors import RecordError, first_few
+from lora_lightning.data.sources.row import require_columns
+from lora_lightning.errors import RecordError, first_few, nearest_file
 
 # Folders that are called so are splits, no classes.
 SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "eval"}

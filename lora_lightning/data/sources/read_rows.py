@@ -16,8 +16,8 @@ from lora_lightning.data.sources.hf_datasets import (
     saved_dataset,
 )
 from lora_lightning.data.sources.row import Row as Row
-from lora_lightning.data.sources.row import Skip, nearest_file
-from lora_lightning.errors import RecordError, first_few
+from lora_lightning.data.sources.row import Skip
+from lora_lightning.errors import RecordError, first_few, nearest_file
 
 # Words in the names of files that say which split they are.
 _SPLITS = {

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from lora_lightning.errors import RecordError, did_you_mean, first_few, nearest_hint
+from lora_lightning.errors import RecordError, first_few, nearest_hint
 
 
 @dataclass(frozen=True)
@@ -41,14 +40,6 @@ def require_columns(found: Iterable[str], columns: Mapping[str, str], where: str
                 f"{where}: no column {column!r}. Columns found: {first_few(found, 20)}.{hint} "
                 f"({key})"
             )
-
-
-def nearest_file(path: Path) -> str:
-    """A hint at the file or folder beside `path` that may be meant; "" where there is none."""
-    folder = path.parent
-    names = [beside.name for beside in folder.iterdir()] if folder.is_dir() else []
-    near = did_you_mean(path.name, names)
-    return f" Did you mean {str(folder / near)!r}?" if near else ""
 
 
 def check_characters(text: str, place: str) -> None:
