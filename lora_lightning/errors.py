@@ -68,7 +68,7 @@ def nearest_hint(word: str, known: Iterable[str]) -> str:
 
 
 def nearest_file(path: Path) -> str:
-    """A question after the file or folder beside `path` that may be meant; "" where there is none."""
+    """A question after the file or folder beside `path` with the nearest name; "" if none."""
     folder = path.parent
     names = [beside.name for beside in folder.iterdir()] if folder.is_dir() else []
     near = did_you_mean(path.name, names)

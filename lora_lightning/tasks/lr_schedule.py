@@ -1,4 +1,4 @@
-"""Learning-rate schedule over the whole run, and which parameters decay."""
+"""Learning-rate schedule over the whole run."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ import math
 from typing import Any, Literal, get_args
 
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
-from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from lora_lightning.adapters.base import Adapter
 from lora_lightning.errors import ConfigError, nearest_hint
 
 Shape = Literal["linear", "cosine", "constant"]
@@ -173,26 +171,3 @@ def count_steps(trainer: Any) -> float:
 def is_trial(trainer: Any) -> bool:
     """True if this is `fast_dev_run`, or a search, for which Lightning takes all callbacks away."""
     return bool(trainer.fast_dev_run) or not trainer.callbacks
-
-
-def decay_groups(module: nn.Module, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each group in two: what decays, and biases, norms and vectors of adapters, which do not.
-
-    These scale or shift; pulled towards 0 they would not get simpler, only quieter. The matrices of
-    adapters decay, as in transformers and PEFT.
-    """
-    exempt: set[int] = set()
-    for child in module.modules():
-        norm = "norm" in type(child).__name__.lower()
-        for name, parameter in child.named_parameters(recurse=False):
-            vector = isinstance(child, Adapter) and parameter.ndim < 2
-            if norm or name == "bias" or vector:
-                exempt.add(id(parameter))
-    split = []
-    for group in groups:
-        for decays in (True, False):
-            params = [p for p in group["params"] if (id(p) not in exempt) == decays]
-            rest = {} if decays else {"weight_decay": 0.0}
-            if params:
-                split.append({**group, "params": params, **rest})
-    return split

@@ -19,7 +19,6 @@ from lora_lightning.tasks.lr_schedule import (
     check_not_negative,
     check_schedule,
     count_steps,
-    decay_groups,
     is_trial,
 )
 from lora_lightning.tasks.model_options import (
@@ -29,6 +28,7 @@ from lora_lightning.tasks.model_options import (
 )
 from lora_lightning.tasks.network import build_network
 from lora_lightning.tasks.sharding import data_parallel_mesh
+from lora_lightning.tasks.weight_decay import decay_groups
 from lora_lightning.training.module_state import callbacks_of
 from lora_lightning.training.optimizers import may_be_fused
 from lora_lightning.training.progress import TrainingProgress
