@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningModule
@@ -16,6 +16,9 @@ from lora_lightning.tasks.generation_options import check_generation_options
 from lora_lightning.utilities.dtensor import is_sharded
 from lora_lightning.utilities.rng import random_state, seed_all, set_random_state
 from lora_lightning.utilities.wrappers import plain_name
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # Generation options that return more than one text, or something else, or are options of their own.
 _REFUSED = ("return_dict_in_generate", "num_return_sequences", "max_new_tokens", "max_length")
@@ -35,7 +38,11 @@ class TextGenerator:
     """
 
     def __init__(
-        self, network: Any, tokenizer: Any, max_new_tokens: int, options: Mapping[str, Any]
+        self,
+        network: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        max_new_tokens: int,
+        options: Mapping[str, Any],
     ) -> None:
         check_generation_options(options, _REFUSED, "generation")
         self.network = network
@@ -79,7 +86,7 @@ class TextGenerator:
                     **self.options,
                 )[0]
                 new = output if self.is_encoder_decoder else output[len(ids) :]
-                texts.append(self.tokenizer.decode(new, skip_special_tokens=True))
+                texts.append(str(self.tokenizer.decode(new, skip_special_tokens=True)))
         return texts
 
     @contextmanager

@@ -7,12 +7,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.loggers import Logger
+
 from lora_lightning.utilities.is_a import is_a
 
 Row = dict[str, str]  # column -> text; all rows have the same columns
 
 
-def log_texts(logger: Any, name: str, rows: Sequence[Row], step: int) -> None:
+def log_texts(logger: Logger, name: str, rows: Sequence[Row], step: int) -> None:
     """Give rows of texts to a logger of Lightning; on the process that logs.
 
     TensorBoard, W&B, MLflow and Comet show them; any other logger that has a folder gets lines in

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -97,7 +97,7 @@ class TextSamples(Callback):
         self._base: list[str] | None = None
         self._last_step = -1
 
-    def on_fit_start(self, trainer: Any, pl_module: LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find model, tokenizer and prompts before any work."""
         strategy = trainer.strategy
         if is_a(strategy, "FSDPStrategy") or getattr(strategy, "zero_stage_3", False):
@@ -126,23 +126,23 @@ class TextSamples(Callback):
                 "(prompts, max_new_tokens)"
             )
 
-    def on_validation_end(self, trainer: Any, pl_module: LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write, unless it goes by steps."""
         if self.every_n_steps is None and not trainer.sanity_checking:
             self._write(trainer, pl_module)
 
     def on_train_batch_end(
-        self, trainer: Any, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Write after every `every_n_steps` steps."""
         if self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0:
             self._write(trainer, pl_module)
 
-    def on_train_end(self, trainer: Any, pl_module: LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write a last time."""
         self._write(trainer, pl_module)
 
-    def _write(self, trainer: Any, pl_module: LightningModule) -> None:
+    def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
         step, generator = trainer.global_step, self._generator
         if trainer.state.fn != "fit" or generator is None or step in (0, self._last_step):
             return
@@ -165,11 +165,11 @@ class TextSamples(Callback):
             for logger in trainer.loggers:
                 log_texts(logger, "samples", rows, step)
 
-    def _find_tokenizer(self, trainer: Any, pl_module: LightningModule) -> Any:
+    def _find_tokenizer(self, trainer: Trainer, pl_module: LightningModule) -> Any:
         if self.tokenizer is not None and not isinstance(self.tokenizer, str):
             return self.tokenizer
         if self.tokenizer is None:
-            for owner in (trainer.datamodule, pl_module):
+            for owner in (getattr(trainer, "datamodule", None), pl_module):
                 theirs = getattr(owner, "tokenizer", None)
                 if hasattr(theirs, "decode"):
                     return theirs
@@ -184,10 +184,10 @@ class TextSamples(Callback):
             options = pl_module.options.hub()
         return load_pretrained("AutoTokenizer", name, "tokenizer", **options)
 
-    def _find_prompts(self, trainer: Any) -> list[Prompt]:
+    def _find_prompts(self, trainer: Trainer) -> list[Prompt]:
         if self.prompts is not None:
             return list(self.prompts)
-        ask = getattr(trainer.datamodule, "sample_prompts", None)
+        ask = getattr(getattr(trainer, "datamodule", None), "sample_prompts", None)
         # The same for all processes, however the data are spread.
         prompts = trainer.strategy.broadcast(list(ask(self.num_prompts)) if ask else [])
         if not prompts:
@@ -196,10 +196,11 @@ class TextSamples(Callback):
             )
         return prompts
 
-    def _encode(self, trainer: Any, samples: Sequence[Sample]) -> list[list[int]]:
+    def _encode(self, trainer: Trainer, samples: Sequence[Sample]) -> list[list[int]]:
         """Encode prompts as the data module encodes its own."""
         assert self._generator is not None
-        encoder = getattr(getattr(trainer.datamodule, "encoding", None), "encoder", None)
+        data = getattr(trainer, "datamodule", None)
+        encoder = getattr(getattr(data, "encoding", None), "encoder", None)
         if self._generator.is_encoder_decoder:
             samples = [PromptCompletion(_text(sample), "", sample.where) for sample in samples]
         if self.tokenizer is not None or encoder is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
@@ -12,7 +13,7 @@ from lora_lightning.errors import ConfigError, first_few, nearest_hint
 from lora_lightning.utilities.pretrained import load_pretrained
 
 
-def agreed_label_names(ours: list[str] | None, trainer: Any) -> list[str]:
+def agreed_label_names(ours: list[str] | None, trainer: Trainer | None) -> list[str]:
     """The names of a task and those of its Trainer's data module, which are to be the same.
 
     Raises:

@@ -6,6 +6,8 @@ import importlib.util
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from lightning.pytorch import Trainer
+
 from lora_lightning.errors import ConfigError, nearest_hint
 from lora_lightning.training.strategies.model_parallel import is_fsdp, is_model_parallel
 
@@ -53,7 +55,7 @@ class ModelOptions:
         revision = {} if self.revision is None else {"revision": self.revision}
         return {**revision, "trust_remote_code": self.trust_remote_code}
 
-    def check_run(self, trainer: Any, adapters: bool) -> None:
+    def check_run(self, trainer: Trainer, adapters: bool) -> None:
         """Refuse a Trainer that these options cannot be had with.
 
         Args:

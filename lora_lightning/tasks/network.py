@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
 
 from lora_lightning.errors import ConfigError, ModelError
 from lora_lightning.layers.quantized.bitsandbytes import settle_rounding_table
@@ -23,7 +24,7 @@ def build_network(
     auto_class: str,
     name: str,
     options: ModelOptions,
-    trainer: Any = None,
+    trainer: Trainer | None = None,
     mesh: Any = None,
     **network_options: Any,
 ) -> tuple[Any, set[str]]:
@@ -72,6 +73,7 @@ def build_network(
         parts = _below_head(network) if mesh is None else repeated_layers(network)
         _compile(parts, {} if options.compile is True else options.compile)
     if mesh is not None:
+        assert trainer is not None, "a strategy gives the mesh"
         new = shard(load, network, mesh, trainer.strategy.root_device)
     return network, new
 
@@ -155,7 +157,7 @@ def _dtype(options: ModelOptions) -> Any:
 
 
 def _quantized(
-    auto_class: str, name: str, options: ModelOptions, trainer: Any, how: dict[str, Any]
+    auto_class: str, name: str, options: ModelOptions, trainer: Trainer | None, how: dict[str, Any]
 ) -> dict[str, Any]:
     """Options with which `from_pretrained` quantizes the Linears of the base."""
     from transformers import BitsAndBytesConfig

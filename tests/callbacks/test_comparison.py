@@ -259,16 +259,16 @@ def test_verdicts(compared: Comparison, helped: bool | None, verdict: str) -> No
     assert compared.verdict == verdict
 
 
-def test_noise_is_that_of_paired_differences() -> None:
+def test_standard_error_is_that_of_paired_differences() -> None:
     generator = torch.Generator().manual_seed(0)
     base = torch.rand(50, generator=generator, dtype=torch.float64) * 100
     change = torch.randn(50, generator=generator, dtype=torch.float64)
     pairs = [[(float(v), 8.0) for v in values] for values in (base, base + change)]
-    assert comparison._noise(*pairs) == pytest.approx(float(change.std() / 50**0.5))
-    assert comparison._noise([(0.0, 0.0)] * 4, [(0.0, 0.0)] * 4) is None  # nothing counts
+    assert comparison._standard_error(*pairs) == pytest.approx(float(change.std() / 50**0.5))
+    assert comparison._standard_error([(0.0, 0.0)] * 4, [(0.0, 0.0)] * 4) is None  # nothing counts
 
 
-def test_noise_of_a_run(tmp_path: Path) -> None:
+def test_standard_error_of_a_run(tmp_path: Path) -> None:
     """From what validation logs, against the losses of single batches."""
     module = Metered()
     compared = compare_with_base(fitted(tmp_path, module))

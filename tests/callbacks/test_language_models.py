@@ -86,8 +86,8 @@ def test_a_causal_lm(tmp_path: Path, capsys: Any) -> None:
         assert found["val_perplexity"] == pytest.approx(float(loss.exp()), rel=1e-5)
     difference = (tuned - base) / tokens
     spread = difference - (tuned - base).sum() / tokens.sum()
-    noise = ((tokens * spread) ** 2).sum().mul(5 / 4).sqrt() / tokens.sum()
-    assert compared.standard_error == pytest.approx(float(noise), rel=1e-4)
+    error = ((tokens * spread) ** 2).sum().mul(5 / 4).sqrt() / tokens.sum()
+    assert compared.standard_error == pytest.approx(float(error), rel=1e-4)
     assert compared.verdict.startswith("the adapter lowers val_loss by ")
     assert " +- " in compared.verdict
 

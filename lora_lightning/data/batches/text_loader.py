@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+from lightning.pytorch import Trainer
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lora_lightning.errors import RecordError
@@ -22,7 +23,9 @@ class TextLoader(StatefulDataLoader[Any]):
     long, and a process without a batch would leave the others waiting for its gradients for ever.
     """
 
-    trainer: Any = None  # its current epoch is that of the order; without one, passes are counted
+    trainer: Trainer | None = (
+        None  # its current epoch is that of the order; without one, passes are counted
+    )
     streams: bool = False
     _passes = 0
     _before: dict[str, Any] | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lora_lightning.data.encoding.chat_labels import ChatTurns, Marked
 from lora_lightning.data.encoding.chat_template import ChatTemplate
@@ -13,6 +13,9 @@ from lora_lightning.data.encoding.token_boundaries import Ids, PieceTokenizer
 from lora_lightning.data.samples.sample import Chat, Document, Example, Sample
 from lora_lightning.errors import ConfigError
 from lora_lightning.utilities.constants import IGNORE_INDEX
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class _Piece(NamedTuple):
@@ -42,7 +45,7 @@ class Encoder(SampleEncoder):
 
     def __init__(
         self,
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         max_length: int,
         *,
         train_on_prompt: bool = False,
@@ -126,7 +129,7 @@ def _prompt(sample: Sample, chats: ChatTurns) -> str:
     return sample.text if isinstance(sample, Document) else sample.prompt
 
 
-def end_of_sequence(tokenizer: Any) -> int:
+def end_of_sequence(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id of the token that ends a text."""
     if tokenizer.eos_token_id is None:
         raise ConfigError(
@@ -136,7 +139,7 @@ def end_of_sequence(tokenizer: Any) -> int:
     return tokenizer.eos_token_id
 
 
-def ids_around(tokenizer: Any) -> tuple[Ids, Ids]:
+def ids_around(tokenizer: PreTrainedTokenizerBase) -> tuple[Ids, Ids]:
     """The ids that the tokenizer puts before and after a text."""
     text = "a"
     bare = tokenizer(text, add_special_tokens=False)["input_ids"]

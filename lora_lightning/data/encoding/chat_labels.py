@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 from lora_lightning.data.encoding.chat_template import ChatTemplate, Message, Span
 from lora_lightning.data.samples.sample import Chat
 from lora_lightning.errors import RecordError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # A text, and the spans of it that are learned.
 Marked = tuple[str, list[Span]]
@@ -31,7 +34,7 @@ class ChatTurns:
         template: Writes the text.
     """
 
-    def __init__(self, tokenizer: Any, template: ChatTemplate) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> None:
         self._template = template
         added = tokenizer.added_tokens_decoder.values()
         self._added = tuple(token.content for token in added)

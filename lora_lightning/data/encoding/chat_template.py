@@ -6,11 +6,14 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_lightning.data.samples.sample import Chat
 from lora_lightning.data.sources.row import check_characters
 from lora_lightning.errors import ConfigError, RecordError, nearest_hint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Message = dict[str, Any]
 Span = tuple[int, int]
@@ -30,7 +33,10 @@ class ChatTemplate:
     """
 
     def __init__(
-        self, tokenizer: Any, template: str | None = None, options: Mapping[str, Any] | None = None
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template: str | None = None,
+        options: Mapping[str, Any] | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self._template = template and _read(template, tokenizer)
@@ -50,13 +56,15 @@ class ChatTemplate:
         """
         self._source(chat)
         with _template_errors(chat.where):
-            text = self._tokenizer.apply_chat_template(
-                messages,
-                tools=list(chat.tools) or None,
-                chat_template=self._template,
-                add_generation_prompt=ask,
-                tokenize=False,
-                **self._options,
+            text = str(
+                self._tokenizer.apply_chat_template(
+                    messages,
+                    tools=list(chat.tools) or None,
+                    chat_template=self._template,
+                    add_generation_prompt=ask,
+                    tokenize=False,
+                    **self._options,
+                )
             )
         check_characters(text, f"{chat.where}, as the chat template writes it")
         return text
@@ -113,7 +121,7 @@ def _template_errors(where: str) -> Iterator[None]:
         ) from error
 
 
-def _read(template: str, tokenizer: Any) -> str:
+def _read(template: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """Jinja, or the name of one of the tokenizer's templates."""
     own = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
     if "{" in template or template in own:

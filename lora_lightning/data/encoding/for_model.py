@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_lightning.data.encoding.causal_lm import Encoder
 from lora_lightning.data.encoding.report import EncodingReport
@@ -15,6 +15,9 @@ from lora_lightning.data.samples.text_source import TextSource
 from lora_lightning.data.sources.row import Row
 from lora_lightning.data.validation_split import is_held_out, sample_content
 from lora_lightning.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # Where nothing else limits it: what fits most files and most memories.
 MAX_LENGTH = 1024
@@ -30,7 +33,7 @@ class Encoding:
         options: Arguments of `Encoder` or `Seq2SeqEncoder`.
     """
 
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     encoder_decoder: bool
     options: dict[str, Any]
     _encoder: SampleEncoder | None = field(default=None, repr=False)
@@ -74,7 +77,9 @@ def held_out(sample: Sample, fraction: float) -> bool:
     return fraction > 0 and is_held_out(sample_content(sample), fraction)
 
 
-def encoding_for(tokenizer: Any, config: Any, options: dict[str, Any]) -> Encoding:
+def encoding_for(
+    tokenizer: PreTrainedTokenizerBase, config: Any, options: dict[str, Any]
+) -> Encoding:
     """Choose the encoder for a model.
 
     Args:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING
 
 from lora_lightning.data.encoding.report import EncodingReport
 from lora_lightning.data.samples.sample import Document, Example, Sample
 from lora_lightning.errors import ConfigError, RecordError, nearest_hint
 from lora_lightning.utilities.constants import IGNORE_INDEX
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # Samples that are tokenised in one call: a fast tokenizer works on a list in parallel.
 BLOCK = 1000
@@ -31,7 +34,7 @@ class SampleEncoder:
 
     def __init__(
         self,
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         max_length: int,
         *,
         too_long: str = "truncate",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_lightning.data.encoding.causal_lm import end_of_sequence, ids_around
 from lora_lightning.data.encoding.report import EncodingReport
@@ -11,6 +11,9 @@ from lora_lightning.data.encoding.sample_encoder import SampleEncoder, check_len
 from lora_lightning.data.encoding.token_boundaries import Ids
 from lora_lightning.data.samples.sample import Example, PromptCompletion, Sample
 from lora_lightning.errors import RecordError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class Seq2SeqEncoder(SampleEncoder):
@@ -29,7 +32,7 @@ class Seq2SeqEncoder(SampleEncoder):
 
     def __init__(
         self,
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         max_length: int,
         *,
         max_target_length: int | None = None,

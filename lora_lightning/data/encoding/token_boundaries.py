@@ -14,7 +14,10 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Ids = list[int]
 
@@ -38,7 +41,7 @@ class PieceTokenizer:
         tokenizer: Any Hugging Face tokenizer; offsets are not needed.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         self._added = _AddedTokens(tokenizer)
         # Llama 2's manner: every text is given a blank at its start.
@@ -105,7 +108,7 @@ class PieceTokenizer:
 class _AddedTokens:
     """Finder of added tokens (`<|im_end|>`), which tokenizers cut out of a text before all else."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokens = {
             token.content
             for token in tokenizer.added_tokens_decoder.values()
