@@ -15,9 +15,7 @@ from typing import Any
 
 import lightning as L
 import pytest
-import torch
 import yaml
-from torch import nn
 
 import lora_lightning
 from lora_lightning import (
@@ -44,15 +42,6 @@ TASKS, DATA = "lora_lightning/tasks/README.md", "lora_lightning/data/README.md"
 LLAMA, BERT = "Qwen/Qwen2.5-0.5B-Instruct", "google-bert/bert-base-uncased"
 
 
-class MyModel(Net):
-    """The reader's own, in which rank 8 fits every layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.head = nn.Linear(16, 8)
-
-
 @pytest.fixture(autouse=True)
 def readers_folder(tmp_path: Path, monkeypatch: Any) -> None:
     """The reader's files, in the folder where everything runs."""
@@ -62,7 +51,7 @@ def readers_folder(tmp_path: Path, monkeypatch: Any) -> None:
     (tmp_path / "my.csv").write_text("\n".join(["text,label", *lines]))
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     mine = types.ModuleType("my_module")
-    mine.MyModel, mine.MyData = MyModel, Data  # type: ignore[attr-defined]
+    mine.MyModel, mine.MyData = Net, Data  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "my_module", mine)
     monkeypatch.chdir(tmp_path)
 
