@@ -5,7 +5,7 @@ They find callbacks by this class and so need not import `LoraCallback`, which i
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
@@ -41,6 +41,19 @@ class AdapterCallback(Callback):
     autocast_adapter_dtype: bool
     _requested_config: AdapterConfig
     _selection: Selection
+
+    if not TYPE_CHECKING:  # which sees the options in `__init__`
+
+        def __new__(cls, *values: Any, **options: Any) -> AdapterCallback:
+            """Refuse values in the order of another function in more words than `__init__`."""
+            if len(values) > 1:
+                shown = ", ".join(type(value).__name__ for value in values)
+                raise ConfigError(
+                    f"{cls.__name__} was given {len(values)} values without a name ({shown}); only "
+                    "a config may have none. trainer.fit is given the model; ranks and alphas go "
+                    "by name: LoraCallback(r=8, lora_alpha=16). (lora.config)"
+                )
+            return super().__new__(cls)
 
     def _root(self, pl_module: LightningModule) -> nn.Module:
         """The submodule that is adapted.
