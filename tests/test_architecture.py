@@ -10,14 +10,10 @@ from pathlib import Path
 import pytest
 
 import lora_lightning
+from tests.helpers.paths import PACKAGES
 
 PACKAGE = Path(lora_lightning.__file__).parent
-
-# The packages from the bottom up: each imports itself and those before it, never one behind it.
-PACKAGES = [
-    "errors", "utilities", "adapters", "layers", "engine", "checkpoint", "training", "callback",
-    "tasks", "data", "callbacks", "cli",
-]  # fmt: skip
+TESTS = Path(__file__).parent
 
 # The same within data/: what a folder holds knows nothing of those behind it.
 DATA = ["sources", "samples", "encoding", "batches"]
@@ -174,3 +170,31 @@ def test_every_public_name_is_there() -> None:
 def test_every_public_name_is_documented() -> None:
     for name in lora_lightning.__all__:
         assert getattr(lora_lightning, name).__doc__, name
+
+
+OF_THE_PROJECT = {"architecture", "markdown", "readme"}  # tests of no package
+OTHER_FOLDERS = {"helpers", "integration"}
+
+
+def misplaced(file: str) -> bool:
+    """True if a test file's folder, or at the root its name, is not one of the package's."""
+    *folders, name = file.split("/")
+    if folders:
+        return len(folders) > 1 or folders[0] not in {*PACKAGES, *OTHER_FOLDERS}
+    return name.removeprefix("test_").removesuffix(".py") not in {*PACKAGES, *OF_THE_PROJECT}
+
+
+def test_tests_mirror_the_package() -> None:
+    files = [str(path.relative_to(TESTS)) for path in TESTS.rglob("test_*.py")]
+    assert len(files) > 80
+    assert [file for file in files if misplaced(file)] == []
+    assert all(misplaced(file) for file in ("test_fsdp.py", "models/test_fsdp.py"))
+
+
+def test_tests_share_by_helpers_only() -> None:
+    def imported(code: str) -> list[str]:
+        nodes = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.ImportFrom)]
+        return [node.module or "" for node in nodes if "test_" in (node.module or "")]
+
+    assert imported("from tests.layers.test_experts import net") == ["tests.layers.test_experts"]
+    assert {str(path) for path in TESTS.rglob("*.py") if imported(path.read_text())} == set()

@@ -19,8 +19,7 @@ from tests.helpers.adapter_types import TABLE as PARITY
 from tests.helpers.adapter_types import TYPES
 from tests.helpers.lightning_modules import Data, Net, make_trainer
 from tests.helpers.markdown import PAGES, anchors, blocks, linked, rows
-from tests.helpers.paths import ROOT
-from tests.test_architecture import PACKAGES
+from tests.helpers.paths import PACKAGES, ROOT
 
 ADAPTERS = "lora_lightning/adapters/README.md"
 CHECKPOINT = "lora_lightning/checkpoint/README.md"

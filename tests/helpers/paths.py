@@ -1,4 +1,4 @@
-"""Where the repository lies, and what a process needs that is to find it."""
+"""Where the repository lies, its packages in order, and what a process needs to find it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,12 @@ import os
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+
+# The packages from the bottom up: each imports itself and those before it, never one behind it.
+PACKAGES = [
+    "errors", "utilities", "adapters", "layers", "engine", "checkpoint", "training", "callback",
+    "tasks", "data", "callbacks", "cli",
+]  # fmt: skip
 
 
 def child_environment(**variables: str) -> dict[str, str]:
