@@ -107,6 +107,7 @@ def fail_on_rank_one() -> None:
     torch.distributed.init_process_group("gloo")  # waits for the other
 
 
+@pytest.mark.slow
 def test_a_failing_rank_ends_the_test() -> None:
     with pytest.raises(AssertionError, match="rank one is gone"):
         on_processes(2, fail_on_rank_one)

@@ -382,6 +382,7 @@ def partitioned() -> dict[str, Any]:
     return {**found, "part": inner.state[part]["momentum_buffer"]}
 
 
+@pytest.mark.slow
 def test_moments_are_put_together_and_split() -> None:
     for rank, found in enumerate(on_processes(2, partitioned)):
         assert found["weight"].tolist() == [[0, 1, 2], [3, 4, 5]]
