@@ -54,13 +54,6 @@ def without_masked(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return left
 
 
-@pytest.fixture(autouse=True)
-def _no_global_seed(monkeypatch: Any) -> None:
-    """`seed_everything` leaves a variable behind that DDP's processes seed themselves with."""
-    monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # so that it is put back afterwards
-    monkeypatch.delenv("PL_GLOBAL_SEED")
-
-
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 

@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import T5Config, T5ForConditionalGeneration
 
 from lora_lightning import (
     LoraConfig,
@@ -25,32 +25,20 @@ from lora_lightning import (
     unmerge_adapter,
 )
 from lora_lightning.engine.injection import adapters_named
+from tests.helpers.adapted_models import tied_llama, tied_llama_ids
 from tests.helpers.tensors import bit_equal, randomize
 
 TOKENS = [7, 3, 11]
 
 
-def llama(tied: bool = True) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=16, hidden_size=8, intermediate_size=12, num_hidden_layers=1,
-        num_attention_heads=2, tie_word_embeddings=tied,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).double().eval()
-
-
-def ids() -> torch.Tensor:
-    return torch.arange(32).view(2, 16) % 16
-
-
 def loss_of(model: nn.Module) -> torch.Tensor:
-    return model(input_ids=ids(), labels=ids()).loss
+    return model(input_ids=tied_llama_ids(), labels=tied_llama_ids()).loss
 
 
 @pytest.mark.parametrize("wanted", [TOKENS, {"embed_tokens": TOKENS}], ids=["list", "dict"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_same_as_peft(tied: bool, wanted: object, tmp_path: Path) -> None:
-    base = llama(tied)
+    base = tied_llama(tied)
     options = {"target_modules": ["q_proj"], "r": 2, "trainable_token_indices": wanted}
     theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**options))
     randomize([p for p in theirs.parameters() if p.requires_grad], 0.3)
@@ -85,7 +73,7 @@ def test_same_as_peft(tied: bool, wanted: object, tmp_path: Path) -> None:
 
 
 def test_starts_as_a_no_op_and_trains_only_its_rows() -> None:
-    base = llama()
+    base = tied_llama()
     model = copy.deepcopy(base)
     config = LoraConfig(target_modules=[], trainable_token_indices=TOKENS)
     inject_adapter(model, config)
@@ -147,7 +135,7 @@ def test_tables_that_share_a_weight_share_the_rows(wanted: dict) -> None:
 def test_t5_has_one_table_under_three_names() -> None:
     sizes = {"vocab_size": 16, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
     model = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)).eval()
-    call = {"input_ids": ids(), "labels": ids()}
+    call = {"input_ids": tied_llama_ids(), "labels": tied_llama_ids()}
     expected = model(**call).loss
     inject_adapter(model, LoraConfig(target_modules=[], trainable_token_indices=TOKENS))
     torch.testing.assert_close(model(**call).loss, expected)
@@ -161,7 +149,7 @@ def test_other_tokens_for_the_same_weight_are_refused() -> None:
 
 
 def test_deepcopy_keeps_head_and_table_together() -> None:
-    model = llama()
+    model = tied_llama()
     inject_adapter(model, LoraConfig(target_modules=[], trainable_token_indices=TOKENS))
     other = copy.deepcopy(model)
     randomize([p for p in other.parameters() if p.requires_grad])
@@ -187,7 +175,7 @@ def test_deepcopy_keeps_head_and_table_together() -> None:
     ],
 )
 def test_refused(options: dict, words: str) -> None:
-    model = llama()
+    model = tied_llama()
     keys = model.state_dict().keys()
     with pytest.raises(LoraError, match=words):
         inject_adapter(model, LoraConfig(**options))

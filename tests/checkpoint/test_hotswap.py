@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 import lora_lightning
 from lora_lightning import (
@@ -29,17 +29,6 @@ from tests.helpers.adapted_models import CLOSE, LAYER_KINDS, LayerAndHead, add_a
 from tests.helpers.tensors import bit_equal
 from tests.helpers.torch_models import Transformer, token_ids
 from tests.helpers.unchanged import unchanged_check
-
-
-class CountingBackend:
-    """Compiles nothing; counts how often it is asked to."""
-
-    def __init__(self) -> None:
-        self.graphs = 0
-
-    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable:
-        self.graphs += 1
-        return graph.forward
 
 
 def folder(path: Path, base: nn.Module, seed: int, **options: Any) -> Path:
@@ -69,7 +58,7 @@ def test_swaps_under_torch_compile(tmp_path: Path) -> None:
     slot = {"target_modules": ["q", "k"], "r": 4, "lora_alpha": 7}
     model = add_adapter(copy.deepcopy(base), "slot", **slot)
     ids = token_ids()
-    backend = CountingBackend()
+    backend = CompileCounter()
     compiled = torch.compile(model, backend=backend, fullgraph=True)
     first = compiled(ids)
     tensors = {name: id(p) for name, p in model.named_parameters()}
@@ -86,7 +75,7 @@ def test_swaps_under_torch_compile(tmp_path: Path) -> None:
         again = copy.deepcopy(base)
         load_adapter(again, tmp_path / "again")
         torch.testing.assert_close(again(ids), expected(ids), **CLOSE)
-    assert backend.graphs == 1
+    assert backend.frame_count == 1
     assert {name: id(p) for name, p in model.named_parameters()} == tensors
     torch._dynamo.reset()
 

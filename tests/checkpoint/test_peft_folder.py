@@ -24,7 +24,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from lora_lightning import (
     LohaConfig,
@@ -41,6 +41,7 @@ from lora_lightning import (
     set_adapter,
 )
 from lora_lightning.errors import AdapterMismatchError, AdapterStateError, CheckpointError
+from tests.helpers.adapted_models import tied_llama, tied_llama_ids
 from tests.helpers.lightning_modules import Net
 from tests.helpers.tensors import bit_equal, randomize
 from tests.helpers.torch_models import OneLayerNet, Transformer, token_ids
@@ -318,19 +319,6 @@ def test_a_mix_stays_in_its_folder(names: list[str], tmp_path: Path) -> None:
 # -- tied weights and tables -------------------------------------------------------------------
 
 
-def llama(tied: bool = True) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=16, hidden_size=8, intermediate_size=12, num_hidden_layers=1,
-        num_attention_heads=2, tie_word_embeddings=tied,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).double().eval()
-
-
-def ids() -> Tensor:
-    return torch.arange(32).view(2, 16) % 16
-
-
 TABLES: dict[str, dict[str, Any]] = {
     "table": {"target_modules": ["embed_tokens", "q_proj"]},
     "table and head": {"target_modules": ["embed_tokens", "lm_head"]},
@@ -346,14 +334,16 @@ TABLES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", TABLES)
 def test_tables_and_heads(name: str, tied: bool, ensure: bool, tmp_path: Path) -> None:
     """Peft saves the base's own tables along with them, and with tied weights some things twice."""
-    both_ways(llama(tied), ids(), tmp_path, ensure_weight_tying=ensure, **TABLES[name])
+    both_ways(
+        tied_llama(tied), tied_llama_ids(), tmp_path, ensure_weight_tying=ensure, **TABLES[name]
+    )
 
 
 def test_a_table_that_was_saved_along_must_be_this_ones(tmp_path: Path) -> None:
-    source = theirs(llama(), target_modules=["embed_tokens"])
+    source = theirs(tied_llama(), target_modules=["embed_tokens"])
     save_theirs(source, tmp_path)
     assert "base_model.model.model.embed_tokens.base_layer.weight" in keys_of(tmp_path)
-    other = llama()
+    other = tied_llama()
     with torch.no_grad():
         other.model.embed_tokens.weight[3] += 1e-3
     with pytest.raises(AdapterMismatchError, match=r"comes with 'model.embed_tokens.weight' \[16"):
@@ -366,7 +356,7 @@ def test_a_table_that_was_saved_along_must_be_this_ones(tmp_path: Path) -> None:
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_rows_alone(tied: bool, tmp_path: Path) -> None:
     """LoRA without targets is TRAINABLE_TOKENS in peft."""
-    base = llama(tied)
+    base = tied_llama(tied)
     source = peft.get_peft_model(
         copy.deepcopy(base), peft.TrainableTokensConfig(token_indices=[5, 2])
     )
@@ -374,16 +364,16 @@ def test_rows_alone(tied: bool, tmp_path: Path) -> None:
     save_theirs(source, tmp_path / "theirs")
     model = copy.deepcopy(base)
     load_adapter(model, tmp_path / "theirs")
-    expected = source(ids()).logits
-    assert (expected - base(ids()).logits).abs().max() > 1e-3
-    torch.testing.assert_close(model(ids()).logits, expected, **CLOSE)
+    expected = source(tied_llama_ids()).logits
+    assert (expected - base(tied_llama_ids()).logits).abs().max() > 1e-3
+    torch.testing.assert_close(model(tied_llama_ids()).logits, expected, **CLOSE)
     save_adapter(model, tmp_path / "ours")
     assert config_of(tmp_path / "ours")["peft_type"] == "TRAINABLE_TOKENS"
     back = load_theirs(base, tmp_path / "ours")
-    torch.testing.assert_close(back(ids()).logits, expected, **CLOSE)
+    torch.testing.assert_close(back(tied_llama_ids()).logits, expected, **CLOSE)
     again = copy.deepcopy(base)
     load_adapter(again, tmp_path / "ours")
-    assert bit_equal(again(ids()).logits, model(ids()).logits)
+    assert bit_equal(again(tied_llama_ids()).logits, model(tied_llama_ids()).logits)
 
 
 def test_rows_alone_of_several_tables(tmp_path: Path) -> None:
@@ -580,7 +570,7 @@ def test_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setattr(socket, "socket", blocked)
     monkeypatch.setattr(socket, "getaddrinfo", blocked)
-    base = llama()
+    base = tied_llama()
     base.config.name_or_path = "meta-llama/Llama-3.2-1B"
     model = ours(base, target_modules=["embed_tokens", "lm_head"])
     save_adapter(model, tmp_path)
@@ -594,17 +584,17 @@ def test_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_transformers_reads_our_folder(tmp_path: Path) -> None:
-    base = llama().float()
+    base = tied_llama().float()
     base.save_pretrained(tmp_path / "base")
     named = LlamaForCausalLM.from_pretrained(tmp_path / "base")
     model = ours(named, target_modules=["q_proj", "down_proj"], use_rslora=True, lora_alpha=3)
     save_adapter(model, tmp_path / "adapter")
     assert config_of(tmp_path / "adapter")["base_model_name_or_path"] == str(tmp_path / "base")
-    expected = model(ids()).logits
+    expected = model(tied_llama_ids()).logits
     named.load_adapter(str(tmp_path / "adapter"))
-    torch.testing.assert_close(named(ids()).logits, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(named(tied_llama_ids()).logits, expected, rtol=1e-5, atol=1e-5)
     auto = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
-    torch.testing.assert_close(auto(ids()).logits, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(auto(tied_llama_ids()).logits, expected, rtol=1e-5, atol=1e-5)
 
 
 def strict_delta(folder: Path, module: str) -> Tensor:
@@ -650,7 +640,7 @@ def strict_delta(folder: Path, module: str) -> Tensor:
 @pytest.mark.parametrize("start", [True, "pissa", "olora", "orthogonal"], ids=str)
 @pytest.mark.parametrize("rslora", [False, True], ids=["", "rslora"])
 def test_strict_readers_get_the_right_update(start: Any, rslora: bool, tmp_path: Path) -> None:
-    base = llama(tied=False)
+    base = tied_llama(tied=False)
     base.config.name_or_path = "a/base"
     targets = ["q_proj", "down_proj"] + (["embed_tokens"] if start is True else [])
     model = ours(
@@ -673,7 +663,7 @@ def test_strict_readers_get_the_right_update(start: Any, rslora: bool, tmp_path:
     ids=str,
 )
 def test_the_strict_reader_can_fail(options: dict[str, Any], tmp_path: Path) -> None:
-    base = llama(tied=False)
+    base = tied_llama(tied=False)
     base.config.name_or_path = "a/base"
     base.model.layers[0].self_attn.q_proj.bias = nn.Parameter(torch.zeros(8).double())
     save_adapter(ours(base, target_modules=["q_proj"], **options), tmp_path)

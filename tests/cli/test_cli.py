@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 import torch
 import yaml
 
-import lora_lightning.cli.main
+from tests.helpers.command import run_command
 from tests.helpers.paths import ROOT
 from tests.helpers.resumable_run import differences
 
@@ -47,23 +48,7 @@ def write(path: Path, config: dict[str, Any]) -> None:
 
 @pytest.fixture
 def cli(folder: Path, monkeypatch: Any, capfd: Any) -> Any:
-    """Run the command in this process (importing torch takes seconds); returns what it prints."""
-
-    def run(*arguments: str, fails: int = 0) -> str:
-        monkeypatch.chdir(folder)
-        monkeypatch.setenv("COLUMNS", "200")
-        monkeypatch.setattr(sys, "argv", ["lora-lightning", *arguments])
-        code = 0
-        try:
-            lora_lightning.cli.main.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capfd.readouterr()
-        output = captured.out + captured.err
-        assert code == fails, output
-        return output
-
-    return run
+    return partial(run_command, folder, monkeypatch, capfd)
 
 
 def process(folder: Path, *arguments: str) -> str:

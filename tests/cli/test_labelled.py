@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-import lora_lightning.cli.main
+from tests.helpers.command import run_command
 from tests.helpers.tiny_bert import save_tiny_bert
 from tests.helpers.tiny_vision import save_images, save_tiny_vision
 
@@ -54,19 +53,9 @@ def cli(folder: Path, monkeypatch: Any, capfd: Any) -> Any:
 
     def run(config: dict[str, Any], *arguments: str, fails: int = 0) -> str:
         (folder / "my.yaml").write_text(yaml.safe_dump({**RUN, **config}))
-        monkeypatch.chdir(folder)
-        monkeypatch.setenv("COLUMNS", "200")
         command, *rest = arguments
-        monkeypatch.setattr(sys, "argv", ["lora-lightning", command, "--config", "my.yaml", *rest])
-        code = 0
-        try:
-            lora_lightning.cli.main.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capfd.readouterr()
-        output = captured.out + captured.err
-        assert code == fails, output
-        return output
+        words = [command, "--config", "my.yaml", *rest]
+        return run_command(folder, monkeypatch, capfd, *words, fails=fails)
 
     return run
 

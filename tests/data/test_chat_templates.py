@@ -7,6 +7,7 @@ from lora_lightning.data.encoding.report import EncodingReport
 from lora_lightning.data.samples.sample import Chat
 from lora_lightning.errors import ConfigError, RecordError
 from lora_lightning.utilities.constants import IGNORE_INDEX
+from tests.helpers.messages import message_of
 from tests.helpers.tiny_lm import CHATML, tiny_tokenizer
 
 WHERE = "my.jsonl, line 3"
@@ -45,9 +46,7 @@ def encoded(template, messages, report=None, tools=(), **options):
 
 
 def refusal(template, messages, error=RecordError, **options):
-    with pytest.raises(error) as raised:
-        encoded(template, messages, **options)
-    return str(raised.value)
+    return message_of(error, encoded, template, messages, **options)
 
 
 def marked(block):

@@ -10,6 +10,7 @@ from lora_lightning.data.encoding.seq2seq_lm import Seq2SeqEncoder
 from lora_lightning.data.samples.sample import Chat, Document, PromptCompletion
 from lora_lightning.errors import ConfigError, RecordError
 from lora_lightning.utilities.constants import IGNORE_INDEX
+from tests.helpers.messages import message_of
 from tests.helpers.tiny_lm import tiny_tokenizer
 
 SHORT = PromptCompletion("Question:", " It is five.", "my.jsonl, line 1")  # 2 + 4 + 1 tokens
@@ -22,9 +23,7 @@ def encoder(max_length=7, **options):
 
 
 def message(call, error=RecordError):
-    with pytest.raises(error) as raised:
-        call()
-    return str(raised.value)
+    return message_of(error, call)
 
 
 def test_the_beginning_is_kept_and_cuts_are_counted():

@@ -11,6 +11,7 @@ from lora_lightning.data.samples.formats import read_samples
 from lora_lightning.data.samples.sample import Chat, Document, PromptCompletion
 from lora_lightning.data.sources.row import Row
 from lora_lightning.errors import ConfigError, RecordError
+from tests.helpers.messages import message_of
 
 PLACE = "my.jsonl, line 3"
 ASKED = {"role": "user", "content": "2+2?"}
@@ -29,9 +30,7 @@ def sample(values, **options):
 
 
 def message(values, error_type=RecordError, **options):
-    with pytest.raises(error_type) as error:
-        sample(values, **options)
-    return str(error.value)
+    return message_of(error_type, sample, values, **options)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from lora_lightning.data.sources.image_record import ImageRecord, checked, load_
 from lora_lightning.data.sources.labelled_images import read_images
 from lora_lightning.data.validation_split import split_records
 from lora_lightning.errors import ConfigError, ModelError, RecordError
+from tests.helpers.messages import message_of
 from tests.helpers.tiny_vision import COLOURS, SIZE, image_of, save_images, save_tiny_vision
 
 
@@ -41,9 +42,7 @@ def data_of(model, stage, **options):
 
 
 def message(model, stage="test", error_type=RecordError, **options):
-    with pytest.raises(error_type) as error:
-        data_of(model, stage, **options)
-    return str(error.value)
+    return message_of(error_type, data_of, model, stage, **options)
 
 
 def rows_of(folder):

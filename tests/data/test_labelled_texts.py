@@ -5,6 +5,7 @@ import pytest
 
 from lora_lightning.data.sources.labelled_texts import Record, read_records
 from lora_lightning.errors import RecordError
+from tests.helpers.messages import message_of
 
 
 @pytest.fixture
@@ -18,9 +19,7 @@ def write(tmp_path):
 
 
 def message(path, **options):
-    with pytest.raises(RecordError) as error:
-        read_records(path, key="data.train", **options)
-    return str(error.value)
+    return message_of(RecordError, read_records, path, key="data.train", **options)
 
 
 def test_jsonl(write):

@@ -8,6 +8,7 @@ import pytest
 
 from lora_lightning.data.samples.messages import read_messages, read_tools
 from lora_lightning.errors import RecordError
+from tests.helpers.messages import message_of
 from tests.helpers.tiny_lm import CHATML, tiny_tokenizer
 
 PLACE = "my.jsonl, line 3, key 'messages'"
@@ -21,9 +22,7 @@ def read(*messages):
 
 
 def message(*messages):
-    with pytest.raises(RecordError) as error:
-        read(*messages)
-    return str(error.value)
+    return message_of(RecordError, read, *messages)
 
 
 def test_messages_pass_unchanged():

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lora_lightning.data.sources.read_rows import Row, read_rows
 from lora_lightning.errors import RecordError
+from tests.helpers.messages import message_of
 
 VALUES = [{"text": f'row {number}, ünd "so"', "label": str(number % 3)} for number in range(10)]
 
@@ -60,9 +61,7 @@ def values(source, **options):
 
 
 def message(source, **options):
-    with pytest.raises(RecordError) as error:
-        rows(source, **options)
-    return str(error.value)
+    return message_of(RecordError, rows, source, **options)
 
 
 def write_parquet(path, table=None):

@@ -27,6 +27,7 @@ from lora_lightning.errors import ConfigError, LoraError, RecordError
 from lora_lightning.tasks import CausalLM
 from lora_lightning.utilities.constants import IGNORE_INDEX
 from tests.helpers.lightning_modules import make_trainer
+from tests.helpers.messages import message_of
 from tests.helpers.tiny_lm import tiny_llama, tiny_tokenizer
 
 
@@ -64,9 +65,7 @@ def data_of(model: str, *stages: str, **options: Any) -> TextDataModule:
 
 
 def message(model: str, stage: str, error_type: type[LoraError] = ConfigError, **options: Any):
-    with pytest.raises(error_type) as error:
-        data_of(model, stage, **options)
-    return str(error.value)
+    return message_of(error_type, data_of, model, stage, **options)
 
 
 def learned(batches: Any) -> Counter[tuple[int, ...]]:

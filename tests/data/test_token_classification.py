@@ -9,6 +9,7 @@ import torch
 from lora_lightning.data.sources.labelled_words import first_subtokens
 from lora_lightning.data.token_classification import TokenClassificationDataModule
 from lora_lightning.errors import ConfigError, RecordError
+from tests.helpers.messages import message_of
 from tests.helpers.tiny_bert import save_tiny_bert
 from tests.helpers.tiny_lm import tiny_tokenizer
 
@@ -41,9 +42,7 @@ def data_of(model, stage, **options):
 
 
 def message(model, stage="test", error_type=RecordError, **options):
-    with pytest.raises(error_type) as error:
-        data_of(model, stage, **options)
-    return str(error.value)
+    return message_of(error_type, data_of, model, stage, **options)
 
 
 TEXT = ["Hello", "world!", "unbelievable", "C3PO-like", "😀", "été", "Paris"]

@@ -51,3 +51,17 @@ def small_llama() -> LlamaForCausalLM:
         num_attention_heads=2, num_key_value_heads=1, initializer_range=0.5, pad_token_id=0,
     )  # fmt: skip
     return LlamaForCausalLM(config).double().eval()
+
+
+def tied_llama(tied: bool = True) -> LlamaForCausalLM:
+    """A Llama of one layer whose head is its table, unless not `tied`."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=16, hidden_size=8, intermediate_size=12, num_hidden_layers=1,
+        num_attention_heads=2, tie_word_embeddings=tied,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).double().eval()
+
+
+def tied_llama_ids() -> Tensor:
+    return torch.arange(32).view(2, 16) % 16

@@ -49,8 +49,29 @@ GEMMA = (
 )
 
 
+# For texts that need no sense.
+PLAIN_WORDS = [
+    "the",
+    "a",
+    "red",
+    "old",
+    "small",
+    "house",
+    "garden",
+    "river",
+    "stands",
+    "lies",
+    "near",
+    "far",
+    "from",
+    "behind",
+    "and",
+    "it",
+    "is",
+]
+
 # What a merge never crosses.
-WORDS = {
+SPLITS = {
     "gpt2": r" ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
     "llama3": r" ?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
@@ -120,7 +141,7 @@ def tiny_tokenizer(
     if manner.startswith("sentencepiece"):
         bpe = _sentencepiece_bpe(tokens, bos, vocab_size, prefix=manner.endswith("prefix"))
     else:
-        bpe = _byte_bpe(tokens, bos, vocab_size, WORDS[manner])
+        bpe = _byte_bpe(tokens, bos, vocab_size, SPLITS[manner])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         **named,

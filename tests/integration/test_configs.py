@@ -19,29 +19,10 @@ import torch
 import lora_lightning.cli.main
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny_bert import save_tiny_bert
-from tests.helpers.tiny_lm import tiny_llama, tiny_tokenizer
+from tests.helpers.tiny_lm import PLAIN_WORDS, tiny_llama, tiny_tokenizer
 from tests.helpers.tiny_vision import COLOURS, image_of, save_tiny_vision
 
 CONFIGS = ROOT / "configs"
-WORDS = [
-    "the",
-    "a",
-    "red",
-    "old",
-    "small",
-    "house",
-    "garden",
-    "river",
-    "stands",
-    "lies",
-    "near",
-    "far",
-    "from",
-    "behind",
-    "and",
-    "it",
-    "is",
-]
 THINGS = [f"{a} {b}" for a in ("red", "old", "small", "far") for b in ("house", "garden", "river")]
 
 
@@ -51,7 +32,7 @@ def jsonl(path: Path, rows: list[dict[str, Any]]) -> str:
 
 
 def words(dice: random.Random, most: int) -> str:
-    return " ".join(dice.choices(WORDS, k=dice.randint(1, most)))
+    return " ".join(dice.choices(PLAIN_WORDS, k=dice.randint(1, most)))
 
 
 def causal(place: Path) -> list[str]:

@@ -19,7 +19,7 @@ import yaml
 
 import lora_lightning.cli.main
 from tests.helpers.paths import child_environment
-from tests.helpers.tiny_lm import tiny_llama
+from tests.helpers.tiny_lm import PLAIN_WORDS, tiny_llama
 
 pytestmark = (
     pytest.mark.slow
@@ -92,26 +92,6 @@ class FromTheStart(TextDataModule):
         return loader
 '''
 
-WORDS = [
-    "the",
-    "a",
-    "red",
-    "old",
-    "small",
-    "house",
-    "garden",
-    "river",
-    "stands",
-    "lies",
-    "near",
-    "far",
-    "from",
-    "behind",
-    "and",
-    "it",
-    "is",
-]
-
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: Any) -> Path:
@@ -123,7 +103,7 @@ def place(tmp_path_factory: Any) -> Path:
     dice = random.Random(0)
 
     def text(most: int) -> str:
-        return " ".join(dice.choices(WORDS, k=dice.randint(1, most)))
+        return " ".join(dice.choices(PLAIN_WORDS, k=dice.randint(1, most)))
 
     for name, number in {"eight.jsonl": 8, "my.jsonl": 48}.items():
         rows = [

@@ -31,14 +31,6 @@ from tests.helpers.lightning_modules import Data, Net, make_trainer
 from tests.helpers.processes import on_processes
 from tests.helpers.tensors import adapter_tensors, assert_close_state, trainable
 
-
-@pytest.fixture(autouse=True)
-def _no_global_seed(monkeypatch: Any) -> None:
-    """`seed_everything` leaves a variable behind that DDP's processes seed themselves with."""
-    monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # so that it is put back afterwards
-    monkeypatch.delenv("PL_GLOBAL_SEED")
-
-
 CONFIG = {"init_r": 6, "target_r": 3, "target_modules": ["embed", "body.2"]}
 
 

@@ -34,6 +34,7 @@ from tests.helpers.lightning_modules import (
     Net,
     make_trainer,
 )
+from tests.helpers.messages import message_of
 from tests.helpers.tensors import adapter_tensors
 
 
@@ -68,9 +69,7 @@ def test_a_partly_bypassed_adapter_is_a_warning(tmp_path: Path) -> None:
 
 
 def text_of(error: type[Exception], act: Any) -> str:
-    with pytest.raises(error) as caught:
-        act()
-    return str(caught.value)
+    return message_of(error, act)
 
 
 def test_options_are_checked_when_they_are_given() -> None:

