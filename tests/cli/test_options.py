@@ -15,7 +15,7 @@ from torch import Tensor
 import lora_lightning.cli.main
 from lora_lightning.checkpoint.sharded_folder import read_checkpoint_folder
 from tests.helpers.processes import on_processes
-from tests.helpers.tensors import same_state
+from tests.helpers.tensors import assert_same_state, same_state
 from tests.helpers.tiny_lm import tiny_llama
 
 pytestmark = [
@@ -145,7 +145,7 @@ def test_resumed_without_adapters(folder: Path, saved: list[str], monkeypatch: A
     straight = fit(folder, monkeypatch, f"{run} straight", *options, "--trainer.max_epochs=2")
     fit(folder, monkeypatch, run, *options)
     options += ["--trainer.max_epochs=2", "--ckpt_path=last"]
-    assert same_state(straight, fit(folder, monkeypatch, run, *options))
+    assert_same_state(straight, fit(folder, monkeypatch, run, *options))
 
 
 @pytest.mark.slow
@@ -153,7 +153,7 @@ def test_resumed_without_adapters(folder: Path, saved: list[str], monkeypatch: A
 def test_shared_out_by_yaml_alone(shared_out: Any, name: str, tensors: int) -> None:
     for found in shared_out:
         assert len(found[name]) == tensors
-        assert same_state(found[name], found[f"{name} parts"])
+        assert_same_state(found[name], found[f"{name} parts"])
 
 
 @pytest.mark.slow
@@ -169,4 +169,4 @@ def test_negative_control_of_the_resumed_run(
 def test_each_process_has_the_whole_quantised_base(shared_out: Any, plain: Any) -> None:
     first, second = (found["ddp"] for found in shared_out)
     assert first.keys() == plain.keys()
-    assert same_state(first, second)
+    assert_same_state(first, second)

@@ -20,7 +20,7 @@ from lora_lightning import (
     set_adapter,
     unload,
 )
-from tests.helpers.tensors import bit_equal, randomize, trainable
+from tests.helpers.tensors import assert_close_state, bit_equal, randomize, trainable
 from tests.helpers.torch_models import CLASSES, LAYERS, OneLayerNet, example_input
 
 # Added to r=4, lora_alpha=6, target_modules=["proj"]; the same words for both libraries.
@@ -96,12 +96,6 @@ def run(model: nn.Module, x: torch.Tensor):
     return y.detach(), {short(name): p.grad for name, p in trainable(model).items()}
 
 
-def assert_same(theirs: dict, ours: dict, tolerance: float) -> None:
-    assert theirs.keys() == ours.keys()
-    for key, value in theirs.items():
-        torch.testing.assert_close(ours[key], value, rtol=tolerance, atol=tolerance, msg=key)
-
-
 def base_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     return {
         short(key): p.detach()
@@ -125,7 +119,7 @@ def test_outputs_gradients_merged_weights_and_base(layer, options, dtype):
     torch.testing.assert_close(y_ours, y_theirs, rtol=tolerance, atol=tolerance)
     assert grads_ours
     assert any(grad.abs().max() > 1e-3 for grad in grads_ours.values())
-    assert_same(grads_theirs, grads_ours, tolerance)
+    assert_close_state(grads_theirs, grads_ours, tolerance)
 
     with disable_adapter(ours):
         assert bit_equal(ours(x), before)
@@ -138,7 +132,7 @@ def test_outputs_gradients_merged_weights_and_base(layer, options, dtype):
     unmerged = ours(x)
     merge_adapter(ours)
     if "modules_to_save" not in options:  # a copy stands beside the base, it is not in it
-        assert_same(base_weights(theirs), base_weights(ours), tolerance)
+        assert_close_state(base_weights(theirs), base_weights(ours), tolerance)
     torch.testing.assert_close(ours(x), theirs(x), rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(ours(x), unmerged, rtol=10 * tolerance, atol=10 * tolerance)
 
@@ -180,11 +174,11 @@ def test_several_adapters(layer, active):
             for model in (theirs, ours)
         ]
         assert bool(grads[1]) == (name in active)
-        assert_same(*grads, 1e-10)
+        assert_close_state(*grads, 1e-10)
 
     theirs.merge_adapter()
     merge_adapter(ours)
-    assert_same(base_weights(theirs), base_weights(ours), 1e-10)
+    assert_close_state(base_weights(theirs), base_weights(ours), 1e-10)
 
 
 @pytest.mark.parametrize("layer", LAYERS)
@@ -204,7 +198,7 @@ def test_five_steps_of_adamw_take_the_same_path(layer, option):
             {short(name): p.detach() for name, p in trainable(model).items()}
             for model in (theirs, ours)
         ]
-        assert_same(*states, 1e-9)
+        assert_close_state(*states, 1e-9)
     moved = [(p - start[name]).abs().max() for name, p in trainable(ours).items()]
     assert max(moved) > 0.01
 

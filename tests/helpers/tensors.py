@@ -39,6 +39,12 @@ def same_state(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
 
 
+def assert_same_state(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    """As `same_state`, and says which names differ."""
+    assert first.keys() == second.keys()
+    assert [key for key in first if not torch.equal(first[key], second[key])] == []
+
+
 def assert_close_state(
     first: dict[str, Tensor], second: dict[str, Tensor], tolerance: float
 ) -> None:

@@ -27,7 +27,7 @@ from lora_lightning.errors import OptimizerError
 from lora_lightning.layers.base import AdaptedLayer
 from lora_lightning.training.optimizers import check_coverage
 from tests.helpers.lightning_modules import Data, Net, make_trainer
-from tests.helpers.tensors import same_state
+from tests.helpers.tensors import assert_same_state, same_state
 
 CONFIG = LoraConfig(r=2, target_modules=["embed", "body.2"], modules_to_save=["head"])
 
@@ -46,8 +46,8 @@ def test_1_base_is_bit_identical(tmp_path: Path, dtype: torch.dtype) -> None:
         unmerge_adapter(module)
     with disable_adapter(module):
         pass
-    assert same_state(before, base_of(module))
-    assert same_state(before, unload(module).state_dict())
+    assert_same_state(before, base_of(module))
+    assert_same_state(before, unload(module).state_dict())
 
 
 def base_of(module: nn.Module) -> dict[str, torch.Tensor]:

@@ -15,7 +15,7 @@ from lightning.pytorch.plugins import AsyncCheckpointIO
 
 from lora_lightning.training.checkpoints.files import DurableCheckpointIO
 from tests.helpers.killable_process import KillableProcess, command, fit
-from tests.helpers.tensors import same_state
+from tests.helpers.tensors import assert_same_state, same_state
 
 EPOCHS = 6  # of four batches
 KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -133,7 +133,7 @@ def test_the_command_goes_on_with_last(tmp_path: Path) -> None:
     assert call("killed", *again) == 0, log.read_text()
     ends = [tmp_path / run / "checkpoints/last.ckpt" for run in ("straight", "killed")]
     states = [torch.load(path, weights_only=True)["state_dict"] for path in ends]
-    assert same_state(*states)
+    assert_same_state(*states)
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from tests.helpers.paths import ROOT, child_environment
-from tests.helpers.tensors import same_state
+from tests.helpers.tensors import assert_same_state, same_state
 
 LAUNCH = ROOT / "configs/launch"
 ON_TWO = {"PROCESSES": "1", "NODES": "2", "ADDRESS": "127.0.0.1"}
@@ -131,8 +131,8 @@ def adapters(place: Path, run: str) -> dict[str, torch.Tensor]:
     """The adapters at the end, the same on both machines and in the checkpoint, and nothing else."""
     first, second = (torch.load(place / run / f"rank{i}.pt", weights_only=True) for i in (0, 1))
     saved = torch.load(place / run / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
-    assert same_state(first, second)
-    assert same_state(first, saved)
+    assert_same_state(first, second)
+    assert_same_state(first, saved)
     return first
 
 
@@ -152,7 +152,7 @@ def test_torchrun_resumes(place: Path, uninterrupted: dict[str, torch.Tensor]) -
     assert not same_state(adapters(place, "runs/broken"), uninterrupted)
     codes, said = torchrun(place, "runs/broken", "--ckpt_path", "last")
     assert codes == [0, 0], said
-    assert same_state(adapters(place, "runs/broken"), uninterrupted)
+    assert_same_state(adapters(place, "runs/broken"), uninterrupted)
 
 
 @pytest.mark.slow
@@ -171,7 +171,7 @@ def test_slurm_requeues(place: Path, uninterrupted: dict[str, torch.Tensor]) -> 
     assert (place / "runs/slurm/hpc_ckpt_1.ckpt").is_file()
     said = slurm(place, "runs/slurm", "--model.time_limit", "true", restarts=1)
     assert "hpc_ckpt_1.ckpt" in said
-    assert same_state(adapters(place, "runs/slurm"), uninterrupted)
+    assert_same_state(adapters(place, "runs/slurm"), uninterrupted)
 
 
 @pytest.mark.parametrize("file", ["torchrun.sh", "slurm.sbatch"])

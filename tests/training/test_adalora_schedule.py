@@ -29,7 +29,7 @@ from lora_lightning.layers.traversal import named_adapted_layers
 from tests.helpers.adalora_of_peft import adalora_of_peft, short_name
 from tests.helpers.lightning_modules import Data, Net, make_trainer
 from tests.helpers.processes import on_processes
-from tests.helpers.tensors import adapter_tensors, assert_close_state, trainable
+from tests.helpers.tensors import adapter_tensors, assert_close_state, assert_same_state, trainable
 
 CONFIG = {"init_r": 6, "target_r": 3, "target_modules": ["embed", "body.2"]}
 
@@ -301,7 +301,7 @@ def test_two_processes_allocate_the_same(tmp_path: Path) -> None:
     alone = allocated(tmp_path, 1)
     first, second = on_processes(2, allocated, tmp_path, 2)
     for part in (0, 1):
-        assert_bit_equal(first[part], second[part])
+        assert_same_state(first[part], second[part])
         assert_close_state(alone[part], first[part], 1e-10)
 
 
@@ -330,11 +330,6 @@ def fit(
     return {**module.state_dict(), **moments}, lora
 
 
-def assert_bit_equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
-    assert first.keys() == second.keys()
-    assert [key for key in first if not torch.equal(first[key], second[key])] == []
-
-
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_resume_is_exact(tmp_path: Path, accumulate: int) -> None:
     """Before anything was allocated, in the middle of the schedule, and when ranks are final."""
@@ -347,7 +342,7 @@ def test_resume_is_exact(tmp_path: Path, accumulate: int) -> None:
         resumed, lora = fit(
             tmp_path, ckpt_path=tmp_path / f"broken/epoch={epoch - 1}.ckpt", **options
         )
-        assert_bit_equal(straight, resumed)
+        assert_same_state(straight, resumed)
         assert lora._rank_schedule.allocator.steps == 24
 
 
@@ -392,7 +387,7 @@ def test_a_longer_run_keeps_the_ranks(tmp_path: Path) -> None:
     _, second = fit(tmp_path, ckpt_path="last", epochs=8)
     assert second._rank_schedule.allocator.settled
     assert second._rank_schedule.allocator.total_step == 24
-    assert_bit_equal(masks, second._rank_schedule.allocator.masks)
+    assert_same_state(masks, second._rank_schedule.allocator.masks)
 
     lora = LoraCallback(AdaLoraConfig(**CONFIG))
     module = Net()

@@ -44,7 +44,7 @@ from lora_lightning.utilities import atomic_write
 from lora_lightning.utilities.atomic_write import link_atomically, write_atomically
 from tests.helpers.lightning_modules import Data, Net, make_trainer
 from tests.helpers.processes import on_processes
-from tests.helpers.tensors import adapter_tensors, same_state
+from tests.helpers.tensors import adapter_tensors, assert_same_state
 
 OPTIONS: dict[str, Any] = {
     "r": 2,
@@ -85,7 +85,7 @@ def load(path: Path, **options: Any) -> None:
     )
     if path.is_file():
         wanted = torch.load(path, weights_only=True)["state_dict"]
-        assert same_state(adapter_tensors(module), wanted)
+        assert_same_state(adapter_tensors(module), wanted)
 
 
 # -- the hash ------------------------------------------------------------------------------------
@@ -296,7 +296,7 @@ def test_a_full_disk_is_told_and_the_old_file_stays(tmp_path: Path) -> None:
     )
     assert path.read_bytes() == before
     assert names(tmp_path) == ["a.ckpt"]  # no remains
-    assert same_state(adapters(trainer), straight)  # training was not disturbed
+    assert_same_state(adapters(trainer), straight)  # training was not disturbed
     trainer.save_checkpoint(path)
     assert path.read_bytes() != before
 
@@ -342,7 +342,7 @@ def test_a_disk_that_fills_up_during_fit(small_disk: Path) -> None:
     assert f"The newest good one there is '{good}'" in str(caught.value)
     subprocess.run(["mount", "-o", "remount,size=1m", str(small_disk)], check=True)
     trainer = fit(small_disk, ModelCheckpoint(small_disk), max_epochs=4, ckpt_path=good)
-    assert same_state(adapters(trainer), straight)
+    assert_same_state(adapters(trainer), straight)
 
 
 def test_a_disk_that_becomes_read_only(small_disk: Path) -> None:
@@ -462,7 +462,7 @@ def test_all_processes_learn_that_saving_failed(tmp_path: Path) -> None:
     for rank, (errors, (straight, full)) in enumerate(results):
         assert len(errors) == 4
         assert ("by another process, whose error says why" in errors[0]) == (rank == 1)
-        assert same_state(straight, full)
+        assert_same_state(straight, full)
 
 
 # -- Lightning's ways of saving --------------------------------------------------------------------

@@ -38,7 +38,7 @@ from tests.helpers.fsdp2_modules import Quiet, WithDropout
 from tests.helpers.lightning_modules import Data, make_trainer
 from tests.helpers.processes import on_processes
 from tests.helpers.sharded_runs import make_callback
-from tests.helpers.tensors import same_state
+from tests.helpers.tensors import assert_same_state, same_state
 
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed"
@@ -269,15 +269,15 @@ def test_trains_as_ddp_does(both: Any, way: str) -> None:
             for key, value in found[way].items():
                 assert torch.allclose(value, found[f"{way} ddp"][key], rtol=0, atol=1e-6)
         else:
-            assert same_state(found[way], found[f"{way} ddp"])
-    assert same_state(both[0][way], both[1][way])
+            assert_same_state(found[way], found[f"{way} ddp"])
+    assert_same_state(both[0][way], both[1][way])
 
 
 @needs_deepspeed
 @pytest.mark.parametrize("way", [*WAYS, "stage 1"])
 def test_resumes_in_the_middle_of_an_epoch(both: Any, way: str) -> None:
     for found in both:
-        assert same_state(found[f"{way} resumed"], found[way])
+        assert_same_state(found[f"{way} resumed"], found[way])
         assert not same_state(found["broken without moments"], found["plain"])
 
 
@@ -302,7 +302,7 @@ def test_files_hold_adapters_and_moments_by_name(both: Any, folder: Path) -> Non
     ]
     assert own["state"].keys() == other["state"].keys() == both[0]["plain"].keys()
     for name, moments in own["state"].items():
-        assert same_state(moments, other["state"][name])
+        assert_same_state(moments, other["state"][name])
 
 
 @needs_deepspeed
@@ -320,7 +320,7 @@ def test_evaluates_a_checkpoint(both: Any) -> None:
 @needs_deepspeed
 def test_files_are_read_by_other_numbers_of_processes(both: Any, folder: Path) -> None:
     (one,) = on_processes(1, on_one, folder)
-    assert same_state(one, both[0]["plain"])
+    assert_same_state(one, both[0]["plain"])
     start = folder / "plain" / "step=12.ckpt"
     alone = make_trainer(folder, make_callback())
     tested = alone.test(Quiet(), Data().test_dataloader(), ckpt_path=start, verbose=False)
@@ -344,7 +344,7 @@ def test_errors(both: Any) -> None:
         assert "in no optimizer: embed.weight" in errors["thaws"]
         assert "are on the meta device and have no values" in errors["meta"]
         assert "SIGTERMException" in errors["terminated"]
-        assert same_state(found["terminated resumed"], found["plain"])
+        assert_same_state(found["terminated resumed"], found["plain"])
         assert "This checkpoint holds weights only" in errors["weights"]
         assert "would train in torch.bfloat16" in errors["narrow"]
 

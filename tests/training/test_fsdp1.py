@@ -31,7 +31,7 @@ from tests.helpers.fsdp2_modules import Quiet
 from tests.helpers.lightning_modules import BuiltInConfigureModel, Data, make_trainer
 from tests.helpers.processes import on_processes
 from tests.helpers.sharded_runs import fit, make_callback, state_of
-from tests.helpers.tensors import same_state
+from tests.helpers.tensors import assert_same_state, same_state
 
 WAYS: dict[str, dict[str, Any]] = {  # options of the Trainer, under FSDP1 and DDP alike
     "plain": {},
@@ -190,7 +190,7 @@ def found(both: list[dict[str, Any]]) -> dict[str, Any]:
 @pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_resume_is_exact(found: dict[str, Any], form: str) -> None:
-    assert same_state(found[form], found[f"{form} resumed"])
+    assert_same_state(found[form], found[f"{form} resumed"])
 
 
 @pytest.mark.slow
@@ -200,7 +200,7 @@ def test_files_hold_adapters_only(found: dict[str, Any], folder: Path, form: str
     saved = read_checkpoint_folder(path) if path.is_dir() else torch.load(path, weights_only=True)
     assert path.is_dir() == (form == "folder")
     adapters = {key: value for key, value in found[form].items() if "/" not in key}
-    assert same_state(saved["state_dict"], adapters)
+    assert_same_state(saved["state_dict"], adapters)
 
 
 @pytest.mark.slow
@@ -222,7 +222,7 @@ def test_same_as_ddp_bit_for_bit(found: dict[str, Any], way: str) -> None:
         for key, value in found[f"ddp {way}"].items():
             torch.testing.assert_close(found[f"fsdp {way}"][key], value)
         return
-    assert same_state(found[f"fsdp {way}"], found[f"ddp {way}"])
+    assert_same_state(found[f"fsdp {way}"], found[f"ddp {way}"])
     state = found[f"fsdp {way}"]
     assert all(state[key].dtype == torch.float32 for key in state if "lora_" in key)  # moments too
 
@@ -245,7 +245,7 @@ def test_base_is_sharded_and_frozen(found: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 def test_wrapping_in_configure_model(found: dict[str, Any], folder: Path) -> None:
-    assert same_state(found["wraps itself"], found["ddp plain"])
+    assert_same_state(found["wraps itself"], found["ddp plain"])
     base, own = (
         torch.load(folder / name / "epoch=1.ckpt", weights_only=True)[KEY]["base"]
         for name in ("alone", "itself")
@@ -255,14 +255,14 @@ def test_wrapping_in_configure_model(found: dict[str, Any], folder: Path) -> Non
 
 @pytest.mark.slow
 def test_an_adapter_that_one_process_uses(found: dict[str, Any]) -> None:
-    assert same_state(found["fsdp unused"], found["ddp unused"])
+    assert_same_state(found["fsdp unused"], found["ddp unused"])
 
 
 @pytest.mark.slow
 def test_other_ways_to_compute_the_same(found: dict[str, Any]) -> None:
     """Activation checkpointing, and an adapter that reads the base's weight."""
-    assert same_state(found["fsdp recomputed"], found["ddp plain"])
-    assert same_state(found["fsdp dora"], found["ddp dora"])
+    assert_same_state(found["fsdp recomputed"], found["ddp plain"])
+    assert_same_state(found["fsdp dora"], found["ddp dora"])
     assert any("magnitude" in name for name in found["fsdp dora"])
 
 
@@ -271,7 +271,7 @@ def test_saved_by_one_process(found: dict[str, Any], folder: Path) -> None:
     other = Quiet()
     load_adapter(other, folder / "peft")
     trained = {key: value for key, value in found["fsdp plain"].items() if "/" not in key}
-    assert same_state(trained, {k: v for k, v in other.state_dict().items() if k in trained})
+    assert_same_state(trained, {k: v for k, v in other.state_dict().items() if k in trained})
 
 
 @pytest.mark.slow
@@ -360,4 +360,4 @@ def test_lightnings_own_strategy(tmp_path: Path) -> None:
     straight = go("straight", 4)
     saved = torch.load(tmp_path / "straight/epoch=1.ckpt", weights_only=True)
     assert all(".adapters." in key for key in saved["state_dict"])
-    assert same_state(straight, go("resumed", 4, tmp_path / "straight/epoch=1.ckpt"))
+    assert_same_state(straight, go("resumed", 4, tmp_path / "straight/epoch=1.ckpt"))

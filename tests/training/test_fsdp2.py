@@ -66,7 +66,7 @@ from tests.helpers.fsdp2_modules import (
 from tests.helpers.lightning_modules import Data, make_trainer
 from tests.helpers.processes import on_processes
 from tests.helpers.sharded_runs import fit, make_callback, whole_state
-from tests.helpers.tensors import same_state
+from tests.helpers.tensors import assert_same_state, same_state
 
 T = {"target_modules": ["embed", "body.2"]}
 TYPES = {
@@ -391,7 +391,7 @@ def test_negative_control_without_sharding_diverges(ranks: Any) -> None:
 @pytest.mark.parametrize(("kind", "form"), FORMS)
 def test_resume_is_exact(found: Any, kind: Any, form: str) -> None:
     name = f"{kind.__name__}-{form}"
-    assert same_state(found[name], found[f"{name} resumed"])
+    assert_same_state(found[name], found[f"{name} resumed"])
 
 
 @pytest.mark.slow
@@ -399,7 +399,7 @@ def test_resume_is_exact(found: Any, kind: Any, form: str) -> None:
 def test_resume_in_mid_epoch_is_exact(ranks: Any, form: str) -> None:
     for rank in (0, 1):
         runs = ranks[rank]["mid-epoch"]
-        assert same_state(runs[form], runs[f"{form} resumed"])
+        assert_same_state(runs[form], runs[f"{form} resumed"])
 
 
 @pytest.mark.slow
@@ -423,7 +423,7 @@ def test_one_device_resumes_sharded_files(
 @pytest.mark.slow
 def test_other_strategies_resume_folders(found: Any, alone: Any) -> None:
     assert_close(found["ddp from folder"], alone)
-    assert same_state(found["file from folder"], found["ShardedLater-folder"])
+    assert_same_state(found["file from folder"], found["ShardedLater-folder"])
 
 
 @pytest.mark.slow
@@ -488,7 +488,7 @@ def test_base_on_meta_in_bf16(found: Any, folder: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["folder", "file"])
 def test_an_optimizer_without_state_and_empty_groups(found: Any, form: str, tmp_path: Path) -> None:
-    assert same_state(found[f"sgd-{form}"], found[f"sgd-{form} resumed"])
+    assert_same_state(found[f"sgd-{form}"], found[f"sgd-{form} resumed"])
     assert_close(found[f"sgd-{form}"], fit(PlainSGD, tmp_path, 4))
 
 
@@ -518,7 +518,7 @@ def test_same_start_on_all_ranks(ranks: Any) -> None:
 
 @pytest.mark.slow
 def test_rank_0_says_which_base_it_is_under_ddp(found: Any) -> None:
-    assert same_state(found["unlike"], found["unlike resumed"])
+    assert_same_state(found["unlike"], found["unlike resumed"])
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from lora_lightning.utilities.dtensor import full_tensor
 from tests.helpers.fsdp2_modules import shard
 from tests.helpers.lightning_modules import Data, Net, make_trainer
 from tests.helpers.processes import on_processes
-from tests.helpers.tensors import same_state
+from tests.helpers.tensors import assert_same_state, same_state
 
 OPTIONS: dict[str, Any] = {
     "r": 2,
@@ -98,7 +98,7 @@ def test_stop_leaves_everything_as_before_the_step(tmp_path: Path, kind: str) ->
     trainer = make_trainer(tmp_path, watch, saver, max_epochs=3)
     with pytest.raises(NonfiniteError) as error:
         trainer.fit(Poisoned(kind=kind), Ordered())
-    assert same_state(watch.before, watch.at_exception)
+    assert_same_state(watch.before, watch.at_exception)
     text = str(error.value)
     assert text.startswith("At global_step=6, epoch 1, batch 2: ")
     if kind == "inf":  # a constant has no gradient
@@ -117,7 +117,7 @@ def test_stop_leaves_everything_as_before_the_step(tmp_path: Path, kind: str) ->
     make_trainer(tmp_path / "straight", LoraCallback(**OPTIONS), max_epochs=3).fit(
         straight, Ordered()
     )
-    assert same_state(fresh.state_dict(), straight.state_dict())
+    assert_same_state(fresh.state_dict(), straight.state_dict())
 
 
 @pytest.mark.parametrize("kind", ["nan", "input"])
@@ -203,7 +203,7 @@ def test_skip_is_the_run_without_that_step(
     )  # fmt: skip
     with pytest.warns(UserWarning, match="epoch 1, .*left out, number 1 of this run"):
         trainer.fit(module, Ordered())
-    assert same_state(module.state_dict(), by_hand((1, 2), accumulate))
+    assert_same_state(module.state_dict(), by_hand((1, 2), accumulate))
     assert "1 optimizer steps were left out" in capsys.readouterr().out
     assert trainer.global_step == 8 // accumulate  # schedules and max_steps go by attempts
 
@@ -427,7 +427,7 @@ def test_all_processes_do_the_same(tmp_path: Path) -> None:
         other = "another process has a loss or gradient that is not finite"
         assert zero["text"].startswith(said.format(other))
         assert zero["skipped"] == one["skipped"] == 1
-        assert same_state(zero["state"], one["state"])
+        assert_same_state(zero["state"], one["state"])
         assert len(zero["state"]) == 6
         states.append(zero["state"])
     for name, value in states[0].items():

@@ -16,7 +16,7 @@ from lora_lightning import LoraCallback
 from lora_lightning.errors import CheckpointError, OptimizerError
 from lora_lightning.training.strategies.optimizer_names import with_names, with_numbers
 from tests.helpers.lightning_modules import Data, Net, make_trainer
-from tests.helpers.tensors import same_state
+from tests.helpers.tensors import assert_same_state
 
 
 class Reversed(Net):
@@ -61,7 +61,7 @@ def test_files_name_parameters(tmp_path: Path) -> None:
 
 def test_another_order_resumes_exactly(tmp_path: Path) -> None:
     straight = fit(Straight, tmp_path, 4)
-    assert same_state(straight, fit(Reversed, tmp_path / "other", 4, tmp_path / "epoch=1.ckpt"))
+    assert_same_state(straight, fit(Reversed, tmp_path / "other", 4, tmp_path / "epoch=1.ckpt"))
 
 
 def test_negative_control_with_numbers_gets_others_moments(
@@ -78,7 +78,7 @@ def test_empty_groups_stay(tmp_path: Path) -> None:
     straight = fit(Grouped, tmp_path, 4)
     (state,) = torch.load(tmp_path / "epoch=1.ckpt", weights_only=True)["optimizer_states"]
     assert [len(group["params"]) for group in state["param_groups"]] == [0, 2, 0, 2, 2]
-    assert same_state(straight, fit(Grouped, tmp_path / "again", 4, tmp_path / "epoch=1.ckpt"))
+    assert_same_state(straight, fit(Grouped, tmp_path / "again", 4, tmp_path / "epoch=1.ckpt"))
 
 
 def test_checkpoints_with_numbers_still_resume(tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_checkpoints_with_numbers_still_resume(tmp_path: Path) -> None:
     state["param_groups"][0]["params"] = list(range(len(names)))
     old["lora_lightning"].pop("content")
     torch.save(old, tmp_path / "old.ckpt")
-    assert same_state(straight, fit(Straight, tmp_path / "again", 4, tmp_path / "old.ckpt"))
+    assert_same_state(straight, fit(Straight, tmp_path / "again", 4, tmp_path / "old.ckpt"))
 
 
 def test_other_groups_are_refused(tmp_path: Path) -> None:

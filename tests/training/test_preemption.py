@@ -24,7 +24,7 @@ from lora_lightning.training.preemption import EXIT_CODE, Preemption
 from tests.helpers.lightning_modules import Data, Net, make_trainer
 from tests.helpers.paths import child_environment
 from tests.helpers.processes import on_processes
-from tests.helpers.tensors import same_state
+from tests.helpers.tensors import assert_same_state
 
 EPOCHS = 4  # of four batches
 
@@ -101,7 +101,7 @@ def test_sigterm_saves_and_the_run_goes_on_exactly(
     assert steps(path) == saved
     assert signal.getsignal(signal.SIGTERM) is before
     saver = ModelCheckpoint(tmp_path, monitor="val_loss", save_last=True)
-    assert same_state(fit(tmp_path, saver, ckpt_path="last", **options), straight)
+    assert_same_state(fit(tmp_path, saver, ckpt_path="last", **options), straight)
 
 
 def test_negative_control_lightning_alone_saves_nothing(
@@ -120,7 +120,7 @@ def test_in_the_last_validation_the_run_ends_as_ever(tmp_path: Path) -> None:
     straight = fit(tmp_path / "straight")
     saver = ModelCheckpoint(tmp_path, save_last=True)
     signals = Signal(signal.SIGTERM, 16, "on_validation_batch_start")
-    assert same_state(fit(tmp_path, saver, signals), straight)
+    assert_same_state(fit(tmp_path, saver, signals), straight)
     assert signals.sent
     assert steps(tmp_path / "last.ckpt") == 16
 
@@ -155,7 +155,7 @@ def test_weights_only_savers_save_all_then(tmp_path: Path) -> None:
     saver = ModelCheckpoint(tmp_path, save_weights_only=True, save_last=True)
     assert interrupted(tmp_path, saver, Signal(signal.SIGTERM, 5)) == 143
     assert saver.save_weights_only
-    assert same_state(fit(tmp_path, ModelCheckpoint(tmp_path), ckpt_path="last"), straight)
+    assert_same_state(fit(tmp_path, ModelCheckpoint(tmp_path), ckpt_path="last"), straight)
 
 
 def test_without_a_saver_it_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -178,7 +178,7 @@ def test_beside_savers_on_exceptions(tmp_path: Path) -> None:
     ]  # fmt: skip
     for name in ("failed", "last"):
         again = fit(tmp_path / name, ckpt_path=tmp_path / f"{name}.ckpt")
-        assert same_state(again, straight)
+        assert_same_state(again, straight)
 
 
 def test_the_users_own_handler_is_called(tmp_path: Path) -> None:
@@ -284,7 +284,7 @@ def test_requeue(signum: int, tmp_path: Path, slurm: Any) -> None:
     keys = torch.load(path, weights_only=True)["state_dict"]
     assert all(".adapters." in key for key in keys)
     # Under SLURM Lightning finds it by itself.
-    assert same_state(fit(folder, plugins=plugins), straight)
+    assert_same_state(fit(folder, plugins=plugins), straight)
     assert signal.getsignal(signum) is before
 
 
@@ -331,7 +331,7 @@ def test_all_ranks_agree(tmp_path: Path) -> None:
     results = on_processes(2, on_rank, tmp_path)
     for code, (straight, resumed) in results:
         assert code == 143
-        assert same_state(straight, resumed)
+        assert_same_state(straight, resumed)
 
 
 SCRIPT = """
@@ -421,7 +421,7 @@ def test_the_command(signum: int, code: int, command: Any) -> None:
         torch.load(f"{run}/checkpoints/last.ckpt", weights_only=True)["state_dict"]
         for run in ("straight", "broken")
     ]
-    assert same_state(*states)
+    assert_same_state(*states)
 
 
 def test_the_command_without_a_checkpoint_names_none(command: Any) -> None:

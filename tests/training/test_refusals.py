@@ -25,7 +25,7 @@ from lora_lightning.errors import (
     ConfigError,
 )
 from tests.helpers.lightning_modules import OPTIONS, BuiltInConfigureModel, Data, Net, make_trainer
-from tests.helpers.tensors import adapter_tensors, same_state
+from tests.helpers.tensors import adapter_tensors, assert_same_state
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def accepted(path: Path, module: Net, **changed: Any) -> None:
     """The checkpoint is loaded: the module has its tensors."""
     callback = LoraCallback(**{**OPTIONS, **changed})
     make_trainer(path.parent, callback).validate(module, Data(), str(path), verbose=False)
-    assert same_state(adapter_tensors(module), torch.load(path, weights_only=True)["state_dict"])
+    assert_same_state(adapter_tensors(module), torch.load(path, weights_only=True)["state_dict"])
 
 
 def test_the_good_one_is_accepted(checkpoint: Path) -> None:
@@ -221,7 +221,7 @@ def test_options_that_a_newer_torch_adds_are_no_other_optimizer(checkpoint: Path
     assert trainer.global_step == 8
     again = make_trainer(checkpoint.parent, LoraCallback(**OPTIONS), max_epochs=2)
     again.fit(Net(), Data(), ckpt_path=str(checkpoint))
-    assert same_state(adapter_tensors(trainer.model), adapter_tensors(again.model))
+    assert_same_state(adapter_tensors(trainer.model), adapter_tensors(again.model))
 
 
 def test_a_peft_folder(checkpoint: Path) -> None:

@@ -22,7 +22,7 @@ from tests.helpers.lightning_modules import (
     NetWithoutOptimizer,
     make_trainer,
 )
-from tests.helpers.tensors import same_state
+from tests.helpers.tensors import assert_same_state, same_state
 
 
 def fit(
@@ -52,13 +52,13 @@ def fit(
 def test_resume_is_exact(tmp_path: Path, kind: type, options: dict[str, Any]) -> None:
     straight = fit(kind, tmp_path / "straight", 4, **options)
     fit(kind, tmp_path / "broken", 2, **options)
-    assert same_state(straight, fit(kind, tmp_path / "broken", 4, "last", **options))
+    assert_same_state(straight, fit(kind, tmp_path / "broken", 4, "last", **options))
 
 
 def test_resume_from_any_epoch(tmp_path: Path) -> None:
     straight = fit(Net, tmp_path, 4)
     for epoch in range(3):
-        assert same_state(
+        assert_same_state(
             straight, fit(Net, tmp_path / "again", 4, tmp_path / f"epoch={epoch}.ckpt")
         )
 
@@ -116,7 +116,7 @@ def test_weight_averaging(tmp_path: Path) -> None:
         assert len(saved[part]) == 6
         assert all(".adapters." in key for key in saved[part])
     assert not same_state(saved["state_dict"], saved["current_model_state"])
-    assert same_state(straight, go(tmp_path / "broken", 4, "last"))
+    assert_same_state(straight, go(tmp_path / "broken", 4, "last"))
     with pytest.raises(ConfigError, match="List LoraCallback before it"):
         go(tmp_path / "wrong", 1, lora_first=False)
 

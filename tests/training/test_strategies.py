@@ -34,7 +34,7 @@ from tests.helpers.lightning_modules import Data, make_trainer
 from tests.helpers.markdown import PAGES
 from tests.helpers.processes import on_processes
 from tests.helpers.sharded_runs import state_of
-from tests.helpers.tensors import same_state
+from tests.helpers.tensors import assert_same_state, same_state
 
 PAGE = PAGES["lora_lightning/training/README.md"]
 EPOCHS = 3
@@ -216,4 +216,4 @@ def test_a_cell_that_needs_a_gpu(row: str, precision: str, tmp_path: Path) -> No
         return fit(row, precision, folder, EPOCHS, ckpt_path, **gpu)
 
     straight = on_gpu(tmp_path)
-    assert same_state(on_gpu(tmp_path / "2", tmp_path / "epoch=0.ckpt"), straight)
+    assert_same_state(on_gpu(tmp_path / "2", tmp_path / "epoch=0.ckpt"), straight)
