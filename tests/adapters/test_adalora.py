@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import peft
 import pytest
 import torch
-from peft.tuners.adalora.layer import RankAllocator as PeftAllocator
 from torch import Tensor, nn
 
 from lora_lightning import (
@@ -31,8 +28,8 @@ from lora_lightning.engine.rank_allocation import (
     adalora_adapters,
     rank_pattern,
 )
-from lora_lightning.errors import AdapterMismatchError, ConfigError, RankError
-from tests.helpers.adalora_of_peft import adalora_of_peft, short_name
+from lora_lightning.errors import ConfigError, RankError
+from tests.helpers.adalora_of_peft import adalora_of_peft, adalora_pair, short_name
 from tests.helpers.tensors import assert_close_state, bit_equal, randomize, trainable
 from tests.helpers.torch_models import OneLayerNet, example_input
 
@@ -72,18 +69,6 @@ def base_and_input(layer: str, dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
     return OneLayerNet(layer).to(dtype), example_input(layer, dtype)
 
 
-def pair(base: nn.Module, **options: Any) -> tuple[peft.PeftModel, nn.Module]:
-    """The same net adapted by peft and by us, with the same random adapter values."""
-    options = {"init_r": 4, "target_r": 2, "lora_alpha": 6, "target_modules": ["proj"], **options}
-    theirs = adalora_of_peft(copy.deepcopy(base), **options)
-    ours = copy.deepcopy(base)
-    inject_adapter(ours, AdaLoraConfig(**options))
-    randomize(trainable(theirs).values())
-    state = peft.get_peft_model_state_dict(theirs)
-    load_adapter_state_dict(ours, {short_name(key): value for key, value in state.items()})
-    return theirs, ours
-
-
 # -- the adapter ---------------------------------------------------------------------------------
 
 
@@ -93,7 +78,7 @@ def pair(base: nn.Module, **options: Any) -> tuple[peft.PeftModel, nn.Module]:
 def test_same_as_peft(layer: str, dropout: float, dtype: torch.dtype) -> None:
     base, x = base_and_input(layer, dtype)
     before = base(x)
-    theirs, ours = pair(base, lora_dropout=dropout)
+    theirs, ours = adalora_pair(base, lora_dropout=dropout)
     tolerance = TOLERANCE[dtype]
     outputs, grads = [], []
     for model in (theirs, ours):
@@ -206,127 +191,11 @@ def test_a_rank_beyond_the_layer_is_refused() -> None:
     assert type(model[0]) is nn.Linear
 
 
-# -- the allocation, without Lightning -----------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "schedule",
-    [
-        {},
-        {"tinit": 3, "tfinal": 4, "deltaT": 2},
-        {"tinit": 5, "tfinal": 1, "deltaT": 3, "beta1": 0.6, "beta2": 0.9},
-    ],
-)
-def test_every_step_is_that_of_pefts_allocator(schedule: dict[str, Any]) -> None:
-    theirs, ours = pair(OneLayerNet("linear").double(), **schedule)
-    config = adalora_adapters(ours)["layers.0.proj"].config
-    allocator = RankAllocator(adalora_adapters(ours), config, 15)
-    oracle = PeftAllocator(theirs.base_model.model, theirs.peft_config["default"], "default")
-    fallen, optimizers = set(), []
-    for model in (theirs, ours):
-        optimizers.append(torch.optim.Adam(trainable(model).values(), lr=0.1))
-    for step in range(1, 16):
-        x = torch.randn(4, 6, dtype=torch.float64)
-        for model, optimizer in zip((theirs, ours), optimizers, strict=True):
-            optimizer.zero_grad()
-            model(x).square().sum().backward()
-            optimizer.step()
-        assert allocator.budget(step) == oracle.budget_schedule(step)[0]
-        theirs.base_model.update_and_allocate(step)  # the way it is documented
-        oracle = theirs.base_model.rankallocator
-        allocator.step()
-        for name, p in theirs.base_model.model.named_parameters():
-            if ".lora_" in name:
-                own = allocator.sensitivity.get(short_name(name))
-                assert (own is None) == (name not in oracle.exp_avg_ipt)
-                if own is not None:
-                    torch.testing.assert_close(
-                        own, oracle.exp_avg_ipt[name], rtol=1e-10, atol=1e-10
-                    )
-                    torch.testing.assert_close(
-                        allocator.uncertainty[short_name(name)],
-                        oracle.exp_avg_unc[name],
-                        rtol=1e-10,
-                        atol=1e-10,
-                    )
-                path, tensor = short_name(name).rsplit(".", 1)
-                torch.testing.assert_close(
-                    getattr(allocator.adapters[path], tensor), p, rtol=1e-10, atol=1e-10
-                )
-        pattern = theirs.peft_config["default"].rank_pattern or {}
-        masks = {path: mask.tolist() for path, mask in allocator.masks.items()}
-        assert masks == {short_name(key).removesuffix(".lora_E"): m for key, m in pattern.items()}
-        fallen.add(sum(sum(mask) for mask in masks.values()))
-    assert allocator.settled
-    assert sum(sum(mask) for mask in masks.values()) == 4
-    assert len(fallen) > 2
-
-
-def test_orthogonality_is_pefts_loss_term() -> None:
-    theirs, ours = pair(OneLayerNet("conv1d").double(), orth_reg_weight=0.7)
-    x = torch.randn(4, 6, dtype=torch.float64)
-    inner = theirs.base_model.model
-    forward = inner.forward
-    inner.forward = lambda x: SimpleNamespace(loss=forward(x).square().mean())
-    theirs.base_model(x).loss.backward()  # PeftModel's own forward goes past the loss term
-    ours(x).square().mean().backward()
-    RankAllocator(adalora_adapters(ours), AdaLoraConfig(orth_reg_weight=0.7), 1).add_orthogonality()
-    grads = [{short_name(n): p.grad for n, p in trainable(m).items()} for m in (theirs, ours)]
-    assert_close_state(*grads, 1e-10)
-
-
-def test_orthogonality_of_orthogonal_vectors_and_of_a_skipped_batch() -> None:
-    model = nn.Sequential(nn.Linear(4, 4))
-    inject_adapter(model, AdaLoraConfig(init_r=4, target_r=2))
-    adapter = model[0].adapters["default"]
-    allocator = RankAllocator(adalora_adapters(model), adapter.config, 9)
-    allocator.add_orthogonality()
-    assert all(p.grad is None for p in adapter.parameters())
-    with torch.no_grad():
-        adapter.lora_A.copy_(torch.eye(4))
-    adapter.lora_E.grad = torch.zeros(4, 1)
-    allocator.add_orthogonality()
-    assert torch.equal(adapter.lora_A.grad, torch.zeros(4, 4))  # and not NaN
-    assert adapter.lora_B.grad.abs().max() > 0
-
-
-def test_a_budget_that_does_not_fall_and_a_module_that_is_never_called() -> None:
-    """Where peft's kthvalue fails (k = 0), and its `p * p.grad` (None)."""
-    model = nn.ModuleDict({"used": nn.Linear(8, 8), "idle": nn.Linear(8, 8)})
-    inject_adapter(model, AdaLoraConfig(init_r=4, target_r=4), "full")
-    inject_adapter(model, AdaLoraConfig(init_r=4, target_r=2), "less")
-    for name, left in (("full", {"used": 4, "idle": 4}), ("less", {"used": 4, "idle": 0})):
-        adapters = adalora_adapters(model, name)
-        randomize(p for adapter in adapters.values() for p in adapter.parameters())
-        for p in adapters["used"].parameters():
-            p.grad = torch.randn_like(p)
-        allocator = RankAllocator(adapters, adapters["used"].config, 3)
-        for _ in range(3):
-            allocator.step()
-        assert {path: int(mask.sum()) for path, mask in allocator.masks.items()} == left
-
-
-def test_state_of_other_adapters_is_refused() -> None:
-    allocators = []
-    for width in (8, 6):
-        model = nn.Sequential(nn.Linear(width, 8))
-        inject_adapter(model, AdaLoraConfig(init_r=4, target_r=2))
-        randomize(trainable(model).values())
-        model(torch.randn(3, width)).sum().backward()
-        allocator = RankAllocator(adalora_adapters(model), AdaLoraConfig(init_r=4, target_r=2), 5)
-        allocator.step()
-        allocators.append(allocator)
-    with pytest.raises(AdapterMismatchError, match=r"sensitivity of shape \(4, 8\) for '0.lora_A'"):
-        allocators[1].load_state(allocators[0].state())
-    with pytest.raises(ConfigError, match=r"\(lora.total_step\)"):
-        RankAllocator({}, AdaLoraConfig())
-
-
 # -- rank patterns and PEFT's files --------------------------------------------------------------
 
 
 def finished_pair() -> tuple[peft.PeftModel, nn.Module]:
-    theirs, ours = pair(OneLayerNet("linear").double())
+    theirs, ours = adalora_pair(OneLayerNet("linear").double())
     x = torch.randn(4, 6, dtype=torch.float64)
     allocator = RankAllocator(adalora_adapters(ours), AdaLoraConfig(init_r=4, target_r=2), 15)
     for step in (13, 15):
@@ -405,7 +274,7 @@ def peft_options(model: peft.PeftModel) -> dict[str, Any]:
 
 
 def test_no_pattern_before_anything_was_masked() -> None:
-    _, ours = pair(OneLayerNet("linear").double())
+    _, ours = adalora_pair(OneLayerNet("linear").double())
     assert rank_pattern(ours) == {}
     for adapter in adalora_adapters(ours).values():
         nn.init.zeros_(adapter.lora_E)

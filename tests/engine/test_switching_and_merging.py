@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 
-import peft
 import pytest
 import torch
 from hypothesis import settings
@@ -13,7 +12,6 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from torch import Tensor, nn
 
 from lora_lightning import (
-    Ia3Config,
     LoraConfig,
     active_adapters,
     adapter_names,
@@ -29,28 +27,11 @@ from lora_lightning import (
     unmerge_adapter,
 )
 from lora_lightning.checkpoint.fingerprint import base_tensors
-from lora_lightning.engine.switching import set_trainable
 from lora_lightning.errors import AdapterMismatchError, AdapterStateError, LoraError
 from lora_lightning.layers.traversal import named_adapted_layers
-from tests.helpers.tensors import bit_equal, randomize, trainable
+from tests.helpers.adapted_models import adapted
+from tests.helpers.tensors import assert_bit_equal, bit_equal, copied_state, randomize, trainable
 from tests.helpers.torch_models import WIDTH, OneLayerNet, Transformer, example_input, token_ids
-
-
-def adapted(model: nn.Module, name: str = "default", **options) -> nn.Module:
-    inject_adapter(model, LoraConfig(**{"r": 2, **options}), name)
-    randomize(p for key, p in model.named_parameters() if f".adapters.{name}." in key)
-    return model
-
-
-def values(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-
-
-def assert_bit_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert bit_equal(found[name], tensor), name
-
 
 # -- any sequence of operations ----------------------------------------------------------------
 
@@ -76,7 +57,7 @@ class Adapters(RuleBasedStateMachine):
         self.plain = self.base(self.ids).detach()
 
     def expected(self) -> Tensor:
-        weights = values(self.base)
+        weights = copied_state(self.base)
         active = active_adapters(self.model)
         for name in sorted(active, key=lambda name: bool(self.configs[name].modules_to_save)):
             config, state = self.configs[name], adapter_state_dict(self.model, name)
@@ -95,12 +76,12 @@ class Adapters(RuleBasedStateMachine):
 
     def attempt(self, action, *args) -> bool:
         """Run it; a refusal is fine if it changes nothing."""
-        before, active = values(self.model), active_adapters(self.model)
+        before, active = copied_state(self.model), active_adapters(self.model)
         grads = list(trainable(self.model))
         try:
             action(self.model, *args)
         except AdapterStateError:
-            assert_bit_equal(values(self.model), before)
+            assert_bit_equal(copied_state(self.model), before)
             assert (active, grads) == (active_adapters(self.model), list(trainable(self.model)))
             return False
         return True
@@ -145,13 +126,13 @@ class Adapters(RuleBasedStateMachine):
 
     @rule()
     def disable(self) -> None:
-        before, grads = values(self.model), list(trainable(self.model))
+        before, grads = copied_state(self.model), list(trainable(self.model))
         with disable_adapter(self.model):
             assert bit_equal(self.model(self.ids), self.plain)
             with disable_adapter(self.model):
                 assert bit_equal(self.model(self.ids), self.plain)
             assert bit_equal(self.model(self.ids), self.plain)
-        assert_bit_equal(values(self.model), before)
+        assert_bit_equal(copied_state(self.model), before)
         assert grads == list(trainable(self.model))
 
     @rule(name=NAMES)
@@ -185,7 +166,7 @@ class Adapters(RuleBasedStateMachine):
     @invariant()
     def base_is_untouched(self) -> None:
         if hasattr(self, "model"):
-            expected, found = values(self.base), dict(base_tensors(self.model))
+            expected, found = copied_state(self.base), dict(base_tensors(self.model))
             # What a trained copy replaces is left out; the teardown looks at it.
             assert {key for key in expected if not key.startswith("head.")} <= set(found)
             assert_bit_equal(found, {key: expected[key] for key in found})
@@ -193,7 +174,7 @@ class Adapters(RuleBasedStateMachine):
     def teardown(self) -> None:
         if hasattr(self, "model"):
             unload(self.model)
-            assert_bit_equal(values(self.model), values(self.base))
+            assert_bit_equal(copied_state(self.model), copied_state(self.base))
             for before, after in zip(self.base.modules(), self.model.modules(), strict=True):
                 assert type(before) is type(after)
                 assert before.__dict__.keys() == after.__dict__.keys()
@@ -212,7 +193,7 @@ TestAdapters.settings = settings(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_ten_merges_leave_no_drift(layer, dtype):
     model = OneLayerNet(layer).to(dtype)
-    before = values(model)
+    before = copied_state(model)
     adapted(model, target_modules=["proj"])
     x = example_input(layer, dtype)
     first = model(x)
@@ -221,7 +202,9 @@ def test_ten_merges_leave_no_drift(layer, dtype):
         assert not torch.equal(model.layers[0].proj.weight, before["layers.0.proj.weight"])
         unmerge_adapter(model)
     assert bit_equal(model(x), first)
-    assert_bit_equal({n: t for n, t in values(model).items() if ".adapters." not in n}, before)
+    assert_bit_equal(
+        {n: t for n, t in copied_state(model).items() if ".adapters." not in n}, before
+    )
 
 
 def test_subtracting_would_drift():
@@ -267,26 +250,26 @@ def tied() -> nn.Module:
 @pytest.mark.parametrize("target", ["embed", "head"])
 def test_tied_weights_are_not_merged(target):
     model = adapted(tied(), target_modules=[target])
-    before = values(model)
+    before = copied_state(model)
     for merge in (merge_adapter, merge_and_unload):
         with pytest.raises(AdapterStateError) as caught:
             merge(model)
         assert f"The weight of {target!r} is shared with another module" in str(caught.value)
         assert "Untie them first" in str(caught.value)
-        assert_bit_equal(values(model), before)
+        assert_bit_equal(copied_state(model), before)
     assert active_adapters(model) == ["default"]
 
 
 def test_values_that_are_not_finite_are_not_merged():
     model = adapted(Transformer(), target_modules=["q", "k"])
-    before = values(model)
+    before = copied_state(model)
     model.layers[1].attn.k.adapters["default"].lora_B.data[0, 0] = float("nan")
-    broken = values(model)
+    broken = copied_state(model)
     for merge in (merge_adapter, merge_and_unload):
         with pytest.raises(AdapterStateError) as caught:
             merge(model)
         assert "values that are not finite" in str(caught.value)
-        assert_bit_equal(values(model), broken)
+        assert_bit_equal(copied_state(model), broken)
         assert not any(layer.merged_adapters for _, layer in named_adapted_layers(model))
     assert bit_equal(model.layers[0].attn.q.weight, before["layers.0.attn.q.weight"])
 
@@ -365,12 +348,12 @@ def test_message(action, words):
     model = adapted(Transformer(), "one", target_modules=["q"])
     adapted(model, "two", target_modules=["q", "k"])
     merge_adapter(model)
-    before = values(model)
+    before = copied_state(model)
     with pytest.raises(LoraError) as caught:
         action(model)
     for word in words:
         assert word in str(caught.value)
-    assert_bit_equal(values(model), before)
+    assert_bit_equal(copied_state(model), before)
     assert active_adapters(model) == ["one"]
 
 
@@ -407,10 +390,10 @@ def test_nothing_is_merged_below_a_trained_copy(action):
     model = adapted(Transformer(), "one", target_modules=["q"], modules_to_save=["head"])
     adapted(model, "two", target_modules=["head"])
     set_adapter(model, ["one", "two"])
-    before, output = values(model), model(token_ids())
+    before, output = copied_state(model), model(token_ids())
     with pytest.raises(AdapterStateError, match="'one' has a trained copy in the place of 'head'"):
         action(model)
-    assert_bit_equal(values(model), before)
+    assert_bit_equal(copied_state(model), before)
     assert bit_equal(model(token_ids()), output)
 
 
@@ -440,10 +423,10 @@ def test_disabling_leaves_requires_grad_as_it_was(is_trainable):
 def test_disabling_ends_with_an_exception_too():
     model = adapted(Transformer(), target_modules=["q"], bias="all")
     merge_adapter(model)
-    before, expected = values(model), model(token_ids())
+    before, expected = copied_state(model), model(token_ids())
     with pytest.raises(KeyError), disable_adapter(model):
         raise KeyError
-    assert_bit_equal(values(model), before)
+    assert_bit_equal(copied_state(model), before)
     assert bit_equal(model(token_ids()), expected)
 
 
@@ -510,143 +493,7 @@ def test_max_norm_and_merging_agree_or_merging_is_refused():
     torch.testing.assert_close(model(torch.arange(9)), expected)
 
 
-# -- biases that train -------------------------------------------------------------------------
-
-
-def train(model: nn.Module, *inputs: Tensor) -> None:
-    optimizer = torch.optim.SGD(trainable(model).values(), lr=0.1)
-    model(*inputs).square().mean().backward()
-    optimizer.step()
-    model.zero_grad()
-
-
-@pytest.mark.parametrize("option", ["lora_only", "all"])
-def test_trained_biases_go_and_come_back(option):
-    base = Transformer()
-    model = adapted(copy.deepcopy(base), target_modules=["q", "mlp.0"], bias=option)
-    ids = token_ids()
-    names = {name for name in trainable(model) if ".adapters." not in name}
-    every = {name for name, _ in base.named_parameters() if name.endswith("bias")}
-    adapted_too = {name for name in every if name.endswith(("q.bias", "mlp.0.bias"))}
-    assert names == (every if option == "all" else adapted_too)
-    train(model, ids)
-    trained = {name: model.get_parameter(name).detach().clone() for name in names}
-    moved = [not torch.equal(value, base.get_parameter(name)) for name, value in trained.items()]
-    assert any(moved)
-    found = model(ids)
-    with disable_adapter(model):
-        assert bit_equal(model(ids), base(ids))
-    assert bit_equal(model(ids), found)
-    set_adapter(model, [])
-    assert bit_equal(model(ids), base(ids))
-    assert_bit_equal({k: v for k, v in adapter_state_dict(model).items() if k in names}, trained)
-    set_adapter(model, "default")
-    assert bit_equal(model(ids), found)
-    folded = merge_and_unload(copy.deepcopy(model))
-    torch.testing.assert_close(folded(ids), found)
-    unload(model)
-    assert_bit_equal(values(model), values(base))
-
-
-def test_one_bias_cannot_train_with_two_adapters():
-    model = adapted(Transformer(), "one", target_modules=["q"], bias="lora_only")
-    before = [(n, type(m)) for n, m in model.named_modules()]
-    with pytest.raises(AdapterStateError) as caught:
-        inject_adapter(model, LoraConfig(r=2, target_modules=["q", "k"], bias="lora_only"), "two")
-    text = str(caught.value)
-    assert "The bias of 'layers.0.attn.q' already trains with adapter 'one'" in text
-    assert "it cannot also train with 'two'" in text
-    assert "Use bias='none' for one of them. (lora.bias)" in text
-    assert adapter_names(model) == ["one"]  # everything is checked before anything is touched
-    assert before == [(n, type(m)) for n, m in model.named_modules()]
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        LoraConfig(r=2, target_modules=["q"], bias="all", lora_bias=True),
-        Ia3Config(target_modules=["q"], feedforward_modules=[], bias="all"),
-    ],
-    ids=lambda config: config.peft_type,
-)
-def test_a_trained_bias_that_is_merged_into_goes_and_comes_back(config):
-    base = Transformer()
-    model = copy.deepcopy(base)
-    inject_adapter(model, config)
-    randomize(trainable(model).values())
-    ids = token_ids()
-    output, state = model(ids), {k: v.clone() for k, v in adapter_state_dict(model).items()}
-    merge_adapter(model)
-    assert_bit_equal(adapter_state_dict(model), state)
-    assert_bit_equal(dict(base_tensors(model)), dict(base_tensors(base)))
-    with disable_adapter(model):
-        assert bit_equal(model(ids), base(ids))
-        assert_bit_equal(adapter_state_dict(model), state)
-    torch.testing.assert_close(model(ids), output)
-    unmerge_adapter(model)
-    assert bit_equal(model(ids), output)
-    unload(model)
-    assert_bit_equal(values(model), values(base))
-
-
-def test_switching_the_bias_of_another_adapter_beside_a_merged_one():
-    base = Transformer()
-    model = adapted(copy.deepcopy(base), "one", target_modules=["q"], lora_bias=True)
-    adapted(model, "two", target_modules=["k"], bias="all")
-    set_adapter(model, "two")
-    randomize(p for name, p in trainable(model).items() if name.endswith("bias"))
-    both = ["one", "two"]
-    set_adapter(model, both)
-    output = model(token_ids())
-    set_adapter(model, "one")
-    merge_adapter(model)
-    set_adapter(model, both)
-    torch.testing.assert_close(model(token_ids()), output)
-    unmerge_adapter(model)
-    assert bit_equal(model(token_ids()), output)
-    merge_adapter(model, "one")
-    delete_adapter(model, "two")
-    unload(model)
-    assert_bit_equal(values(model), values(base))
-
-
-class TiedBias(nn.Module):
-    """As in BERT's language model head: one bias, known to two modules."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.q, self.decoder = nn.Linear(4, 4), nn.Linear(4, 4)
-        self.bias = self.decoder.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.decoder(self.q(x))
-
-
-def test_a_tied_bias_is_trained_and_kept_once():
-    base = TiedBias()
-    model = adapted(copy.deepcopy(base), target_modules=["q"], bias="all")
-    x = torch.randn(3, 4)
-    train(model, x)
-    found = model(x)
-    with disable_adapter(model):
-        assert bit_equal(model(x), base(x))
-    assert bit_equal(model(x), found)
-    unload(model)
-    assert_bit_equal(values(model), values(base))
-
-
-@pytest.mark.parametrize("lora_bias", [False, True])
-def test_nothing_is_merged_into_a_tied_bias(lora_bias):
-    model = adapted(TiedBias(), target_modules=["q"], lora_bias=lora_bias)
-    model.q.bias = model.bias
-    before, output = values(model), model(torch.ones(1, 4))
-    if lora_bias:
-        with pytest.raises(AdapterStateError, match="bias of 'q' is shared"):
-            merge_adapter(model)
-        assert_bit_equal(values(model), before)
-    else:  # the bias is not written
-        merge_adapter(model)
-        torch.testing.assert_close(model(torch.ones(1, 4)), output)
+# -- switching and disabling --------------------------------------------------------------------
 
 
 def test_policy_and_reference_in_one_graph():
@@ -699,62 +546,22 @@ def test_other_actions_inside_disable_act_afterwards_or_are_refused(action):
     assert all("enabled" not in key for module in model.modules() for key in module.__dict__)
 
 
-def test_the_bias_of_a_deleted_adapter_is_frozen_again():
-    model = adapted(Transformer(), "one", target_modules=["q"], bias="all")
-    adapted(model, "two", target_modules=["q"])
-    delete_adapter(model, "one")
-    set_adapter(model, "two")
-    assert all(".adapters.two." in name for name in trainable(model))
-
-
-def test_the_bias_of_an_inactive_adapter_does_not_train():
-    model = adapted(Transformer(), "one", target_modules=["q"])
-    adapted(model, "two", target_modules=["q"], bias="all")
-    set_trainable(model, "two", True)
-    assert not any(name.endswith("bias") for name in trainable(model))
-    set_adapter(model, "two")
-    assert any(name.endswith("bias") for name in trainable(model))
-
-
-def test_bias_all_trains_the_biases_that_peft_trains():
-    """Parameters called `bias`; not an LSTM's `bias_ih_l0` or an attention's `in_proj_bias`."""
-
-    def model():
-        modules = {"lin": nn.Linear(4, 4), "mha": nn.MultiheadAttention(4, 2), "rnn": nn.LSTM(4, 4)}
-        return nn.ModuleDict(modules)
-
-    theirs = peft.get_peft_model(
-        model(),
-        peft.LoraConfig(r=2, target_modules=["lin"], bias="all"),
-        autocast_adapter_dtype=True,
-    )
-    expected = {
-        name.removeprefix("base_model.model.").replace("base_layer.", "")
-        for name, parameter in theirs.named_parameters()
-        if parameter.requires_grad and "lora_" not in name
-    }
-    ours = model()
-    inject_adapter(ours, LoraConfig(r=2, target_modules=["lin"], bias="all"))
-    assert {name for name in trainable(ours) if ".adapters." not in name} == expected
-    assert expected == {"lin.bias", "mha.out_proj.bias"}
-
-
 def test_merging_under_autocast_is_as_exact():
     model = adapted(nn.Sequential(nn.Linear(16, 16)), r=4)
     merge_adapter(model)
-    expected = values(model)
+    expected = copied_state(model)
     with torch.autocast("cpu", torch.bfloat16), disable_adapter(model):
         pass
-    assert_bit_equal(values(model), expected)
+    assert_bit_equal(copied_state(model), expected)
     unmerge_adapter(model)
     with torch.autocast("cpu", torch.bfloat16):
         merge_adapter(model)
-    assert_bit_equal(values(model), expected)
+    assert_bit_equal(copied_state(model), expected)
 
 
 def test_a_module_wrapped_later_is_not_merged_for_good():
     model = adapted(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
-    before = values(model)
+    before = copied_state(model)
     nn.utils.parametrize.register_parametrization(model[1], "bias", nn.Tanh())
     with pytest.raises(AdapterStateError, match="was wrapped by other code"):
         merge_and_unload(model)

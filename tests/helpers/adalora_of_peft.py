@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any
 
 import peft
 from torch import nn
+
+from lora_lightning import (
+    inject_adapter,
+    load_adapter_state_dict,
+)
+from lora_lightning.adapters.adalora import AdaLoraConfig
+from tests.helpers.tensors import randomize, trainable
 
 
 def adalora_of_peft(base: nn.Module, **options: Any) -> peft.PeftModel:
@@ -22,3 +30,15 @@ def adalora_of_peft(base: nn.Module, **options: Any) -> peft.PeftModel:
 def short_name(key: str) -> str:
     key = key.removeprefix("base_model.model.").replace(".base_layer", "")
     return key.replace(".adapters.default", "").removesuffix(".default")
+
+
+def adalora_pair(base: nn.Module, **options: Any) -> tuple[peft.PeftModel, nn.Module]:
+    """The same net adapted by peft and by us, with the same random adapter values."""
+    options = {"init_r": 4, "target_r": 2, "lora_alpha": 6, "target_modules": ["proj"], **options}
+    theirs = adalora_of_peft(copy.deepcopy(base), **options)
+    ours = copy.deepcopy(base)
+    inject_adapter(ours, AdaLoraConfig(**options))
+    randomize(trainable(theirs).values())
+    state = peft.get_peft_model_state_dict(theirs)
+    load_adapter_state_dict(ours, {short_name(key): value for key, value in state.items()})
+    return theirs, ours

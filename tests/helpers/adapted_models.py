@@ -9,7 +9,10 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from lora_lightning import LoraConfig, inject_adapter
+from lora_lightning import (
+    LoraConfig,
+    inject_adapter,
+)
 from tests.helpers.tensors import randomize
 
 CLOSE: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-10}
@@ -65,3 +68,9 @@ def tied_llama(tied: bool = True) -> LlamaForCausalLM:
 
 def tied_llama_ids() -> Tensor:
     return torch.arange(32).view(2, 16) % 16
+
+
+def adapted(model: nn.Module, name: str = "default", **options) -> nn.Module:
+    inject_adapter(model, LoraConfig(**{"r": 2, **options}), name)
+    randomize(p for key, p in model.named_parameters() if f".adapters.{name}." in key)
+    return model
