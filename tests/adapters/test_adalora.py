@@ -23,11 +23,7 @@ from lora_lightning import (
     save_adapter,
 )
 from lora_lightning.adapters.adalora import AdaLoraConfig
-from lora_lightning.engine.rank_allocation import (
-    RankAllocator,
-    adalora_adapters,
-    rank_pattern,
-)
+from lora_lightning.engine.rank_allocation import RankAllocator, adalora_adapters, rank_pattern
 from lora_lightning.errors import ConfigError, RankError
 from tests.helpers.adalora_of_peft import adalora_of_peft, adalora_pair, short_name
 from tests.helpers.tensors import assert_close_state, bit_equal, randomize, trainable

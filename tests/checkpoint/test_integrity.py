@@ -8,9 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_lightning.checkpoint.integrity import (
-    content_hash,
-)
+from lora_lightning.checkpoint.integrity import content_hash
 
 VALUES: list[Any] = [
     0, 1, -1, True, False, None, 0.0, -0.0, 1.0, 1e-300, "", "a", "1", b"a", b"", 1j,

@@ -8,14 +8,8 @@ from typing import Any
 import pytest
 from lightning.pytorch.cli import LightningCLI
 
-from lora_lightning import (
-    LoraCallback,
-    LoraConfig,
-    adapter_names,
-)
-from lora_lightning.errors import (
-    AdapterMismatchError,
-)
+from lora_lightning import LoraCallback, LoraConfig, adapter_names
+from lora_lightning.errors import AdapterMismatchError
 from tests.helpers.lightning_modules import (
     BuiltInConfigureModel,
     Data,

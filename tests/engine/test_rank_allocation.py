@@ -10,14 +10,9 @@ import torch
 from peft.tuners.adalora.layer import RankAllocator as PeftAllocator
 from torch import nn
 
-from lora_lightning import (
-    inject_adapter,
-)
+from lora_lightning import inject_adapter
 from lora_lightning.adapters.adalora import AdaLoraConfig
-from lora_lightning.engine.rank_allocation import (
-    RankAllocator,
-    adalora_adapters,
-)
+from lora_lightning.engine.rank_allocation import RankAllocator, adalora_adapters
 from lora_lightning.errors import AdapterMismatchError, ConfigError
 from tests.helpers.adalora_of_peft import adalora_pair, short_name
 from tests.helpers.tensors import assert_close_state, randomize, trainable

@@ -9,10 +9,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from lora_lightning import (
-    LoraConfig,
-    inject_adapter,
-)
+from lora_lightning import LoraConfig, inject_adapter
 from tests.helpers.tensors import randomize
 
 CLOSE: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-10}

@@ -10,9 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import lora_lightning
-from lora_lightning import (
-    inject_adapter,
-)
+from lora_lightning import inject_adapter
 
 # p: the same as peft 0.21.2; f: in float32, as peft knows no other dtype there.
 # g: as p, but for gradients that peft has wrong (it fails gradcheck).

@@ -11,14 +11,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lora_lightning import (
-    LoraCallback,
-)
+from lora_lightning import LoraCallback
 from lora_lightning.utilities.dtensor import full_tensor
 from lora_lightning.utilities.wrappers import plain_name
-from tests.helpers.fsdp2_modules import (
-    InitializedOnMeta,
-)
+from tests.helpers.fsdp2_modules import InitializedOnMeta
 from tests.helpers.lightning_modules import Data, make_trainer
 
 

@@ -22,14 +22,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
-from lora_lightning import (
-    LoraCallback,
-    adapter_names,
-    load_from_checkpoint,
-)
-from lora_lightning.errors import (
-    AdapterStateError,
-)
+from lora_lightning import LoraCallback, adapter_names, load_from_checkpoint
+from lora_lightning.errors import AdapterStateError
 from tests.helpers.lightning_modules import (
     KEYS,
     OPTIONS,

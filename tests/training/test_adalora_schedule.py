@@ -16,14 +16,9 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_avg_fn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lora_lightning import (
-    LoraCallback,
-    adapter_state_dict,
-)
+from lora_lightning import LoraCallback, adapter_state_dict
 from lora_lightning.adapters.adalora import AdaLoraAdapter, AdaLoraConfig
-from lora_lightning.engine.rank_allocation import (
-    adalora_adapters,
-)
+from lora_lightning.engine.rank_allocation import adalora_adapters
 from lora_lightning.errors import ConfigError
 from lora_lightning.layers.traversal import named_adapted_layers
 from tests.helpers.adalora_of_peft import adalora_of_peft, short_name

@@ -24,13 +24,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.plugins import AsyncCheckpointIO
 from torch import nn
 
-from lora_lightning import (
-    LoraCallback,
-    LoraConfig,
-    inject_adapter,
-    load_adapter,
-    save_adapter,
-)
+from lora_lightning import LoraCallback, LoraConfig, inject_adapter, load_adapter, save_adapter
 from lora_lightning.checkpoint.integrity import (
     content_hash,
     content_hashes,

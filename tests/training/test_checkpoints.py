@@ -20,10 +20,7 @@ from lora_lightning import (
     inject_adapter,
     load_from_checkpoint,
 )
-from lora_lightning.errors import (
-    AdapterMismatchError,
-    CheckpointError,
-)
+from lora_lightning.errors import AdapterMismatchError, CheckpointError
 from lora_lightning.training.checks.training import check_hyperparameters
 from tests.helpers.lightning_modules import (
     KEYS,

@@ -20,12 +20,7 @@ from lora_lightning import (
     merge_and_unload,
     set_adapter,
 )
-from lora_lightning.errors import (
-    AdapterMismatchError,
-    AdapterStateError,
-    ConfigError,
-    TargetError,
-)
+from lora_lightning.errors import AdapterMismatchError, AdapterStateError, ConfigError, TargetError
 from tests.helpers.lightning_modules import (
     OPTIONS,
     BuiltInConfigureModel,

@@ -11,23 +11,9 @@ from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
-from lora_lightning import (
-    LoraCallback,
-    load_adapter,
-    save_adapter,
-)
-from lora_lightning.errors import (
-    TargetError,
-)
-from tests.helpers.lightning_modules import (
-    KEYS,
-    OPTIONS,
-    Data,
-    Net,
-    make_trainer,
-    saved,
-    trained,
-)
+from lora_lightning import LoraCallback, load_adapter, save_adapter
+from lora_lightning.errors import TargetError
+from tests.helpers.lightning_modules import KEYS, OPTIONS, Data, Net, make_trainer, saved, trained
 
 
 class Compiled(Net):

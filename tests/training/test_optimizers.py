@@ -11,16 +11,8 @@ from lightning.pytorch import LightningModule, seed_everything
 from torch import nn
 from torch.optim import lr_scheduler
 
-from lora_lightning import (
-    LoraCallback,
-    LoraConfig,
-    delete_adapter,
-    inject_adapter,
-    set_adapter,
-)
-from lora_lightning.errors import (
-    OptimizerError,
-)
+from lora_lightning import LoraCallback, LoraConfig, delete_adapter, inject_adapter, set_adapter
+from lora_lightning.errors import OptimizerError
 from tests.helpers.lightning_modules import (
     KEYS,
     OPTIONS,
