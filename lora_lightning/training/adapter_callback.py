@@ -5,6 +5,7 @@ They find callbacks by this class and so need not import `LoraCallback`, which i
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -18,7 +19,7 @@ from lora_lightning.layers.traversal import walk
 from lora_lightning.utilities.wrappers import unwrapped
 
 
-class AdapterCallback(Callback):
+class AdapterCallback(Callback, ABC):
     """Base class of `LoraCallback`.
 
     Attributes:
@@ -80,14 +81,14 @@ class AdapterCallback(Callback):
         keys = saved_keys(self._root(pl_module), self.adapter_name)
         return {prefix + key: shape for key, shape in keys.items()}
 
+    @abstractmethod
     def _leaves_step_out(self) -> bool:
         """True while an optimizer step is under way that is left out."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _stop_if_asked(self, trainer: Trainer) -> None:
         """Save and end the run where a signal has asked for it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _rank_allocation(self) -> dict[str, Any] | None:
         """AdaLoRA's ranks for a checkpoint; None for other types."""
-        raise NotImplementedError

@@ -52,6 +52,10 @@ def test_what_is_no_config_is_named(value: Any, words: str) -> None:
 def test_the_order_of_arguments_of_peft() -> None:
     with pytest.raises(ConfigError, match=r"inject_adapter\(model, config\) takes the model first"):
         inject_adapter(LoraConfig(), nn.Linear(4, 4))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"2 values without a name \(Linear, LoraConfig\)"):
+        LoraCallback(nn.Linear(4, 4), LoraConfig())  # type: ignore[misc]
+    with pytest.raises(ConfigError, match=r"\(int, int\).*by name: LoraCallback\(r=8, lora_alpha"):
+        LoraCallback(16, 32)  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("config", [LoraConfig, LohaConfig, AdaLoraConfig])
@@ -89,11 +93,12 @@ def test_options_go_by_name() -> None:
         LoraConfig(8)  # type: ignore[misc]
 
 
-def test_configs_are_copied_and_pickled_as_before() -> None:
+def test_configs_and_callbacks_are_copied_and_pickled_as_before() -> None:
     config = LoraConfig(r=3, target_modules=["a"])
-    assert (
-        copy.deepcopy(config) == copy.copy(config) == pickle.loads(pickle.dumps(config)) == config
-    )
+    callback = LoraCallback(config, adapter_name="a")
+    for again in (copy.copy, copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))):
+        assert again(config) == config
+        assert (again(callback).config, again(callback).adapter_name) == (config, "a")
 
 
 def test_editors_see_the_options_of_lora() -> None:
