@@ -14,7 +14,6 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from lightning.fabric.utilities.data import get_all_subclasses
 from torch.utils.data import BatchSampler, DataLoader
 
 
@@ -39,6 +38,9 @@ def _data_loaders_as_torch_has_them() -> Iterator[None]:
     nothing goes wrong in between.
     """
     yield
+    # Not before pytest handles what is logged: Lightning's loggers would then not propagate.
+    from lightning.fabric.utilities.data import get_all_subclasses
+
     for base in (DataLoader, BatchSampler):
         for cls in get_all_subclasses(base) | {base}:
             for method in ("__setattr__", "__delattr__", "__init__"):
