@@ -464,6 +464,7 @@ class Counting:
         return graph
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_one_graph_for_all_lengths(llama: str, checkpointing: bool) -> None:
     torch._dynamo.reset()
@@ -508,6 +509,7 @@ def test_heads_are_not_part_of_the_graph(tmp_path: Path) -> None:
     assert seen == [Tensor, Tensor]  # not once, while a graph was made
 
 
+@pytest.mark.slow
 def test_negative_control_that_is_compiled_for_each_length(llama: str) -> None:
     torch._dynamo.reset()
     backend = Counting()

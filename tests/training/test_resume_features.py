@@ -181,7 +181,20 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("name", RUNS)
+FAST = (
+    "plain",
+    "accumulate",
+    "plateau by step",
+    "ema",
+    "two adapters",
+    "adalora",
+    "validation in the epoch",
+)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in FAST else pytest.mark.slow) for n in RUNS]
+)
 def test_resume_is_exact(tmp_path: Path, name: str) -> None:
     RUNS[name].check(tmp_path)
 
