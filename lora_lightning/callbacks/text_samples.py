@@ -14,6 +14,7 @@ from rich.text import Text
 from lora_lightning.callbacks.generation import TextGenerator, generating_network
 from lora_lightning.callbacks.text_loggers import Row, log_texts
 from lora_lightning.data.encoding.causal_lm import Encoder
+from lora_lightning.data.encoding.sample_encoder import SampleEncoder
 from lora_lightning.data.encoding.seq2seq_lm import Seq2SeqEncoder
 from lora_lightning.data.samples.sample import (
     Chat,
@@ -200,11 +201,11 @@ class TextSamples(Callback):
         """Encode prompts as the data module encodes its own."""
         assert self._generator is not None
         data = getattr(trainer, "datamodule", None)
-        encoder = getattr(getattr(data, "encoding", None), "encoder", None)
+        encoder: SampleEncoder | None = getattr(getattr(data, "encoding", None), "encoder", None)
         if self._generator.is_encoder_decoder:
             samples = [PromptCompletion(_text(sample), "", sample.where) for sample in samples]
         if self.tokenizer is not None or encoder is None:
-            kind: Any = Seq2SeqEncoder if self._generator.is_encoder_decoder else Encoder
+            kind = Seq2SeqEncoder if self._generator.is_encoder_decoder else Encoder
             encoder = kind(self._generator.tokenizer, 2)
         return encoder.encode_prompts(samples)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lora_lightning.data.batches.image_augmentation import Augmentation
-from lora_lightning.data.labelled_data_module import LabelledDataModule
+from lora_lightning.data.labelled_data_module import Collate, LabelledDataModule
 from lora_lightning.data.sources.image_record import ImageRecord, load_image
 from lora_lightning.data.sources.labelled_images import read_images
 from lora_lightning.data.split_data_module import SplitOptions
@@ -93,7 +93,9 @@ class ImageDataModule(LabelledDataModule):
             label_column=None if split == "predict" else self.label_column,
         )
 
-    def hold_out(self, records: Sequence[ImageRecord]) -> tuple[list[Any], list[Any]]:
+    def hold_out(
+        self, records: Sequence[ImageRecord]
+    ) -> tuple[list[ImageRecord], list[ImageRecord]]:
         """Training and validation images of those of `train`."""
         return split_records(records, self.val_fraction, content=lambda record: record.content)
 
@@ -112,7 +114,7 @@ class ImageDataModule(LabelledDataModule):
             self.augmentation if split == "train" else None,
         )
 
-    def collator(self) -> Any:
+    def collator(self) -> Collate:
         """Return the collate function, which takes images of one size."""
         return collate_images
 

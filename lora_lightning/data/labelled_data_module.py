@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -11,6 +11,9 @@ from torch.utils.data import DataLoader, Dataset
 from lora_lightning.data.split_data_module import SplitDataModule, SplitOptions
 from lora_lightning.errors import ConfigError, RecordError, first_few, nearest_hint
 from lora_lightning.utilities.constants import IGNORE_INDEX
+
+# Makes a batch of examples.
+Collate = Callable[[list[Any]], Any]
 
 
 class LabelledDataModule(SplitDataModule):
@@ -88,7 +91,7 @@ class LabelledDataModule(SplitDataModule):
         """Return the length of each example; by default all are alike."""
         return [1] * len(examples)
 
-    def collator(self) -> Any:
+    def collator(self) -> Collate:
         """Return the collate function."""
         raise NotImplementedError
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lora_lightning.data.labelled_data_module import LabelledDataModule
+from lora_lightning.data.labelled_data_module import Collate, LabelledDataModule
 from lora_lightning.data.split_data_module import SplitOptions
 from lora_lightning.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Example = dict[str, Any]
 
@@ -33,15 +36,15 @@ class LabelledTextDataModule(LabelledDataModule):
         super().__init__(options, label_column, label_names)
         self.tokenizer_name = tokenizer
         self.max_length = max_length
-        self._tokenizer: Any = None
+        self._tokenizer: PreTrainedTokenizerBase | None = None
 
     @property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, loaded when it is first used."""
         self._tokenizer = self._tokenizer or self._load_tokenizer()
         return self._tokenizer
 
-    def collator(self) -> Any:
+    def collator(self) -> Collate:
         """Return the collate function, which pads a batch of examples."""
         from transformers import DataCollatorWithPadding
 
@@ -51,7 +54,8 @@ class LabelledTextDataModule(LabelledDataModule):
         """Tokens of each text."""
         return [len(example["input_ids"]) for example in examples]
 
-    def _load_tokenizer(self) -> Any:
+    def _load_tokenizer(self) -> PreTrainedTokenizerBase:
+        tokenizer: PreTrainedTokenizerBase
         tokenizer, name, key = self.load_processor(
             "AutoTokenizer", self.tokenizer_name, "data.tokenizer"
         )

@@ -88,7 +88,7 @@ class SplitDataModule(LightningDataModule):
             self.val_dataloader = MethodType(LightningDataModule.val_dataloader, self)  # type: ignore[method-assign]
         self.batch_size = options.batch_size
         self.num_workers = options.num_workers
-        self._records: dict[str, Any] = {}
+        self._records: dict[str, Sequence[Any]] = {}
         self._prepared: dict[str, Any] = {}
         self._seed: int | None = None  # of the order, once training has begun
 

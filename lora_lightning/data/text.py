@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import islice
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
@@ -23,12 +23,16 @@ from lora_lightning.data.batches.packing_check import (
 from lora_lightning.data.batches.stream import TextStream
 from lora_lightning.data.encoding.for_model import BlockEncoder, Encoding, encoding_for, held_out
 from lora_lightning.data.encoding.report import EncodingReport
+from lora_lightning.data.encoding.sample_encoder import SampleEncoder
 from lora_lightning.data.samples.formats import check_format
 from lora_lightning.data.samples.sample import Sample
 from lora_lightning.data.samples.text_source import TextSource
 from lora_lightning.data.split_data_module import SplitDataModule, SplitOptions
 from lora_lightning.data.validation_split import sample_content, split_records
 from lora_lightning.errors import ConfigError, ModelError, RecordError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class TextDataModule(SplitDataModule):
@@ -123,7 +127,7 @@ class TextDataModule(SplitDataModule):
     # -- what there is -----------------------------------------------------------------------------
 
     @property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, loaded when it is first used."""
         return self.encoding.tokenizer
 
@@ -134,7 +138,7 @@ class TextDataModule(SplitDataModule):
         return self._encoding
 
     @property
-    def encoder(self) -> Any:
+    def encoder(self) -> SampleEncoder:
         """Encoder from samples to examples and prompts."""
         return self.encoding.encoder
 
@@ -225,7 +229,7 @@ class TextDataModule(SplitDataModule):
 
     # -- loaders -----------------------------------------------------------------------------------
 
-    def train_dataloader(self) -> Any:
+    def train_dataloader(self) -> DataLoader[Any]:
         """Training batches in a random order."""
         rows = self.prepared("train")
         if self.streaming:
@@ -240,22 +244,23 @@ class TextDataModule(SplitDataModule):
                     "streaming needs the package 'torchdata'. Install it with: "
                     'pip install "lora_lightning[data]" (data.streaming)'
                 ) from error
-            return self._loader(rows, sampler)  # whose position LoraCallback finds again
-        loader = self._loader(rows, sampler, TextLoader)
+            # LoraCallback finds its position again.
+            return DataLoader(rows, **self._batching(sampler))
+        loader = TextLoader(rows, **self._batching(sampler))
         loader.trainer, loader.streams = self.trainer, self.streaming
         return loader
 
-    def val_dataloader(self) -> Any:
+    def val_dataloader(self) -> DataLoader[Any]:
         """Validation batches."""
         rows = self.prepared("val")
-        return self._loader(rows, self._sampler(rows, shuffle=False))
+        return DataLoader(rows, **self._batching(self._sampler(rows, shuffle=False)))
 
-    def test_dataloader(self) -> Any:
+    def test_dataloader(self) -> DataLoader[Any]:
         """Test batches."""
         rows = self.prepared("test")
-        return self._loader(rows, self._sampler(rows, shuffle=False))
+        return DataLoader(rows, **self._batching(self._sampler(rows, shuffle=False)))
 
-    def predict_dataloader(self) -> Any:
+    def predict_dataloader(self) -> DataLoader[Any]:
         """Prompts in the order of the file."""
         return DataLoader(
             self.prepared("predict"),
@@ -268,16 +273,16 @@ class TextDataModule(SplitDataModule):
     def _sampler(self, rows: BatchRows, *, shuffle: bool) -> EpochSampler:
         return self.order(rows.lengths, shuffle=shuffle, group=not self.packing)
 
-    def _loader(self, rows: Any, sampler: Any, kind: type[DataLoader[Any]] = DataLoader) -> Any:
-        return kind(
-            rows,
-            batch_size=self.batch_size,  # Lightning can repeat only what is given by its name
-            sampler=sampler,
-            num_workers=self.num_workers,
-            collate_fn=self._collator(),
-        )
+    def _batching(self, sampler: EpochSampler | None) -> dict[str, Any]:
+        """Arguments of a loader, by name: only then can Lightning make the loader again."""
+        return {
+            "batch_size": self.batch_size,
+            "sampler": sampler,
+            "num_workers": self.num_workers,
+            "collate_fn": self._collator(),
+        }
 
-    def _collator(self) -> Any:
+    def _collator(self) -> PadRows | PackRows:
         if not self.packing:
             return PadRows(self._pad_id)
         flat = False

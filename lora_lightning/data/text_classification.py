@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from lightning.pytorch.utilities import rank_zero_info
 
 from lora_lightning.data.labelled_text_data_module import Example, LabelledTextDataModule
 from lora_lightning.data.sources.labelled_texts import Record, read_records
 from lora_lightning.data.split_data_module import SplitOptions
+
+if TYPE_CHECKING:
+    from transformers import BatchEncoding
 
 
 class TextClassificationDataModule(LabelledTextDataModule):
@@ -75,7 +78,7 @@ class TextClassificationDataModule(LabelledTextDataModule):
             columns["labels"] = [number for r in records for number in self.class_ids(r)]
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
-    def _count_cut(self, texts: list[str], encoded: Any) -> int:
+    def _count_cut(self, texts: list[str], encoded: BatchEncoding) -> int:
         lengths = [len(ids) for ids in encoded["input_ids"]]
         full = [text for text, n in zip(texts, lengths, strict=True) if n == self.max_length]
         if not full:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from lora_lightning.data.labelled_data_module import Collate
 from lora_lightning.data.labelled_text_data_module import Example, LabelledTextDataModule
 from lora_lightning.data.sources.labelled_words import (
     Sentence,
@@ -20,6 +21,9 @@ from lora_lightning.data.sources.labelled_words import (
 from lora_lightning.data.split_data_module import SplitOptions
 from lora_lightning.errors import ConfigError
 from lora_lightning.utilities.constants import IGNORE_INDEX
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class TokenClassificationDataModule(LabelledTextDataModule):
@@ -113,7 +117,7 @@ class TokenClassificationDataModule(LabelledTextDataModule):
         )
         return examples
 
-    def collator(self) -> Any:
+    def collator(self) -> Collate:
         """Return the collate function, which pads a batch of examples."""
         return _PaddedWords(super().collator(), self.tokenizer.padding_side)
 
@@ -131,7 +135,7 @@ class TokenClassificationDataModule(LabelledTextDataModule):
                     encoded[column][i] = value
         return encoded, set(long)
 
-    def _load_tokenizer(self) -> Any:
+    def _load_tokenizer(self) -> PreTrainedTokenizerBase:
         tokenizer = super()._load_tokenizer()
         if not tokenizer.is_fast:
             raise ConfigError(
@@ -145,7 +149,7 @@ class TokenClassificationDataModule(LabelledTextDataModule):
 class _PaddedWords:
     """Pads what the tokenizer's own collator knows nothing of."""
 
-    def __init__(self, collator: Any, side: str) -> None:
+    def __init__(self, collator: Collate, side: str) -> None:
         self.collator = collator
         self.side = side
 

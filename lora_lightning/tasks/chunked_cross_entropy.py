@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy
 
 Head = Callable[[Tensor], Tensor]
+Chunks = list[tuple[Tensor, Tensor]]  # hidden states, labels
 # Scores of one chunk on a CPU: 32 MiB in float32, where it is as fast as any (loss_cost.py).
 CHUNK = 2**23
 # Times as many on other devices, whose products want more rows for each time the weight is read.
@@ -38,10 +39,11 @@ def head_loss(head: Head, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tenso
     one = head(hidden.detach()[:1])
     numbers = CHUNK if hidden.device.type == "cpu" else ELSEWHERE * CHUNK
     rows = max(1, numbers // one.shape[-1])
-    chunks = list(zip(hidden.split(rows), labels.split(rows), strict=True))
+    chunks = list(zip(torch.split(hidden, rows), torch.split(labels, rows), strict=True))
     leaves = _leaves(one)
     if torch.is_grad_enabled() and (leaves or hidden.requires_grad):
-        return _HeadLoss.apply(head, chunks, hidden, *leaves), None
+        apply: Callable[..., Tensor] = _HeadLoss.apply
+        return apply(head, chunks, hidden, *leaves), None
     loss, correct = _zero(hidden), torch.zeros((), dtype=torch.long, device=hidden.device)
     for part, wanted in chunks:
         scores = _wide(head(part))
@@ -54,7 +56,7 @@ class _HeadLoss(torch.autograd.Function):
     """Gradients of a sum are known with it: only a factor is still to come."""
 
     @staticmethod
-    def forward(ctx: Any, head: Head, chunks: Any, hidden: Tensor, *leaves: Tensor) -> Tensor:
+    def forward(ctx: Any, head: Head, chunks: Chunks, hidden: Tensor, *leaves: Tensor) -> Tensor:
         loss, place = _zero(hidden), 0
         own = torch.zeros_like(hidden) if hidden.requires_grad else None
         sums = [torch.zeros_like(t, dtype=_sum_dtype(t.dtype)) for t in leaves]

@@ -94,7 +94,8 @@ class Classification(PretrainedTask):
         """Class scores (..., classes) in float32; labels in `batch` are left aside."""
         assert self.network is not None, "configure_model builds the network"
         inputs = {key: tensor for key, tensor in batch.items() if key not in self.not_inputs}
-        return self.network(**inputs).logits.float()
+        scores: Tensor = self.network(**inputs).logits.float()
+        return scores
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Cross-entropy, as the update's mean over its whole window wants it."""

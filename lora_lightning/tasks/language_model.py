@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from lora_lightning.tasks.pretrained_task import Batch, PretrainedTask
 from lora_lightning.utilities.constants import IGNORE_INDEX
 from lora_lightning.utilities.dtensor import is_sharded
 from lora_lightning.utilities.pretrained import load_pretrained
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # Generation options that return something else than texts, or have no effect.
 _REFUSED = ("return_dict_in_generate", "max_length")
@@ -50,7 +53,7 @@ class LanguageModel(PretrainedTask):
         # Tokens that this process has been trained on in this run, padding left out.
         self.tokens_seen = 0
         self.lm_loss = LMLoss()
-        self._tokenizer: Any = None
+        self._tokenizer: PreTrainedTokenizerBase | None = None
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
         """Select the network's inputs from a batch."""
@@ -81,7 +84,8 @@ class LanguageModel(PretrainedTask):
     def forward(self, batch: Batch) -> Tensor:
         """Scores (batch, length, vocabulary) of the next token."""
         assert self.network is not None, "configure_model builds the network"
-        return self.network(**self.inputs(batch)).logits
+        scores: Tensor = self.network(**self.inputs(batch)).logits
+        return scores
 
     def token_loss(self, batch: Batch) -> TokenLoss:
         """Summed cross-entropy of the learned tokens, and how many of them are guessed."""
@@ -127,10 +131,10 @@ class LanguageModel(PretrainedTask):
     # -- generation --------------------------------------------------------------------------------
 
     @property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> PreTrainedTokenizerBase:
         """The data module's tokenizer where it has one, else the model's own."""
         data = getattr(self._trainer, "datamodule", None)
-        theirs = getattr(data, "tokenizer", None)
+        theirs: PreTrainedTokenizerBase | str | None = getattr(data, "tokenizer", None)
         if theirs is not None and not isinstance(theirs, str):
             return theirs
         if self._tokenizer is None:
@@ -171,7 +175,10 @@ class LanguageModel(PretrainedTask):
             tokenizer=tokenizer,  # reads `stop_strings`
             **{**options, "max_new_tokens": min(options["max_new_tokens"], left)},
         )
-        return tokenizer.batch_decode(self.written(ids, input_ids), skip_special_tokens=True)
+        texts: list[str] = tokenizer.batch_decode(
+            self.written(ids, input_ids), skip_special_tokens=True
+        )
+        return texts
 
     def prompts(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
         """Return the inputs of `generate`."""

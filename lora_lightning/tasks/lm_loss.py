@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
-from lora_lightning.tasks.chunked_cross_entropy import head_loss
+from lora_lightning.tasks.chunked_cross_entropy import Head, head_loss
 from lora_lightning.utilities.constants import IGNORE_INDEX
 from lora_lightning.utilities.dtensor import is_sharded
 from lora_lightning.utilities.rng import random_state, set_random_state
@@ -160,7 +160,7 @@ class Finish:
         return scores if self.bias is None else scores + self.bias[0]
 
 
-def _summed(scores_of: Any, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
+def _summed(scores_of: Head, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
     learned = targets != IGNORE_INDEX
     states, wanted = hidden[learned], targets[learned]
     if len(states):
@@ -176,7 +176,8 @@ def _balance(network: Any, outputs: Any) -> Tensor | None:
         return None
     config = network.config.get_text_config(decoder=True)
     coefficient = getattr(network, "router_aux_loss_coef", None)
-    return loss * (config.router_aux_loss_coef if coefficient is None else coefficient)
+    balance: Tensor = loss * (config.router_aux_loss_coef if coefficient is None else coefficient)
+    return balance
 
 
 def _close(found: Tensor, expected: Tensor) -> bool:

@@ -158,14 +158,15 @@ def count_steps(trainer: Any) -> float:
     An epoch's last, partial window of accumulation is a step. To be asked when the data are set up.
     """
     epochs = trainer.max_epochs
-    by_steps = math.inf if trainer.max_steps == -1 else trainer.max_steps
+    by_steps: float = math.inf if trainer.max_steps == -1 else trainer.max_steps
     if epochs in (-1, None) or math.isinf(trainer.num_training_batches):
         return by_steps
     windows = [trainer.accumulate_grad_batches] * epochs
     for callback in trainer.callbacks:
         if isinstance(callback, GradientAccumulationScheduler):
             windows = [callback.get_accumulate_grad_batches(epoch) for epoch in range(epochs)]
-    return min(by_steps, sum(math.ceil(trainer.num_training_batches / w) for w in windows))
+    by_epochs: float = sum(math.ceil(trainer.num_training_batches / window) for window in windows)
+    return min(by_steps, by_epochs)
 
 
 def is_trial(trainer: Any) -> bool:

@@ -101,7 +101,7 @@ class ModelOptions:
             )
 
 
-def _check_choice(option: str, value: str | None, choices: Any) -> None:
+def _check_choice(option: str, value: str | None, choices: object) -> None:
     known = get_args(choices)
     if value is not None and value not in known:
         hint = nearest_hint(value, known)

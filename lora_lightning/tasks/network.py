@@ -6,16 +6,20 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Trainer
+from torch import nn
 
 from lora_lightning.errors import ConfigError, ModelError
 from lora_lightning.layers.quantized.bitsandbytes import settle_rounding_table
 from lora_lightning.tasks.model_options import ModelOptions
 from lora_lightning.tasks.sharding import repeated_layers, shard
 from lora_lightning.utilities.pretrained import load_pretrained, resolve_model_path
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 _AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
@@ -25,7 +29,7 @@ def build_network(
     name: str,
     options: ModelOptions,
     trainer: Trainer | None = None,
-    mesh: Any = None,
+    mesh: DeviceMesh | None = None,
     **network_options: Any,
 ) -> tuple[Any, set[str]]:
     """The network in train mode, and the names of its parameters that no file had values for.
@@ -130,7 +134,7 @@ def _checkpoint_layers(network: Any, name: str) -> None:
         network.disable_input_require_grads()
 
 
-def _compile(parts: list[Any], options: dict[str, Any]) -> None:
+def _compile(parts: list[nn.Module], options: dict[str, Any]) -> None:
     """Compile in place: no wrapper, so names stay, and adapters may be attached later."""
     for part in parts:
         try:
@@ -142,14 +146,14 @@ def _compile(parts: list[Any], options: dict[str, Any]) -> None:
             ) from error
 
 
-def _below_head(network: Any) -> list[Any]:
+def _below_head(network: Any) -> list[nn.Module]:
     """Parts of a network below its heads, which a loss may call in chunks."""
     if network.base_model is not network:
         return [network.base_model]
     return [child for child in network.children() if repeated_layers(child)]  # T5's two stacks
 
 
-def _dtype(options: ModelOptions) -> Any:
+def _dtype(options: ModelOptions) -> torch.dtype | str:
     # By default that of the Trainer's precision, not the one that the file was saved in.
     if options.dtype is None:
         return torch.get_default_dtype()

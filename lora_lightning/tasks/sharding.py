@@ -8,23 +8,29 @@ parameters, and gathers those of a unit while it computes. Values go from rank 0
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch import LightningModule
 from torch import nn
 
 from lora_lightning.errors import ConfigError
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
-def data_parallel_mesh(module: Any) -> Any:
+
+def data_parallel_mesh(module: LightningModule) -> DeviceMesh | None:
     """Device mesh that a LightningModule is sharded over; None without such a strategy.
 
     Raises:
         ConfigError: If they are to share the work inside layers as well.
 
     """
-    mesh = getattr(module, "_device_mesh", None)  # the property fails where there is no Trainer
+    mesh: DeviceMesh | None = getattr(
+        module, "_device_mesh", None
+    )  # the property fails where there is no Trainer
     if mesh is None:
         return None
     if mesh["tensor_parallel"].size() > 1:
@@ -46,7 +52,7 @@ def repeated_layers(network: nn.Module) -> list[nn.Module]:
 
 
 def shard(
-    load: Callable[[], tuple[Any, set[str]]], skeleton: Any, mesh: Any, device: torch.device
+    load: Callable[[], tuple[Any, set[str]]], skeleton: Any, mesh: DeviceMesh, device: torch.device
 ) -> set[str]:
     """Shard a network without memory and give it its part of what `load` gives on rank 0.
 

@@ -47,7 +47,7 @@ class Stopwatch:
         finally:
             self.go_on()
 
-    def leave_out(self, owner: Any, method: str) -> None:
+    def leave_out(self, owner: object, method: str) -> None:
         """Leave out every call of this method of an object, until `count_in`."""
         original = getattr(owner, method)
 
@@ -58,6 +58,6 @@ class Stopwatch:
 
         setattr(owner, method, call)
 
-    def count_in(self, owner: Any, method: str) -> None:
+    def count_in(self, owner: object, method: str) -> None:
         """Undo `leave_out`."""
         owner.__dict__.pop(method, None)

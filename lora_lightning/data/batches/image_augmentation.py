@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from lora_lightning.errors import ConfigError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 @dataclass(frozen=True)
@@ -41,14 +44,14 @@ class Augmentation:
                 f"found {self.random_crop}. (data.random_crop)"
             )
 
-    def __call__(self, image: Any) -> Any:
+    def __call__(self, image: Image) -> Image:
         """Another image."""
-        from PIL import Image
+        from PIL.Image import Transpose
 
         if self.random_crop < 1:
             image = image.crop(self.box(*image.size))
         if self.random_horizontal_flip and torch.rand(()) < self.random_horizontal_flip:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            image = image.transpose(Transpose.FLIP_LEFT_RIGHT)
         return image
 
     def box(self, width: int, height: int) -> tuple[int, int, int, int]:

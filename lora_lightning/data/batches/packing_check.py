@@ -111,7 +111,8 @@ def _through_strategy(trainer: Trainer, network: Any) -> list[Tensor]:
     module.__dict__["_packing_probe"] = probe
     try:
         redirect: Any = strategy._forward_redirection
-        return redirect(strategy.model, module, "_packing_probe")
+        said: list[Tensor] = redirect(strategy.model, module, "_packing_probe")
+        return said
     finally:
         del module.__dict__["_packing_probe"]
 

@@ -93,7 +93,7 @@ def _coming_epoch(trainer: Any) -> int:
     fit_loop = trainer.fit_loop
     over = fit_loop.restarting and in_epoch(trainer)
     over = over and fit_loop.epoch_loop.batch_progress.is_last_batch
-    return fit_loop.epoch_progress.current.processed + over
+    return int(fit_loop.epoch_progress.current.processed + over)
 
 
 class _StreamedBatches(Iterator[Any]):

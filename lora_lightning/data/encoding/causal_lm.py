@@ -136,7 +136,7 @@ def end_of_sequence(tokenizer: PreTrainedTokenizerBase) -> int:
             f"the tokenizer of {tokenizer.name_or_path!r} has no end-of-sequence token, so the "
             "model could not learn where a text ends. Name one that has. (data.tokenizer)"
         )
-    return tokenizer.eos_token_id
+    return int(tokenizer.eos_token_id)
 
 
 def ids_around(tokenizer: PreTrainedTokenizerBase) -> tuple[Ids, Ids]:

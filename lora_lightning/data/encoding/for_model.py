@@ -39,10 +39,10 @@ class Encoding:
     _encoder: SampleEncoder | None = field(default=None, repr=False)
 
     @property
-    def encoder(self) -> Any:
+    def encoder(self) -> SampleEncoder:
         """Made at first use."""
         if self._encoder is None:
-            kind = Seq2SeqEncoder if self.encoder_decoder else Encoder
+            kind: type[SampleEncoder] = Seq2SeqEncoder if self.encoder_decoder else Encoder
             self._encoder = kind(self.tokenizer, **self.options)
         return self._encoder
 

@@ -7,6 +7,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from lora_lightning.data.encoding.report import EncodingReport
+from lora_lightning.data.encoding.token_boundaries import Ids
 from lora_lightning.data.samples.sample import Document, Example, Sample
 from lora_lightning.errors import ConfigError, RecordError, nearest_hint
 from lora_lightning.utilities.constants import IGNORE_INDEX
@@ -88,6 +89,10 @@ class SampleEncoder:
             ]
             for sample, examples in zip(samples, self._examples(samples, report), strict=True)
         ]
+
+    def encode_prompts(self, samples: Sequence[Sample]) -> list[Ids]:
+        """Encode what the model reads to generate, not limited in length."""
+        raise NotImplementedError
 
     def _examples(
         self, samples: Sequence[Sample], report: EncodingReport

@@ -26,7 +26,7 @@ OTHER_NAMES = {
 }
 
 
-def read_messages(value: Any, place: str) -> tuple[Message, ...]:
+def read_messages(value: object, place: str) -> tuple[Message, ...]:
     """The messages of one conversation, with `role`, `content` and what else the file gives them.
 
     `from` and `value` are read as `role` and `content`, and a ShareGPT `function_call` as a tool
@@ -51,7 +51,7 @@ def read_messages(value: Any, place: str) -> tuple[Message, ...]:
     )
 
 
-def read_tools(value: Any, place: str) -> tuple[Any, ...]:
+def read_tools(value: object, place: str) -> tuple[Any, ...]:
     """The functions that a conversation may call, as JSON schemas; none where there is no value."""
     tools = _parsed(value, place) if value else []
     if not isinstance(tools, list):
@@ -64,7 +64,7 @@ def without_weight(message: Message) -> Message:
     return {key: value for key, value in message.items() if key != "weight"}
 
 
-def _message(message: Any, place: str) -> Message:
+def _message(message: object, place: str) -> Message:
     if not isinstance(message, dict):
         raise RecordError(f"{place}: must be an object, found {described(message)}.")
     message = {key: value for key, value in message.items() if value is not None}
@@ -125,7 +125,7 @@ def _content(message: Message, place: str) -> str:
     return content
 
 
-def _text_of_part(part: Any, place: str) -> str:
+def _text_of_part(part: object, place: str) -> str:
     if isinstance(part, str):
         return part
     if isinstance(part, dict) and isinstance(part.get("text"), str):
@@ -137,7 +137,7 @@ def _text_of_part(part: Any, place: str) -> str:
     )
 
 
-def _tool_calls(value: Any, place: str) -> list[Any]:
+def _tool_calls(value: object, place: str) -> list[Any]:
     calls = _parsed(value, place)
     if not isinstance(calls, list):
         raise RecordError(
@@ -161,7 +161,7 @@ def _tool_call(call: Any, place: str) -> Any:
     return {**call, "function": function} if "function" in call else function
 
 
-def _parsed(value: Any, place: str) -> Any:
+def _parsed(value: object, place: str) -> Any:
     """Parse JSON in a string; return any other value as it is."""
     if not isinstance(value, str):
         return value

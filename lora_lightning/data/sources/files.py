@@ -140,7 +140,7 @@ READERS = {
 }
 
 
-def _json_row(values: Any, where: str, columns: Columns) -> Row:
+def _json_row(values: object, where: str, columns: Columns) -> Row:
     if not isinstance(values, dict):
         raise RecordError(
             f"{where}: expected a JSON object, found {type(values).__name__}. "

@@ -9,9 +9,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from lora_lightning.errors import RecordError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 # Enough of a file to tell it from others: its size counts as well.
 FINGERPRINT_BYTES = 65536
@@ -75,7 +78,7 @@ def checked(record: ImageRecord) -> ImageRecord:
     return replace(record, content=f"{size} {digest}")
 
 
-def load_image(record: ImageRecord) -> Any:
+def load_image(record: ImageRecord) -> Image:
     """The image as a PIL image in RGB, turned as its EXIF data say.
 
     Raises:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from lora_lightning.data.sources.read_rows import read_rows
 from lora_lightning.data.sources.row import check_characters, described
@@ -51,7 +50,7 @@ def read_records(
     return records
 
 
-def _text(value: Any, where: str) -> str:
+def _text(value: object, where: str) -> str:
     if not isinstance(value, str):
         raise RecordError(f"{where}: the text must be a string, found {described(value)}.")
     check_characters(value, where)
@@ -60,7 +59,7 @@ def _text(value: Any, where: str) -> str:
     return value
 
 
-def label_text(value: Any, where: str) -> str:
+def label_text(value: object, where: str) -> str:
     """A label as it is written.
 
     Raises:

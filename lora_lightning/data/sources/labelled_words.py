@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from lora_lightning.data.sources.read_rows import read_rows
 from lora_lightning.data.sources.row import check_characters, described
@@ -102,7 +101,7 @@ def first_subtokens(words: Sequence[str], offsets: Sequence[tuple[int, int]]) ->
     return places
 
 
-def _words(value: Any, where: str) -> tuple[str, ...]:
+def _words(value: object, where: str) -> tuple[str, ...]:
     if not isinstance(value, (list, tuple)):
         raise RecordError(
             f"{where}: the words must be a list of strings, found {described(value)}."
@@ -116,7 +115,7 @@ def _words(value: Any, where: str) -> tuple[str, ...]:
     return tuple(value)
 
 
-def _labels(value: Any, where: str, words: tuple[str, ...]) -> tuple[str, ...]:
+def _labels(value: object, where: str, words: tuple[str, ...]) -> tuple[str, ...]:
     if not isinstance(value, (list, tuple)):
         raise RecordError(
             f"{where}: the labels must be a list, one for each word, found {described(value)}."

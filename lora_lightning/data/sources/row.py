@@ -53,6 +53,6 @@ def check_characters(text: str, place: str) -> None:
         ) from error
 
 
-def described(value: Any) -> str:
+def described(value: object) -> str:
     """The type of `value` and how it begins, for error messages."""
     return "null" if value is None else f"{type(value).__name__} {value!r:.40}"
