@@ -17,13 +17,7 @@ Collate = Callable[[list[Any]], Any]
 
 
 class LabelledDataModule(SplitDataModule):
-    """Splits whose records have labels.
-
-    Args:
-        options: Those of every data module.
-        label_column: Column or key of the label.
-        label_names: The classes in order; None: the sorted distinct labels of the training data.
-    """
+    """Splits whose records have labels; a subclass documents its options."""
 
     # What has a label, in words of error messages.
     labelled: ClassVar[str]

@@ -15,15 +15,7 @@ Example = dict[str, Any]
 
 
 class LabelledTextDataModule(LabelledDataModule):
-    """Labelled texts, tokenised.
-
-    Args:
-        options: Those of every data module.
-        label_column: Column or key of the label.
-        label_names: The classes in order; None: the sorted distinct labels of the training data.
-        tokenizer: Name of the tokenizer's model; None: the LightningModule's `model_name`.
-        max_length: Tokens that longer texts are cut to.
-    """
+    """Labelled texts, tokenised; a subclass documents its options."""
 
     def __init__(
         self,

@@ -27,16 +27,7 @@ STAGE_SPLITS = {
 
 @dataclass(frozen=True)
 class SplitOptions:
-    """Options of every data module.
-
-    Attributes:
-        train: Source of the training data.
-        val: Source of the validation data, or the share of the training data held out for it,
-            0 <= share < 1.
-        test: Source of the test data.
-        predict: Source of the data to predict.
-        batch_size: Examples per batch and process.
-        num_workers: Worker processes per data loader; 0 loads in the main process.
+    """Options of every data module, which each documents.
 
     Raises:
         ConfigError: Naming the option.

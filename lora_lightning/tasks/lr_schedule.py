@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from lora_lightning.errors import ConfigError, nearest_hint
+from lora_lightning.errors import ConfigError
+from lora_lightning.tasks.model_options import check_choice
 
 Shape = Literal["linear", "cosine", "constant"]
 
@@ -96,12 +97,7 @@ def check_schedule(shape: str, warmup_fraction: float, warmup_steps: int | None)
         ConfigError: Naming the option.
 
     """
-    if shape not in get_args(Shape):
-        hint = nearest_hint(shape, get_args(Shape))
-        raise ConfigError(
-            f"lr_schedule={shape!r} is not known.{hint} Known are {', '.join(get_args(Shape))}. "
-            "(model.lr_schedule)"
-        )
+    check_choice("lr_schedule", shape, Shape)
     if not 0 <= warmup_fraction <= 1:
         raise ConfigError(
             f"warmup_fraction must be from 0 to 1, found {warmup_fraction}. (model.warmup_fraction)"

@@ -37,8 +37,8 @@ class ModelOptions:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        _check_choice("dtype", self.dtype, Dtype)
-        _check_choice("quantize", self.quantize, Quantization)
+        check_choice("dtype", self.dtype, Dtype)
+        check_choice("quantize", self.quantize, Quantization)
         if self.quantize and not self.pretrained:
             raise ConfigError(
                 f"quantize={self.quantize!r} rounds pretrained weights, and pretrained=false asks "
@@ -101,7 +101,12 @@ class ModelOptions:
             )
 
 
-def _check_choice(option: str, value: str | None, choices: object) -> None:
+def check_choice(option: str, value: str | None, choices: object) -> None:
+    """Refuse a value that is none of the choices, a Literal; None stands for no choice.
+
+    Raises:
+        ConfigError: Naming the option.
+    """
     known = get_args(choices)
     if value is not None and value not in known:
         hint = nearest_hint(value, known)

@@ -21,11 +21,7 @@ from lora_lightning.tasks.lr_schedule import (
     count_steps,
     is_trial,
 )
-from lora_lightning.tasks.model_options import (
-    Dtype,
-    ModelOptions,
-    Quantization,
-)
+from lora_lightning.tasks.model_options import Dtype, ModelOptions, Quantization
 from lora_lightning.tasks.network import build_network
 from lora_lightning.tasks.sharding import data_parallel_mesh
 from lora_lightning.tasks.weight_decay import decay_groups

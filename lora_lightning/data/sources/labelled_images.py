@@ -20,12 +20,9 @@ from lora_lightning.data.sources.image_record import (
     image_suffixes,
 )
 from lora_lightning.data.sources.labelled_texts import label_text
-from lora_lightning.data.sources.read_rows import read_rows
+from lora_lightning.data.sources.read_rows import SPLITS, read_rows
 from lora_lightning.data.sources.row import require_columns
 from lora_lightning.errors import RecordError, first_few, nearest_file
-
-# Folders that are called so are splits, no classes.
-SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "eval"}
 
 
 def read_images(
@@ -76,7 +73,7 @@ def _of_folder(root: Path, key: str, labelled: bool) -> Iterator[ImageRecord]:
     classes = [p for p in files if p.is_dir()]
     names = [folder.name for folder in classes]
     loose = [p for p in files if p.is_file() and p.suffix.lower() in suffixes]
-    if names and {name.lower() for name in names} <= SPLITS:
+    if names and {name.lower() for name in names} <= SPLITS.keys():
         raise RecordError(
             f"{root}: {first_few(names)} are splits, no classes. Name each as what it is, such as "
             f"'{root / names[0]}'. ({key})"

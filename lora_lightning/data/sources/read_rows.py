@@ -19,8 +19,8 @@ from lora_lightning.data.sources.row import Row as Row
 from lora_lightning.data.sources.row import Skip
 from lora_lightning.errors import RecordError, first_few, nearest_file
 
-# Words in the names of files that say which split they are.
-_SPLITS = {
+# Names of splits, also as words in the names of files.
+SPLITS = {
     "train": "train",
     "training": "train",
     "val": "val",
@@ -112,7 +112,7 @@ def _files_of_folder(folder: Path, key: str) -> list[Path]:
             f"{folder}: holds files of several kinds ({', '.join(kinds)}). Name one kind by a "
             f"pattern, such as '{folder / f'*{kinds[0]}'}'. ({key})"
         )
-    splits = {_SPLITS[word] for file in files for word in _words(file) if word in _SPLITS}
+    splits = {SPLITS[word] for file in files for word in _words(file) if word in SPLITS}
     if len(splits) > 1:
         raise RecordError(
             f"{folder}: holds files of several splits ({first_few(file.name for file in files)}). "
