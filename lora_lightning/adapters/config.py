@@ -17,6 +17,8 @@ from lora_lightning.adapters.wrong_arguments import check_arguments
 from lora_lightning.errors import ConfigError, RankError, nearest_hint
 
 ALL_LINEAR = "all-linear"
+# The options that say which modules are adapted; what their tensors show as facts, in a file.
+SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 
 Config = TypeVar("Config", bound="AdapterConfig")
 
@@ -43,15 +45,7 @@ class AdapterConfig:
     peft_type: ClassVar[str]
     # Options that may change between saving and loading: they do not change what the saved tensors
     # compute, or the tensors themselves show the difference.
-    free_to_change: ClassVar[frozenset[str]] = frozenset(
-        {
-            "target_modules",
-            "exclude_modules",
-            "layers_to_transform",
-            "layers_pattern",
-            "modules_to_save",
-        }
-    )
+    free_to_change: ClassVar[frozenset[str]] = frozenset({*SELECTION, "modules_to_save"})
 
     # Options and tensors that only PEFT's files know; tensors without a module's path.
     file_only: ClassVar[frozenset[str]] = frozenset()

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from lora_lightning.adapters.config import AdapterConfig
+from lora_lightning.adapters.config import SELECTION, AdapterConfig
 from lora_lightning.adapters.registry import config_type_of
 from lora_lightning.checkpoint.compatibility import check_values, tensor_differences
 from lora_lightning.checkpoint.fingerprint import base_fingerprint, fingerprint_difference
@@ -201,12 +201,7 @@ def _below(
         changes["target_parameters"] = [name.removeprefix(prefix) for name in parameters]
         matching = matching_parameters(modules, changes["target_parameters"])
         targets -= {path for path, _ in matching.values()}
-    return dataclasses.replace(
-        config,
-        target_modules=exact_names(modules, targets),
-        exclude_modules=None,
-        layers_to_transform=None,
-        layers_pattern=None,
-        modules_to_save=sorted(saved) or None,
-        **changes,
-    )
+    changes |= dict.fromkeys(SELECTION)
+    changes["target_modules"] = exact_names(modules, targets)
+    changes["modules_to_save"] = sorted(saved) or None
+    return dataclasses.replace(config, **changes)

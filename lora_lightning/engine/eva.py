@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.adapters.config import pattern_value
+from lora_lightning.adapters.config import SELECTION, pattern_value
 from lora_lightning.adapters.lora.init_weights import EvaConfig
 from lora_lightning.adapters.lora.linear import LoraConfig
 from lora_lightning.engine.targets.selection import select_modules
@@ -78,14 +78,7 @@ class PrincipalComponents:
 
 
 # The options in which the config that `eva_start` gives differs from the one that it was given.
-FOUND = (
-    "target_modules",
-    "exclude_modules",
-    "layers_to_transform",
-    "layers_pattern",
-    "rank_pattern",
-    "alpha_pattern",
-)
+FOUND = (*SELECTION, "rank_pattern", "alpha_pattern")
 
 
 def eva_start(
@@ -137,17 +130,14 @@ def eva_start(
             rank_pattern[key] = share
         if alpha != config.lora_alpha:
             alpha_pattern[key] = alpha
-    changed = dataclasses.replace(
-        config,
+    changes: dict[str, Any] = {
+        **dict.fromkeys(SELECTION),
         # No list: a whole path as a name also selects every longer one that ends with it.
-        target_modules="|".join(re.escape(path) for path in sorted(start)),
-        exclude_modules=None,
-        layers_to_transform=None,
-        layers_pattern=None,
-        rank_pattern=rank_pattern,
-        alpha_pattern=alpha_pattern,
-    )
-    return changed, start
+        "target_modules": "|".join(re.escape(path) for path in sorted(start)),
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
+    }
+    return dataclasses.replace(config, **changes), start
 
 
 @torch.no_grad()

@@ -5,9 +5,6 @@ from __future__ import annotations
 import io
 from dataclasses import dataclass, field
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 from torch import nn
 
 from lora_lightning.engine.bias import trained_biases
@@ -66,6 +63,10 @@ class AdapterStatus:
     irregular: list[str]
 
     def __str__(self) -> str:
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
         table = Table()
         for column in ("module", "kind", "adapter", "type", "state", "trains", "parameters"):
             table.add_column(column, justify="right" if column == "parameters" else "left")

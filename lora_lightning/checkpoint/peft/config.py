@@ -12,7 +12,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from torch import nn
 
-from lora_lightning.adapters.config import AdapterConfig
+from lora_lightning.adapters.config import SELECTION, AdapterConfig
 from lora_lightning.adapters.modules_to_save import ModulesToSaveCopy
 from lora_lightning.adapters.registry import config_type_of
 from lora_lightning.adapters.trainable_tokens import (
@@ -57,8 +57,6 @@ _IGNORED = {
     "runtime_config",
     "task_type",
 }
-# Rules for what the tensors of the file show as facts.
-_RULES = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
 
 
 def describe(model: nn.Module, adapter_name: str) -> dict[str, Any]:
@@ -100,7 +98,7 @@ def describe(model: nn.Module, adapter_name: str) -> dict[str, Any]:
             known = False
     options = config.file_options()
     # What was selected, in so many words: PEFT's rules for "all-linear" depend on the model.
-    options |= dict.fromkeys(_RULES)
+    options |= dict.fromkeys(SELECTION)
     attentions = [path for path in targets if isinstance(layers[path], nn.MultiheadAttention)]
     outs = {f"{path}.out_proj" for path in attentions}  # which PEFT adapts along with them
     by_module = {p for p in targets if layers[p].kind != "experts" and p not in outs}
@@ -171,7 +169,7 @@ def parse(options: dict[str, Any], where: str) -> AdapterConfig:
             "adapter would compute something else. Convert it with PEFT to a plain "
             f"{peft_type} adapter, or merge it there."
         )
-    given = {key: value for key, value in options.items() if key in known - _RULES}
+    given = {key: value for key, value in options.items() if key in known - {*SELECTION}}
     return made_from(config_type, config_type.from_file_options, given, where)
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from lora_lightning.adapters.config import AdapterConfig
+from lora_lightning.adapters.config import SELECTION, AdapterConfig
 from lora_lightning.checkpoint.peft.keys import PREFIX, TOKEN_ROWS
 from lora_lightning.engine.targets.embeddings import input_embeddings
 from lora_lightning.engine.targets.matching import matches_name
@@ -134,10 +134,9 @@ def _selecting(modules: dict[str, nn.Module], targets: set[str]) -> dict[str, An
     # An attention stands for its out_proj too, unless the file has nothing for that.
     outs = {f"{p}.out_proj" for p in targets if isinstance(modules[p], nn.MultiheadAttention)}
     return {
+        **dict.fromkeys(SELECTION),
         "target_modules": exact_names(modules, targets - outs),
         "exclude_modules": exact_names(modules, outs - targets) or None,
-        "layers_to_transform": None,
-        "layers_pattern": None,
     }
 
 
