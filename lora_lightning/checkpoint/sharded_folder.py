@@ -42,7 +42,9 @@ def read_checkpoint_folder(
     """
     try:
         parts = _read_parts(Path(path))
-        checkpoint = torch.load(Path(path, _REST), map_location="cpu", weights_only=weights_only)
+        checkpoint: dict[str, Any] = torch.load(
+            Path(path, _REST), map_location="cpu", weights_only=weights_only
+        )
     except Exception as error:  # damaged files raise almost anything
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise CheckpointError(
@@ -58,8 +60,10 @@ def read_checkpoint_folder(
 
 def _read_parts(path: Path) -> dict[str, Any]:
     """Model and optimizer states, nested as they were when they were written."""
-    from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, load
+    from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     class Planner(DefaultLoadPlanner):
         """Reads what is no tensor (learning rates) as `weights_only` does: no code is run."""

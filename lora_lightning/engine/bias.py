@@ -12,6 +12,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from lora_lightning.layers.base import AdaptedLayer
 from lora_lightning.layers.traversal import walk
@@ -52,7 +53,7 @@ class TrainedBias:
         bias = self.parameter(module)
         kept = bias.detach().clone()
         # No backward formula reads a bias, so a graph that holds it (LayerNorm's does) stays good.
-        with torch.autograd._unsafe_preserve_version_counter(bias):
+        with _unsafe_preserve_version_counter(bias):
             bias.copy_(self.hidden)
         self.hidden, self.shown = kept, shown
         if layer is not None:

@@ -69,7 +69,8 @@ def original_weights(path: str | os.PathLike[str]) -> Callable[[str], Tensor]:
             short = ".".join(parts[first:])
             if short in where:
                 with safe_open(where[short], "pt") as opened:
-                    return opened.get_tensor(short)
+                    tensor: Tensor = opened.get_tensor(short)
+                    return tensor
         raise AdapterMismatchError(
             f"{str(place)!r} has no tensor {name!r}; it has {first_few(where, 3)}. "
             "(lora.loftq_config.weights)"

@@ -165,7 +165,7 @@ class RankAllocator:
         kept = torch.zeros_like(ranked, dtype=torch.bool)
         kept[ranked.argsort(descending=True, stable=True)[:budget]] = True
         sizes = [len(score) for score in scores.values()]
-        self.masks = dict(zip(scores, kept.split(sizes), strict=True))
+        self.masks = dict(zip(scores, torch.split(kept, sizes), strict=True))
         self.mask()
 
     def _importance(self, path: str) -> Tensor:

@@ -21,14 +21,15 @@ def random_state(cuda: Literal["all", "own", "none"] = "all") -> dict[str, Any]:
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     # Nothing was drawn from a device that this process has not begun to use, and merely to ask it
     # takes its memory, or fails in a forked process.
-    cuda = cuda if torch.cuda.is_initialized() else "none"
+    devices: Any = torch.cuda
+    cuda = cuda if devices.is_initialized() else "none"
     return {
         "python": _python_state(random.getstate()),
         "numpy": [kind, [int(key) for key in keys], int(position), int(has_gauss), float(cached)],
         "torch": torch.get_rng_state(),
         "cuda": {
-            "all": torch.cuda.get_rng_state_all,
-            "own": lambda: [torch.cuda.get_rng_state()],
+            "all": devices.get_rng_state_all,
+            "own": lambda: [devices.get_rng_state()],
             "none": list,
         }[cuda](),
     }

@@ -64,8 +64,8 @@ class _Factor:
         if self.dimension == 1:
             tensor[:, : value.shape[1]].copy_(value)
         else:
-            ranks = value.unflatten(0, (self.blocks, -1))
-            tensor.unflatten(0, (self.blocks, -1))[:, : ranks.shape[1]].copy_(ranks)
+            ranks = torch.unflatten(value, 0, (self.blocks, -1))
+            torch.unflatten(tensor, 0, (self.blocks, -1))[:, : ranks.shape[1]].copy_(ranks)
 
 
 def hotswap_adapter(
