@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.checkpoint import FileSystemReader
 
-import lora_lightning.training.strategies.model_parallel
+import lora_lightning.training.module_hooks
 from lora_lightning import (
     AdaLoraConfig,
     Ia3Config,
@@ -166,9 +166,7 @@ def in_mid_epoch(folder: Path) -> dict[str, Any]:
 def left_full_tensor(folder: Path) -> dict[str, Any]:
     """What two processes train where nobody shards adapters that came after sharding."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            lora_lightning.training.strategies.model_parallel, "shard_adapters", lambda _: None
-        )
+        patch.setattr(lora_lightning.training.module_hooks, "shard_adapters", lambda _: None)
         return fit(BuiltAndSharded, folder, 2, way=strategy(folder=True))
 
 
