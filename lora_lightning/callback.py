@@ -13,6 +13,7 @@ from lora_lightning.adapters.lora.linear import LoraConfig
 from lora_lightning.checkpoint.state_dict import KEY
 from lora_lightning.engine.injection import adapters_named
 from lora_lightning.engine.targets.selection import Selection
+from lora_lightning.training._lightning import state_key
 from lora_lightning.training.adalora_schedule import RankSchedule
 from lora_lightning.training.adapter_callback import AdapterCallback
 from lora_lightning.training.attachment import attach
@@ -37,7 +38,7 @@ from lora_lightning.training.preemption import (
 )
 from lora_lightning.training.resume.learning_rates import configured_rates
 from lora_lightning.training.resume.resumable_loader import make_loaders_resumable
-from lora_lightning.training.strategies.launchers import check_launcher
+from lora_lightning.training.strategies.launchers import hand_back_adapters
 from lora_lightning.training.strategies.state import override_state_methods
 from lora_lightning.training.summary import (
     batch_line,
@@ -144,7 +145,7 @@ class LoraCallback(AdapterCallback):
         self._rank_schedule.load(None)
         self._nonfinite_guard.skipped = 0
         check_run(self, trainer, pl_module)
-        check_launcher(trainer, pl_module, self.adapter_name)
+        hand_back_adapters(trainer, pl_module, self.adapter_name)
         protect_checkpoints(trainer)
         override_state_methods(trainer.strategy)
         make_loaders_resumable(trainer.strategy)
@@ -244,7 +245,7 @@ class LoraCallback(AdapterCallback):
         """Of its own for every adapter; a Trainer without this callback is told what it misses."""
         # Before a module is attached, Lightning compares keys: `setup` refuses equal names clearer.
         name = self.adapter_name if self._log is not None else id(self)
-        return self._generate_state_key(adapter_name=name)
+        return state_key(self, adapter_name=name)
 
     def state_dict(self) -> dict[str, Any]:
         """How many steps were left out so far."""

@@ -15,7 +15,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from lora_lightning.adapters.base import AdapterSpec, Base, DeltaAdapter
 from lora_lightning.adapters.config import (
@@ -25,6 +24,7 @@ from lora_lightning.adapters.config import (
     check_probability,
 )
 from lora_lightning.adapters.initialization import kaiming_uniform_, zeros_
+from lora_lightning.utilities._torch import functional_transform_is_active
 from lora_lightning.utilities.autocast import is_autocast, without_autocast
 
 # Computing again has a price of its own, which is the larger part of the step where the tensors
@@ -148,10 +148,7 @@ def contract_core(core: Tensor, columns: Tensor) -> Tensor:
 def is_traced() -> bool:
     """Whether somebody follows what is computed, so that it has to be ordinary operations."""
     return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
+        torch.compiler.is_compiling() or torch.jit.is_tracing() or functional_transform_is_active()
     )
 
 

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
-from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from rich.table import Table
 
 from lora_lightning.adapters.modules_to_save import ModulesToSaveCopy
@@ -21,6 +20,13 @@ from lora_lightning.engine.switching import adapter_names, disable_adapter
 from lora_lightning.errors import ConfigError, first_few
 from lora_lightning.layers.traversal import named_adapted_layers
 from lora_lightning.training import summary as report
+from lora_lightning.training._lightning import (
+    given_validation_data,
+    last_value,
+    logged_results,
+    logged_step,
+    starts_processes,
+)
 from lora_lightning.training.module_state import callbacks_of
 from lora_lightning.utilities.rng import random_state, seed_all, set_random_state
 
@@ -164,7 +170,7 @@ def compare_with_base(
         title=f"validation without and with the adapter, weights in memory{step}",
         copies=[path for path, layer in named_adapted_layers(module) if _has_copy(layer)],
     )
-    if not isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+    if not starts_processes(trainer.strategy.launcher):
         _log(trainer, comparison)
     return comparison
 
@@ -219,7 +225,7 @@ class _Pass(Callback):
     def on_validation_batch_end(
         self, trainer: Any, pl_module: LightningModule, outputs: Any, *args: Any, **kwargs: Any
     ) -> None:
-        for key, result in trainer._results.items():
+        for key, result in logged_results(trainer).items():
             if result.is_tensor:
                 if not (result.meta.is_mean_reduction and result.meta.on_epoch):
                     continue
@@ -229,7 +235,7 @@ class _Pass(Callback):
                 weight = total[1] - before[1]
                 value = (total[0] - before[0]) / weight if weight else None
             else:
-                value, weight = result._forward_cache, 1.0
+                value, weight = last_value(result), 1.0
             if isinstance(value, (float, torch.Tensor)):
                 self._note(result.meta.name, value, weight)
         if isinstance(outputs, Mapping) and {"loss", "weight"} <= outputs.keys():
@@ -265,8 +271,7 @@ def _check_comparable(trainer: Any, module: LightningModule | None, data: Any) -
     if trainer.limit_val_batches == 0:
         raise ConfigError("the validation data are left out. (trainer.limit_val_batches)")
     if data is None:
-        source = trainer.fit_loop.epoch_loop.val_loop._data_source
-        data = trainer.datamodule or (None if source.is_module() else source.instance)
+        data = trainer.datamodule or given_validation_data(trainer)
     owner = module if data is None else data
     if hasattr(owner, "val_dataloader") and not _defines(owner, "val_dataloader"):
         raise ConfigError(
@@ -317,7 +322,7 @@ def _log(trainer: Any, comparison: Comparison) -> None:
     metrics = {f"base/{name}": value for name, value in comparison.base.items()}
     metrics.update({f"tuned/{name}": value for name, value in comparison.tuned.items()})
     for logger in trainer.loggers:
-        logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+        logger.log_metrics(metrics, step=logged_step(trainer))
         logger.save()
 
 

@@ -1,4 +1,4 @@
-"""What other packages write into the terminal of the command."""
+"""Filter of what other packages write into the terminal of the command."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _LOGGED = (
 _WARNED = ("`isinstance", "Checkpoint directory .* exists")  # on every run and resume
 
 
-def less_noise() -> None:
+def filter_logs() -> None:
     """Drop what no user can act on, and have the rest keep above a live progress bar."""
     for name in _LOGGERS:
-        logging.getLogger(name).addFilter(_worth_saying)
+        logging.getLogger(name).addFilter(_is_shown)
     for handler in logging.getLogger("lightning.pytorch").handlers:
         if isinstance(handler, logging.StreamHandler):
             handler.setStream(_Stderr())
@@ -34,7 +34,7 @@ def less_noise() -> None:
         warnings.filterwarnings("ignore", message=text)
 
 
-def _worth_saying(record: logging.LogRecord) -> bool:
+def _is_shown(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith(_LOGGED)
 
 

@@ -12,16 +12,21 @@ from typing import Any
 
 import torch
 from jsonargparse import set_parsing_settings
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import (
+    ArgsType,
+    LightningArgumentParser,
+    LightningCLI,
+    SaveConfigCallback,
+)
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.plugins.environments import LightningEnvironment
 
 from lora_lightning.adapters.config import AdapterConfig
 from lora_lightning.callback import LoraCallback
 from lora_lightning.callbacks.comparison import compare_with_base
-from lora_lightning.cli.log_filter import less_noise
+from lora_lightning.cli.log_filter import filter_logs
 from lora_lightning.cli.parser import PROGRAM, LoraParser
 from lora_lightning.cli.predictions import save_predictions
 from lora_lightning.errors import CheckpointError, ConfigError, LoraError, first_few
@@ -42,30 +47,36 @@ class LoraCLI(LightningCLI):
     the resolved config of every call). `--ckpt_path last` and `best` are looked up there.
     """
 
-    def __init__(self, args: Any = None) -> None:
-        super().__init__(
-            model_class=LightningModule,
-            datamodule_class=LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            parser_class=LoraParser,
-            seed_everything_default=0,
-            # Each call has a log directory of its own, so there is nothing to protect there, and
-            # without a logger Lightning would refuse the second call only after all the set-up.
-            save_config_kwargs={"overwrite": True},
-            trainer_defaults={"default_root_dir": "runs/default"},
-            args=args,
-        )
+    def __init__(self, args: ArgsType = None) -> None:
+        try:
+            super().__init__(
+                model_class=LightningModule,
+                datamodule_class=LightningDataModule,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                parser_class=LoraParser,
+                seed_everything_default=0,
+                # Each call has a log directory of its own, so there is nothing to protect there,
+                # and without a logger Lightning would refuse the second call only after all the
+                # set-up.
+                save_config_kwargs={"overwrite": True},
+                trainer_defaults={"default_root_dir": "runs/default"},
+                args=args,
+            )
+        except SystemExit as stop:
+            if hasattr(self, "trainer"):  # it was stopped in a run
+                self._say_how_to_go_on(stop)
+            raise
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The callback's options as a section of their own: `--lora.r 16`."""
+        """Add the callback's options as a section of their own: `--lora.r 16`."""
+        self._any_parser = parser
         parser.add_class_arguments(
             LoraCallback,
             "lora",
             fail_untyped=False,
             sub_configs=True,
         )
-        parser.callback_keys.append("lora")
         parser.add_argument(  # of every subcommand, so that they can share a config file
             "--compare_with_base",
             type=bool,
@@ -75,12 +86,18 @@ class LoraCLI(LightningCLI):
 
     # -- before anything is built ----------------------------------------------------------------
 
-    def _parse_ckpt_path(self) -> None:
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse, and refuse a checkpoint that does not exist or cannot be read.
+
+        LightningCLI reads it next, for the module's hyperparameters.
+        """
+        super().parse_arguments(parser, args)
         path = self._options().get("ckpt_path")
         if path and path not in ("last", "best", "hpc", "registry"):
             check_checkpoint_file(str(path))
-            with damage_explained(path):
-                super()._parse_ckpt_path()
+            if Path(path).is_file():
+                with damage_explained(path):
+                    torch.load(path, weights_only=True, map_location="cpu")
 
     def before_instantiate_classes(self) -> None:
         """Look the checkpoint up, and refuse to start a run over an existing one."""
@@ -108,13 +125,16 @@ class LoraCLI(LightningCLI):
             show("no --ckpt_path given: this evaluates the model before any fine-tuning")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """The Trainer, with logs and checkpoints inside the run directory."""
-        trainer_options = self._get(self.config_init, "trainer", default={})
-        if trainer_options.get("logger") in (None, True):
+        """Make the Trainer, with logs and checkpoints inside the run directory."""
+        made = self.config_init[self.subcommand]
+        if made["trainer"].get("logger") in (None, True):
             kwargs["logger"] = CSVLogger(save_dir=str(self.run_directory), name="logs")
-        if any(isinstance(c, LoraCallback) for c in _as_list(trainer_options.get("callbacks"))):
-            self._drop_section()
-        trainer = super().instantiate_trainer(**kwargs)
+        callbacks = _as_list(made["trainer"].get("callbacks"))
+        if any(isinstance(callback, LoraCallback) for callback in callbacks):
+            self._check_section_is_unused()
+        else:
+            callbacks = [*callbacks, made["lora"]]
+        trainer = super().instantiate_trainer(**kwargs, callbacks=callbacks)
         # First, so that wrong options are found before other callbacks write files.
         trainer.callbacks.sort(key=lambda callback: not isinstance(callback, LoraCallback))  # type: ignore[attr-defined]
         for callback in trainer.checkpoint_callbacks:
@@ -127,7 +147,7 @@ class LoraCLI(LightningCLI):
 
     @property
     def run_directory(self) -> Path:
-        """Where this run's checkpoints and logs are."""
+        """The folder of this run's checkpoints and logs."""
         return Path(self._options()["trainer"]["default_root_dir"] or "runs/default")
 
     def found_checkpoints(self) -> list[Path]:
@@ -147,37 +167,31 @@ class LoraCLI(LightningCLI):
     def _options(self) -> Any:
         return self.config[self.config["subcommand"]]
 
-    def _drop_section(self) -> None:
-        parser = self._parser(self.subcommand)
-        if self._options()["lora"] != parser.get_defaults()["lora"]:
+    def _check_section_is_unused(self) -> None:
+        if self._options()["lora"] != self._any_parser.get_defaults()["lora"]:
             raise ConfigError(
                 "LoRA options are given twice: in the `lora:` section (or as --lora...) and as a "
                 "LoraCallback under trainer.callbacks. Keep one of them. (lora)"
             )
-        parser.callback_keys.remove("lora")
 
     # -- after the run ---------------------------------------------------------------------------
 
-    def _run_subcommand(self, subcommand: str) -> None:
-        try:
-            super()._run_subcommand(subcommand)
-        except SystemExit as stop:
-            saved = subcommand == "fit" and self.found_checkpoints()
-            if saved and self.trainer.is_global_zero:
-                show(f"to go on:\n  {self._again()}")
-            if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning ends with 1 then
-                stop.code = 128 + signal.SIGINT
-            raise
+    def _say_how_to_go_on(self, stop: SystemExit) -> None:
+        saved = self.subcommand == "fit" and self.found_checkpoints()
+        if saved and self.trainer.is_global_zero:
+            show(f"to go on:\n  {self._again()}")
+        if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning ends with 1 then
+            stop.code = 128 + signal.SIGINT
 
     def _again(self) -> str:
-        """How to start this run again."""
+        """The command that starts this run again."""
         if self._launched_from_outside():
             return "start it again as before, with --ckpt_path last"
         arguments = _without_ckpt_path(sys.argv[1:])
         return shlex.join([_typed_program(), *arguments, "--ckpt_path", "last"])
 
     def _launched_from_outside(self) -> bool:
-        """By torchrun, SLURM, ..."""
+        """Tell whether the processes were started by torchrun, SLURM or the like."""
         environment = getattr(self.trainer.strategy, "cluster_environment", None)
         return not isinstance(environment, (LightningEnvironment, type(None)))
 
@@ -234,7 +248,7 @@ def _as_list(callbacks: Any) -> list[Any]:
 
 
 def requeued() -> bool:
-    """Whether SLURM started this job again: with the old command, which is to go on unasked.
+    """Tell whether SLURM started this job again: with the old command, which is to go on unasked.
 
     Nothing of the run is at work while its processes look for its newest checkpoint: training
     begins when all of them are up.
@@ -291,7 +305,7 @@ def main(args: list[str] | None = None) -> None:
 
     Exit codes: 0 done, 1 error, 2 unknown option, 130 Ctrl-C, 143 SIGTERM (saved before).
     """
-    less_noise()
+    filter_logs()
     sys.path.insert(0, os.getcwd())  # so that `class_path: my_module.MyModel` finds the user's file
     try:
         LoraCLI(args)

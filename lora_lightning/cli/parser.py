@@ -1,4 +1,4 @@
-"""What the command says of options that it does not know or cannot take."""
+"""Parser of the command, with words for options that it does not know or cannot take."""
 
 from __future__ import annotations
 

@@ -12,10 +12,10 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from lora_lightning.layers.base import AdaptedLayer
 from lora_lightning.layers.traversal import walk
+from lora_lightning.utilities._torch import version_kept
 
 _RECORD = "_trained_bias"
 
@@ -53,7 +53,7 @@ class TrainedBias:
         bias = self.parameter(module)
         kept = bias.detach().clone()
         # No backward formula reads a bias, so a graph that holds it (LayerNorm's does) stays good.
-        with _unsafe_preserve_version_counter(bias):
+        with version_kept(bias):
             bias.copy_(self.hidden)
         self.hidden, self.shown = kept, shown
         if layer is not None:

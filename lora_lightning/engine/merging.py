@@ -25,7 +25,7 @@ from lora_lightning.layers.base import AdaptedLayer
 from lora_lightning.layers.composition import part_of
 from lora_lightning.layers.conversion import check_detachable
 from lora_lightning.layers.traversal import named_adapted_layers
-from lora_lightning.utilities.dtensor import is_flattened
+from lora_lightning.utilities._torch import is_flattened
 
 
 def merge_adapter(model: nn.Module, names: str | Sequence[str] | None = None) -> None:

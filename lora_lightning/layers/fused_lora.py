@@ -27,11 +27,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from lora_lightning.adapters.base import Adapter
 from lora_lightning.adapters.lora.linear import LoraAdapter
 from lora_lightning.layers.autocast_cache import autocast_input
+from lora_lightning.utilities._torch import functional_transform_is_active
 from lora_lightning.utilities.autocast import is_autocast, without_autocast
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -74,8 +74,7 @@ def can_fuse(x: Tensor, *others: Tensor | None) -> bool:
         torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
+        and not functional_transform_is_active()
         and type(x) in _TYPES
         and x.dtype in _DTYPES
         and x.layout is torch.strided

@@ -18,6 +18,7 @@ from lora_lightning.tasks.class_names import (
 )
 from lora_lightning.tasks.lr_schedule import check_not_negative
 from lora_lightning.tasks.pretrained_task import Batch, PretrainedTask, ancestors
+from lora_lightning.training._lightning import trainer_of
 from lora_lightning.utilities.constants import IGNORE_INDEX
 
 
@@ -72,7 +73,7 @@ class Classification(PretrainedTask):
 
     def configure_model(self) -> None:
         """Load the network and give it a head for the classes, once."""
-        self.label_names = agreed_label_names(self.label_names, self._trainer)
+        self.label_names = agreed_label_names(self.label_names, trainer_of(self))
         if self.network is None:
             self._weights = weights_of_classes(self.class_weights, self.label_names)
             super().configure_model()
@@ -102,7 +103,7 @@ class Classification(PretrainedTask):
         scores, labels = self(batch), batch["labels"]
         total = self._loss_sum(scores.flatten(0, -2), labels.flatten(), training=True)
         loss = self.window_loss(total, batch)
-        shown = loss if self._trainer is None else self.window_mean
+        shown = loss if trainer_of(self) is None else self.window_mean
         self.log("train_loss", shown.float(), prog_bar=True, batch_size=len(labels))
         self.measure("train", scores, labels)
         return loss

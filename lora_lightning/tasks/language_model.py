@@ -12,6 +12,7 @@ from lora_lightning.errors import ConfigError, RecordError
 from lora_lightning.tasks.generation_options import check_generation_options
 from lora_lightning.tasks.lm_loss import LMLoss, TokenLoss
 from lora_lightning.tasks.pretrained_task import Batch, PretrainedTask
+from lora_lightning.training._lightning import trainer_of
 from lora_lightning.utilities.constants import IGNORE_INDEX
 from lora_lightning.utilities.dtensor import is_sharded
 from lora_lightning.utilities.pretrained import load_pretrained
@@ -97,7 +98,7 @@ class LanguageModel(PretrainedTask):
         self.tokens_seen += self.count_tokens(batch)
         found = self.token_loss(batch)
         loss = self.window_loss(found.total, batch, found.balance)
-        if self._trainer is not None:
+        if trainer_of(self) is not None:
             self.log("train_loss", self.window_mean.float(), prog_bar=True, batch_size=1)
         return loss
 
@@ -133,7 +134,7 @@ class LanguageModel(PretrainedTask):
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The data module's tokenizer where it has one, else the model's own."""
-        data = getattr(self._trainer, "datamodule", None)
+        data = getattr(trainer_of(self), "datamodule", None)
         theirs: PreTrainedTokenizerBase | str | None = getattr(data, "tokenizer", None)
         if theirs is not None and not isinstance(theirs, str):
             return theirs

@@ -25,6 +25,7 @@ from lora_lightning.tasks.model_options import Dtype, ModelOptions, Quantization
 from lora_lightning.tasks.network import build_network
 from lora_lightning.tasks.sharding import data_parallel_mesh
 from lora_lightning.tasks.weight_decay import decay_groups
+from lora_lightning.training._lightning import trainer_of
 from lora_lightning.training.module_state import callbacks_of
 from lora_lightning.training.optimizers import may_be_fused
 from lora_lightning.training.progress import TrainingProgress
@@ -113,13 +114,14 @@ class PretrainedTask(Evaluation):
         """Load the network, once."""
         if self.network is not None:
             return
-        if self._trainer is not None:
-            self.options.check_run(self._trainer, bool(callbacks_of(self)))
+        trainer = trainer_of(self)
+        if trainer is not None:
+            self.options.check_run(trainer, bool(callbacks_of(self)))
         self.network, new = build_network(
             self.auto_class,
             self.model_name,
             self.options,
-            self._trainer,
+            trainer,
             data_parallel_mesh(self),
             **self.network_options(),
         )
@@ -175,7 +177,7 @@ class PretrainedTask(Evaluation):
         """Refuse to train on with another weight decay: the optimizer goes on with its own."""
         super().on_load_checkpoint(checkpoint)
         saved = checkpoint.get("weight_decay", self.weight_decay)  # older checkpoints: not known
-        trains = self._trainer is not None and self.trainer.state.fn == "fit"
+        trains = trainer_of(self) is not None and self.trainer.state.fn == "fit"
         if trains and saved != self.weight_decay:
             raise ConfigError(
                 f"weight_decay={self.weight_decay:g} would have no effect: the run goes on with "

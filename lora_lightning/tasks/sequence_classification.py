@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lora_lightning.tasks.classification import Classification
+from lora_lightning.training._lightning import trainer_of
 
 
 class SequenceClassification(Classification):
@@ -22,7 +23,7 @@ class SequenceClassification(Classification):
     def configure_model(self) -> None:
         """Load the network, and say which token pads a text, in each run the data's own."""
         super().configure_model()
-        tokenizer = getattr(getattr(self._trainer, "datamodule", None), "tokenizer", None)
+        tokenizer = getattr(getattr(trainer_of(self), "datamodule", None), "tokenizer", None)
         padding = getattr(tokenizer, "pad_token_id", None)
         if padding is not None:
             # A decoder (GPT-2, Llama) is classified by its last token before any padding, which it

@@ -28,9 +28,7 @@ def data_parallel_mesh(module: LightningModule) -> DeviceMesh | None:
         ConfigError: If they are to share the work inside layers as well.
 
     """
-    mesh: DeviceMesh | None = getattr(
-        module, "_device_mesh", None
-    )  # the property fails where there is no Trainer
+    mesh = module.device_mesh
     if mesh is None:
         return None
     if mesh["tensor_parallel"].size() > 1:

@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lora_lightning.errors import ConfigError
+from lora_lightning.training._lightning import trainer_of
 from lora_lightning.utilities.dtensor import local_part
 
 KEY = "token_mean"  # in checkpoints
@@ -74,7 +75,7 @@ class TokenMean(LightningModule):
         weight = self.batch_weight(batch)
         assert weight is not None, "`batch_weight` says what the mean is over"
         summed = total if penalty is None else total + penalty * weight
-        if self._trainer is None:
+        if trainer_of(self) is None:
             return summed / _not_zero(weight).to(total)
         self._window_total = self._window_total + self.sum_over_processes(total.detach())
         # Lightning divides by the one; strategies average gradients over the other.
@@ -89,7 +90,7 @@ class TokenMean(LightningModule):
     def on_fit_start(self) -> None:
         """Refuse strategies that keep accumulated gradients to themselves."""
         super().on_fit_start()
-        if self._trainer is None:
+        if trainer_of(self) is None:
             return
         strategy, accumulate = self.trainer.strategy, self.trainer.accumulate_grad_batches
         if strategy.handles_gradient_accumulation and accumulate > 1:

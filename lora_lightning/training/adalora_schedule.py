@@ -25,6 +25,7 @@ from lora_lightning.adapters.config import AdapterConfig
 from lora_lightning.engine.rank_allocation import RankAllocator, adalora_adapters
 from lora_lightning.errors import ConfigError
 from lora_lightning.training.summary import shown_name
+from lora_lightning.utilities._torch import unscales_in_step
 
 
 class RankSchedule:
@@ -95,7 +96,7 @@ class RankSchedule:
             self._stepping = True
             # A fused optimizer unscales the gradients itself, in its step.
             scaler = getattr(trainer.precision_plugin, "scaler", None)
-            fused = getattr(optimizer, "_step_supports_amp_scaling", False)
+            fused = unscales_in_step(optimizer)
             scale = scaler.get_scale() if scaler is not None and fused else 1.0
             self.allocator.add_orthogonality(among, scale)
 

@@ -1,25 +1,27 @@
-"""What happens to one process of a run happens to all of them."""
+"""Agreement of the processes of a run: what happens to one of them happens to all."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 from lora_lightning.errors import CheckpointError
 
+if TYPE_CHECKING:
+    from lightning.pytorch.strategies import Strategy
 
-def any_process(trainer_or_strategy: Any, flag: bool) -> bool:
-    """Whether `flag` is set on any process; all of them must ask."""
-    strategy = getattr(trainer_or_strategy, "strategy", trainer_or_strategy)
-    if getattr(strategy, "world_size", 1) == 1:
+
+def any_process(strategy: Strategy, flag: bool) -> bool:
+    """Tell whether `flag` is set on any process; all of them must ask."""
+    if getattr(strategy, "world_size", 1) == 1:  # a strategy for one device has none
         return flag
     return bool(strategy.reduce_boolean_decision(flag, all=False))
 
 
-def save_together(strategy: Any, save: Callable[[], None], path: Any) -> None:
-    """Run `save` on every process; where it fails on one (rank 0 writes), the others fail as well.
+def all_or_none(strategy: Strategy, save: Callable[[], None], path: object) -> None:
+    """Run `save` on every process; where it fails on one (rank 0 writes), fail on all.
 
-    Without, they would wait for it at the barrier that follows.
+    The others would wait for it at the barrier that follows.
 
     Raises:
         CheckpointError: On the processes on which it did not fail itself.

@@ -20,6 +20,7 @@ from lora_lightning.engine.switching import (
     adapter_names,
 )
 from lora_lightning.errors import ConfigError
+from lora_lightning.training._lightning import train_data
 from lora_lightning.training.adapter_callback import AdapterCallback
 from lora_lightning.utilities.rng import random_state, set_random_state
 
@@ -119,10 +120,10 @@ def _config_and_start(
         )
     device = trainer.strategy.root_device
     pl_module.to(device)
-    loader = trainer.fit_loop._data_source.dataloader()
+    loader = train_data(trainer)
 
     def forward(batch: Any) -> None:
-        moved = pl_module._apply_batch_transfer_handler(batch, device=device)
+        moved = trainer.strategy.batch_to_device(batch, device=device)
         with trainer.strategy.precision_plugin.train_step_context():
             pl_module.training_step(moved, 0)
 

@@ -13,6 +13,7 @@ from typing import Any
 from lightning.pytorch import LightningModule
 
 from lora_lightning.checkpoint.fingerprint import Fingerprint
+from lora_lightning.training._lightning import trainer_of
 from lora_lightning.training.adapter_callback import AdapterCallback
 
 _ATTRIBUTE = "_lora_state"
@@ -57,8 +58,7 @@ def module_state(module: LightningModule) -> ModuleState:
 
 def callbacks_of(module: LightningModule) -> list[AdapterCallback]:
     """The enabled LoraCallbacks of the module's Trainer, in order."""
-    trainer = getattr(module, "_trainer", None)
-    callbacks = getattr(trainer, "callbacks", [])
+    callbacks = getattr(trainer_of(module), "callbacks", [])
     return [c for c in callbacks if isinstance(c, AdapterCallback) and c.enabled]
 
 

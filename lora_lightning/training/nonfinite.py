@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 from torch.nn.utils import get_total_norm
 from torch.optim import LBFGS, Optimizer
 
@@ -24,6 +25,7 @@ from lora_lightning.adapters.modules_to_save import ModulesToSaveCopy
 from lora_lightning.errors import ConfigError, NonfiniteError, did_you_mean, first_few
 from lora_lightning.layers.traversal import named_adapted_layers
 from lora_lightning.training.strategies.deepspeed import partitioned_gradients
+from lora_lightning.utilities._torch import stored_values, unscales_in_step
 from lora_lightning.utilities.dtensor import local_part
 from lora_lightning.utilities.wrappers import named_parameters
 
@@ -36,7 +38,7 @@ MAX_LOSSES = 10_000  # kept for a step that has not come
 
 
 class NonfiniteGuard:
-    """What one run does about losses and gradients that are not finite.
+    """A run's guard against losses and gradients that are not finite.
 
     Args:
         policy: "stop" raises before the step; "skip" drops its gradients, so that the optimizer
@@ -44,7 +46,7 @@ class NonfiniteGuard:
 
     Attributes:
         skipped: Steps that were left out in this run, resumes included.
-        skipping: Whether the step that is under way is.
+        skipping: True while the step that is under way is.
 
     Raises:
         ConfigError: For another policy.
@@ -146,7 +148,7 @@ class NonfiniteGuard:
             rank_zero_warn(f"{what} This step is left out, number {self.skipped} of this run.")
         for gradient in partitioned.values():  # DeepSpeed leaves such steps out by itself
             gradient.fill_(torch.nan)
-        if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+        if scaler is not None and unscales_in_step(optimizer):
             for p in held:  # it unscales in its step: the scaler has to find this, and skips
                 if p.grad is not None:
                     p.grad.fill_(torch.nan)
@@ -195,7 +197,7 @@ class NonfiniteGuard:
 
 
 def check_same_policy(policies: dict[str, str]) -> None:
-    """All callbacks of a run ask for the same: a step is made or left out as a whole.
+    """Check that all callbacks of a run ask for the same: a step is left out as a whole or not.
 
     Args:
         policies: By adapter name.
@@ -216,7 +218,7 @@ def _describe(
     trainer: Trainer,
     module: LightningModule,
     losses: list[tuple[int, Tensor]],
-    gradients: dict[Any, Tensor],
+    gradients: dict[nn.Parameter, Tensor],
 ) -> str:
     """Step, epoch, batch, values and names: read tensor by tensor, as the run is at its end."""
     bad = [(index, loss) for index, loss in losses if not _is_finite(loss)]
@@ -244,10 +246,9 @@ def _value(tensor: Tensor) -> str:
 
 def _local(tensor: Tensor) -> Tensor:
     """The values that this process holds of a gradient: its shard, or a sparse one's rows."""
-    tensor = local_part(tensor)
-    return tensor._values() if tensor.is_sparse else tensor
+    return stored_values(local_part(tensor))
 
 
-def _scaler(trainer: Trainer) -> Any:
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
+def _scaler(trainer: Trainer) -> GradScaler | None:
+    scaler: GradScaler | None = getattr(trainer.precision_plugin, "scaler", None)
     return scaler if scaler is not None and scaler.is_enabled() else None

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from threading import RLock, get_ident
 from typing import Any
 
 import torch
@@ -18,23 +19,28 @@ from torch.optim import Optimizer
 
 from lora_lightning.errors import OptimizerError, first_few
 from lora_lightning.layers.traversal import adapter_owners
+from lora_lightning.utilities.is_a import is_a
 from lora_lightning.utilities.wrappers import named_parameters
 
 # id of a frozen parameter -> the group that it was in or was meant for
 Groups = dict[int, dict[str, Any]]
 
+_one_at_a_time = RLock()  # a method of torch's class is exchanged for a while
+
 
 @contextmanager
 def frozen_left_out() -> Iterator[Groups]:
-    """Inside, optimizers under construction do not take frozen parameters up.
+    """Leave frozen parameters out of the optimizers that this thread makes inside.
 
     Some look at their parameters at once: Adagrad makes a state for each, Muon refuses what is
     not a matrix. Yields the groups that the frozen ones were meant for.
     """
     meant_for: Groups = {}
-    original = Optimizer.add_param_group
+    thread = get_ident()
 
     def add_param_group(self: Optimizer, param_group: dict[str, Any]) -> None:
+        if get_ident() != thread:
+            return original(self, param_group)
         params = param_group["params"]
         params = [params] if isinstance(params, torch.Tensor) else list(params)
         kept = [p for p in params if _trains(p)]
@@ -42,12 +48,15 @@ def frozen_left_out() -> Iterator[Groups]:
         for p in params:
             if not _trains(p):
                 meant_for[id(_tensor(p))] = self.param_groups[-1]
+        return None
 
-    Optimizer.add_param_group = add_param_group  # type: ignore[method-assign]
-    try:
-        yield meant_for
-    finally:
-        Optimizer.add_param_group = original  # type: ignore[method-assign]
+    with _one_at_a_time:
+        original = Optimizer.add_param_group
+        Optimizer.add_param_group = add_param_group  # type: ignore[method-assign]
+        try:
+            yield meant_for
+        finally:
+            Optimizer.add_param_group = original  # type: ignore[method-assign]
 
 
 def cover_trainable(optimizers: list[Optimizer], model: nn.Module, meant_for: Groups) -> None:
@@ -156,6 +165,11 @@ def find_optimizers(configured: Any) -> list[Optimizer]:
     if isinstance(configured, (list, tuple)):
         return [optimizer for item in configured for optimizer in find_optimizers(item)]
     return []
+
+
+def plain_optimizer(optimizer: Any) -> Any:
+    """The optimizer itself, where Lightning has put a `LightningOptimizer` around it."""
+    return optimizer.optimizer if is_a(optimizer, "LightningOptimizer") else optimizer
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

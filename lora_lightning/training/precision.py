@@ -18,6 +18,7 @@ from torch import nn
 from lora_lightning.engine.switching import adapter_names
 from lora_lightning.errors import AdapterStateError, ConfigError
 from lora_lightning.layers.quantized.bitsandbytes import is_linear4bit, is_linear8bit
+from lora_lightning.training._lightning import is_quantizing_hook
 from lora_lightning.utilities.is_a import is_a
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def _quantize_base_only(layer: nn.Module) -> None:
     hooks: Any = layer._load_state_dict_pre_hooks
     for wrapped in hooks.values():
         hook = wrapped.hook
-        if isinstance(hook, partial) and hook.func.__name__ == "_quantize_on_load_hook":
+        if is_quantizing_hook(hook):
             wrapped.hook = partial(_without_adapters, hook)
 
 

@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTh
 from lightning.pytorch.utilities.data import extract_batch_size
 
 from lora_lightning.training import summary as report
+from lora_lightning.training._lightning import accumulates, all_callbacks, logs_this_batch
 from lora_lightning.training.stopwatch import Stopwatch
 
 _EVERY = 10  # optimizer steps between two measurements; the first ones are measured each
@@ -83,11 +84,10 @@ class TrainingProgress(Callback):
         """Count, and measure now and then."""
         self._batches += 1
         self._count(pl_module, batch)
-        if trainer.fit_loop._should_accumulate():
+        if accumulates(trainer):
             return  # an optimizer step is measured as a whole
         self._steps += 1
-        logs = trainer._logger_connector.should_update_logs
-        logs = logs or trainer.fast_dev_run  # type: ignore[attr-defined]
+        logs = logs_this_batch(trainer) or trainer.fast_dev_run  # type: ignore[attr-defined]
         if not (logs or self._steps < _EVERY or self._steps % _EVERY == 0):
             return
         throughput, rates = self._measure(trainer), self._learning_rates()
@@ -178,7 +178,7 @@ class TrainingProgress(Callback):
 @contextmanager
 def left_out(trainer: Trainer) -> Iterator[None]:
     """Leave what is done inside out of the training time."""
-    watches = [c.watch for c in trainer.callbacks if isinstance(c, TrainingProgress)]  # type: ignore[attr-defined]
+    watches = [c.watch for c in all_callbacks(trainer) if isinstance(c, TrainingProgress)]
     for watch in watches:
         watch.stop()
     try:

@@ -1,4 +1,4 @@
-"""Let Lightning's `WeightAveraging` average what trains, and nothing else.
+"""`WeightAveraging` averages what trains, and nothing else.
 
 It averages every tensor. Of a frozen one that is d w + (1 - d) w, which differs from w by rounding:
 the base would drift away from what the adapters were trained on, and the codes of a quantised base
@@ -8,20 +8,25 @@ the base would drift away from what the adapters were trained on, and the codes 
 from __future__ import annotations
 
 from types import MethodType
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from lora_lightning.training._lightning import all_callbacks, averaged_model
 
-def averaged_models(trainer: Any) -> list[Any]:
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+
+def averaged_models(trainer: Trainer) -> list[nn.Module]:
     """The copies of the module that WeightAveraging callbacks keep during fit."""
-    models = [getattr(callback, "_average_model", None) for callback in trainer.callbacks]
+    models = map(averaged_model, all_callbacks(trainer))
     return [model for model in models if model is not None]
 
 
-def average_what_trains(trainer: Any) -> None:
+def average_what_trains(trainer: Trainer) -> None:
     """Override `update_parameters` on the averaged copies; doing it again changes nothing."""
     for averaged in averaged_models(trainer):
         if isinstance(averaged, AveragedModel):
@@ -55,7 +60,7 @@ def _update_parameters(self: AveragedModel, model: nn.Module) -> None:
 
 
 def _differ(pairs: list[tuple[Tensor, Tensor]]) -> list[bool]:
-    """Which pairs are not equal; the device is waited for once, as each adapter has buffers."""
+    """Compare each pair; the device is waited for once, as each adapter has buffers."""
     if not pairs:
         return []
     device = pairs[0][0].device

@@ -22,11 +22,6 @@ def is_sharded(tensor: object) -> TypeGuard[DTensor]:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def is_flattened(tensor: Tensor) -> bool:
-    """True if FSDP1 has laid this parameter into a flat tensor that it splits over processes."""
-    return bool(getattr(tensor, "_fsdp_flattened", False))  # torch's mark
-
-
 def local_part(tensor: Tensor) -> Tensor:
     """The values that this process holds."""
     return tensor.to_local() if is_sharded(tensor) else tensor

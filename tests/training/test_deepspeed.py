@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader
 
 from lora_lightning import AdaLoraConfig, LoraConfig
 from lora_lightning.errors import ConfigError
+from lora_lightning.training._lightning import SETUP_MODEL
 from lora_lightning.training.optimizers import check_coverage
 from lora_lightning.training.strategies.deepspeed import (
     WholeOptimizer,
@@ -240,13 +241,13 @@ def restored(folder: Path, start: Path, way: Any, kind: Any = Quiet) -> tuple[An
 def negative_controls(folder: Path, middle: Path) -> dict[str, Any]:
     """Broken on purpose: moments are not restored; the engine casts adapters."""
     found: dict[str, Any] = {}
-    load, setup = WholeOptimizer.load_state_dict, _DEEPSPEED["_setup_model"]
+    load, setup = WholeOptimizer.load_state_dict, _DEEPSPEED[SETUP_MODEL]
     WholeOptimizer.load_state_dict = lambda self, _: self.zero.refresh_fp32_params()  # type: ignore[method-assign]
     found["broken without moments"], _ = train(folder / "broken", OnCpu(), middle)
     WholeOptimizer.load_state_dict = load  # type: ignore[method-assign]
-    _DEEPSPEED["_setup_model"] = lambda self, model: model
+    _DEEPSPEED[SETUP_MODEL] = lambda self, module, model: model
     found["broken cast"], _ = train(folder / "broken", OnCpu(), precision="bf16-true")
-    _DEEPSPEED["_setup_model"] = setup
+    _DEEPSPEED[SETUP_MODEL] = setup
     return found
 
 

@@ -11,6 +11,7 @@ import pytest
 from tests.helpers.paths import child_environment
 
 SCRIPT = """
+import pickle
 import sys
 import torch
 from tests.helpers.lightning_modules import *
@@ -34,6 +35,7 @@ def go(folder, strategy, kind, prepare=lambda module: None, **options):
     trainer = trainer_for(folder, strategy, **options)
     trainer.fit(module, Data())
     assert trainer.checkpoint_callback.best_model_path == f"{folder}/best.ckpt"
+    check_launcher_is_its_own(trainer)
     return module
 
 
@@ -51,6 +53,13 @@ def check_trained(module, folder):
         assert torch.equal(state[name], tensor), name  # the base, bit for bit
     assert all(p.requires_grad == (".adapters." in n) for n, p in module.named_parameters())
     assert all(layer.active_adapters == ["default"] for _, layer in named_adapted_layers(module))
+
+
+def check_launcher_is_its_own(trainer):
+    # Nothing is left on it, which would be pickled for the next call.
+    cls = type(trainer.strategy.launcher)
+    assert not vars(trainer.strategy.launcher).keys() & vars(cls).keys()
+    pickle.loads(pickle.dumps(trainer.strategy.launcher))
 
 
 def test_loss(trainer, module, **options):
@@ -138,9 +147,7 @@ def test_adapters_come_back_from_spawned_processes(tmp_path: Path) -> None:
 def test_without_the_way_back(tmp_path: Path) -> None:
     """The negative control: refused with the way out, which works; unrefused, the adapters are lost."""
     code = """
-cls = launchers._MultiProcessingLauncher
-cls.get_extra_results = launchers._original_extra
-cls.update_main_process_results = launchers._original_update
+launchers._METHODS += ("a_method_that_no_launcher_has",)
 try:
     go(folder + "/refused", "ddp_fork", Net)
 except Exception as error:
@@ -150,7 +157,7 @@ else:
 ready = go(folder + "/ready", "ddp_fork", Net, lambda m: inject_adapter(m, LoraConfig(**OPTIONS)))
 check_trained(ready, folder + "/ready")
 import lora_lightning.callback
-lora_lightning.callback.check_launcher = lambda *_: None
+lora_lightning.callback.hand_back_adapters = lambda *_: None
 lost = go(folder + "/lost", "ddp_fork", Net)
 assert not adapters(lost.state_dict())
 """

@@ -170,7 +170,7 @@ def test_quantised_once(tmp_path: Path, monkeypatch: Any) -> None:
 def test_negative_control_without_conversion_first_loses_the_adapters(
     tmp_path: Path, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(precision, "_is_a", lambda cls, name: False)
+    monkeypatch.setattr(precision, "is_a", lambda plugin, name: False)
     monkeypatch.setattr(precision, "_LIGHTNING", ("",))
     with pytest.raises(AdapterStateError, match=r"embed, body.2 were replaced after adapters"):
         fit(tmp_path, "nf4", limit_val_batches=0)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import LightningModule, seed_everything
 from torch import nn
-from torch.optim import lr_scheduler
+from torch.optim import SGD, Optimizer, lr_scheduler
 
 from lora_lightning import LoraCallback, LoraConfig, delete_adapter, inject_adapter, set_adapter
 from lora_lightning.errors import OptimizerError
+from lora_lightning.training.optimizers import frozen_left_out
 from tests.helpers.lightning_modules import (
     KEYS,
     OPTIONS,
@@ -317,3 +319,64 @@ def test_optimizer_left_with_nothing(tmp_path: Path) -> None:
         )
     assert "Optimizer 1 (Adam) is left without any parameter" in str(error.value)
     assert "(lora.modules_to_save)" in str(error.value)
+
+
+def half_frozen() -> nn.Linear:
+    layer = nn.Linear(2, 2)
+    layer.weight.requires_grad_(False)
+    return layer
+
+
+def held(optimizer: Optimizer) -> list[torch.Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def test_other_threads_are_not_concerned() -> None:
+    original = Optimizer.add_param_group
+    inside, made = Event(), Event()
+    found: list[int] = []
+
+    def narrowed() -> None:
+        layer = half_frozen()
+        with frozen_left_out() as meant_for:
+            inside.set()
+            made.wait(10)
+            found.append(len(held(SGD(layer.parameters()))))
+        found.append(len(meant_for))
+
+    thread = Thread(target=narrowed)
+    thread.start()
+    inside.wait(10)
+    assert Optimizer.add_param_group is not original  # it is at work
+    assert len(held(SGD(half_frozen().parameters()))) == 2
+    made.set()
+    thread.join()
+    assert found == [1, 1]
+    assert Optimizer.add_param_group is original
+
+
+def test_one_after_the_other() -> None:
+    """Two modules that are configured at a time: the method of torch is back in the end."""
+    original = Optimizer.add_param_group
+    first_inside, go_on = Event(), Event()
+
+    def first() -> None:
+        with frozen_left_out():
+            first_inside.set()
+            go_on.wait(10)
+
+    def second() -> None:
+        with frozen_left_out():
+            pass
+
+    threads = [Thread(target=first)]
+    threads[0].start()
+    first_inside.wait(10)
+    threads.append(Thread(target=second))
+    threads[1].start()
+    threads[1].join(0.2)
+    assert threads[1].is_alive()  # it waits
+    go_on.set()
+    for thread in threads:
+        thread.join()
+    assert Optimizer.add_param_group is original

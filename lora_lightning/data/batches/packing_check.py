@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lora_lightning.errors import ConfigError
+from lora_lightning.training._lightning import call_inside_wrapper
 from lora_lightning.utilities.rng import random_state_kept
 
 # Tokens of the two sequences; longer than the window of no model in use.
@@ -110,8 +111,7 @@ def _through_strategy(trainer: Trainer, network: Any) -> list[Tensor]:
     # A wrapper such as FSDP's gathers weights only on the way through its own forward.
     module.__dict__["_packing_probe"] = probe
     try:
-        redirect: Any = strategy._forward_redirection
-        said: list[Tensor] = redirect(strategy.model, module, "_packing_probe")
+        said: list[Tensor] = call_inside_wrapper(strategy, module, "_packing_probe")
         return said
     finally:
         del module.__dict__["_packing_probe"]

@@ -70,7 +70,7 @@ class TextLoader(StatefulDataLoader[Any]):
         batch = next(batches, None)
         ended = batch is None
         if self.trainer is not None:
-            ended = any_process(self.trainer, ended)
+            ended = any_process(self.trainer.strategy, ended)
         if ended and not self._gives:
             raise RecordError(
                 "streaming: a whole pass over the training data gave no batch, at least on one of "

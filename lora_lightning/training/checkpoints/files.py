@@ -29,10 +29,18 @@ from lora_lightning.checkpoint.peft.config import CONFIG
 from lora_lightning.checkpoint.sharded_folder import is_checkpoint_folder
 from lora_lightning.checkpoint.state_dict import KEY
 from lora_lightning.errors import CheckpointError, LoraError, did_you_mean, first_few
-from lora_lightning.training.collectives import save_together
+from lora_lightning.training._lightning import (
+    background_executor,
+    fail_in_background,
+    override_link,
+    replace_wrapped,
+    works_in_background,
+)
+from lora_lightning.training.collectives import all_or_none
 from lora_lightning.training.strategies.state import read_checkpoint
 from lora_lightning.training.summary import readable_bytes
 from lora_lightning.utilities.atomic_write import link_atomically, write_atomically
+from lora_lightning.utilities.is_a import is_a
 
 _VERSION = "pytorch-lightning_version"  # in everything that a Trainer writes
 
@@ -96,7 +104,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
 
     def in_order(self, action: Callable[[], None]) -> None:
         """Do `action` after the saves that are under way, and not at all where the last failed."""
-        executor = getattr(self.background, "_executor", None)
+        executor = background_executor(self.background)
         if executor is None:
             self._unless_failed(action)
         else:
@@ -110,7 +118,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
         except Exception as error:
             if self.background is None:
                 raise
-            self.background._error = error  # raised by its next save, or at the end
+            fail_in_background(self.background, error)
 
     def _remove(self, path: Any) -> None:
         file = _local(path)
@@ -134,10 +142,10 @@ def protect_checkpoints(trainer: Any) -> None:
         wrappers.append(plugin)
         plugin = plugin.checkpoint_io
     if type(plugin).__name__ == "TorchCheckpointIO":
-        background = next((w for w in wrappers if hasattr(w, "_executor")), None)
+        background = next(filter(works_in_background, wrappers), None)
         plugin = DurableCheckpointIO(background)
         if wrappers:
-            wrappers[-1]._checkpoint_io = plugin
+            replace_wrapped(wrappers[-1], plugin)
         else:
             strategy.checkpoint_io = plugin
     elif not isinstance(plugin, DurableCheckpointIO):
@@ -147,8 +155,8 @@ def protect_checkpoints(trainer: Any) -> None:
             "(trainer.plugins)"
         )
     for callback in trainer.checkpoint_callbacks:
-        if hasattr(callback, "_link_checkpoint"):
-            callback._link_checkpoint = _link_checkpoint
+        if is_a(callback, "ModelCheckpoint"):
+            override_link(callback, _link_checkpoint)
     overrides: dict[str, Any] = {
         "load_checkpoint": _load_checkpoint,
         "save_checkpoint": _save_checkpoint,
@@ -160,7 +168,7 @@ def protect_checkpoints(trainer: Any) -> None:
 
 def _save_checkpoint(self: Any, checkpoint: Any, filepath: Any, *args: Any, **kwargs: Any) -> None:
     save = type(self).save_checkpoint
-    save_together(self, lambda: save(self, checkpoint, filepath, *args, **kwargs), filepath)
+    all_or_none(self, lambda: save(self, checkpoint, filepath, *args, **kwargs), filepath)
 
 
 def _link_checkpoint(trainer: Any, filepath: str, linkpath: str) -> None:

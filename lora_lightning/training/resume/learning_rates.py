@@ -1,4 +1,4 @@
-"""A learning rate that was changed before a resume has no effect, which is said.
+"""Warning of a learning rate that was changed before a resume, which has no effect.
 
 Optimizers and schedulers go on with what their states say, as they must for an exact resume. What
 `configure_optimizers` has set is overwritten by Lightning without a word.
@@ -27,7 +27,7 @@ def configured_rates(trainer: Trainer) -> list[float]:
 
 
 def warn_of_changed_rates(saved: list[float] | None, configured: list[float]) -> None:
-    """Say it where the run was configured with other learning rates than the checkpoint's.
+    """Warn where the run is configured with other learning rates than the checkpoint's.
 
     Args:
         saved: Those of the run that wrote the checkpoint; None in older checkpoints.

@@ -1,4 +1,4 @@
-"""What Lightning's loops leave out when they resume.
+"""Resume of Lightning's loops: what they leave out is put right.
 
 A checkpoint is written somewhere in the work on a batch or an epoch, and Lightning resumes after
 it: what was still to come is not made up for. These are put right here:
@@ -15,56 +15,70 @@ it: what was still to come is not made up for. These are put right here:
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-_EPOCH_LOOP = "epoch_loop."
+from lora_lightning.training._lightning import (
+    accumulates,
+    all_callbacks,
+    count_logged_step,
+    data_fetcher,
+    fetched_ahead,
+    is_last_batch,
+    logged_results,
+    saved_batch_progress,
+    saved_validation_progress,
+    stop_restarting,
+    validates_after_batch,
+)
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
 
 
-def complete_loops(loops: dict[str, Any], trainer: Any) -> None:
+def complete_loops(loops: dict[str, Any], trainer: Trainer) -> None:
     """Change `checkpoint["loops"]["fit_loop"]` so that the work on a batch is finished.
 
     In `on_train_batch_end` a batch counts as processed, not yet as completed.
     """
-    loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
-    batches = loops[f"{_EPOCH_LOOP}batch_progress"]
+    batches = saved_batch_progress(loops)
     underway = batches["current"]["processed"] == batches["current"]["completed"] + 1
-    if not underway or fetcher is None or not in_epoch(trainer):
+    if not underway or data_fetcher(trainer) is None or not in_epoch(trainer):
         return
-    validates = loop._should_check_val_fx(fetcher)
-    if not validates and not loop._num_ready_batches_reached():
+    validates = validates_after_batch(trainer)
+    if not validates and not is_last_batch(trainer):
         return
     for count in (batches["current"], batches["total"]):
         count["completed"] = count["processed"]
     if validates:  # as if it had begun: Lightning goes back to it
-        progress = loops[f"{_EPOCH_LOOP}val_loop.batch_progress"]
+        progress = saved_validation_progress(loops)
         progress["current"] = dict.fromkeys(progress["current"], 0)
         done = progress["total"]["completed"]
         progress["total"].update(ready=done + 1, started=done + 1, processed=done)
-    elif not loop._should_accumulate():
-        loops[f"{_EPOCH_LOOP}state_dict"]["_batches_that_stepped"] += 1
+    elif not accumulates(trainer):
+        count_logged_step(loops)
 
 
-def monitored(trainer: Any) -> dict[str, torch.Tensor]:
+def monitored(trainer: Trainer) -> dict[str, torch.Tensor]:
     """The metrics that callbacks and schedulers see."""
     metrics = trainer.callback_metrics
     return {name: torch.as_tensor(value).detach().cpu().clone() for name, value in metrics.items()}
 
 
-def epoch_averages(trainer: Any) -> list[str]:
+def epoch_averages(trainer: Trainer) -> list[str]:
     """Names of the metrics that training averages over the epoch under way."""
     if not in_epoch(trainer):
         return []
-    logged = [result.meta for result in trainer.fit_loop.epoch_loop._results.values()]
+    logged = [result.meta for result in logged_results(trainer.fit_loop.epoch_loop).values()]
     return sorted({name for m in logged if m.on_epoch for name in (m.name, f"{m.name}_epoch")})
 
 
-def warn_of_averages(trainer: Any, averages: list[str]) -> None:
-    """A checkpoint does not hold the averages so far; say so where something watches one."""
-    watching = [*trainer.callbacks, *trainer.lr_scheduler_configs]
+def warn_of_averages(trainer: Trainer, averages: list[str]) -> None:
+    """Warn where something monitors an average over the epoch, of which a part is not saved."""
+    watching = [*all_callbacks(trainer), *trainer.lr_scheduler_configs]
     monitors = {str(getattr(watcher, "monitor", None)) for watcher in watching}
     watched = monitors & set(averages)
     if watched:
@@ -76,17 +90,17 @@ def warn_of_averages(trainer: Any, averages: list[str]) -> None:
         )
 
 
-def continue_loops(trainer: Any, metrics: dict[str, torch.Tensor]) -> None:
-    """Make up for what is left out; loops and schedulers are restored, no batch was asked for."""
+def continue_loops(trainer: Trainer, metrics: dict[str, torch.Tensor]) -> None:
+    """Make up for what is left out, once loops and schedulers are restored, before any batch."""
     fit_loop = trainer.fit_loop
-    loop, fetcher = fit_loop.epoch_loop, fit_loop._data_fetcher
-    trainer._logger_connector._callback_metrics.update(metrics)
-    for callback in trainer.callbacks:
+    loop, fetcher = fit_loop.epoch_loop, data_fetcher(trainer)
+    trainer.callback_metrics.update(metrics)
+    for callback in all_callbacks(trainer):
         if isinstance(callback, GradientAccumulationScheduler):
             batches = callback.get_accumulate_grad_batches(trainer.current_epoch)
             trainer.accumulate_grad_batches = batches
     ends = fit_loop.restarted_on_epoch_end or fit_loop.resumed_on_epoch_end
-    epoch = fit_loop.epoch_progress
+    epoch: Any = fit_loop.epoch_progress  # of a narrower type than its class says
     if ends:
         epoch.current.completed = epoch.current.processed - 1  # as at the end of the epoch
         loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
@@ -96,20 +110,21 @@ def continue_loops(trainer: Any, metrics: dict[str, torch.Tensor]) -> None:
     if fit_loop.restarted_on_epoch_start:
         epoch.current.ready = epoch.current.started + 1
     if ends or fit_loop.restarted_on_epoch_start:
-        loop._restarting = loop.val_loop._restarting = False
+        stop_restarting(loop)
+        stop_restarting(loop.val_loop)
     elif loop.restarting:
         last = loop.batch_progress.is_last_batch
         validated = not loop.val_loop.restarted_mid_evaluation
         passed_over = loop.restarted_on_train_batch_end or (
-            last and validated and not loop._should_check_val_fx(fetcher)
+            last and validated and not validates_after_batch(trainer)
         )
         if passed_over:
             loop.update_lr_schedulers("step", update_plateau_schedulers=True)
-        if last:  # there is no other batch in this epoch
+        if last and fetcher is not None:  # there is no other batch in this epoch
             fetcher.done = True
-            getattr(fetcher, "batches", []).clear()
-    fit_loop._restarting = False  # else the epoch would end without plateau schedulers
-    for callback in trainer.callbacks:
+            fetched_ahead(fetcher).clear()
+    stop_restarting(fit_loop)  # else the epoch would end without plateau schedulers
+    for callback in all_callbacks(trainer):
         if isinstance(callback, EarlyStopping) and _has_stopped(callback):
             trainer.should_stop = True
             rank_zero_info(
@@ -118,15 +133,16 @@ def continue_loops(trainer: Any, metrics: dict[str, torch.Tensor]) -> None:
             )
 
 
-def _has_stopped(callback: Any) -> bool:
-    """Whether it had told the Trainer to stop, be it for patience, a threshold or NaN."""
-    if not hasattr(callback, "stopping_reason"):  # not of every Lightning 2.6
-        return bool(callback.wait_count >= max(callback.patience, 1))
+def _has_stopped(callback: EarlyStopping) -> bool:
+    """Tell whether it had stopped the run, be it for patience, a threshold or NaN."""
+    reason = getattr(callback, "stopping_reason", None)
+    if reason is None:  # not of every Lightning 2.6
+        return callback.wait_count >= max(callback.patience, 1)
     # Where another process had the reason, this one has the epoch only.
-    return callback.stopping_reason.name != "NOT_STOPPED" or callback.stopped_epoch > 0
+    return reason.name != "NOT_STOPPED" or callback.stopped_epoch > 0
 
 
-def in_epoch(trainer: Any) -> bool:
-    """Whether batches of an epoch are under way, rather than what comes between two epochs."""
-    epoch = trainer.fit_loop.epoch_progress.current
-    return epoch.started > epoch.processed
+def in_epoch(trainer: Trainer) -> bool:
+    """Tell whether batches of an epoch are under way, rather than what is between two epochs."""
+    epoch: Any = trainer.fit_loop.epoch_progress.current
+    return bool(epoch.started > epoch.processed)

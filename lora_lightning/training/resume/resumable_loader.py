@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from functools import cache
 from itertools import islice
 from types import MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.fabric.utilities.data import sized_len
@@ -26,6 +26,8 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from lora_lightning.errors import CheckpointError
+from lora_lightning.training._lightning import WRAPPED_SAMPLER, trainer_of
+from lora_lightning.utilities._torch import has_workers, index_iterator
 from lora_lightning.utilities.rng import (
     Generator,
     generator_state,
@@ -35,19 +37,22 @@ from lora_lightning.utilities.rng import (
     set_random_state,
 )
 
+if TYPE_CHECKING:
+    from lightning.pytorch.strategies import Strategy
+
 _PARTS = (
-    "sampler", "batch_sampler", "_sampler", "dataset", "datasets", "collate_fn",
+    "sampler", "batch_sampler", WRAPPED_SAMPLER, "dataset", "datasets", "collate_fn",
     "transform", "transforms",
 )  # fmt: skip
 _OURS = ("_position", "_loaded", "_next_goes_on")
 
 
-class LazyLoader(DataLoader):
-    """What a data loader becomes that keeps its own state (torchdata's StatefulDataLoader)."""
+class LazyLoader(DataLoader[Any]):
+    """A data loader that keeps its own state (torchdata's StatefulDataLoader), made resumable."""
 
     base_type: type  # its own class
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Any:  # torch says: its own kind of iterator
         """Begin a pass with the first batch that is asked for."""
         return Pass(self)
 
@@ -55,11 +60,11 @@ class LazyLoader(DataLoader):
         """The iterator that the loader's own class makes.
 
         Args:
-            goes_on: Whether it is to go on from a state that was loaded, or begins the epoch after.
+            goes_on: True to go on from a state that was loaded, False to begin the epoch after.
 
         """
-        ours = isinstance(self, ResumableLoader)
-        if ours and self.persistent_workers and self._iterator is None:
+        stateless = isinstance(self, ResumableLoader)
+        if stateless and self.persistent_workers and not has_workers(self):
             # Workers are made once in a run, passes begun many times: what making them draws must
             # not depend on whether the run was interrupted.
             with random_state_kept():
@@ -72,10 +77,13 @@ class LazyLoader(DataLoader):
 
     def state_dict(self) -> dict[str, Any]:
         """The loader's own state; what was loaded, where no pass has begun since."""
+        state: dict[str, Any]
         if "_loaded" in self.__dict__:
-            return self._loaded
-        with random_state_kept():
-            return super().state_dict()  # type: ignore[misc]
+            state = self._loaded
+        else:
+            with random_state_kept():
+                state = super().state_dict()  # type: ignore[misc]
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load the loader's own state."""
@@ -88,14 +96,14 @@ class LazyLoader(DataLoader):
 
 
 class ResumableLoader(LazyLoader):
-    """What a data loader becomes that keeps no state of its own."""
+    """A stateless data loader with a position that can be resumed."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: the position is that of a `Pass`, of which a loader can have several."""
+        """An empty state: the position is that of a `Pass`, of which a loader can have several."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The next pass goes on from `Pass.state`; Lightning calls it when it resumes an epoch."""
+        """Go on from a `Pass.state` in the next pass; called by Lightning to resume an epoch."""
         self._position = state
 
 
@@ -113,7 +121,7 @@ def _resumable(kind: type) -> type:
     return type(name, (base, kind), {"__module__": __name__, "base_type": kind})
 
 
-def resumable(loader: Any) -> Any:
+def resumable(loader: object) -> object:
     """Swap the class of a torch `DataLoader`; any other iterable is returned as it is."""
     if isinstance(loader, DataLoader) and not isinstance(loader, LazyLoader):
         kind: Any = type(loader)
@@ -121,19 +129,18 @@ def resumable(loader: Any) -> Any:
     return loader
 
 
-def make_loaders_resumable(strategy: Any) -> None:
+def make_loaders_resumable(strategy: Strategy) -> None:
     """Override `process_dataloader` on this strategy; doing it again changes nothing."""
     override = strategy.__dict__.get("process_dataloader")
     if getattr(override, "__func__", None) is not _process_dataloader:
-        strategy.process_dataloader = MethodType(_process_dataloader, strategy)
+        strategy.process_dataloader = MethodType(_process_dataloader, strategy)  # type: ignore[method-assign]
 
 
-def _process_dataloader(self: Any, dataloader: Any) -> Any:
+def _process_dataloader(self: Strategy, dataloader: object) -> object:
     dataloader = type(self).process_dataloader(self, dataloader)
-    trainer = getattr(self.lightning_module, "_trainer", None)
-    return (
-        resumable(dataloader) if trainer is not None and trainer.state.fn == "fit" else dataloader
-    )
+    trainer = trainer_of(self.lightning_module)
+    fits = trainer is not None and trainer.state.fn == "fit"
+    return resumable(dataloader) if fits else dataloader
 
 
 class Pass(Iterator[Any]):
@@ -142,12 +149,12 @@ class Pass(Iterator[Any]):
     Attributes:
         batches: How many it has given.
         start: The random states when it began; None before.
-        goes_on: Whether a loader with a state of its own goes on from it, in the same epoch.
+        goes_on: True where a loader goes on from its own state, in the same epoch.
         loader_before: The loader's own state before the last batch, where it is fetched ahead.
 
     """
 
-    def __init__(self, loader: Any) -> None:
+    def __init__(self, loader: LazyLoader) -> None:
         self.loader = loader
         self.batches = 0
         self.start: dict[str, Any] | None = None
@@ -195,7 +202,7 @@ class Pass(Iterator[Any]):
         now = randomness(self.loader)
         self.start = self._position["start"]
         set_randomness(self.loader, self._position["start"])
-        iterator = self.loader.new_iterator()
+        iterator: Iterator[Any] = self.loader.new_iterator()
         self._leave_out(iterator, self._position)
         if self._position["next"] is not None:
             self._before = self._position["next"]
@@ -205,7 +212,7 @@ class Pass(Iterator[Any]):
         set_randomness(self.loader, now)
         return iterator
 
-    def _leave_out(self, iterator: Any, position: dict[str, Any]) -> None:
+    def _leave_out(self, iterator: Iterator[Any], position: dict[str, Any]) -> None:
         loader, count, length = self.loader, position["batches"], position["length"]
         if length is not None and length != len(loader):
             rank_zero_warn(
@@ -214,8 +221,8 @@ class Pass(Iterator[Any]):
                 "of the uninterrupted run. Use the same data and batch size. (data)"
             )
         # A class with an __iter__ of its own gives another iterator than torch's.
-        by_index = loader.num_workers == 0 and hasattr(iterator, "_sampler_iter")
-        by_index = by_index and not self._streams
+        indices = index_iterator(iterator)
+        by_index = loader.num_workers == 0 and indices is not None and not self._streams
         if self._streams:
             rank_zero_warn(
                 f"Resuming in the middle of an epoch of an IterableDataset: {count} batches are "
@@ -226,7 +233,7 @@ class Pass(Iterator[Any]):
         elif not by_index:
             seen = f"{count} batches already seen are loaded again and left out"
             rank_zero_info(f"Resuming in the middle of an epoch: {seen}.")
-        source = iterator._sampler_iter if by_index else iterator
+        source = indices if by_index and indices is not None else iterator
         after_first = None
         for batch in range(count):
             if next(source, self) is self:  # any object that no loader gives
@@ -245,7 +252,7 @@ class Pass(Iterator[Any]):
             )
 
 
-def warn_of_workers(loader: Any) -> None:
+def warn_of_workers(loader: object) -> None:
     """Say what cannot be found again of workers that were at work in an earlier epoch."""
     if isinstance(loader, ResumableLoader) and loader.persistent_workers:
         rank_zero_warn(
@@ -291,7 +298,7 @@ def _generators(loader: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     seen: set[int] = set()
 
-    def visit(owner: Any, path: str) -> None:
+    def visit(owner: object, path: str) -> None:
         if id(owner) in seen:
             return
         seen.add(id(owner))

@@ -1,4 +1,4 @@
-"""What a checkpoint must say beside what Lightning writes, so that a run goes on exactly.
+"""State of each process in a checkpoint, beside what Lightning writes, for an exact resume.
 
 Each process has random numbers, a position in its data and, between two optimizer steps of
 accumulated gradients, gradients of its own; Lightning writes none of them. All processes take part
@@ -11,9 +11,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
 
 from lora_lightning.checkpoint.state_dict import KEY
+from lora_lightning.training._lightning import (
+    accumulates,
+    data_fetcher,
+    fetched_ahead,
+    is_last_batch,
+    load_loader_states,
+    save_loader_states,
+    take_loader_states,
+    take_saved_loader_states,
+    train_iterators,
+)
 from lora_lightning.training.checks.resume import check_no_search, searching
 from lora_lightning.training.module_state import module_state
 from lora_lightning.training.optimizers import trainable_parameters
@@ -38,9 +49,7 @@ from lora_lightning.utilities.rng import random_state, seed_all, set_random_stat
 from lora_lightning.utilities.wrappers import named_parameters
 
 if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule
-
-_LOADERS = "combined_loader"  # where Lightning keeps the states of loaders that have one
+    from lightning.pytorch import LightningModule, Trainer
 
 
 def add_run_state(checkpoint: dict[str, Any], module: LightningModule) -> None:
@@ -48,8 +57,8 @@ def add_run_state(checkpoint: dict[str, Any], module: LightningModule) -> None:
     trainer = module.trainer
     own = {
         "random_state": random_state(cuda="all" if trainer.world_size == 1 else "own"),
-        "generators": [generator_states(loader) for loader in _loaders(trainer)],
-        "positions": _positions(trainer, checkpoint),
+        "generators": [generator_states(loader) for loader in _stateless_loaders(trainer)],
+        "positions": _positions(trainer, checkpoint["loops"]["fit_loop"]),
         "gradients": _gradients(module),
     }
     checkpoint[KEY]["processes"] = _gather(own, trainer.world_size)
@@ -78,9 +87,9 @@ def prepare_run_state(checkpoint: dict[str, Any], module: LightningModule) -> No
         )
         own["gradients"] = {}
         own["rank_seed"] = rank if rank >= before else None
-    _fit_loop_state(checkpoint)[_LOADERS] = own["positions"]
+    save_loader_states(checkpoint["loops"]["fit_loop"], own["positions"])
     # Not where a tuner takes back what it has trained: it keeps the random state itself.
-    if trainer.fit_loop._data_fetcher is None:
+    if data_fetcher(trainer) is None:
         check_no_search(trainer)
         module_state(module).resumed_from = own
     elif trainer.strategy.restore_checkpoint_after_setup and not searching(trainer):
@@ -89,7 +98,7 @@ def prepare_run_state(checkpoint: dict[str, Any], module: LightningModule) -> No
 
 
 def continue_run(module: LightningModule) -> None:
-    """Where the checkpoint left off; the last thing before batches are asked for."""
+    """Go on where the checkpoint left off; the last thing before batches are asked for."""
     own, module_state(module).resumed_from = module_state(module).resumed_from, None
     if own is not None:
         warn_of_averages(module.trainer, own["epoch_averages"])
@@ -98,100 +107,93 @@ def continue_run(module: LightningModule) -> None:
         module_state(module).learning_rates = own["learning_rates"] or rates  # what it goes on from
         continue_loops(module.trainer, own["metrics"])
         _continue(module, own)
-        fetcher: Any = module.trainer.fit_loop._data_fetcher
-        if not in_epoch(module.trainer) and getattr(fetcher, "batches", []):
+        fetcher = data_fetcher(module.trainer)
+        if fetcher is not None and fetched_ahead(fetcher) and not in_epoch(module.trainer):
             iter(fetcher)  # it fetched a batch before random states were restored
 
 
 def _continue(module: LightningModule, own: dict[str, Any]) -> None:
-    fit_loop: Any = module.trainer.fit_loop
-    if module.trainer.current_epoch or fit_loop.epoch_loop.batch_progress.is_last_batch:
-        for loader in _flattened(fit_loop._combined_loader):
+    trainer = module.trainer
+    if trainer.current_epoch or trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+        for loader in _loaders(trainer):
             warn_of_workers(loader)
-    if not in_epoch(module.trainer) or getattr(fit_loop._data_fetcher, "done", False):
-        _begin_epoch(fit_loop._combined_loader, own["positions"])
-        fit_loop._combined_loader_states_to_load = []
-    elif fit_loop._combined_loader_states_to_load:
+    fetcher, states = data_fetcher(trainer), take_loader_states(trainer)
+    if not in_epoch(trainer) or (fetcher is not None and fetcher.done):
+        _begin_epoch(trainer, own["positions"])
+    elif states and fetcher is not None:
         # Asked for `estimated_stepping_batches`, as schedules are made with, Lightning begins an
         # epoch before the checkpoint is restored, and would stay at its head.
-        fit_loop._combined_loader._load_state_dicts(fit_loop._combined_loader_states_to_load)
-        fit_loop._combined_loader_states_to_load = []
-        iter(fit_loop._data_fetcher)
-    for loader, states in zip(_loaders(module.trainer), own["generators"], strict=False):
-        set_generator_states(loader, states)
+        load_loader_states(trainer, states)
+        iter(fetcher)
+    for loader, saved in zip(_stateless_loaders(trainer), own["generators"], strict=False):
+        set_generator_states(loader, saved)
     parameters = dict(named_parameters(module))
     for name, gradient in own["gradients"].items():
         parameter = parameters[name]
-        local = gradient.to(parameter.device, copy=True)
-        parameter.grad = part_like(local, parameter)
+        parameter.grad = part_like(gradient.to(parameter.device, copy=True), parameter)
     set_random_state(own["random_state"])
     if own.get("rank_seed") is not None:
         seed_all(int(torch.randint(2**62, ())) + own["rank_seed"])
 
 
-def _begin_epoch(combined: Any, states: list[dict[str, Any]]) -> None:
-    """The next batch is the first of an epoch: loaders with a state have had the last one."""
-    for one_pass in getattr(getattr(combined, "_iterator", None), "iterators", []):
+def _begin_epoch(trainer: Trainer, states: list[dict[str, Any]]) -> None:
+    """Begin an epoch with the next batch: loaders with a state have given the last one."""
+    for one_pass in train_iterators(trainer):
         if isinstance(one_pass, Pass):
             one_pass.goes_on = False
-    stateful = [loader for loader in _flattened(combined) if _is_stateful(loader)]
-    for loader, state in zip(stateful, states, strict=False):
+    for loader, state in zip(_stateful_loaders(trainer), states, strict=False):
         if not isinstance(loader, ResumableLoader):
             loader.load_state_dict(state)
             loader.__dict__.pop("_next_goes_on", None)
 
 
-def _loaders(trainer: Any) -> list[Any]:
-    combined = trainer.fit_loop._combined_loader
-    flattened = [] if combined is None else combined.flattened
-    return [loader for loader in flattened if isinstance(loader, ResumableLoader)]
+def _loaders(trainer: Trainer) -> list[Any]:
+    """The training data loaders, which a module may give as any nested containers."""
+    loaders = trainer.train_dataloader
+    return [] if loaders is None else CombinedLoader(loaders).flattened
 
 
-def _positions(trainer: Any, checkpoint: dict[str, Any]) -> list[dict[str, Any]]:
+def _stateless_loaders(trainer: Trainer) -> list[ResumableLoader]:
+    return [loader for loader in _loaders(trainer) if isinstance(loader, ResumableLoader)]
+
+
+def _stateful_loaders(trainer: Trainer) -> list[Any]:
+    """The loaders whose states Lightning saves, ours among them."""
+    needed = ("state_dict", "load_state_dict")
+    return [loader for loader in _loaders(trainer) if all(hasattr(loader, n) for n in needed)]
+
+
+def _positions(trainer: Trainer, loops: dict[str, Any]) -> list[dict[str, Any]]:
     """The states of the loaders that have one, in Lightning's order, ours with the position."""
-    states = _fit_loop_state(checkpoint).pop(_LOADERS, [])
-    if not in_epoch(trainer) or trainer.fit_loop.epoch_loop._num_ready_batches_reached():
+    states = take_saved_loader_states(loops)
+    if not in_epoch(trainer) or is_last_batch(trainer):
         return states  # no other batch in this epoch
-    combined = trainer.fit_loop._combined_loader
-    iterators = getattr(getattr(combined, "_iterator", None), "iterators", [])
-    passes = {id(p.loader): p for p in iterators if isinstance(p, Pass)}
+    passes = {id(p.loader): p for p in train_iterators(trainer) if isinstance(p, Pass)}
     # Batches that were fetched, but will have to be fetched again
-    batches = trainer.fit_loop.epoch_loop.batch_progress.current
-    fetcher = trainer.fit_loop._data_fetcher
-    ahead = len(getattr(fetcher, "batches", [])) + batches.ready - batches.processed
-    stateful = [loader for loader in _flattened(combined) if _is_stateful(loader)]
-    for index, loader in enumerate(stateful):
+    batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    fetcher = data_fetcher(trainer)
+    fetched = 0 if fetcher is None else len(fetched_ahead(fetcher))
+    ahead = fetched + batches.ready - batches.processed
+    for index, loader in enumerate(_stateful_loaders(trainer)):
         if id(loader) not in passes:
             continue
         if isinstance(loader, ResumableLoader):
             states[index] = passes[id(loader)].state(ahead)
-        elif ahead == 1 and passes[id(loader)].loader_before is not None:
-            states[index] = passes[id(loader)].loader_before
+        elif ahead == 1 and (before := passes[id(loader)].loader_before) is not None:
+            states[index] = before
     return states
 
 
-def _flattened(combined: Any) -> list[Any]:
-    return [] if combined is None else combined.flattened
-
-
-def _is_stateful(loader: Any) -> bool:
-    return hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
-
-
 def _gradients(module: LightningModule) -> dict[str, torch.Tensor]:
-    """What has been accumulated for the next optimizer step, if one is under way."""
+    """The gradients accumulated for the next optimizer step, if one is under way."""
     trainer = module.trainer
-    if module.automatic_optimization and not trainer.fit_loop._should_accumulate():
+    if module.automatic_optimization and not accumulates(trainer):
         return {}
     return {
         name: local_part(p.grad).detach().cpu().clone()
         for name, p in trainable_parameters(module).items()
         if p.grad is not None
     }
-
-
-def _fit_loop_state(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    return checkpoint["loops"]["fit_loop"]["state_dict"]
 
 
 def _gather(own: dict[str, Any], world_size: int) -> list[dict[str, Any]]:

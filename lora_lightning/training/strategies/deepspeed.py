@@ -12,6 +12,7 @@ plugin has cast the base by then, which adapters withstand, so the engine is tol
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,26 +22,25 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lora_lightning.errors import CheckpointError, ConfigError, OptimizerError, first_few
-from lora_lightning.training.collectives import save_together
-from lora_lightning.training.module_state import callbacks_of, defines_hook, module_state
-from lora_lightning.training.optimizers import check_coverage, trainable_parameters
+from lora_lightning.training._lightning import (
+    all_callbacks,
+    has_completed_config,
+    setup_model,
+    setup_model_and_optimizer,
+)
+from lora_lightning.training.collectives import all_or_none
+from lora_lightning.training.module_state import defines_hook, module_state
+from lora_lightning.training.optimizers import check_coverage, plain_optimizer, trainable_parameters
+from lora_lightning.utilities._torch import keep_scheduler_groups
 from lora_lightning.utilities.is_a import is_a
 
 if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule
+    from lightning.pytorch import LightningModule, Trainer
+
+    from lora_lightning.adapters.config import AdapterConfig
 
 _STAGES = (1, 2)
 _LAYOUT = ("round_robin_bit16_groups", "round_robin_bit16_offsets", "bit16_groups_flat")
-# What torch's schedulers hold in one list entry a group
-_PER_GROUP = (
-    "base_lrs",
-    "_last_lr",
-    "lr_lambdas",
-    "min_lrs",
-    "max_lrs",
-    "base_momentums",
-    "max_momentums",
-)
 _NOT_SUPPORTED = {
     "optimizer": "define it in configure_optimizers, where adapters can be put into it",
     "scheduler": "define it in configure_optimizers, where checkpoints find its state",
@@ -50,27 +50,31 @@ _NOT_SUPPORTED = {
 }
 
 
-def is_deepspeed(strategy: Any) -> bool:
-    """Whether this is Lightning's DeepSpeed."""
+def is_deepspeed(strategy: Strategy) -> bool:
+    """Tell whether this is Lightning's DeepSpeed."""
     return is_a(strategy, "DeepSpeedStrategy")
 
 
-def check_deepspeed(trainer: Any, configs: list[Any]) -> None:
-    """Only what adapters are known to train, save and resume with under DeepSpeed.
+def check_deepspeed(trainer: Trainer, configs: list[AdapterConfig]) -> None:
+    """Refuse what adapters are not known to train, save and resume with under DeepSpeed.
 
     Args:
         trainer: Whose strategy is looked at.
         configs: The options of the adapters.
 
     Raises:
-        ConfigError: For stages, options, precisions and callbacks beyond that.
+        ConfigError: For such stages, options, precisions, adapters and callbacks.
 
     """
-    strategy = trainer.strategy
-    if not is_deepspeed(strategy):
-        return
-    name = type(strategy).__name__
-    config = strategy.config or {}
+    if is_deepspeed(trainer.strategy):
+        name = type(trainer.strategy).__name__
+        _check_options(trainer.strategy, name)
+        _check_run(trainer, name)
+        _check_adapters(configs, name)
+
+
+def _check_options(strategy: Strategy, name: str) -> None:
+    config: dict[str, Any] = strategy.config or {}  # type: ignore[attr-defined]
     zero = config.get("zero_optimization") or {}
     if zero.get("stage", 0) not in _STAGES:
         raise ConfigError(
@@ -89,11 +93,14 @@ def check_deepspeed(trainer: Any, configs: list[Any]) -> None:
         asked = config.get(option)
         off = isinstance(asked, dict) and asked.get("enabled") is False
         # Lightning itself writes some of these when the strategy is set up.
-        if asked and not off and not getattr(strategy, "_config_initialized", False):
+        if asked and not off and not has_completed_config(strategy):
             raise ConfigError(
                 f"LoraCallback does not support {option!r} in the config of {name}: {instead}. "
                 "(trainer.strategy)"
             )
+
+
+def _check_run(trainer: Trainer, name: str) -> None:
     precision = trainer.precision_plugin.precision
     if precision not in ("32-true", "bf16-true"):
         raise ConfigError(
@@ -113,19 +120,22 @@ def check_deepspeed(trainer: Any, configs: list[Any]) -> None:
             f"LoraCallback does not support manual optimization under {name}. Use strategy='ddp'. "
             "(trainer.strategy)"
         )
-    for own in configs:
-        if own.peft_type == "ADALORA" or getattr(own, "init_lora_weights", None) == "eva":
-            what = "AdaLoRA" if own.peft_type == "ADALORA" else "init_lora_weights='eva'"
-            raise ConfigError(
-                f"LoraCallback does not support {what} under {name}, which frees gradients before "
-                "they can be read and reads checkpoints after ranks are chosen. Use "
-                "strategy='ddp'. (trainer.strategy)"
-            )
-    for callback in trainer.callbacks:
+    for callback in all_callbacks(trainer):
         if is_a(callback, "WeightAveraging"):
             raise ConfigError(
                 f"LoraCallback does not support {type(callback).__name__} under {name}. Take it "
                 "out, or use strategy='ddp'. (trainer.callbacks)"
+            )
+
+
+def _check_adapters(configs: list[AdapterConfig], name: str) -> None:
+    for config in configs:
+        if config.peft_type == "ADALORA" or getattr(config, "init_lora_weights", None) == "eva":
+            what = "AdaLoRA" if config.peft_type == "ADALORA" else "init_lora_weights='eva'"
+            raise ConfigError(
+                f"LoraCallback does not support {what} under {name}, which frees gradients before "
+                "they can be read and reads checkpoints after ranks are chosen. Use "
+                "strategy='ddp'. (trainer.strategy)"
             )
 
 
@@ -187,11 +197,12 @@ class WholeOptimizer:
         self.inner.load_state_dict({**saved, "state": parts, "param_groups": groups})
 
     def _part(self, index: int) -> Tensor:
+        flat: Tensor
         (flat,) = self.inner.param_groups[index]["params"]
         return flat
 
     def _whole(self, index: int, key: str, value: Any) -> list[Any]:
-        """What the processes hold for a group, parameter by parameter."""
+        """Gather the parts of a group's state, parameter by parameter."""
         params, part = self.param_groups[index]["params"], self._part(index)
         if not isinstance(value, Tensor) or value.dim() == 0:
             return [value.clone() if isinstance(value, Tensor) else value for _ in params]
@@ -210,7 +221,7 @@ class WholeOptimizer:
         ]
 
     def _split(self, index: int, values: list[Any]) -> Any:
-        """The other way round."""
+        """This process's part of a group's state, from those of its parameters."""
         part = self._part(index)
         first = next(value for value in values if value is not None)
         if not isinstance(first, Tensor) or first.dim() == 0:
@@ -235,53 +246,56 @@ def whole_optimizers(optimizers: list[Any]) -> list[Any]:
     """The optimizers as they hold the module's parameters, whatever ZeRO has made of them."""
     return [
         WholeOptimizer(o) if hasattr(o, "round_robin_bit16_groups") else o
-        for o in (getattr(optimizer, "_optimizer", optimizer) for optimizer in optimizers)
+        for o in map(plain_optimizer, optimizers)
     ]
 
 
 # -- the overrides ---------------------------------------------------------------------------------
 
 
-def setup_deepspeed(self: Any, model: Any) -> Any:
-    """`DeepSpeedStrategy._setup_model`: the base is cast by now, and the engine shall not cast."""
-    module = self.lightning_module
-    if callbacks_of(module):
-        self.config.pop("bf16", None)
-        if not defines_hook(module, "configure_gradient_clipping"):
-            # The engine clips, and Lightning would warn that ours, which it cannot tell from
-            # one of the user's, does not.
-            module.__dict__.pop("configure_gradient_clipping", None)
-    return type(self)._setup_model(self, model)
+def setup_deepspeed(self: Strategy, module: LightningModule, model: nn.Module) -> nn.Module:
+    """Set the model up without the engine's cast: the base is cast by now."""
+    self.config.pop("bf16", None)  # type: ignore[attr-defined]
+    if not defines_hook(module, "configure_gradient_clipping"):
+        # The engine clips, and Lightning would warn that ours, which it cannot tell from one of
+        # the user's, does not.
+        module.__dict__.pop("configure_gradient_clipping", None)
+    return setup_model(self, model)
 
 
-def setup_engine(self: Any, model: Any, optimizer: Any, lr_scheduler: Any = None) -> Any:
-    """`DeepSpeedStrategy._setup_model_and_optimizer`: the last place where groups are not flat."""
-    module = self.lightning_module
-    if callbacks_of(module):
-        check_coverage([optimizer], module)
-        trainable = trainable_parameters(module)
-        narrow = [name for name, p in trainable.items() if p.dtype is not torch.float32]
-        if narrow:
-            raise ConfigError(
-                f"{first_few(narrow)} would train in {trainable[narrow[0]].dtype}, and under "
-                f"{type(self).__name__} all that trains must be float32: leave "
-                "autocast_adapter_dtype at True, and train no biases of a base in 16 bits. "
-                "(lora.autocast_adapter_dtype)"
-            )
-        _watch_gradients(module)
-        _drop_empty_groups(optimizer, lr_scheduler)
-    return type(self)._setup_model_and_optimizer(self, model, optimizer, lr_scheduler)
+def setup_engine(
+    self: Strategy,
+    module: LightningModule,
+    model: nn.Module,
+    optimizer: Optimizer,
+    lr_scheduler: Any = None,
+) -> tuple[Any, Any]:
+    """Check the optimizer in the last place where its groups are not flat, and make the engine."""
+    check_coverage([optimizer], module)
+    trainable = trainable_parameters(module)
+    narrow = [name for name, p in trainable.items() if p.dtype is not torch.float32]
+    if narrow:
+        raise ConfigError(
+            f"{first_few(narrow)} would train in {trainable[narrow[0]].dtype}, and under "
+            f"{type(self).__name__} all that trains must be float32: leave "
+            "autocast_adapter_dtype at True, and train no biases of a base in 16 bits. "
+            "(lora.autocast_adapter_dtype)"
+        )
+    _watch_gradients(module)
+    _drop_empty_groups(optimizer, lr_scheduler)
+    return setup_model_and_optimizer(self, model, optimizer, lr_scheduler)
 
 
 def save_whole_checkpoint(
-    self: Any, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
+    self: Strategy,
+    module: LightningModule,
+    checkpoint: dict[str, Any],
+    filepath: str | Path,
+    storage_options: Any = None,
 ) -> None:
-    """One file, written by rank 0 through the CheckpointIO, as under DDP."""
-    if not callbacks_of(self.lightning_module):
-        type(self).save_checkpoint(self, checkpoint, filepath, storage_options)
-        return
+    """Write one file by rank 0 through the CheckpointIO, as under DDP."""
     save = Strategy.save_checkpoint
-    save_together(self, lambda: save(self, checkpoint, filepath, storage_options), filepath)
+    all_or_none(self, lambda: save(self, checkpoint, filepath, storage_options), filepath)
 
 
 def _drop_empty_groups(optimizer: Optimizer, lr_scheduler: Any) -> None:
@@ -290,16 +304,7 @@ def _drop_empty_groups(optimizer: Optimizer, lr_scheduler: Any) -> None:
     count = len(optimizer.param_groups)
     if len(kept) < count:
         optimizer.param_groups[:] = [optimizer.param_groups[index] for index in kept]
-        _keep_groups(lr_scheduler, kept, count)
-
-
-def _keep_groups(lr_scheduler: Any, kept: list[int], count: int) -> None:
-    for inner in getattr(lr_scheduler, "_schedulers", []):  # of SequentialLR and ChainedScheduler
-        _keep_groups(inner, kept, count)
-    for name in _PER_GROUP:
-        values = getattr(lr_scheduler, name, None)
-        if isinstance(values, list) and len(values) == count:
-            setattr(lr_scheduler, name, [values[index] for index in kept])
+        keep_scheduler_groups(lr_scheduler, kept, count)
 
 
 def _watch_gradients(module: LightningModule) -> None:
@@ -311,20 +316,21 @@ def _watch_gradients(module: LightningModule) -> None:
             reached.add(id(parameter))
             handle.remove()
 
-        handle = parameter.register_hook(note)
+        register: Any = parameter.register_hook
+        handle = register(note)
 
     for parameter in trainable_parameters(module).values():
         watch(parameter)
 
 
-def partitioned_gradients(optimizer: Any) -> dict[nn.Parameter, Tensor]:
+def partitioned_gradients(optimizer: Optimizer) -> dict[nn.Parameter, Tensor]:
     """This process's part of the averaged gradients that the next step will use, by parameter.
 
     Empty for optimizers that are not partitioned.
     """
-    optimizer = getattr(optimizer, "_optimizer", optimizer)
+    optimizer = plain_optimizer(optimizer)
     found: dict[nn.Parameter, Tensor] = {}
     for index, params in enumerate(getattr(optimizer, "params_in_partition", [])):
-        grads = optimizer.averaged_gradients.get(index) or []
+        grads = optimizer.averaged_gradients.get(index) or []  # type: ignore[attr-defined]
         found.update(zip(params, grads, strict=False))  # padding comes last
     return found

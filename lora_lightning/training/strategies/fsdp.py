@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,24 +26,27 @@ from lora_lightning.engine.bias import trained_biases
 from lora_lightning.engine.switching import adapter_names
 from lora_lightning.errors import CheckpointError, ConfigError, first_few
 from lora_lightning.layers.traversal import named_adapted_layers, walk
+from lora_lightning.training._lightning import setup_model
 from lora_lightning.training.checkpoints.metadata import kept_state
 from lora_lightning.training.module_state import callbacks_of, module_state
 from lora_lightning.training.strategies.model_parallel import is_fsdp
 from lora_lightning.training.weight_averaging import averaged_models
+from lora_lightning.utilities._torch import call_when_backward_ends
 from lora_lightning.utilities.wrappers import named_parameters
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
+    from lightning.pytorch.strategies import Strategy
 
 
-def check_fsdp(strategy: Any) -> None:
-    """The strategy's options allow to leave adapters out of FSDP's units.
+def check_fsdp(strategy: Strategy) -> None:
+    """Refuse options of the strategy with which adapters cannot be left out of FSDP's units.
 
     Raises:
         ConfigError: If they do not.
 
     """
-    options = strategy.kwargs
+    options: dict[str, Any] = strategy.kwargs  # type: ignore[attr-defined]
     if not options["use_orig_params"]:
         raise ConfigError(
             f"{type(strategy).__name__}(use_orig_params=False) hides the adapters from the "
@@ -58,7 +62,7 @@ def check_fsdp(strategy: Any) -> None:
 
 
 def leave_out_adapters(module: LightningModule) -> None:
-    """Let FSDP take up no adapter when it wraps the module, whoever lets it.
+    """Exclude adapters from FSDP's wrapping, whether the strategy or the module wraps.
 
     Raises:
         ConfigError: If a part of the base trains, or FSDP cannot flatten one.
@@ -109,11 +113,8 @@ def check_not_wrapped(module: LightningModule) -> None:
         )
 
 
-def setup_fsdp(self: Any, model: Any) -> Any:
-    """`FSDPStrategy._setup_model` around a module with adapters; later calls return the first's."""
-    module = self.lightning_module
-    if not callbacks_of(module):
-        return type(self)._setup_model(self, model)
+def setup_fsdp(self: Strategy, module: LightningModule, model: nn.Module) -> nn.Module:
+    """Wrap a module with adapters in FSDPStrategy's way; further calls return the first's."""
     remembered = module_state(module)
     if averaged_models(module.trainer):
         raise ConfigError(
@@ -122,7 +123,7 @@ def setup_fsdp(self: Any, model: Any) -> Any:
         )
     if remembered.fsdp is None:
         leave_out_adapters(module)
-        root = type(self)._setup_model(self, model)
+        root = setup_model(self, model)
         own = [
             tensor
             for _, layer in named_adapted_layers(module)
@@ -135,15 +136,14 @@ def setup_fsdp(self: Any, model: Any) -> Any:
         remembered.fsdp = root, average
     remembered.fsdp[1].begin()
     # Gradients are whole here, so that the plain way to clip them is right.
-    self.precision_plugin.clip_grad_by_norm = Precision.clip_grad_by_norm.__get__(
-        self.precision_plugin
-    )
+    plugin: Any = self.precision_plugin
+    plugin.clip_grad_by_norm = MethodType(Precision.clip_grad_by_norm, plugin)
     return remembered.fsdp[0]
 
 
 @dataclass
 class GradientAverage:
-    """Averages the gradients of some parameters over all processes when a backward pass ends.
+    """Average of the gradients of some parameters over all processes, at the end of a backward.
 
     A gradient that none of the processes has stays None; one that only some have is averaged with
     zeros, as under DDP.
@@ -154,16 +154,17 @@ class GradientAverage:
 
     def __post_init__(self) -> None:
         for parameter in self.parameters:
-            parameter.register_post_accumulate_grad_hook(self._queue)
+            hook: Any = parameter.register_post_accumulate_grad_hook
+            hook(self._queue)
 
     def begin(self) -> None:
         """Forget a backward pass that an exception has ended: the next would not be averaged."""
         self._queued = False
 
-    def _queue(self, _: Any) -> None:
+    def _queue(self, _: Tensor) -> None:
         if not self._queued:
             self._queued = True
-            torch.autograd.Variable._execution_engine.queue_callback(self._average)
+            call_when_backward_ends(self._average)
 
     def _average(self) -> None:
         self._queued = False
@@ -181,7 +182,8 @@ def _average(parameters: list[nn.Parameter]) -> None:
     pieces = [p.new_zeros(p.shape) if p.grad is None else p.grad for p in parameters]
     flat = torch.cat([*(piece.flatten() for piece in pieces), present])
     dist.all_reduce(flat)
-    *averages, present = flat.split([p.numel() for p in parameters] + [len(parameters)])
+    sizes = [p.numel() for p in parameters]
+    *averages, present = torch.split(flat, [*sizes, len(parameters)])
     somewhere = [True] * len(grads) if None not in grads else present.bool().tolist()
     for parameter, average, there in zip(parameters, averages, somewhere, strict=True):
         if there:
@@ -196,7 +198,7 @@ def _average(parameters: list[nn.Parameter]) -> None:
 
 
 def fsdp_module_state(module: LightningModule) -> dict[str, Any]:
-    """What is saved of the module, without asking FSDP for its units' state."""
+    """The state that is saved of the module, without asking FSDP for its units'."""
     state: dict[str, Any] = dict(_own_tensors(module))
     for path, child in walk(module):
         if type(child).get_extra_state is not nn.Module.get_extra_state:
@@ -208,7 +210,7 @@ def fsdp_module_state(module: LightningModule) -> dict[str, Any]:
 
 
 def load_fsdp_module_state(module: LightningModule, state: dict[str, Any]) -> None:
-    """Load what `fsdp_module_state` gives.
+    """Load the state that `fsdp_module_state` gives.
 
     Raises:
         CheckpointError: If the module has no place for a tensor.
@@ -232,7 +234,7 @@ def load_fsdp_module_state(module: LightningModule, state: dict[str, Any]) -> No
 
 
 def _own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
-    """Persistent buffers, which FSDP leaves whole, those of adapters too."""
+    """List persistent buffers, which FSDP leaves whole, those of adapters too."""
     found = []
     for path, child in walk(module):
         found += [(f"{path}.{n}" if path else n, b) for n, b in persistent_buffers(child)]

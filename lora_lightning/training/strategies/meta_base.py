@@ -1,4 +1,4 @@
-"""A base that was built on the meta device: its weights come after every process has its memory.
+"""Base on the meta device: its weights are loaded after every process has its memory.
 
 `ModelParallelStrategy` gives a module that holds any meta tensor memory in its `setup`, and its
 layers start values of their own: all that was loaded before is gone. So the weights are asked for
@@ -38,7 +38,7 @@ HOOK = "base_state_dict"
 
 
 def expect_base(module: LightningModule) -> None:
-    """Find out whether the base will have to be loaded later, as the module holds meta tensors.
+    """Note that the base has to be loaded later, where the module holds meta tensors.
 
     Raises:
         ConfigError: If it could not be loaded then.

@@ -12,16 +12,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from lora_lightning.errors import ConfigError, first_few
 from lora_lightning.layers.base import AdaptedLayer
 from lora_lightning.layers.traversal import named_adapted_layers, walk
+from lora_lightning.training._lightning import all_callbacks
+from lora_lightning.utilities._torch import mixed_precision_policy
 from lora_lightning.utilities.dtensor import is_sharded
 from lora_lightning.utilities.is_a import is_a
 
 if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule
+    from lightning.pytorch import LightningModule, Trainer
+    from lightning.pytorch.strategies import Strategy
+
 
 _NO_TENSOR_PARALLEL = (
     "adapters do not follow weights that are split along their features, and each process would "
@@ -30,37 +35,38 @@ _NO_TENSOR_PARALLEL = (
 )
 
 
-def is_model_parallel(strategy: Any) -> bool:
-    """Whether the user's module shards itself (FSDP2)."""
+def is_model_parallel(strategy: Strategy) -> bool:
+    """Tell whether this is ModelParallelStrategy, under which modules shard themselves (FSDP2)."""
     return is_a(strategy, "ModelParallelStrategy")
 
 
-def is_fsdp(strategy: Any) -> bool:
-    """Whether this is Lightning's FSDP1."""
+def is_fsdp(strategy: Strategy) -> bool:
+    """Tell whether this is Lightning's FSDP1."""
     return is_a(strategy, "FSDPStrategy")
 
 
 def reshard(module: nn.Module) -> None:
-    """Let the module's parameters be the parts that optimizers hold, not gathered ones."""
+    """Make the module's parameters the parts that optimizers hold, where they are gathered."""
     for child in module.modules():
         if _is_unit(child):
             child.reshard()  # type: ignore[operator]
 
 
-def check_model_parallel(trainer: Any, starts_from_data: bool) -> None:
-    """Refuse what cannot be had of a module that is sharded.
+def check_model_parallel(trainer: Trainer, starts_from_data: bool) -> None:
+    """Refuse what does not work with a module that is sharded.
 
     Raises:
         ConfigError: Saying what, and why.
 
     """
-    if not is_model_parallel(trainer.strategy):
+    strategy: Any = trainer.strategy
+    if not is_model_parallel(strategy):
         return
-    if trainer.strategy.device_mesh["tensor_parallel"].size() > 1:
+    size = strategy.device_mesh["tensor_parallel"].size()
+    if size > 1:
         raise ConfigError(
             "ModelParallelStrategy was given (or has chosen, as tensor_parallel_size is 'auto') "
-            f"tensor_parallel_size={trainer.strategy.device_mesh['tensor_parallel'].size()}: "
-            f"{_NO_TENSOR_PARALLEL}"
+            f"tensor_parallel_size={size}: {_NO_TENSOR_PARALLEL}"
         )
     if starts_from_data:
         raise ConfigError(
@@ -68,7 +74,7 @@ def check_model_parallel(trainer: Any, starts_from_data: bool) -> None:
             "checkpoint, which says them, only when the adapters are sharded already. Find them on "
             "one device with eva_start, and give rank_pattern. (lora.init_lora_weights)"
         )
-    for callback in trainer.callbacks:
+    for callback in all_callbacks(trainer):
         if is_a(callback, "WeightAveraging"):
             raise ConfigError(
                 f"{type(callback).__name__} copies the whole module, which cannot be done with a "
@@ -87,7 +93,7 @@ def shard_adapters(module: LightningModule) -> None:
     if not is_model_parallel(module.trainer.strategy):
         return
     _check_no_tensor_parallel(module)
-    units: dict[tuple[nn.Module, Any], list[AdaptedLayer]] = {}
+    units: dict[tuple[nn.Module, frozenset[torch.dtype]], list[AdaptedLayer]] = {}
     for path, layer in named_adapted_layers(module):
         sharded = {is_sharded(p) for p in layer.adapters.parameters()}
         if False not in sharded:
@@ -118,13 +124,13 @@ def shard_adapters(module: LightningModule) -> None:
 
 
 def check_dtypes(module: nn.Module) -> None:
-    """What trains inside one FSDP unit has one dtype, or FSDP cannot reduce its gradients.
+    """Check that all that trains inside one FSDP unit has one dtype, for FSDP to reduce gradients.
 
     Raises:
         ConfigError: Naming tensors of both dtypes.
 
     """
-    found: dict[nn.Module, dict[Any, str]] = {}
+    found: dict[nn.Module, dict[torch.dtype, str]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad and is_sharded(parameter):
             unit = _unit_around(module, name.rpartition(".")[0])
@@ -144,13 +150,13 @@ def _shard_together(unit: nn.Module, layers: list[AdaptedLayer]) -> None:
 
     mesh = next(p.device_mesh for p in unit.parameters() if is_sharded(p))
     group: list[nn.Module] = [layer.adapters for layer in layers]
-    policy = unit._get_fsdp_state()._mp_policy  # type: ignore[operator]  # no public way
+    policy = mixed_precision_policy(unit)
     fully_shard(group, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     for layer in layers:
         layer.register_forward_pre_hook(_gather)
 
 
-def _gather(layer: nn.Module, args: Any) -> None:
+def _gather(layer: nn.Module, args: object) -> None:
     layer.adapters.unshard()  # type: ignore[operator,union-attr]
 
 

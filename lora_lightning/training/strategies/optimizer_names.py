@@ -40,7 +40,7 @@ def with_names(state: dict[str, Any], optimizer: Optimizer, module: nn.Module) -
 
 
 def with_numbers(saved: dict[str, Any], optimizer: Optimizer, module: nn.Module) -> dict[str, Any]:
-    """What `optimizer.load_state_dict` takes, from what `with_names` gave.
+    """A state for `optimizer.load_state_dict`, from one that `with_names` gave.
 
     The order in a group may be another one. Moments of sharded parameters are sharded alike. A
     state with numbers, of a checkpoint from before there were names, is returned as it is.
@@ -88,7 +88,7 @@ def _names(optimizer: Optimizer, module: nn.Module) -> list[list[str]]:
 
 
 def _check_kind(saved: list[dict[str, Any]], optimizer: Optimizer) -> None:
-    """Options that only the checkpoint's has, or only this one, may be a scheduler's or torch's."""
+    """Compare kinds of optimizers by their options; schedulers and torch may have added some."""
     kind = type(getattr(optimizer, "inner", optimizer)).__name__  # of what DeepSpeed wraps
     for there, here in zip(saved, optimizer.param_groups, strict=False):
         foreign = sorted(there.keys() - here.keys() - _OF_SCHEDULERS)

@@ -11,18 +11,27 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_lightning.checkpoint.integrity import HASHES, content_hashes
 from lora_lightning.checkpoint.sharded_folder import is_checkpoint_folder
 from lora_lightning.checkpoint.state_dict import KEY
-from lora_lightning.training.collectives import save_together
+from lora_lightning.training._lightning import writes_folders
+from lora_lightning.training.collectives import all_or_none
 from lora_lightning.utilities.atomic_write import exchange
 from lora_lightning.utilities.dtensor import full_state
 
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule
+    from lightning.pytorch.strategies import Strategy
+
 
 def save_sharded_checkpoint(
-    strategy: Any, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
+    strategy: Strategy,
+    module: LightningModule,
+    checkpoint: dict[str, Any],
+    filepath: str | Path,
+    storage_options: Any = None,
 ) -> None:
     """Write a checkpoint in the strategy's form: a folder, or a file by rank 0.
 
@@ -35,12 +44,12 @@ def save_sharded_checkpoint(
     save = type(strategy).save_checkpoint
 
     def on_first(action: Callable[[], None]) -> None:
-        save_together(strategy, lambda: action() if strategy.is_global_zero else None, path)
+        all_or_none(strategy, lambda: action() if strategy.is_global_zero else None, path)
 
     if not writes_folders(strategy):
         on_first(lambda: _aside(path, old))  # the strategy's own removal is a race of all processes
         try:
-            save_together(strategy, lambda: save(strategy, checkpoint, path, storage_options), path)
+            all_or_none(strategy, lambda: save(strategy, checkpoint, path, storage_options), path)
         except Exception:
             if strategy.is_global_zero and old.exists() and not path.exists():
                 old.rename(path)
@@ -53,21 +62,12 @@ def save_sharded_checkpoint(
         metadata = {**checkpoint[KEY], HASHES: content_hashes(full)}
         checkpoint = {**checkpoint, KEY: metadata}
     on_first(lambda: _remove(partial))  # of a run that was killed
-    save_together(
-        strategy, lambda: save(strategy, dict(checkpoint), partial, storage_options), path
-    )
+    all_or_none(strategy, lambda: save(strategy, dict(checkpoint), partial, storage_options), path)
     on_first(lambda: _replace(partial, path, old))
 
 
-def writes_folders(strategy: Any) -> bool:
-    """Whether this strategy's checkpoints are folders, of a part from every process."""
-    if hasattr(strategy, "_state_dict_type"):  # FSDPStrategy's
-        return bool(strategy._state_dict_type == "sharded")
-    return bool(strategy._save_distributed_checkpoint)
-
-
 def _replace(partial: Path, path: Path, old: Path) -> None:
-    """Give what is written its name, in place of what has it."""
+    """Give the finished folder its name, in place of what has it."""
     _flush(partial)
     if path.exists() and exchange(partial, path):
         _remove(partial)  # it has the one before now

@@ -1,4 +1,4 @@
-"""How state gets in and out under each strategy.
+"""State of a run under each strategy: how it gets into checkpoints and out of them.
 
 A checkpoint of ours is the same under all of them: whole tensors of the adapters, under the names
 that they have in the LightningModule, and the optimizers' state under the same names. So it is
@@ -6,8 +6,7 @@ read whole by every process, which then keeps its own part. What is not of the a
 gathered nor copied.
 
 Lightning asks the strategy for all of this, so its methods are overridden on the instance. They
-are functions of this file, which find the callbacks through the module; without one of ours they
-do what the strategy does.
+find the callbacks through the module; without one of ours they do what the strategy does.
 
 | | saving | loading |
 |---|---|---|
@@ -20,17 +19,27 @@ do what the strategy does.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from types import MethodType
 from typing import Any
 
+from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lora_lightning.checkpoint.sharded_folder import is_checkpoint_folder, read_checkpoint_folder
 from lora_lightning.errors import CheckpointError, first_few
+from lora_lightning.training._lightning import (
+    SETUP_MODEL,
+    SETUP_MODEL_AND_OPTIMIZER,
+    writes_folders,
+)
 from lora_lightning.training.checkpoints.metadata import expect_only_adapters, kept_state
 from lora_lightning.training.module_state import callbacks_of
+from lora_lightning.training.optimizers import plain_optimizer
 from lora_lightning.training.strategies.deepspeed import (
     is_deepspeed,
     save_whole_checkpoint,
@@ -47,13 +56,15 @@ from lora_lightning.training.strategies.fsdp import (
 from lora_lightning.training.strategies.meta_base import load_base
 from lora_lightning.training.strategies.model_parallel import is_fsdp, is_model_parallel, reshard
 from lora_lightning.training.strategies.optimizer_names import with_names, with_numbers
-from lora_lightning.training.strategies.sharded_files import save_sharded_checkpoint, writes_folders
+from lora_lightning.training.strategies.sharded_files import save_sharded_checkpoint
 from lora_lightning.training.weight_averaging import averaged_models
 from lora_lightning.utilities.dtensor import distribute_like, full_state
 
+State = dict[str, Any]
 
-def override_state_methods(strategy: Any) -> None:
-    """Let the strategy save and load adapters only; doing it again changes nothing."""
+
+def override_state_methods(strategy: Strategy) -> None:
+    """Have the strategy save and load adapters only; doing it again changes nothing."""
     overrides = _WHOLE
     if is_model_parallel(strategy):
         overrides = _SHARDED
@@ -63,14 +74,29 @@ def override_state_methods(strategy: Any) -> None:
     if is_deepspeed(strategy):
         overrides = _DEEPSPEED
     for name, override in overrides.items():
-        if getattr(strategy.__dict__.get(name), "__func__", None) is not override:
-            setattr(strategy, name, MethodType(override, strategy))
+        method = _with_adapters(name, override)
+        if getattr(strategy.__dict__.get(name), "__func__", None) is not method:
+            setattr(strategy, name, MethodType(method, strategy))
+
+
+@cache
+def _with_adapters(name: str, override: Callable[..., Any]) -> Callable[..., Any]:
+    """The method `override(strategy, module, ...)`, or the class's own without a LoraCallback."""
+
+    def method(self: Strategy, *args: Any, **kwargs: Any) -> Any:
+        module = self.lightning_module
+        if module is None or not callbacks_of(module):
+            return getattr(type(self), name)(self, *args, **kwargs)
+        return override(self, module, *args, **kwargs)
+
+    method.__name__ = name
+    return method
 
 
 def read_checkpoint(
-    strategy: Any, path: str | os.PathLike[str], *args: Any, **kwargs: Any
+    strategy: Strategy, path: str | Path, *args: Any, **kwargs: Any
 ) -> dict[str, Any]:
-    """A checkpoint as it lies on disk, whole and on the CPU; nothing is loaded yet.
+    """Read a checkpoint as it lies on disk, whole and on the CPU; nothing is loaded yet.
 
     Args:
         strategy: Whose `load_checkpoint` was called.
@@ -83,28 +109,23 @@ def read_checkpoint(
         return read_checkpoint_folder(path, *args, **kwargs)
     # Their own would load it, unchecked.
     if is_model_parallel(strategy) or is_fsdp(strategy) or is_deepspeed(strategy):
-        checkpoint: dict[str, Any] = strategy.checkpoint_io.load_checkpoint(path, *args, **kwargs)
-        return checkpoint
+        return strategy.checkpoint_io.load_checkpoint(path, *args, **kwargs)
     return type(strategy).load_checkpoint(strategy, path, *args, **kwargs)
 
 
 # -- the overrides ---------------------------------------------------------------------------------
 
 
-def optimizer_state(self: Any, optimizer: Any) -> dict[str, Any]:
-    """The state of an optimizer by names."""
-    state = type(self).optimizer_state(self, optimizer)
-    if not state or not callbacks_of(self.lightning_module):
-        return state  # empty on ranks that do not write
-    return with_names(state, getattr(optimizer, "_optimizer", optimizer), self.lightning_module)
+def optimizer_state(self: Strategy, module: LightningModule, optimizer: Optimizer) -> State:
+    """The state of an optimizer by names; empty on ranks that do not write."""
+    state: State = type(self).optimizer_state(self, optimizer)
+    return with_names(state, plain_optimizer(optimizer), module) if state else state
 
 
-def load_model_state_dict(self: Any, checkpoint: dict[str, Any], strict: bool = True) -> None:
-    """The tensors of a checkpoint, which has been compared with the module before."""
-    module = self.lightning_module
-    if not callbacks_of(module):
-        type(self).load_model_state_dict(self, checkpoint, strict=strict)
-        return
+def load_model_state_dict(
+    self: Strategy, module: LightningModule, checkpoint: State, strict: bool = True
+) -> None:
+    """Load the tensors of a checkpoint, which has been compared with the module before."""
     load_adapters(module, checkpoint["state_dict"])
     if "current_model_state" in checkpoint:  # WeightAveraging loads this one by itself
         for averaged in averaged_models(module.trainer):
@@ -112,85 +133,64 @@ def load_model_state_dict(self: Any, checkpoint: dict[str, Any], strict: bool = 
             expect_only_adapters(averaged)
 
 
-def load_optimizer_state_dict(self: Any, checkpoint: dict[str, Any]) -> None:
-    """The states of the optimizers, by names or (of older checkpoints) by numbers."""
-    if callbacks_of(self.lightning_module):
-        checkpoint = {**checkpoint, "optimizer_states": _numbered(self, checkpoint)}
-    type(self).load_optimizer_state_dict(self, checkpoint)
+def load_optimizer_state_dict(self: Strategy, module: LightningModule, checkpoint: State) -> None:
+    """Load the states of the optimizers, by names or (of older checkpoints) by numbers."""
+    numbered = {**checkpoint, "optimizer_states": _numbered(self, module, checkpoint)}
+    type(self).load_optimizer_state_dict(self, numbered)
 
 
-def sharded_module_state_dict(self: Any) -> dict[str, Any]:
+def sharded_module_state_dict(self: Strategy, module: LightningModule) -> State:
     """The tensors that are saved: this process's parts, or on rank 0 all of them."""
-    module = self.lightning_module
-    callbacks = callbacks_of(module)
-    if not callbacks:
-        return type(self).lightning_module_state_dict(self)
     reshard(module)
-    state = kept_state(module.state_dict(), module, callbacks)
+    state = kept_state(module.state_dict(), module, callbacks_of(module))
     return _to_be_written(self, state)
 
 
-def sharded_optimizer_state(self: Any, optimizer: Any) -> dict[str, Any]:
+def sharded_optimizer_state(self: Strategy, module: LightningModule, optimizer: Optimizer) -> State:
     """The state of an optimizer by names: this process's parts, or on rank 0 the whole."""
-    module = self.lightning_module
-    if not callbacks_of(module):
-        return type(self).optimizer_state(self, optimizer)
     reshard(module)
-    optimizer = getattr(optimizer, "_optimizer", optimizer)
+    optimizer = plain_optimizer(optimizer)
     return _to_be_written(self, with_names(optimizer.state_dict(), optimizer, module))
 
 
-def load_after_setup(self: Any, checkpoint: dict[str, Any], strict: bool = True) -> None:
-    """Adapters and, in fit, optimizers: the strategy restores after it has set them up."""
-    module = self.lightning_module
-    if not callbacks_of(module):
-        type(self).load_model_state_dict(self, checkpoint, strict=strict)
-        return
+def load_after_setup(
+    self: Strategy, module: LightningModule, checkpoint: State, strict: bool = True
+) -> None:
+    """Load adapters and, in fit, optimizers: the strategy restores after it has set them up."""
     load_adapters(module, checkpoint["state_dict"])
-    _load_optimizers(self, checkpoint)
+    _load_optimizers(self, module, checkpoint)
 
 
-def fsdp_module_state_dict(self: Any) -> dict[str, Any]:
+def fsdp_module_state_dict(self: Strategy, module: LightningModule) -> State:
     """The tensors that are saved, from the process or the processes that write."""
-    module = self.lightning_module
-    if not callbacks_of(module):
-        return type(self).lightning_module_state_dict(self)
     return fsdp_module_state(module) if _writes(self) else {}
 
 
-def fsdp_optimizer_state(self: Any, optimizer: Any) -> dict[str, Any]:
+def fsdp_optimizer_state(self: Strategy, module: LightningModule, optimizer: Optimizer) -> State:
     """The state of an optimizer by names, from the process or the processes that write."""
-    module = self.lightning_module
-    if not callbacks_of(module):
-        return type(self).optimizer_state(self, optimizer)
-    optimizer = getattr(optimizer, "_optimizer", optimizer)
+    optimizer = plain_optimizer(optimizer)
     return with_names(optimizer.state_dict(), optimizer, module) if _writes(self) else {}
 
 
-def load_fsdp_state_dict(self: Any, checkpoint: dict[str, Any], strict: bool = True) -> None:
-    """Adapters and, in fit, optimizers: the strategy restores after it has set them up."""
-    module = self.lightning_module
-    if not callbacks_of(module):
-        type(self).load_model_state_dict(self, checkpoint, strict=strict)
-        return
+def load_fsdp_state_dict(
+    self: Strategy, module: LightningModule, checkpoint: State, strict: bool = True
+) -> None:
+    """Load adapters and, in fit, optimizers: the strategy restores after it has set them up."""
     load_fsdp_module_state(module, checkpoint["state_dict"])
-    _load_optimizers(self, checkpoint)
+    _load_optimizers(self, module, checkpoint)
 
 
-def zero_optimizer_state(self: Any, optimizer: Any) -> dict[str, Any]:
+def zero_optimizer_state(self: Strategy, module: LightningModule, optimizer: Optimizer) -> State:
     """The state of a partitioned optimizer by names, put together on rank 0."""
-    module = self.lightning_module
-    if not callbacks_of(module):
-        return type(self).optimizer_state(self, optimizer)
     (whole,) = whole_optimizers([optimizer])
     state = with_names(whole.state_dict(), whole, module)
     return state if self.is_global_zero else {}
 
 
-def place_and_load_base(self: Any) -> None:
+def place_and_load_base(self: Strategy, module: LightningModule) -> None:
     """Move the module to its device; a base that was on the meta device gets its weights."""
     type(self).model_to_device(self)
-    load_base(self.lightning_module)
+    load_base(module)
 
 
 _WHOLE: dict[str, Callable[..., Any]] = {
@@ -205,19 +205,16 @@ _SHARDED: dict[str, Callable[..., Any]] = {
     "save_checkpoint": save_sharded_checkpoint,
     "model_to_device": place_and_load_base,
 }
-
 _FSDP: dict[str, Callable[..., Any]] = {
-    "_setup_model": setup_fsdp,
+    SETUP_MODEL: setup_fsdp,
     "lightning_module_state_dict": fsdp_module_state_dict,
     "optimizer_state": fsdp_optimizer_state,
     "load_model_state_dict": load_fsdp_state_dict,
     "save_checkpoint": save_sharded_checkpoint,
 }
-
-
 _DEEPSPEED: dict[str, Callable[..., Any]] = {
-    "_setup_model": setup_deepspeed,
-    "_setup_model_and_optimizer": setup_engine,
+    SETUP_MODEL: setup_deepspeed,
+    SETUP_MODEL_AND_OPTIMIZER: setup_engine,
     "optimizer_state": zero_optimizer_state,
     "load_model_state_dict": load_after_setup,
     "save_checkpoint": save_whole_checkpoint,
@@ -244,31 +241,29 @@ def load_adapters(module: nn.Module, state: dict[str, Any]) -> None:
         )
 
 
-def _numbered(strategy: Any, checkpoint: dict[str, Any]) -> list[dict[str, Any]]:
+def _numbered(strategy: Strategy, module: LightningModule, checkpoint: State) -> list[State]:
     states, optimizers = checkpoint["optimizer_states"], whole_optimizers(strategy.optimizers)
     if len(states) != len(optimizers):
         raise CheckpointError(
             f"The checkpoint has the state of {len(states)} optimizers, this run has "
             f"{len(optimizers)}. Use the configure_optimizers that it was trained with. (ckpt_path)"
         )
-    module = strategy.lightning_module
     return [with_numbers(s, o, module) for s, o in zip(states, optimizers, strict=True)]
 
 
-def _load_optimizers(strategy: Any, checkpoint: dict[str, Any]) -> None:
-    fits = strategy.lightning_module.trainer.state.fn == "fit"
-    if "optimizer_states" in checkpoint and fits:
-        states = _numbered(strategy, checkpoint)
+def _load_optimizers(strategy: Strategy, module: LightningModule, checkpoint: State) -> None:
+    if "optimizer_states" in checkpoint and module.trainer.state.fn == "fit":
+        states = _numbered(strategy, module, checkpoint)
         for optimizer, state in zip(whole_optimizers(strategy.optimizers), states, strict=True):
             optimizer.load_state_dict(state)
 
 
-def _writes(strategy: Any) -> bool:
+def _writes(strategy: Strategy) -> bool:
     return strategy.is_global_zero or writes_folders(strategy)
 
 
-def _to_be_written(strategy: Any, state: dict[str, Any]) -> dict[str, Any]:
+def _to_be_written(strategy: Strategy, state: State) -> State:
     if writes_folders(strategy):
         return state
-    gathered: dict[str, Any] = full_state(state)
+    gathered: State = full_state(state)
     return gathered if strategy.is_global_zero else {}

@@ -1,0 +1,107 @@
+"""The private names of torch that this package uses, one accessor each; present in torch 2.13.
+
+`nn.Module`'s own dictionaries (`_modules`, `_parameters`, `_buffers`, the hooks) are not among
+them: torch's own documentation on writing modules names them, and they stand where they are used.
+`tests/utilities/test_torch_private_names.py` has a test for each, which fails when torch changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+# Of torch's schedulers, with an entry for each parameter group
+_LISTS_OF_SCHEDULERS = (
+    "base_lrs",
+    "_last_lr",
+    "lr_lambdas",
+    "min_lrs",
+    "max_lrs",
+    "base_momentums",
+    "max_momentums",
+)
+
+
+def functional_transform_is_active() -> bool:
+    """True inside torch.func (vmap, grad, jvp) and forward-mode AD."""
+    functorch: bool = torch._C._are_functorch_transforms_active()
+    return functorch or forward_ad._current_level >= 0
+
+
+def call_when_backward_ends(function: Callable[[], None]) -> None:
+    """Have `function` called once the backward pass that is running has ended.
+
+    For a hook on a gradient, as DDP and FSDP do it.
+    """
+    torch.autograd.Variable._execution_engine.queue_callback(function)
+
+
+def version_kept(tensor: Tensor) -> AbstractContextManager[None]:
+    """Allow writing to `tensor` inside, although a graph has saved it."""
+    from torch.autograd.grad_mode import _unsafe_preserve_version_counter
+
+    return _unsafe_preserve_version_counter(tensor)
+
+
+def is_flattened(tensor: object) -> bool:
+    """True if FSDP1 has laid this parameter into a flat one that it shards."""
+    return bool(getattr(tensor, "_fsdp_flattened", False))
+
+
+def mixed_precision_policy(unit: nn.Module) -> Any:
+    """The `MixedPrecisionPolicy` that `fully_shard` was given for `unit`."""
+    return unit._get_fsdp_state()._mp_policy  # type: ignore[operator]
+
+
+def unscales_in_step(optimizer: Optimizer) -> bool:
+    """True for a fused optimizer, which takes the gradient scale into its step and unscales there.
+
+    `torch.amp.GradScaler` asks the same attribute.
+    """
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
+def keep_scheduler_groups(lr_scheduler: object, kept: list[int], count: int) -> None:
+    """Leave only what a scheduler, and those inside it, hold for the parameter groups `kept`.
+
+    Args:
+        lr_scheduler: The scheduler, or None.
+        kept: Indices of groups.
+        count: The number of groups that it was made for.
+
+    """
+    for inner in getattr(lr_scheduler, "_schedulers", []):  # of SequentialLR and ChainedScheduler
+        keep_scheduler_groups(inner, kept, count)
+    for name in _LISTS_OF_SCHEDULERS:
+        values = getattr(lr_scheduler, name, None)
+        if isinstance(values, list) and len(values) == count:
+            setattr(lr_scheduler, name, [values[index] for index in kept])
+
+
+def has_workers(loader: DataLoader[Any]) -> bool:
+    """True once a DataLoader with persistent workers has made them."""
+    return loader._iterator is not None
+
+
+def index_iterator(iterator: object) -> Iterator[Any] | None:
+    """The indices that a DataLoader's iterator has yet to load, batch by batch.
+
+    Drawn from it, they are left out and nothing is loaded. None for an iterator that is not
+    torch's.
+    """
+    return getattr(iterator, "_sampler_iter", None)
+
+
+def stored_values(tensor: Tensor) -> Tensor:
+    """The numbers that `tensor` stores: of a sparse gradient the rows, which may repeat.
+
+    `Tensor.values` does so for coalesced ones only.
+    """
+    return tensor._values() if tensor.is_sparse else tensor
