@@ -20,7 +20,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_lightning.adapters.base import AdapterSpec, Base, Convolution, DeltaAdapter
+from lora_lightning.adapters.base import AdapterSpec, BaseWeight, Convolution, DeltaAdapter
 from lora_lightning.adapters.config import (
     AdapterConfig,
     check_choice,
@@ -190,7 +190,6 @@ class AdaLoraAdapter(DeltaAdapter):
     def __init__(self, spec: AdapterSpec) -> None:
         config: AdaLoraConfig = spec.config
         super().__init__(spec, config.lora_alpha / (config.init_r + 1e-5))
-        self.spec = spec
         self.triplets = _triplets(spec)
         self.r = sum(self.triplets)
         self.lora_A = spec.parameter(self.r, math.prod(spec.shape[1:]))
@@ -209,7 +208,7 @@ class AdaLoraAdapter(DeltaAdapter):
         if start:
             zeros_(self.lora_E)
 
-    def forward(self, x: Tensor, y: Tensor, base: Base) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor, base: BaseWeight) -> Tensor:
         """y + s * B (E * (A dropout(x))), in y's dtype."""
         a: Tensor = self.lora_A
         b: Tensor = self.lora_B
@@ -243,7 +242,7 @@ class AdaLoraConvAdapter(AdaLoraAdapter):
         """In 2 dimensions and ungrouped."""
         return conv.dims == 2 and conv.groups == 1 and super().peft_supports(conv, kernel)
 
-    def forward(self, x: Tensor, y: Tensor, base: Base) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor, base: BaseWeight) -> Tensor:
         """y + (delta_weight() applied to dropout(x))."""
         return DeltaAdapter.forward(self, self.lora_dropout(x), y, base)
 

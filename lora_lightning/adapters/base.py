@@ -11,7 +11,7 @@ merge it; most are additive, W_k = W_(k-1) + delta.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, ItemsView, ValuesView
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, cast
 
@@ -36,21 +36,30 @@ class Convolution:
     padding_mode: str
 
 
-class Base(Protocol):
-    """What an adapter may ask of the weight it sits on: a layer, or a part of one."""
+class BaseWeight(Protocol):
+    """The frozen weight that an adapter sits on, and the map of the module with it.
+
+    Weights are in the canonical layout: linear (out, in); conv (out, in / groups, *kernel);
+    embedding (num_embeddings, embedding_dim); experts as stored.
+    """
+
+    layer: nn.Module  # that the weight belongs to
 
     @property
     def bias(self) -> Tensor | None:
-        """The bias that goes with the weight."""
+        """The bias that goes with the weight, (out,)."""
 
     def apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
-        """The layer's map with another weight of the same layout and without bias."""
+        """Apply the module's map to x with another weight of the same layout, without bias."""
 
     def base_weight(self) -> Tensor:
-        """The weight as it was before any merge, dense, in the canonical layout."""
+        """Return the weight as it was before any merge, dense."""
+
+    def weight_below(self, adapter: Adapter) -> Tensor:
+        """Return the weight of the map that `adapter` acts on, dense."""
 
     def bias_below(self, adapter: Adapter) -> Tensor | None:
-        """The bias of the map that an adapter acts on."""
+        """Return the bias of the map that `adapter` acts on, (out,)."""
 
 
 @dataclass(frozen=True)
@@ -137,12 +146,12 @@ class AdapterSpec:
         return generator_for(self.seed, f"{self.name}.{tensor_name}")
 
 
-class Adapter(nn.Module):
-    """Tensors and maths of one adapter on one weight.
+class AdapterModule(nn.Module):
+    """The tensors that one adapter has on one module: the values of `AdapterDict`.
 
     Attributes:
         config: The options it was made from; shared by all adapters of one injection.
-        autocast_adapter_dtype: Whether its tensors stay fp32 when a model is cast to 16 bits.
+        autocast_adapter_dtype: True if its tensors stay fp32 when a model is cast to 16 bits.
         is_applied: True while it takes part in forward.
         applied: The same as a tensor, for compiled code: so switching does not recompile.
 
@@ -150,17 +159,14 @@ class Adapter(nn.Module):
 
     config: AdapterConfig
     autocast_adapter_dtype = True
+    is_applied: bool
     applied: Tensor
-    needs_weight = False  # whether `start_from_weight` has something to do
-    additive = False  # whether it adds to output and weight the same whatever else acts
-    # What PEFT's files call a tensor, where that differs: {"lora_A": "lora_A.weight"}.
-    file_names: ClassVar[dict[str, str]] = {}
-    not_in_files: ClassVar[frozenset[str]] = frozenset()  # what files of others do not hold
 
     def __init__(self, config: AdapterConfig, device: torch.device | None = None) -> None:
         super().__init__()
         self.config = config
-        self.register_buffer("applied", torch.empty((), dtype=torch.bool, device=device), False)
+        flag = torch.empty((), dtype=torch.bool, device=device)
+        self.register_buffer("applied", flag, persistent=False)
         self.set_applied(False)
 
     @torch.no_grad()
@@ -170,46 +176,90 @@ class Adapter(nn.Module):
         self.applied.fill_(applied)
 
     def set_autocast_dtype(self, wanted: bool) -> None:
-        """Tell whether the own tensors stay fp32 when a model is cast to 16 bits."""
+        """Record whether the own tensors stay fp32 when a model is cast to 16 bits."""
         self.autocast_adapter_dtype = wanted
 
     def reset_parameters(self) -> None:
         """Set the own tensors to their start values; called again after meta materialisation."""
         self.set_applied(self.is_applied)
 
+    def by_weight(self) -> dict[str, Adapter]:
+        """Return the adapter on each weight of the module, by the weight's name."""
+        return {}
+
+
+class Adapter(AdapterModule):
+    """Tensors and maths of one adapter on one weight.
+
+    Args:
+        spec: All that is known of the weight and asked of the adapter.
+
+    Attributes:
+        needs_weight: True if `start_from_weight` has something to do.
+        additive: True if it adds to output and weight the same whatever else is applied.
+        file_names: What PEFT's files call a tensor, where that differs from its name here:
+            {"lora_A": "lora_A.weight"}.
+        not_in_files: Names of tensors that PEFT's files do not hold.
+
+    """
+
+    needs_weight = False
+    additive = False
+    file_names: ClassVar[dict[str, str]] = {}
+    not_in_files: ClassVar[frozenset[str]] = frozenset()
+
+    def __init__(self, spec: AdapterSpec) -> None:
+        super().__init__(spec.config, spec.device)
+        self.spec = spec
+
+    def by_weight(self) -> dict[str, Adapter]:
+        """Return itself, on the module's only weight."""
+        return {"weight": self}
+
     def start_from_weight(self, weight: Tensor) -> None:
         """Set the start values that are computed from the dense base weight."""
 
     def peft_supports(self, conv: Convolution, kernel: tuple[int, ...]) -> bool:
-        """Whether PEFT computes the same from this type on such a convolution."""
+        """Tell whether PEFT computes the same from this type on such a convolution."""
         return conv.padding_mode == "zeros"  # others it leaves out
 
     def file_state(self) -> dict[str, Tensor]:
-        """The tensors under the names, and in the form, that PEFT's files give them."""
+        """Return the tensors under the names, and in the form, that PEFT's files give them."""
         return {self.file_names.get(k, k): tensor for k, tensor in self.state_dict().items()}
 
-    def transform_input(self, x: Tensor, base: Base) -> Tensor:
-        """What the map below this adapter reads instead of `x`."""
+    def transform_input(self, x: Tensor, base: BaseWeight) -> Tensor:
+        """Return what the map below this adapter reads instead of `x`, of the same shape."""
         return x
 
-    def forward(self, x: Tensor, y: Tensor, base: Base) -> Tensor:
-        """The output after this adapter, in y's dtype.
+    def forward(self, x: Tensor, y: Tensor, base: BaseWeight) -> Tensor:
+        """Return the output after this adapter, in y's shape and dtype.
 
         Args:
-            x: What this adapter was given.
-            y: What the map below it made of `transform_input(x)`.
+            x: What this adapter was given: linear (..., in), conv (batch, in, *size), embedding
+                ids (...).
+            y: What the map below it made of `transform_input(x)`: (..., out), (batch, out,
+                *size'), (..., embedding_dim).
             base: The weight that it sits on.
 
         """
         return y
 
-    def transform_weight(self, weight: Tensor, base: Base) -> Tensor:
-        """The weight of the map after this adapter, from that of the map below it."""
+    def transform_weight(self, weight: Tensor, base: BaseWeight) -> Tensor:
+        """Return the weight of the map after this adapter, from that of the map below it."""
         return weight
 
-    def transform_bias(self, bias: Tensor, base: Base) -> Tensor:
-        """The bias of the map after this adapter, from that of the map below it."""
+    def transform_bias(self, bias: Tensor, base: BaseWeight) -> Tensor:
+        """Return the bias of the map after this adapter, from that of the map below it."""
         return bias
+
+    def if_applied(self, after: Tensor, before: Tensor) -> Tensor:
+        """Return `after`; inside compiled code, which holds all adapters, `before` if not applied.
+
+        Outside of compiled code nothing is asked of adapters that are not applied.
+        """
+        if after is before or not torch.compiler.is_compiling():
+            return after
+        return torch.where(self.applied, after, before)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # `model.to(torch.bfloat16)` (Lightning's "bf16-true") narrows the base, not the fp32
@@ -239,7 +289,7 @@ class DeltaAdapter(Adapter):
     additive = True
 
     def __init__(self, spec: AdapterSpec, scaling: float) -> None:
-        super().__init__(spec.config, spec.device)
+        super().__init__(spec)
         wide = torch.promote_types(spec.dtype, torch.float32)
         number = torch.empty((), device=spec.device, dtype=wide)
         self.register_buffer("scaling_tensor", number, persistent=False)
@@ -265,64 +315,67 @@ class DeltaAdapter(Adapter):
         """The update of the weight, in the canonical layout and the adapter's own dtype."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor, y: Tensor, base: Base) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor, base: BaseWeight) -> Tensor:
         """y + (delta_weight() applied to x)."""
         weight = self.delta_weight()
         if not is_autocast(x) and x.is_floating_point():
             weight = weight.to(x.dtype)
         return y + base.apply_weight(x, weight).to(y.dtype)
 
-    def transform_weight(self, weight: Tensor, base: Base) -> Tensor:
+    def transform_weight(self, weight: Tensor, base: BaseWeight) -> Tensor:
         """Weight + delta_weight()."""
         return weight + self.delta_weight().to(weight)
 
 
-class MultiWeightAdapter(Adapter):
-    """One adapter on a module of several weights: a child for each, under the weight's name."""
+class MultiWeightAdapter(AdapterModule):
+    """An adapter on a module of several weights: a child for each, under the weight's name."""
 
-    def __init__(self, config: AdapterConfig, parts: dict[str, Adapter]) -> None:
+    def __init__(self, config: AdapterConfig, adapters: dict[str, Adapter]) -> None:
         super().__init__(config)
-        for weight_name, part in parts.items():
-            self.add_module(weight_name, part)
+        for weight_name, adapter in adapters.items():
+            self.add_module(weight_name, adapter)
+
+    def by_weight(self) -> dict[str, Adapter]:
+        """Return the children."""
+        return cast("dict[str, Adapter]", self._modules)
 
     def set_applied(self, applied: bool) -> None:
-        """Record it in the parts, too."""
+        """Record it in the children, too."""
         super().set_applied(applied)
-        for part in self.children():
-            cast(Adapter, part).set_applied(applied)
+        for adapter in self.by_weight().values():
+            adapter.set_applied(applied)
 
     def set_autocast_dtype(self, wanted: bool) -> None:
-        """Tell the parts too."""
+        """Record it in the children, too."""
         super().set_autocast_dtype(wanted)
-        for part in self.children():
-            cast(Adapter, part).set_autocast_dtype(wanted)
+        for adapter in self.by_weight().values():
+            adapter.set_autocast_dtype(wanted)
 
     def reset_parameters(self) -> None:
-        """Set the tensors of the parts to their start values."""
+        """Set the tensors of the children to their start values."""
         super().reset_parameters()
-        for part in self.children():
-            cast(Adapter, part).reset_parameters()
-
-    @property
-    def additive(self) -> bool:  # type: ignore[override]
-        """Whether all parts are."""
-        return all(cast(Adapter, part).additive for part in self.children())
-
-    def part(self, weight_name: str) -> Adapter | None:
-        """The part on one weight, or None where it has none."""
-        return cast("Adapter | None", self._modules.get(weight_name))
+        for adapter in self.by_weight().values():
+            adapter.reset_parameters()
 
 
 class AdapterDict(nn.ModuleDict):
     """The adapters of one module by name. Its type is how adapters are told from base modules."""
 
-    def __getitem__(self, name: str) -> Adapter:
-        return cast(Adapter, super().__getitem__(name))
+    def __getitem__(self, name: str) -> AdapterModule:
+        return cast(AdapterModule, super().__getitem__(name))
 
     def forward(self, *args: Any) -> Any:
         """Nothing enters here; FSDP wants a forward of what it shards."""
         raise NotImplementedError("Adapters run inside their module's forward.")
 
-    def get(self, name: str) -> Adapter | None:
+    def values(self) -> ValuesView[AdapterModule]:
+        """Return the adapters in the order in which they were added."""
+        return cast("ValuesView[AdapterModule]", self._modules.values())
+
+    def items(self) -> ItemsView[str, AdapterModule]:
+        """Return names and adapters in the order in which they were added."""
+        return cast("ItemsView[str, AdapterModule]", self._modules.items())
+
+    def get(self, name: str) -> AdapterModule | None:
         """The adapter of that name, or None."""
         return self[name] if name in self else None  # noqa: SIM401

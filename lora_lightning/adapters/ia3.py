@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from lora_lightning.adapters.base import Adapter, AdapterSpec, Base, Convolution
+from lora_lightning.adapters.base import Adapter, AdapterSpec, BaseWeight, Convolution
 from lora_lightning.adapters.config import AdapterConfig, check_choice, check_expression
 from lora_lightning.adapters.initialization import normal_
 from lora_lightning.errors import TargetError, did_you_mean, first_few
@@ -101,8 +101,7 @@ class Ia3Adapter(Adapter):
     """
 
     def __init__(self, spec: AdapterSpec) -> None:
-        super().__init__(spec.config, spec.device)
-        self.spec = spec
+        super().__init__(spec)
         self.is_feedforward = cast(Ia3Config, spec.config).is_feedforward(spec.path)
         self.ia3_l = spec.parameter(*self.factor_shape())
         self.reset_parameters()
@@ -135,19 +134,19 @@ class Ia3Adapter(Adapter):
             return activation * factors.to(activation.dtype)
         return torch.addcmul(activation, activation, (factors - 1).to(activation.dtype))
 
-    def transform_input(self, x: Tensor, base: Base) -> Tensor:
+    def transform_input(self, x: Tensor, base: BaseWeight) -> Tensor:
         """l * x on a feedforward module."""
         return self._scale(x) if self.is_feedforward else x
 
-    def forward(self, x: Tensor, y: Tensor, base: Base) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor, base: BaseWeight) -> Tensor:
         """l * y, unless x was scaled."""
         return y if self.is_feedforward else self._scale(y)
 
-    def transform_weight(self, weight: Tensor, base: Base) -> Tensor:
+    def transform_weight(self, weight: Tensor, base: BaseWeight) -> Tensor:
         """Rows scaled by l; columns on a feedforward module."""
         return weight * self.along_weight().to(weight)
 
-    def transform_bias(self, bias: Tensor, base: Base) -> Tensor:
+    def transform_bias(self, bias: Tensor, base: BaseWeight) -> Tensor:
         """l * bias, unless the inputs are scaled."""
         return bias if self.is_feedforward else bias * self.ia3_l.flatten().to(bias)
 

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_lightning.adapters.base import AdapterSpec, Base
+from lora_lightning.adapters.base import AdapterSpec, BaseWeight
 from lora_lightning.adapters.lycoris import (
     LycorisAdapter,
     LycorisConfig,
@@ -126,7 +126,7 @@ class LohaAdapter(LycorisAdapter):
         """scaling * (A1 B1) o (A2 B2), (out, in, *kernel)."""
         return hadamard(*self.factors(self.scale())).view(self.spec.shape)
 
-    def update(self, x: Tensor, base: Base) -> Tensor:
+    def update(self, x: Tensor, base: BaseWeight) -> Tensor:
         """The base's map with scaling * (A1 B1) o (A2 B2) as its weight."""
         strength = self.strength()
         rows = self.kept_rows(rescale=True)
@@ -150,10 +150,9 @@ def hadamard(a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor) -> Tensor:
     return (a1 @ b1) * (a2 @ b2)
 
 
-def _in_steps(
-    base: Base, shape: tuple[int, ...], x: Tensor, a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor
-) -> Tensor:
+def _in_steps(base: BaseWeight, shape: tuple[int, ...], x: Tensor, *factors: Tensor) -> Tensor:
     """The base's map with (A1 B1) o (A2 B2) as its weight, as two of rank r^2; shape (in, ...)."""
+    a1, b1, a2, b2 = factors
     a = (a1.unsqueeze(2) * a2.unsqueeze(1)).flatten(1).to(x.dtype)
     b = (b1.unsqueeze(1) * b2.unsqueeze(0)).flatten(0, 1).to(x.dtype)
     if len(shape) == 1:

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_lightning.adapters.base import AdapterSpec, Base, Convolution
+from lora_lightning.adapters.base import AdapterSpec, BaseWeight, Convolution
 from lora_lightning.adapters.lycoris import (
     LycorisAdapter,
     LycorisConfig,
@@ -194,7 +194,7 @@ class LokrAdapter(LycorisAdapter):
         w2 = b if a is None else (a @ b.flatten(1)).view(-1, *b.shape[1:])
         return torch.einsum(self.order, w1, w2).reshape(self.spec.shape)
 
-    def update(self, x: Tensor, base: Base) -> Tensor:
+    def update(self, x: Tensor, base: BaseWeight) -> Tensor:
         """W1 (X B^T) A^T, or the base's map with the dense product as its weight."""
         dtype = product_dtype(x)
         factors = [factor.to(dtype) for factor in self.factors(self.strength())]

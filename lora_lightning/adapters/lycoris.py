@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.adapters.base import AdapterSpec, Base, DeltaAdapter
+from lora_lightning.adapters.base import AdapterSpec, BaseWeight, DeltaAdapter
 from lora_lightning.adapters.config import (
     RankedConfig,
     check_choice,
@@ -80,7 +80,6 @@ class LycorisAdapter(DeltaAdapter):
         self.r = r
         self.alpha = spec.alpha(spec.config.alpha)
         super().__init__(spec, self.alpha / r)
-        self.spec = spec
         kernel = spec.shape[2:]
         # On a kernel of one position there is nothing to take apart.
         self.effective = spec.config.use_effective_conv2d and any(size != 1 for size in kernel)
@@ -98,11 +97,11 @@ class LycorisAdapter(DeltaAdapter):
             else:  # fan_in is the product of all dimensions but the first
                 kaiming_uniform_(tensor.flatten(1), self.spec.generator(name))
 
-    def forward(self, x: Tensor, y: Tensor, base: Base) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor, base: BaseWeight) -> Tensor:
         """y + update(x), in y's dtype."""
         return y + self.update(x, base).to(y.dtype)
 
-    def update(self, x: Tensor, base: Base) -> Tensor:
+    def update(self, x: Tensor, base: BaseWeight) -> Tensor:
         """The adapter's share of the output, with dropout while training."""
         raise NotImplementedError
 

@@ -1,5 +1,7 @@
 """A trainable copy of a whole module: what `modules_to_save` asks for (a new head, say).
 
+It is no adapter of a weight but another base map: adapters act on it as on the module itself.
+
 On a base in 16 bits the copy's parameters are fp32 master copies, as all that trains: it computes
 with them cast to what the base has in their place.
 """
@@ -13,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.adapters.base import Adapter
+from lora_lightning.adapters.base import AdapterModule
 from lora_lightning.adapters.config import AdapterConfig
 
 
-class ModulesToSaveCopy(Adapter):
+class ModulesToSaveCopy(AdapterModule):
     """Takes the module's place while it is active; the module itself stays as it was.
 
     Args:
@@ -87,7 +89,7 @@ class ModulesToSaveCopy(Adapter):
             wide = _master(moved.dtype)
             return moved if moved.dtype == wide else tensor.to(device=moved.device, dtype=wide)
 
-        return nn.Module._apply(self, keep_master_copy, recurse)
+        return super()._apply(keep_master_copy, recurse)
 
 
 def _master(dtype: torch.dtype) -> torch.dtype:

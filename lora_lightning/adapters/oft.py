@@ -23,7 +23,7 @@ from typing import Any, ClassVar, TypeVar, cast
 import torch
 from torch import Tensor
 
-from lora_lightning.adapters.base import Adapter, AdapterSpec, Base, Convolution
+from lora_lightning.adapters.base import Adapter, AdapterSpec, BaseWeight, Convolution
 from lora_lightning.adapters.config import (
     AdapterConfig,
     check_choice,
@@ -31,7 +31,6 @@ from lora_lightning.adapters.config import (
     check_probability,
 )
 from lora_lightning.adapters.initialization import normal_, zeros_
-from lora_lightning.adapters.modules_to_save import ModulesToSaveCopy
 from lora_lightning.errors import ConfigError, RankError
 from lora_lightning.utilities.autocast import is_autocast, without_autocast
 
@@ -141,8 +140,7 @@ class OftAdapter(Adapter):
 
     def __init__(self, spec: AdapterSpec) -> None:
         config: OftConfig = spec.config
-        super().__init__(config, spec.device)
-        self.spec = spec
+        super().__init__(spec)
         width = self.width()
         self.blocks, self.size = config.blocks(width)
         if self.size == 1:
@@ -205,11 +203,11 @@ class OftAdapter(Adapter):
         upper[:, rows, columns] = triangles
         return upper - upper.mT
 
-    def transform_input(self, x: Tensor, base: Base) -> Tensor:
+    def transform_input(self, x: Tensor, base: BaseWeight) -> Tensor:
         """The product x R."""
         return x + blockwise(x, self.forward_turn())
 
-    def transform_weight(self, weight: Tensor, base: Base) -> Tensor:
+    def transform_weight(self, weight: Tensor, base: BaseWeight) -> Tensor:
         """The product W R^T."""
         return weight + blockwise(weight, self.turn().mT)
 
@@ -223,15 +221,15 @@ class OftEmbeddingAdapter(OftAdapter):
 
     file_names: ClassVar[dict[str, str]] = {"oft_R": "oft_embedding_R.weight"}
 
-    def transform_input(self, x: Tensor, base: Base) -> Tensor:
+    def transform_input(self, x: Tensor, base: BaseWeight) -> Tensor:
         """The ids themselves."""
         return x
 
-    def forward(self, x: Tensor, y: Tensor, base: Base) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor, base: BaseWeight) -> Tensor:
         """The product y R."""
         return y + blockwise(y, self.forward_turn())
 
-    def transform_weight(self, weight: Tensor, base: Base) -> Tensor:
+    def transform_weight(self, weight: Tensor, base: BaseWeight) -> Tensor:
         """The product W R."""
         return weight + blockwise(weight, self.turn())
 
@@ -275,7 +273,7 @@ class OftConvAdapter(OftAdapter):
     def _is_pointwise(self) -> bool:
         return math.prod(self.spec.shape[2:]) == 1
 
-    def transform_input(self, x: Tensor, base: Base) -> Tensor:
+    def transform_input(self, x: Tensor, base: BaseWeight) -> Tensor:
         """x with its channels rotated, where the kernel is a single point."""
         if not self._is_pointwise():
             return x
@@ -283,14 +281,14 @@ class OftConvAdapter(OftAdapter):
         turned = blockwise(x.movedim(channel, -1), self.forward_turn())
         return x + turned.movedim(-1, channel)
 
-    def forward(self, x: Tensor, y: Tensor, base: Base) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor, base: BaseWeight) -> Tensor:
         """y + x * W (R^T - I), unless x was rotated."""
         if self._is_pointwise():
             return y
-        change = self._turned(self._weight_below(base), self.forward_turn())
+        change = self._turned(base.weight_below(self), self.forward_turn())
         return y + base.apply_weight(x, change).to(y.dtype)
 
-    def transform_weight(self, weight: Tensor, base: Base) -> Tensor:
+    def transform_weight(self, weight: Tensor, base: BaseWeight) -> Tensor:
         """The product W R^T, group by group."""
         return weight + self._turned(weight, self.turn())
 
@@ -299,21 +297,6 @@ class OftConvAdapter(OftAdapter):
         by_group = weight.unflatten(0, (self._groups(), -1)).flatten(2).transpose(0, 1)
         turned = blockwise(by_group.flatten(1), turn.mT).view(by_group.shape)
         return turned.transpose(0, 1).reshape(weight.shape)
-
-    def _weight_below(self, base: Any) -> Tensor:
-        """The kernel of the map below this adapter, as the layer (`base`) runs it now."""
-        weight: Tensor = base.dense_weight()
-        # Rows that have an adapter each have no other below it.
-        for adapter in () if base.row_adapters is not None else base.applied_adapters():
-            if adapter is self:
-                break
-            if isinstance(adapter, ModulesToSaveCopy):
-                weight = cast(Tensor, adapter.tensor("weight"))
-                continue
-            wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-            above = adapter.transform_weight(wide, base)
-            weight = torch.where(adapter.applied, above, wide)
-        return weight
 
 
 def blockwise(x: Tensor, blocks: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_lightning.adapters.base import AdapterSpec, Base, DeltaAdapter
+from lora_lightning.adapters.base import AdapterSpec, BaseWeight, DeltaAdapter
 from lora_lightning.adapters.config import AdapterConfig, check_choice, check_rank
 from lora_lightning.adapters.initialization import normal_, zeros_
 from lora_lightning.errors import ConfigError, RankError
@@ -102,7 +102,6 @@ class ShiraAdapter(DeltaAdapter):
 
     def __init__(self, spec: AdapterSpec) -> None:
         super().__init__(spec, 1.0)
-        self.spec = spec
         r, count = spec.config.r, spec.config.r * sum(spec.shape)
         if count > math.prod(spec.shape):
             raise RankError(
@@ -160,7 +159,7 @@ class ShiraAdapter(DeltaAdapter):
         values = self.scale() * self.shira_weight
         return flat.index_add(0, rows * self.spec.shape[1] + columns, values).view(self.spec.shape)
 
-    def forward(self, x: Tensor, y: Tensor, base: Base) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor, base: BaseWeight) -> Tensor:
         """y + x S^T, in y's dtype."""
         if not self._product_is_sparse(x):
             return super().forward(x, y, base)

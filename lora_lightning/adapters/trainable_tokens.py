@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_lightning.adapters.base import Adapter, AdapterSpec, Base
+from lora_lightning.adapters.base import Adapter, AdapterSpec, BaseWeight
 from lora_lightning.errors import ConfigError
 from lora_lightning.utilities.autocast import is_autocast
 from lora_lightning.utilities.dtensor import copy_full
@@ -36,7 +36,7 @@ class TrainableTokensAdapter(Adapter):
     }
 
     def __init__(self, spec: AdapterSpec, token_ids: Sequence[int]) -> None:
-        super().__init__(spec.config, spec.device)
+        super().__init__(spec)
         check_token_ids(token_ids, spec.shape[0], spec.path)
         self.token_ids = list(token_ids)
         self.trainable_tokens_delta = spec.parameter(len(self.token_ids), spec.shape[1])
@@ -64,15 +64,15 @@ class TrainableTokensAdapter(Adapter):
         """The rows start as those of the table."""
         copy_full(self.trainable_tokens_delta, weight[self.token_ids])
 
-    def forward(self, x: Tensor, y: Tensor, base: Base) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor, base: BaseWeight) -> Tensor:
         """The rows y, those of trained tokens exchanged."""
         place = torch.searchsorted(self.sorted_ids, x).clamp(max=len(self.token_ids) - 1)
         trained = self.sorted_ids[place] == x
         rows = F.embedding(self.order[place], self.trainable_tokens_delta)
-        rows = (rows * getattr(base, "embed_scale", 1.0)).to(y.dtype)
+        rows = (rows * getattr(base.layer, "embed_scale", 1.0)).to(y.dtype)
         return torch.where(trained.unsqueeze(-1), rows, y)
 
-    def transform_weight(self, weight: Tensor, base: Base) -> Tensor:
+    def transform_weight(self, weight: Tensor, base: BaseWeight) -> Tensor:
         """The table with the trained rows."""
         rows = self.trainable_tokens_delta.to(weight.dtype)
         return weight.index_copy(0, self.ids, rows)
@@ -86,16 +86,16 @@ class TiedTrainableTokensAdapter(Adapter):
     """The same rows in a head, or another table, that shares the weight; it owns no tensor."""
 
     def __init__(self, rows: TrainableTokensAdapter) -> None:
-        super().__init__(rows.config, rows.trainable_tokens_delta.device)
+        super().__init__(rows.spec)
         self._rows = (rows,)  # in a tuple: not a child, so its tensor is found once
 
-    def forward(self, x: Tensor, y: Tensor, base: Base) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor, base: BaseWeight) -> Tensor:
         """The outputs y (..., num_embeddings), those for trained tokens exchanged."""
         rows = self._rows[0]
         if not x.is_floating_point():  # token ids: a table (T5's encoder and decoder have one each)
             return cast(Tensor, rows(x, y, base))
         delta: Tensor = rows.trainable_tokens_delta
-        bias = getattr(base, "bias", None)
+        bias = base.bias
         if not is_autocast(x):
             delta = delta.to(x.dtype)
         bias = None if bias is None else bias[rows.ids]

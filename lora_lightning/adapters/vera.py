@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_lightning.adapters.base import AdapterSpec, Base, DeltaAdapter
+from lora_lightning.adapters.base import AdapterSpec, BaseWeight, DeltaAdapter
 from lora_lightning.adapters.config import (
     AdapterConfig,
     check_choice,
@@ -197,7 +197,7 @@ class VeraAdapter(DeltaAdapter):
         a, b = shared.vera_A[:, :in_features], shared.vera_B[:out_features]
         return a.to(device), b.to(device)  # where the layers are spread over several
 
-    def forward(self, x: Tensor, y: Tensor, base: Base) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor, base: BaseWeight) -> Tensor:
         """y + lambda_b * (B (lambda_d * (A dropout(x)))), in y's dtype."""
         a, b = self.matrices(x.device)
         if not is_autocast(x):

@@ -15,7 +15,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 from rich.table import Table
 
-from lora_lightning.adapters.modules_to_save import ModulesToSaveCopy
 from lora_lightning.engine.switching import adapter_names, disable_adapter
 from lora_lightning.errors import ConfigError, first_few
 from lora_lightning.layers.traversal import named_adapted_layers
@@ -168,7 +167,7 @@ def compare_with_base(
         # Every process has a share of the batches.
         standard_error=None if error is None else error / math.sqrt(trainer.world_size),
         title=f"validation without and with the adapter, weights in memory{step}",
-        copies=[path for path, layer in named_adapted_layers(module) if _has_copy(layer)],
+        copies=[path for path, layer in named_adapted_layers(module) if layer.trained_copies()],
     )
     if not starts_processes(trainer.strategy.launcher):
         _log(trainer, comparison)
@@ -312,10 +311,6 @@ def _standard_error(
     mean = sum(w * d for w, d in zip(weights, differences, strict=True)) / total
     squares = sum((w * (d - mean)) ** 2 for w, d in zip(weights, differences, strict=True))
     return math.sqrt(squares * count / (count - 1)) / total
-
-
-def _has_copy(layer: Any) -> bool:
-    return any(isinstance(adapter, ModulesToSaveCopy) for adapter in layer.adapters.values())
 
 
 def _log(trainer: Any, comparison: Comparison) -> None:

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.adapters.modules_to_save import ModulesToSaveCopy
 from lora_lightning.engine.bias import trained_biases
 from lora_lightning.errors import AdapterMismatchError
 from lora_lightning.layers.base import AdaptedLayer
@@ -46,9 +45,7 @@ def base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         originals[id(module.bias)] = record.original(module)
     replaced: list[str] = []
     for path, module in walk(model):
-        if isinstance(module, AdaptedLayer) and any(
-            isinstance(a, ModulesToSaveCopy) for a in module.adapters.values()
-        ):
+        if isinstance(module, AdaptedLayer) and module.trained_copies():
             replaced.append(path + ".")
         prefix = path + "." if path else ""
         if any(prefix.startswith(outer) for outer in replaced):

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.adapters.modules_to_save import ModulesToSaveCopy
 from lora_lightning.checkpoint.compatibility import tensor_differences
 from lora_lightning.engine.bias import trained_biases
 from lora_lightning.engine.switching import check_known
@@ -82,9 +81,7 @@ def materialize(model: nn.Module, adapter_name: str) -> None:
                 "its adapters."
             )
         # Not `to_empty`: what is not in files (buffers of trained copies) has its values already.
-        adapter._apply(
-            lambda t, to=device: torch.empty_like(t, device=to) if t.is_meta else t  # type: ignore[misc]
-        )
+        adapter._apply(lambda t, to=device: torch.empty_like(t, device=to) if t.is_meta else t)
         adapter.reset_parameters()
 
 
@@ -100,11 +97,11 @@ def _tensors(model: nn.Module, adapter_name: str) -> list[tuple[str, str, Tensor
     for path, layer in named_adapted_layers(model):
         if adapter_name not in layer.adapters:
             continue
-        adapter = layer.adapters[adapter_name]
+        adapter, copies = layer.adapters[adapter_name], layer.trained_copies()
         prefix = path + "." if path else ""
         for name, tensor in adapter.state_dict().items():
             name = plain_name(name)
-            short = name.removeprefix("module.") if isinstance(adapter, ModulesToSaveCopy) else name
+            short = name.removeprefix("module.") if adapter_name in copies else name
             found.append((prefix + short, f"{prefix}adapters.{adapter_name}.{name}", tensor))
     for name, module, record in trained_biases(model):
         if record.adapter_name == adapter_name:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_lightning.adapters.base import Adapter, MultiWeightAdapter
+from lora_lightning.adapters.base import Adapter
 from lora_lightning.adapters.lora.conv import LoraConvAdapter
 from lora_lightning.adapters.lora.embedding import LoraEmbeddingAdapter
 from lora_lightning.adapters.lora.linear import LoraAdapter, LoraConfig, LowRankAdapter
@@ -37,7 +37,7 @@ from lora_lightning.layers.traversal import named_adapted_layers
 from lora_lightning.utilities.wrappers import unwrapped
 
 COMBINABLE = (LoraAdapter, LoraConvAdapter, LoraEmbeddingAdapter)
-WeightPath = tuple[str, str]  # path of a module, and name of the part where it has several
+WeightPath = tuple[str, str]  # path of a module, and name of one of its weights
 
 
 @torch.no_grad()
@@ -112,12 +112,12 @@ def _add_combined(
     for (path, _), by_index in updates.items():
         combination.check(path, list(by_index.values()))
     combined = {
-        (path, part): combination.combine(
-            f"{path}.{part}" if part else path,
+        (path, weight): combination.combine(
+            path if weight == "weight" else f"{path}.{weight}",
             list(by_index.values()),
             [weights[i] for i in by_index],
         )
-        for (path, part), by_index in updates.items()
+        for (path, weight), by_index in updates.items()
     }
 
     saved = {key for _, copy in copies.values() for key in copy.config.modules_to_save or ()}
@@ -126,10 +126,10 @@ def _add_combined(
     context = BuildContext(config, adapter_name, combination.seed, check_rank=False)
     extend_adapter(model, context)
     layers = dict(named_adapted_layers(model))
-    for (path, part), update in combined.items():
-        _fill(_parts(layers[path].adapters[adapter_name])[part], update)
+    for (path, weight), update in combined.items():
+        _fill(layers[path].adapters[adapter_name].by_weight()[weight], update)
     for path, (_, source) in copies.items():
-        new = cast(ModulesToSaveCopy, layers[path].adapters[adapter_name])
+        new = layers[path].trained_copies()[adapter_name]
         new.module.load_state_dict(source.module.state_dict())
 
 
@@ -157,15 +157,15 @@ def _trained_copies(model: nn.Module, names: list[str]) -> dict[str, tuple[str, 
     """The trained copies of the adapters `names` by path, each with its adapter's name."""
     copies: dict[str, tuple[str, ModulesToSaveCopy]] = {}
     for path, layer in named_adapted_layers(model):
-        for name, adapter in layer.adapters.items():
-            if name not in names or not isinstance(adapter, ModulesToSaveCopy):
+        for name, copy in layer.trained_copies().items():
+            if name not in names:
                 continue
             if path in copies:
                 raise AdapterStateError(
                     f"{copies[path][0]!r} and {name!r} both have a trained copy of {path!r}; "
                     "whole modules cannot be combined. (lora.modules_to_save)"
                 )
-            copies[path] = (name, adapter)
+            copies[path] = (name, copy)
     return copies
 
 
@@ -176,7 +176,7 @@ def _updates(
     updates: dict[WeightPath, dict[int, Update]] = defaultdict(dict)
     for path, layer in named_adapted_layers(model):
         for index, name in enumerate(names):
-            if name not in layer.adapters or isinstance(layer.adapters[name], ModulesToSaveCopy):
+            if name not in layer.adapters or name in layer.trained_copies():
                 continue
             for copied, (owner, _) in copies.items():
                 if f"{path}.".startswith(f"{copied}."):
@@ -184,8 +184,8 @@ def _updates(
                         f"{name!r} adapts {path!r}, but {owner!r} replaces {copied!r} by a trained "
                         "copy; the two cannot be combined. (lora.modules_to_save)"
                     )
-            for part, adapter in _parts(layer.adapters[name]).items():
-                updates[path, part][index] = _update(path, name, adapter)
+            for weight, adapter in layer.adapters[name].by_weight().items():
+                updates[path, weight][index] = _update(path, name, adapter)
     if not updates:
         raise AdapterStateError(f"The adapters {names} update no weight: nothing to combine.")
     return updates
@@ -212,12 +212,6 @@ def _update(path: str, name: str, adapter: Adapter) -> Update:
     bias = cast("Tensor | None", getattr(adapter, "lora_B_bias", None))
     a, b = (t.reshape(groups, t.shape[0] // groups, -1) for t in (a, b))
     return Update(name, adapter.scaling, a, b, bias)
-
-
-def _parts(adapter: Adapter) -> dict[str, Adapter]:
-    if isinstance(adapter, MultiWeightAdapter):
-        return {part: cast(Adapter, child) for part, child in adapter.named_children()}
-    return {"": adapter}
 
 
 def _config(model: nn.Module, combined: dict[WeightPath, Update], saved: list[str]) -> LoraConfig:

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.adapters.base import Adapter, AdapterSpec, MultiWeightAdapter
+from lora_lightning.adapters.base import Adapter, AdapterModule, AdapterSpec, MultiWeightAdapter
 from lora_lightning.adapters.config import AdapterConfig
 from lora_lightning.adapters.registry import classes_for
 from lora_lightning.adapters.trainable_tokens import (
@@ -62,8 +62,8 @@ def make_adapters(
     context: BuildContext,
     targets: dict[str, nn.Module],
     selection: Selection,
-    known: dict[str, Adapter],
-) -> dict[str, Adapter]:
+    known: dict[str, AdapterModule],
+) -> dict[str, AdapterModule]:
     """The adapters for `targets`, by path; the modules become layers, without the adapters yet.
 
     All are made before the first one is put on: a rank that does not fit shows here, and then the
@@ -93,7 +93,7 @@ def make_adapters(
 
 def _make_adapter(
     context: BuildContext, path: str, layer: AdaptedLayer, selection: Selection
-) -> Adapter:
+) -> AdapterModule:
     parts: dict[str, Adapter] = {}
     for weight_name in selection.parameters.get(path, layer.weight_shapes()):
         spec = make_spec(context, path, layer, weight_name)
@@ -113,7 +113,7 @@ def _make_adapter(
 
 
 @torch.no_grad()
-def _start_with(adapter: Adapter | None, path: str, values: Tensor) -> None:
+def _start_with(adapter: AdapterModule | None, path: str, values: Tensor) -> None:
     a = getattr(adapter, "lora_A", None)
     if a is None or a.shape != values.shape:
         found = "no adapter with an A" if a is None else f"an A of shape {tuple(a.shape)}"

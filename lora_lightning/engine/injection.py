@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.adapters.base import Adapter, AdapterDict
+from lora_lightning.adapters.base import AdapterDict, AdapterModule
 from lora_lightning.adapters.config import AdapterConfig
 from lora_lightning.adapters.modules_to_save import ModulesToSaveCopy
 from lora_lightning.adapters.trainable_tokens import check_token_ids
@@ -326,7 +326,7 @@ def _copy_without_adapters(module: nn.Module, device: torch.device | None) -> nn
     return duplicate
 
 
-def adapters_named(model: nn.Module, adapter_name: str) -> dict[str, Adapter]:
+def adapters_named(model: nn.Module, adapter_name: str) -> dict[str, AdapterModule]:
     """The adapters of that name, by path of their module."""
     return {
         path: layer.adapters[adapter_name]

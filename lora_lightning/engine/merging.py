@@ -9,8 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from lora_lightning.adapters.base import Adapter
-from lora_lightning.adapters.modules_to_save import ModulesToSaveCopy
+from lora_lightning.adapters.base import Adapter, AdapterModule
 from lora_lightning.adapters.trainable_tokens import TiedTrainableTokensAdapter
 from lora_lightning.engine.bias import trained_biases
 from lora_lightning.engine.injection import delete_adapter
@@ -21,8 +20,7 @@ from lora_lightning.engine.switching import (
     set_adapter,
 )
 from lora_lightning.errors import AdapterStateError
-from lora_lightning.layers.base import AdaptedLayer
-from lora_lightning.layers.composition import part_of
+from lora_lightning.layers.base import AdaptedLayer, WeightView
 from lora_lightning.layers.conversion import check_detachable
 from lora_lightning.layers.traversal import named_adapted_layers
 from lora_lightning.utilities._torch import is_flattened
@@ -106,10 +104,9 @@ def merge_and_unload(model: nn.Module, names: str | Sequence[str] | None = None)
         raise
     for _, layer in list(named_adapted_layers(model)):
         layer.forget_originals()
-        for name in layer.applied_names():
-            adapter = layer.adapters[name]
-            if isinstance(adapter, ModulesToSaveCopy):
-                _take_over(layer, adapter.module)
+        copy = layer.trained_copy()
+        if copy is not None:
+            _take_over(layer, copy.module)
     for _, module, record in list(trained_biases(model)):
         record.hidden = record.parameter(module).detach().clone()
     return unload(model)
@@ -153,7 +150,7 @@ def _check_weights(model: nn.Module, names: Sequence[str], copies_too: bool = Fa
             del merging[path]
     for path, (layer, adapters) in merging.items():
         written = _written(path, layer, adapters)
-        if copies_too and any(isinstance(adapter, ModulesToSaveCopy) for adapter in adapters):
+        if copies_too and any(name in layer.trained_copies() for name in names):
             own = _adapter_parameters(layer)
             written += [(n, p) for n, p in layer.named_parameters() if id(p) not in own]
         for name, parameter in written:
@@ -161,18 +158,18 @@ def _check_weights(model: nn.Module, names: Sequence[str], copies_too: bool = Fa
 
 
 def _written(
-    path: str, layer: AdaptedLayer, adapters: list[Adapter]
+    path: str, layer: AdaptedLayer, adapters: list[AdapterModule]
 ) -> list[tuple[str, nn.Parameter]]:
     """The tensors of a layer that a merge of these adapters changes, by name."""
     written: list[tuple[str, nn.Parameter]] = []
     for weight_name in layer.weight_shapes():
-        parts = [part_of(adapter, weight_name) for adapter in adapters]
-        if not any(part is not None and not isinstance(part, ModulesToSaveCopy) for part in parts):
+        on_weight = [a for adapter in adapters if (a := adapter.by_weight().get(weight_name))]
+        if not on_weight:
             continue
         bias_name = layer.bias_name(weight_name)
         names = [weight_name]
         whole = bias_name in layer._parameters or is_parametrized(layer, bias_name)
-        if whole and any(part and _changes_bias(part, layer, bias_name) for part in parts):
+        if whole and any(_changes_bias(a, layer, weight_name) for a in on_weight):
             names.append(bias_name)
         for name in names:
             parameter = layer._parameters.get(name)
@@ -188,7 +185,7 @@ def _written(
                 "with its update, which gives other values. Take it out of the targets, or keep "
                 "the adapter unmerged."
             )
-        copies = [n for n in layer.applied_names() if not layer.can_merge(n)]
+        copies = [n for n in layer.applied_names() if n in layer.trained_copies()]
         if copies:
             raise AdapterStateError(
                 f"Adapter {copies[0]!r} has a trained copy in the place of {path!r} "
@@ -218,19 +215,25 @@ def _check_writable(path: str, name: str, parameter: nn.Parameter, owners: int) 
 def _check_order(model: nn.Module, names: Sequence[str]) -> None:
     # Additive adapters can be merged in any order; others act on what came before them.
     for path, layer in named_adapted_layers(model):
-        order = [n for n in layer.adapters if n in layer.active_adapters and layer.can_merge(n)]
+        order = {
+            n: on_weight
+            for n in layer.adapters
+            if n in layer.active_adapters and (on_weight := layer.adapters[n].by_weight())
+        }
         merging = [n for n in order if n in names or n in layer.merged_adapters]
-        if order[: len(merging)] != merging and not all(layer.adapters[n].additive for n in order):
+        additive = all(a.additive for on_weight in order.values() for a in on_weight.values())
+        if [*order][: len(merging)] != merging and not additive:
             raise AdapterStateError(
-                f"Adapters act on {path!r} in the order {order}, and not all of them add up: "
+                f"Adapters act on {path!r} in the order {[*order]}, and not all of them add up: "
                 f"{merging} cannot be merged before those in front. Merge all of them, or the "
                 "first ones."
             )
 
 
-def _changes_bias(part: Adapter, layer: AdaptedLayer, bias_name: str) -> bool:
-    bias = getattr(layer, bias_name, None)
-    return bias is not None and part.transform_bias(bias, layer) is not bias
+def _changes_bias(adapter: Adapter, layer: AdaptedLayer, weight_name: str) -> bool:
+    view = WeightView(layer, weight_name)
+    bias = view.bias
+    return bias is not None and adapter.transform_bias(bias, view) is not bias
 
 
 def _adapter_parameters(layer: AdaptedLayer) -> set[int]:

@@ -8,11 +8,9 @@ from math import isfinite
 
 from torch import nn
 
-from lora_lightning.adapters.base import Adapter, DeltaAdapter, MultiWeightAdapter
-from lora_lightning.adapters.modules_to_save import ModulesToSaveCopy
+from lora_lightning.adapters.base import Adapter, DeltaAdapter
 from lora_lightning.engine.bias import trained_biases
 from lora_lightning.errors import AdapterStateError, nearest_hint
-from lora_lightning.layers.multihead_attention import AdaptedMultiheadAttention
 from lora_lightning.layers.torch_fast_path import close_fast_path, reopen_fast_path
 from lora_lightning.layers.traversal import named_adapted_layers
 
@@ -58,11 +56,7 @@ def set_adapter(model: nn.Module, names: str | Sequence[str], *, trainable: bool
                 f"Adapters {layer.merged_adapters} are merged into the base; "
                 "call unmerge_adapter(model) before switching."
             )
-        copies = [
-            n
-            for n in names
-            if n in layer.adapters and isinstance(layer.adapters[n], ModulesToSaveCopy)
-        ]
+        copies = [n for n in names if n in layer.trained_copies()]
         if len(copies) > 1:
             raise AdapterStateError(
                 f"Adapters {copies} each replace {path!r} by a copy of their own; only one of "
@@ -102,8 +96,7 @@ def adapters_per_row(model: nn.Module, names: Sequence[str | None]) -> Iterator[
     check_known(model, *(name for name in names if name is not None))
     layers = [layer for _, layer in named_adapted_layers(model)]
     for path, layer in named_adapted_layers(model):
-        parts = any(isinstance(adapter, MultiWeightAdapter) for adapter in layer.adapters.values())
-        if parts and not isinstance(layer, AdaptedMultiheadAttention):
+        if layer.kind == "experts" and any(a.by_weight() for a in layer.adapters.values()):
             raise AdapterStateError(
                 f"{path!r} ({layer.base_type.__name__}) carries adapters on several weights; such "
                 "modules cannot give every row an adapter of its own. Run one batch per adapter."
@@ -154,9 +147,7 @@ def scale_adapter(model: nn.Module, adapter_name: str, factor: float) -> None:
         for part in layer.adapters[adapter_name].modules():
             if isinstance(part, DeltaAdapter):
                 scaled.append(part)
-            elif isinstance(part, Adapter) and not isinstance(
-                part, (MultiWeightAdapter, ModulesToSaveCopy)
-            ):
+            elif isinstance(part, Adapter):
                 raise AdapterStateError(
                     f"The adapter {adapter_name!r} on {path!r} is a {type(part).__name__}, which "
                     "has no scaling."

@@ -16,40 +16,28 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.adapters.base import Adapter, AdapterDict, Base, Convolution, MultiWeightAdapter
+from lora_lightning.adapters.base import Adapter, AdapterModule, Convolution
 from lora_lightning.adapters.modules_to_save import ModulesToSaveCopy
 from lora_lightning.errors import AdapterStateError
-from lora_lightning.layers.composition import compose, part_of, split_copy
+from lora_lightning.layers.carried_adapters import CarriedAdapters
+from lora_lightning.layers.composition import compose
 from lora_lightning.layers.mixed_batch import forward_by_row
 from lora_lightning.utilities.autocast import without_autocast
 
 
-class AdaptedLayer(nn.Module):
+class AdaptedLayer(CarriedAdapters):
     """Mixin of the dynamic subclass.
 
     The map of a layer is composed of the adapters that are applied, in the order in which they were
     added (see `adapters/base.py`). A kind of module says, in a file of its own, what its weights
     are, how they are read and written, and how they act on an input.
-
-    Attributes:
-        adapters: The adapters by name.
-        active_adapters: Names of those that take part in forward.
-        adapters_enabled: False inside `disable_adapter`.
-        merged_adapters: Names of those that are in the weights at present.
-        row_adapters: Inside `adapters_per_row`, the adapter's name of each row (None: the base).
-
     """
 
     kind = "module"  # which adapter classes fit
     layer_type: type[AdaptedLayer]  # these two: what the dynamic class is made of
     base_type: type[nn.Module]
-    adapters: AdapterDict
-    row_adapters: list[str | None] | None
     weight: Tensor
     bias: Tensor | None
-    _active: list[str]
-    _enabled: bool
-    _merged: list[str]
     _kept: dict[str, Any]  # what restores each written parameter, by its name
     _instance_forward: Any
 
@@ -76,45 +64,25 @@ class AdaptedLayer(nn.Module):
         return "bias"
 
     def file_places(self, names: list[str]) -> dict[str, str]:
-        """What PEFT's files put between the module's path and the tensors of each weight."""
-        return {name: f"{name}." for name in names}
+        """Return what PEFT's files put between path and tensors of each weight, by its name."""
+        return dict.fromkeys(names, "")
 
-    def peft_supports(self, adapter: Adapter) -> bool:
-        """Whether PEFT computes the same from this adapter on this module."""
-        return not isinstance(adapter, MultiWeightAdapter)
-
-    # -- what adapters ask of their base (`adapters.base.Base`) ----------------------------------
+    def peft_supports(self, adapter: AdapterModule) -> bool:
+        """Tell whether PEFT computes the same from this adapter on this module."""
+        return adapter.by_weight().keys() == {"weight"}
 
     def apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
-        """The module's map with another weight, without bias."""
+        """Apply the module's map to x with another weight, without bias."""
         raise NotImplementedError
 
     def base_weight(self, name: str = "weight") -> Tensor:
         """A weight as it was before any merge, dense, in the canonical layout."""
         return self._kept[name] if name in self._kept else self.dense_weight(name)
 
-    def bias_below(self, adapter: Adapter, name: str = "weight") -> Tensor | None:
-        """The bias of the map that an adapter acts on: those before it may change it."""
-        # A row has one adapter only.
-        chain = self.applied_adapters(name) if self.row_adapters is None else []
-        copy, others = split_copy(chain)
-        bias_name = self.bias_name(name)
-        bias = getattr(self, bias_name, None) if copy is None else copy.tensor(bias_name)
-        if bias is None:
-            return None
-        base: Base = self if name == "weight" else WeightView(self, name)
-        for other in others:
-            if other is adapter:
-                break
-            after = other.transform_bias(bias, base)
-            compiling = torch.compiler.is_compiling() and after is not bias
-            bias = torch.where(other.applied, after, bias) if compiling else after
-        return bias
-
     # -- forward ---------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The base's output with the adapters that are applied."""
+        """Return the base's output with the adapters that are applied."""
         if self.row_adapters is not None:
             x, args, kwargs = first_argument(self, args, kwargs)
             known = self.adapters if self._enabled else ()
@@ -124,119 +92,43 @@ class AdaptedLayer(nn.Module):
                     for name in self.row_adapters
                 ],
                 x,
-                lambda name, rows: self.run(self.adapters_of_row(name), rows, *args, **kwargs),
+                lambda name, rows: self._forward_rows(name, rows, *args, **kwargs),
                 self.base_type.__name__,
             )
-        chain = self.applied_adapters()
-        copy, others = split_copy(chain)
-        if not others:  # whatever the module is called with
-            return self.base_forward(copy, *args, **kwargs)
+        copy, adapters = self.trained_copy(), self.applied_adapters()
+        if not adapters:  # whatever the module is called with
+            return (self.base_forward if copy is None else copy)(*args, **kwargs)
         x, args, kwargs = first_argument(self, args, kwargs)
-        return self.run(chain, x, *args, **kwargs)
+        return self.run(copy, adapters, x, *args, **kwargs)
 
-    def run(self, chain: list[Adapter], x: Any, *args: Any, **kwargs: Any) -> Any:
-        """The output for input `x` with the adapters of `chain`."""
-        copy, others = split_copy(chain)
-        return compose(others, x, lambda z: self.base_forward(copy, z, *args, **kwargs), self)
+    def run(
+        self,
+        copy: ModulesToSaveCopy | None,
+        adapters: list[Adapter],
+        x: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Return the output for `x` with `adapters` on the base, or on a copy in its place."""
+        base_map = self.base_forward if copy is None else copy
+        return compose(adapters, x, lambda z: base_map(z, *args, **kwargs), WeightView(self))
 
-    def base_forward(self, copy: ModulesToSaveCopy | None, *args: Any, **kwargs: Any) -> Any:
-        """The module's own forward, or that of a trained copy in its place."""
-        if copy is not None:
-            return copy(*args, **kwargs)
+    def _forward_rows(self, name: str | None, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Return the output for rows that go through adapter `name` alone; None: the base."""
+        copy, adapters = None, []
+        if name is not None:
+            adapter = self.adapters[name]
+            if adapter.applied.is_meta:
+                self.check_filled(name)
+            copy = adapter if isinstance(adapter, ModulesToSaveCopy) else None
+            adapters = [a for key, a in adapter.by_weight().items() if key == "weight"]
+        return self.run(copy, adapters, x, *args, **kwargs)
+
+    def base_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module's own forward."""
         if self._instance_forward is not None:  # a forward patched onto the instance (accelerate)
             return self._instance_forward(*args, **kwargs)
         return super().forward(*args, **kwargs)  # the base type's
-
-    def applied_adapters(self, name: str = "weight") -> list[Adapter]:
-        """The adapters that act on a weight: active, enabled, and not already in it.
-
-        While torch.compile traces, all of them: each is then switched by its tensor `applied`.
-        """
-        compiling = torch.compiler.is_compiling()
-        if not (compiling or self._enabled):
-            return []
-        found = []
-        for adapter_name in self.adapters if compiling else self.applied_names():
-            part = part_of(self.adapters[adapter_name], name)
-            if part is not None and part.applied.is_meta:
-                if adapter_name not in self.applied_names():
-                    continue
-                self.check_filled(adapter_name)
-            # A copy may answer in any structure: which one acts is compiled in.
-            if isinstance(part, ModulesToSaveCopy) and adapter_name not in self.applied_names():
-                continue
-            if part is not None:
-                found.append(part)
-        return found
-
-    def adapters_of_row(self, name: str | None) -> list[Adapter]:
-        """The adapters of a row that goes through adapter `name` alone; None: through the base."""
-        if name is None:
-            return []
-        part = part_of(self.adapters[name], "weight")
-        if part is not None and part.applied.is_meta:
-            self.check_filled(name)
-        return [] if part is None else [part]
-
-    def check_filled(self, name: str) -> None:
-        """Refuse an adapter on the meta device, unless the module is there too, to find shapes.
-
-        Torch itself may compute something from memory that nobody has written.
-
-        Raises:
-            AdapterStateError: Naming the adapter and what fills it.
-
-        """
-        own = {id(p) for p in self.adapters.parameters()}
-        if any(not p.is_meta for p in self.parameters() if id(p) not in own):
-            raise AdapterStateError(
-                f"Adapter {name!r} is on the meta device and has no values yet "
-                "(low_cpu_mem_usage): fill it with load_adapter_state_dict, or take it off and "
-                "use load_adapter."
-            )
-
-    def applied_names(self) -> list[str]:
-        """Names of the adapters that act in forward, in the order they were added."""
-        if not self._enabled:
-            return []
-        return [n for n in self.adapters if n in self._active and n not in self._merged]
-
-    # -- which adapters act ----------------------------------------------------------------------
-
-    @property
-    def active_adapters(self) -> list[str]:
-        """Names of the adapters that take part in forward."""
-        return self._active
-
-    @active_adapters.setter
-    def active_adapters(self, names: list[str]) -> None:
-        self._active = names
-        self._tell_adapters()
-
-    @property
-    def adapters_enabled(self) -> bool:
-        """False inside `disable_adapter`."""
-        return self._enabled
-
-    @adapters_enabled.setter
-    def adapters_enabled(self, enabled: bool) -> None:
-        self._enabled = enabled
-        self._tell_adapters()
-
-    @property
-    def merged_adapters(self) -> list[str]:
-        """Names of the adapters that are in the weights at present."""
-        return self._merged
-
-    @merged_adapters.setter
-    def merged_adapters(self, names: list[str]) -> None:
-        self._merged = names
-        self._tell_adapters()
-
-    def _tell_adapters(self) -> None:
-        applied = self.applied_names()
-        for name in self.adapters:
-            self.adapters[name].set_applied(name in applied)
 
     # -- merging ---------------------------------------------------------------------------------
 
@@ -244,25 +136,29 @@ class AdaptedLayer(nn.Module):
     def merge(self, names: Iterable[str]) -> None:
         """Put the adapters `names` into the weights; what was there is kept aside.
 
-        The fold of the adapters over the base weight, in at least fp32 and rounded once.
+        The adapters are composed on the base weight in at least fp32 and rounded once.
 
         Raises:
             AdapterStateError: If a result is not finite; nothing is changed then.
 
         """
         wanted = {*self._merged, *names}
-        merging = [name for name in self.adapters if name in wanted and self.can_merge(name)]
-        if merging == self._merged:
+        merging = {
+            name: on_weight
+            for name in self.adapters
+            if name in wanted and (on_weight := self.adapters[name].by_weight())
+        }
+        if [*merging] == self._merged:
             return
         results: dict[str, Tensor] = {}
         for name in self.weight_shapes():
-            parts = [part for n in merging if (part := part_of(self.adapters[n], name)) is not None]
-            if parts:
-                self._fold_weight(name, parts, results)
+            adapters = [on_weight[name] for on_weight in merging.values() if name in on_weight]
+            if adapters:
+                self._merge_weight(name, adapters, results)
         for result in results.values():
             if not torch.isfinite(result).all():
                 raise AdapterStateError(
-                    f"Merging {merging} into a {type(self).__name__} gives values that are not "
+                    f"Merging {[*merging]} into a {type(self).__name__} gives values that are not "
                     "finite; nothing was merged into it. The adapter has diverged, or the dtype "
                     f"({result.dtype}) is too narrow."
                 )
@@ -270,19 +166,14 @@ class AdaptedLayer(nn.Module):
             if name not in self._kept:
                 self._kept[name] = self.keep(name)
             self.store_weight(result, name)
-        self.merged_adapters = merging
+        self.merged_adapters = [*merging]
 
-    def can_merge(self, name: str) -> bool:
-        """Whether there is something to merge: a trained copy already is a module of its own."""
-        return not isinstance(self.adapters[name], ModulesToSaveCopy)
-
-    def _fold_weight(self, name: str, parts: list[Adapter], results: dict[str, Tensor]) -> None:
-        weight = self.base_weight(name)
-        base: Base = self if name == "weight" else WeightView(self, name)
+    def _merge_weight(self, name: str, adapters: list[Adapter], results: dict[str, Tensor]) -> None:
+        weight, view = self.base_weight(name), WeightView(self, name)
         start = total = weight.to(torch.promote_types(weight.dtype, torch.float32))
         with without_autocast(weight):  # which would narrow the products
-            for part in parts:
-                total = part.transform_weight(total, base)
+            for adapter in adapters:
+                total = adapter.transform_weight(total, view)
             if total is not start:
                 results[name] = total.to(weight.dtype)
             bias_name = self.bias_name(name)
@@ -290,8 +181,8 @@ class AdaptedLayer(nn.Module):
                 return
             bias = self.base_weight(bias_name)
             unchanged = changed = bias.to(total.dtype)
-            for part in parts:
-                changed = part.transform_bias(changed, base)
+            for adapter in adapters:
+                changed = adapter.transform_bias(changed, view)
             if changed is not unchanged:
                 results[bias_name] = changed.to(bias.dtype)
 
@@ -335,28 +226,53 @@ class AdaptedLayer(nn.Module):
 
 
 class WeightView:
-    """One weight of a layer that has several, as its adapters see it."""
+    """One weight of a layer as the adapters on it see it (`adapters.base.BaseWeight`)."""
 
-    def __init__(self, layer: AdaptedLayer, name: str) -> None:
-        self.layer = layer
-        self.name = name
+    def __init__(self, layer: AdaptedLayer, name: str = "weight") -> None:
+        self.layer: nn.Module = layer
+        self._layer = layer
+        self._name = name
 
     @property
     def bias(self) -> Tensor | None:
         """The bias that goes with the weight."""
-        return cast("Tensor | None", getattr(self.layer, self.layer.bias_name(self.name), None))
+        return cast("Tensor | None", getattr(self._layer, self._layer.bias_name(self._name), None))
 
     def apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
-        """The layer's map with another weight, without bias."""
-        return self.layer.apply_weight(x, weight)
+        """Apply the layer's map to x with another weight, without bias."""
+        return self._layer.apply_weight(x, weight)
 
     def base_weight(self) -> Tensor:
-        """The weight before any merge, dense, in the canonical layout."""
-        return self.layer.base_weight(self.name)
+        """Return the weight before any merge, dense, in the canonical layout."""
+        return self._layer.base_weight(self._name)
+
+    def weight_below(self, adapter: Adapter) -> Tensor:
+        """Return the weight that `adapter` acts on, in at least fp32 where others changed it."""
+        copy = self._layer.trained_copy()
+        weight = self._layer.dense_weight(self._name) if copy is None else copy.tensor(self._name)
+        weight = cast(Tensor, weight)
+        for other in self._below(adapter):
+            wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+            weight = other.if_applied(other.transform_weight(wide, self), wide)
+        return weight
 
     def bias_below(self, adapter: Adapter) -> Tensor | None:
-        """The bias of the map that an adapter on the weight acts on."""
-        return self.layer.bias_below(adapter, self.name)
+        """Return the bias of the map that `adapter` acts on: those before it may change it."""
+        copy = self._layer.trained_copy()
+        bias = self.bias if copy is None else copy.tensor(self._layer.bias_name(self._name))
+        if bias is None:
+            return None
+        for other in self._below(adapter):
+            bias = other.if_applied(other.transform_bias(bias, self), bias)
+        return bias
+
+    def _below(self, adapter: Adapter) -> list[Adapter]:
+        below: list[Adapter] = []
+        for other in self._layer.applied_adapters(self._name):  # none where rows have one each
+            if other is adapter:
+                break
+            below.append(other)
+        return below
 
 
 _CLASSES: dict[tuple[type[AdaptedLayer], type[nn.Module]], Any] = {}

@@ -1,38 +1,24 @@
-"""The map of a layer: a fold over the adapters on one of its weights."""
+"""The map of a layer, composed of the base's map and the adapters on one of its weights."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from lora_lightning.adapters.base import Adapter, Base, MultiWeightAdapter
-from lora_lightning.adapters.modules_to_save import ModulesToSaveCopy
+from lora_lightning.adapters.base import Adapter, BaseWeight
 
 
-def compose(chain: list[Adapter], x: Tensor, base_map: Callable[[Tensor], Any], base: Base) -> Any:
-    """The output of `base_map` with the adapters of `chain` around it, the first one innermost."""
-    compiling = torch.compiler.is_compiling()
+def compose(
+    adapters: list[Adapter], x: Tensor, base_map: Callable[[Tensor], Any], base: BaseWeight
+) -> Any:
+    """Return the output of `base_map` with `adapters` around it, the first one innermost."""
     inputs = []
-    for adapter in reversed(chain):
+    for adapter in reversed(adapters):
         inputs.append(x)
-        below = adapter.transform_input(x, base)
-        x = torch.where(adapter.applied, below, x) if compiling and below is not x else below
+        x = adapter.if_applied(adapter.transform_input(x, base), x)
     y = base_map(x)
-    for adapter, given in zip(chain, reversed(inputs), strict=True):
-        after = adapter(given, y, base)
-        y = torch.where(adapter.applied, after, y) if compiling and after is not y else after
+    for adapter, given in zip(adapters, reversed(inputs), strict=True):
+        y = adapter.if_applied(adapter(given, y, base), y)
     return y
-
-
-def split_copy(chain: list[Adapter]) -> tuple[ModulesToSaveCopy | None, list[Adapter]]:
-    """The trained copy that replaces the base, if there is one, and the other adapters."""
-    copy = next((adapter for adapter in chain if isinstance(adapter, ModulesToSaveCopy)), None)
-    return copy, [adapter for adapter in chain if not isinstance(adapter, ModulesToSaveCopy)]
-
-
-def part_of(adapter: Adapter, weight_name: str) -> Adapter | None:
-    """What of an adapter sits on one weight of its module."""
-    return adapter.part(weight_name) if isinstance(adapter, MultiWeightAdapter) else adapter

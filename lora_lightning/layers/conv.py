@@ -7,7 +7,7 @@ from typing import cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_lightning.adapters.base import Adapter, Convolution
+from lora_lightning.adapters.base import AdapterModule, Convolution
 from lora_lightning.layers.base import AdaptedLayer
 
 CONVOLUTIONS = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
@@ -36,9 +36,10 @@ class AdaptedConv(AdaptedLayer):
             module.padding_mode,
         )
 
-    def peft_supports(self, adapter: Adapter) -> bool:
-        """Where PEFT has this type of adapter on such a convolution, and computes the same."""
-        return adapter.peft_supports(self.convolution(), tuple(self.weight.shape[2:]))
+    def peft_supports(self, adapter: AdapterModule) -> bool:
+        """Tell whether PEFT has this type of adapter on such a convolution, computing the same."""
+        conv, kernel = self.convolution(), tuple(self.weight.shape[2:])
+        return all(a.peft_supports(conv, kernel) for a in adapter.by_weight().values())
 
     def apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
         """The convolution of x with another kernel, in the module's own geometry.

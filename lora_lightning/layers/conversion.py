@@ -7,15 +7,17 @@ from typing import cast
 import torch
 from torch import nn
 
-from lora_lightning.adapters.base import Adapter, AdapterDict
+from lora_lightning.adapters.base import AdapterDict, AdapterModule
 from lora_lightning.errors import AdapterStateError, TargetError
 from lora_lightning.layers.base import AdaptedLayer, adapted_class
+from lora_lightning.layers.carried_adapters import CarriedAdapters
 from lora_lightning.layers.quantized.base import why_not_adaptable, why_not_trainable
 
 # What a layer has in its dictionary beside what the module had.
-_STATE = ("row_adapters", "_active", "_enabled", "_merged", "_kept", "_instance_forward")
+_STATE = ("_rows", "_active", "_enabled", "_merged", "_kept", "_instance_forward")
 # All that a layer would hide, or overwrite, of a module.
-_NEEDED = {"adapters", *_STATE, *(name for name in vars(AdaptedLayer) if name[:2] != "__")}
+_NAMES = {*vars(CarriedAdapters), *vars(AdaptedLayer)}
+_NEEDED = {"adapters", *_STATE, *(name for name in _NAMES if name[:2] != "__")}
 _NEEDED -= {"forward", "active_adapters"}  # the latter transformers' models have, for peft
 
 
@@ -46,7 +48,7 @@ def check_convertible(module: nn.Module, path: str, option: str = "target_module
 
 
 def attach_adapter(
-    module: nn.Module, layer_type: type[AdaptedLayer], name: str, adapter: Adapter
+    module: nn.Module, layer_type: type[AdaptedLayer], name: str, adapter: AdapterModule
 ) -> None:
     """Put `adapter` on `module` under `name`, inactive; the first one swaps the module's class."""
     convert_to_adapted(module, layer_type)
@@ -74,7 +76,7 @@ def convert_to_adapted(module: nn.Module, layer_type: type[AdaptedLayer]) -> Non
     module.__class__ = adapted_class(layer_type, type(module))
     layer = cast(AdaptedLayer, module)
     layer.adapters = AdapterDict()
-    layer.row_adapters = None
+    layer._rows = None
     layer._active, layer._merged, layer._kept = [], [], {}
     layer._enabled = True
     layer._instance_forward = instance_forward

@@ -20,11 +20,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.adapters.base import Adapter, MultiWeightAdapter
+from lora_lightning.adapters.base import Adapter, AdapterModule
 from lora_lightning.adapters.lora.experts import LoraExpertsAdapter
 from lora_lightning.errors import AdapterStateError, TargetError
 from lora_lightning.layers.base import AdaptedLayer, WeightView
-from lora_lightning.layers.composition import split_copy
 from lora_lightning.layers.low_rank_weight import LowRankWeight
 from lora_lightning.layers.multihead_attention import attention_obstacle
 from lora_lightning.utilities.autocast import without_autocast
@@ -62,9 +61,9 @@ class AdaptedExperts(AdaptedLayer):
         order = [name for name in self._parameters if name in names]
         return {name: "base_layer." * (len(order) - 1 - i) for i, name in enumerate(order)}
 
-    def peft_supports(self, adapter: Adapter) -> bool:
-        """PEFT has LoRA on parameters."""
-        return all(isinstance(part, LoraExpertsAdapter) for part in adapter.children())
+    def peft_supports(self, adapter: AdapterModule) -> bool:
+        """Tell whether the adapter is LoRA, which PEFT has on parameters."""
+        return all(isinstance(a, LoraExpertsAdapter) for a in adapter.by_weight().values())
 
     # -- forward ---------------------------------------------------------------------------------
 
@@ -76,24 +75,25 @@ class AdaptedExperts(AdaptedLayer):
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         self._check_rows()
-        copy, _ = split_copy(self.applied_adapters(""))
+        copy = self.trained_copy()
         module = self if copy is None else copy.module
         covers = {}
         for name in self._adapted_names():
-            _, parts = split_copy(self.applied_adapters(name))
-            if parts:
+            adapters = self.applied_adapters(name)
+            if adapters:
                 weight = module._parameters.get(name)  # past a cover, where forward calls itself
                 weight = getattr(module, name) if weight is None else weight
-                covers[name] = self._cover(name, weight, parts)
+                covers[name] = self._cover(name, weight, adapters)
+        forward = self.base_forward if copy is None else copy
         if not covers:
-            return self.base_forward(copy, *args, **kwargs)
+            return forward(*args, **kwargs)
         attributes = module.__dict__
         with _alone(module):
             before = {name: attributes[name] for name in covers if name in attributes}
             try:
                 attributes.update(covers)
                 _check_seen(module, covers)
-                return self.base_forward(copy, *args, **kwargs)
+                return forward(*args, **kwargs)
             finally:
                 for name in covers:
                     del attributes[name]
@@ -119,23 +119,22 @@ class AdaptedExperts(AdaptedLayer):
     def _adapted_names(self) -> list[str]:
         names: dict[str, None] = {}
         for adapter in self.adapters.values():
-            if isinstance(adapter, MultiWeightAdapter):
-                names.update(dict.fromkeys(adapter._modules))
+            names.update(dict.fromkeys(adapter.by_weight()))
         return list(names)
 
-    def _cover(self, name: str, weight: Tensor, parts: list[Adapter]) -> Any:
-        """What stands for a weight with `parts` on it."""
-        if not all(isinstance(part, LoraExpertsAdapter) for part in parts):
-            return self._folded(name, weight, parts)
+    def _cover(self, name: str, weight: Tensor, adapters: list[Adapter]) -> Any:
+        """Return what stands for a weight with `adapters` on it."""
+        if not all(isinstance(adapter, LoraExpertsAdapter) for adapter in adapters):
+            return self._transformed(name, weight, adapters)
         lefts, rights = [], []
-        for part in cast("list[LoraExpertsAdapter]", parts):
-            left, right = part.stored_factors()
+        for adapter in cast("list[LoraExpertsAdapter]", adapters):
+            left, right = adapter.stored_factors()
             if torch.compiler.is_compiling():
-                left = torch.where(part.applied, left, 0)
+                left = torch.where(adapter.applied, left, 0)
             lefts.append(left.to(weight.dtype))
             rights.append(right.to(weight.dtype))
-        left = torch.cat(lefts, dim=-1) if len(parts) > 1 else lefts[0]
-        right = torch.cat(rights, dim=-2) if len(parts) > 1 else rights[0]
+        left = torch.cat(lefts, dim=-1) if len(adapters) > 1 else lefts[0]
+        right = torch.cat(rights, dim=-2) if len(adapters) > 1 else rights[0]
         shape = (*left.shape[:-1], right.shape[-1])
         if shape != tuple(weight.shape):
             raise AdapterStateError(
@@ -146,12 +145,11 @@ class AdaptedExperts(AdaptedLayer):
         low_rank = LowRankWeight(weight, left.contiguous(), right.contiguous())
         return low_rank if self._reads_by_torch_operations() else low_rank.dense()
 
-    def _folded(self, name: str, weight: Tensor, parts: list[Adapter]) -> Tensor:
-        compiling = torch.compiler.is_compiling()
+    def _transformed(self, name: str, weight: Tensor, adapters: list[Adapter]) -> Tensor:
+        view = WeightView(self, name)
         with without_autocast(weight):
-            for part in parts:
-                after = part.transform_weight(weight, WeightView(self, name))
-                weight = torch.where(part.applied, after, weight) if compiling else after
+            for adapter in adapters:
+                weight = adapter.if_applied(adapter.transform_weight(weight, view), weight)
         return weight
 
     def _reads_by_torch_operations(self) -> bool:

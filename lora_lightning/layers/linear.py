@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_lightning.adapters.base import Adapter
+from lora_lightning.adapters.modules_to_save import ModulesToSaveCopy
 from lora_lightning.layers.autocast_cache import autocast_input
-from lora_lightning.layers.base import AdaptedLayer
-from lora_lightning.layers.composition import compose, split_copy
+from lora_lightning.layers.base import AdaptedLayer, WeightView
+from lora_lightning.layers.composition import compose
 from lora_lightning.layers.fused_lora import add_lora, can_fuse, fused_lora, lora_terms
 
 
@@ -27,27 +28,34 @@ class AdaptedLinear(AdaptedLayer):
         """The product x weight^T."""
         return F.linear(x, weight)
 
-    def run(self, chain: list[Adapter], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The output for `x`, which under autocast is cast once for all that read it."""
-        copy, others = split_copy(chain)
+    def run(
+        self,
+        copy: ModulesToSaveCopy | None,
+        adapters: list[Adapter],
+        x: Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Return the output for `x`, which under autocast is cast once for all that read it."""
         shared = autocast_input(x)
-        terms = lora_terms(others) if can_fuse(shared) else None
-        if terms and copy is None and self.is_plain() and can_fuse(shared, self.weight, self.bias):
+        terms = lora_terms(adapters) if copy is None and can_fuse(shared) else None
+        if terms and self.is_plain() and can_fuse(shared, self.weight, self.bias):
             return fused_lora(shared, self.weight, self.bias, terms)
         # Only the plain Linear is known to begin with autocast's cast; a subclass with a forward
         # of its own (a router in fp32, say) gets what it was given.
         own = shared if self.is_plain() else x
 
         def base_map(z: Tensor) -> Any:
-            return self.base_forward(copy, own if z is shared else z, *args, **kwargs)
+            forward = self.base_forward if copy is None else copy
+            return forward(own if z is shared else z, *args, **kwargs)
 
         # Where the output has to be copied for it, adding is no faster than the plain expression.
-        if terms and copy is None and self.gives_output_away():
+        if terms and self.gives_output_away():
             y = base_map(shared)
             if can_fuse(y):
                 return add_lora(shared, y, terms, inplace=True)
-            return compose(others, shared, lambda z: y, self)
-        return compose(others, shared, base_map, self)
+            return compose(adapters, shared, lambda z: y, WeightView(self))
+        return compose(adapters, shared, base_map, WeightView(self))
 
     def gives_output_away(self) -> bool:
         """Whether the base needs its output no more, so that it may be written into."""

@@ -26,12 +26,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_lightning.adapters.base import Adapter, Base
+from lora_lightning.adapters.base import Adapter, AdapterModule, BaseWeight
 from lora_lightning.adapters.modules_to_save import ModulesToSaveCopy
 from lora_lightning.errors import AdapterStateError
 from lora_lightning.layers.autocast_cache import autocast_input
 from lora_lightning.layers.base import AdaptedLayer, WeightView, adapted_class
-from lora_lightning.layers.composition import compose, part_of, split_copy
+from lora_lightning.layers.composition import compose
 from lora_lightning.layers.conversion import convert_back, convert_to_adapted
 from lora_lightning.layers.traversal import walk
 
@@ -91,7 +91,7 @@ class AdaptedMultiheadAttention(AdaptedLayer):
         """PEFT holds what is on the packed weight in the wrapper of the module itself."""
         return {name: "" if name == PACKED else f"{name}." for name in names}
 
-    def peft_supports(self, adapter: Adapter) -> bool:
+    def peft_supports(self, adapter: AdapterModule) -> bool:
         """Plain LoRA on the packed weight is all that PEFT can do here."""
         options = ("use_dora", "lora_bias", "lora_dropout")
         plain = not any(getattr(adapter.config, option, None) for option in options)
@@ -115,10 +115,10 @@ class AdaptedMultiheadAttention(AdaptedLayer):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """As `nn.MultiheadAttention.forward`, with the adapters that are applied."""
-        copy = None if self.row_adapters is not None else split_copy(self.applied_adapters())[0]
-        if not self._adapters_act():
-            output: tuple[Tensor, Tensor | None] = self.base_forward(
-                copy,
+        copy = self.trained_copy()
+        if not self._has_applied_adapters():
+            base_map = self.base_forward if copy is None else copy
+            output: tuple[Tensor, Tensor | None] = base_map(
                 query,
                 key,
                 value,
@@ -164,12 +164,12 @@ class AdaptedMultiheadAttention(AdaptedLayer):
         )
         return self._project_out(copy, y), weights
 
-    def _adapters_act(self) -> bool:
+    def _has_applied_adapters(self) -> bool:
         if self.row_adapters is not None:
             return True
         if isinstance(self.out_proj, AdaptedLayer) and self.out_proj.applied_adapters():
             return True
-        return any(split_copy(self.applied_adapters(name))[1] for name in self.weight_shapes())
+        return any(self.applied_adapters(name) for name in self.weight_shapes())
 
     def _check_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         if not query.dim() == key.dim() == value.dim() or query.dim() not in (2, 3):
@@ -230,7 +230,7 @@ class AdaptedMultiheadAttention(AdaptedLayer):
         chains: dict[str | None, list[Adapter]],
         x: Tensor,
         base_map: Callable[[Tensor], Tensor],
-        base: Base,
+        base: BaseWeight,
     ) -> Tensor:
         names, dim = self.row_adapters, 0 if self.batch_first else 1
         if names is None:
@@ -252,18 +252,18 @@ class AdaptedMultiheadAttention(AdaptedLayer):
     def _chains(self, weight_name: str) -> dict[str | None, list[Adapter]]:
         """The adapters on one weight, for each name in `row_adapters`; None: for all, or none."""
         if self.row_adapters is None:
-            return {None: split_copy(self.applied_adapters(weight_name))[1]}
+            return {None: self.applied_adapters(weight_name)}
         chains: dict[str | None, list[Adapter]] = {name: [] for name in self.row_adapters}
         for name, chain in chains.items():
             if name is None or name not in self.adapters or not self._enabled:
                 continue
-            part = part_of(self.adapters[name], weight_name)
-            if isinstance(part, ModulesToSaveCopy):
+            if name in self.trained_copies():
                 raise AdapterStateError(
                     f"Adapter {name!r} replaces a whole {self.base_type.__name__} by a copy "
                     "(modules_to_save), which adapters_per_row cannot do for single rows."
                 )
-            chain += [] if part is None else [part]
+            on_weight = self.adapters[name].by_weight()
+            chain += [on_weight[weight_name]] if weight_name in on_weight else []
         return chains
 
     def _project_out(self, copy: ModulesToSaveCopy | None, y: Tensor) -> Tensor:
@@ -271,14 +271,12 @@ class AdaptedMultiheadAttention(AdaptedLayer):
             return cast(Tensor, self.out_proj(y.transpose(0, 1))).transpose(0, 1)
         if copy is None:
             return cast(Tensor, self.out_proj(y))
-        chain: list[Adapter] = (
-            self.out_proj.applied_adapters() if isinstance(self.out_proj, AdaptedLayer) else []
-        )
-        inner, others = split_copy(chain)
         module = cast(nn.MultiheadAttention, copy.module)
-        return cast(
-            Tensor, compose(others, y, inner or module.out_proj, cast(AdaptedLayer, self.out_proj))
-        )
+        if not isinstance(self.out_proj, AdaptedLayer):
+            return cast(Tensor, module.out_proj(y))
+        base_map = self.out_proj.trained_copy() or module.out_proj
+        adapters = self.out_proj.applied_adapters()
+        return cast(Tensor, compose(adapters, y, base_map, WeightView(self.out_proj)))
 
 
 def attend(

@@ -21,7 +21,6 @@ from torch.amp.grad_scaler import GradScaler
 from torch.nn.utils import get_total_norm
 from torch.optim import LBFGS, Optimizer
 
-from lora_lightning.adapters.modules_to_save import ModulesToSaveCopy
 from lora_lightning.errors import ConfigError, NonfiniteError, did_you_mean, first_few
 from lora_lightning.layers.traversal import named_adapted_layers
 from lora_lightning.training.strategies.deepspeed import partitioned_gradients
@@ -82,9 +81,8 @@ class NonfiniteGuard:
         self._statistics = [
             (buffer, buffer.clone())
             for _, layer in named_adapted_layers(module)
-            for adapter in layer.adapters.values()
-            if isinstance(adapter, ModulesToSaveCopy)
-            for buffer in adapter.buffers()
+            for copy in layer.trained_copies().values()
+            for buffer in copy.buffers()
         ]
         if self.policy == "skip" and any(isinstance(o, LBFGS) for o in trainer.optimizers):
             raise ConfigError(

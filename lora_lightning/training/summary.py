@@ -13,7 +13,6 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from lora_lightning.adapters.modules_to_save import ModulesToSaveCopy
 from lora_lightning.checkpoint.fingerprint import base_tensors
 from lora_lightning.checkpoint.state_dict import adapter_state_dict
 from lora_lightning.engine.bias import trained_biases
@@ -58,7 +57,7 @@ def target_rows(model: nn.Module, adapter_name: str) -> list[TargetRow]:
         carries = isinstance(module, AdaptedLayer) and adapter_name in module.adapters
         adapter: Any = module.adapters[adapter_name] if carries else None  # type: ignore[index]
         size = sum(p.numel() for p in adapter.parameters()) if adapter is not None else 0
-        if isinstance(adapter, ModulesToSaveCopy):
+        if isinstance(module, AdaptedLayer) and adapter_name in module.trained_copies():
             copies[path] = TargetRow(path, 1, 1, (), size, full=True)
         elif adapter is not None or layer_type_for(module) is not None:
             row = rows[name]

@@ -327,7 +327,7 @@ def test_every_projection_of_an_attention(combination, sizes):
     parts = [name for name, _ in adapters["new"].named_children()]
     assert len(parts) == (3 if sizes else 1)
     for part in parts:
-        a, b, new = (adapters[name].part(part) for name in ("a", "b", "new"))
+        a, b, new = (adapters[name].by_weight()[part] for name in ("a", "b", "new"))
         updates = [dense(a), dense(b)]
         if combination == "ties_svd":
             total = merge_task_vectors(updates, [0.5, -2.0], "ties", density=0.5)

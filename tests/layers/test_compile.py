@@ -10,6 +10,7 @@ from torch._dynamo.testing import CompileCounter
 import lora_lightning
 from lora_lightning import (
     LoraConfig,
+    adapters_per_row,
     disable_adapter,
     inject_adapter,
     scale_adapter,
@@ -95,3 +96,13 @@ def test_the_test_can_fail() -> None:
     scale_adapter(model, "one", 0.25)
     compiled(x)
     assert backend.frame_count > 1
+
+
+def test_rows_of_adapters_that_are_not_active() -> None:
+    model, x = net("lora"), torch.randn(3, 6)
+    with adapters_per_row(model, ["two", "one", None]):
+        expected = model(x)
+        compiled = torch.compile(model, fullgraph=True, backend="eager")(x)
+    torch.testing.assert_close(compiled, expected)
+    set_adapter(model, [])
+    assert not torch.allclose(compiled[:2], model(x)[:2])

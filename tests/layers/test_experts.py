@@ -118,7 +118,7 @@ def assert_close(one: Tensor, other: Tensor, tolerance: float = 1e-10) -> None:
 
 def updates(module: nn.Module, parameter: str, adapter: str = "default") -> Tensor:
     """The update in the parameter's layout, from lora_A and lora_B by the layout of the files."""
-    part = module.adapters[adapter].part(parameter)
+    part = module.adapters[adapter].by_weight()[parameter]
     a, b, r = part.lora_A.detach(), part.lora_B.detach(), part.r
     if getattr(module, parameter).dim() == 2:
         return part.scaling * b @ a
@@ -367,7 +367,7 @@ class Stranger(nn.Module):
 def test_a_kernel_that_knows_tensors_only() -> None:
     model = nn.Sequential(Stranger())
     adapt(model, target_parameters=["w"])
-    part = model[0].adapters["default"].part("w")
+    part = model[0].adapters["default"].by_weight()["w"]
     x = torch.randn(7, HIDDEN, dtype=torch.float64)
     weight = model[0].w + updates(model[0], "w")
     y = model(x)
@@ -650,7 +650,7 @@ def test_experts_that_are_called_twice() -> None:
     plain = unload(copy.deepcopy(ours)).requires_grad_(False)
     deltas = []
     for name in ("gate_up_proj", "down_proj"):
-        part = ours.experts.adapters["default"].part(name)
+        part = ours.experts.adapters["default"].by_weight()[name]
         deltas.append(part.delta_weight())
         plain.experts.__dict__[name] = getattr(plain.experts, name) + deltas[-1]
     wanted = list(trainable(ours).values())
@@ -721,7 +721,7 @@ def test_start_values(start: bool | str) -> None:
             r=8, init_lora_weights=start, target_modules=[], target_parameters=BOTH, use_rslora=True
         ),
     )
-    part = ours.experts.adapters["default"].part("gate_up_proj")
+    part = ours.experts.adapters["default"].by_weight()["gate_up_proj"]
     assert isinstance(part, LoraExpertsAdapter)
     assert isinstance(ours.experts, AdaptedExperts)
     assert part.scaling == pytest.approx(8 / 8**0.5)

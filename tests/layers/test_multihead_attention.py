@@ -347,7 +347,7 @@ class Mix(Adapter):
     """W' = R W: every output row looks at all of those below."""
 
     def __init__(self, spec) -> None:
-        super().__init__(spec.config, spec.device)
+        super().__init__(spec)
         self.mix = spec.parameter(spec.shape[0], spec.shape[0])
 
     def forward(self, x, y, base):

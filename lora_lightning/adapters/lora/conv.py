@@ -17,7 +17,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from lora_lightning.adapters.base import AdapterSpec, Base, Convolution
+from lora_lightning.adapters.base import AdapterSpec, BaseWeight, Convolution
 from lora_lightning.adapters.initialization import kaiming_uniform_, normal_, zeros_
 from lora_lightning.adapters.lora.embedding import check_plain_start
 from lora_lightning.adapters.lora.linear import LoraConfig, LowRankAdapter
@@ -75,7 +75,7 @@ class LoraConvAdapter(LowRankAdapter):
         """The kernel as (out, in * kernel)."""
         return weight.flatten(1)
 
-    def update(self, x: Tensor, base: Base) -> Tensor:
+    def update(self, x: Tensor, base: BaseWeight) -> Tensor:
         """The convolutions scaling * B * A * x."""
         a: Tensor = self.lora_A
         b: Tensor = self.lora_B
@@ -85,7 +85,7 @@ class LoraConvAdapter(LowRankAdapter):
         convolution = (torch.conv1d, torch.conv2d, torch.conv3d)[b.dim() - 3]
         return convolution((hidden * self.scale()).to(hidden.dtype), b, groups=self.groups)
 
-    def forward(self, x: Tensor, y: Tensor, base: Base) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor, base: BaseWeight) -> Tensor:
         """y + scaling * (B * A * dropout(x) + b), in y's dtype."""
         y = y + self.update(self.lora_dropout(x), base).to(y.dtype)
         if self.lora_B_bias is not None:
@@ -104,7 +104,7 @@ class LoraConvAdapter(LowRankAdapter):
         a, b = self.factors()
         return self.scale() * (b @ a).view(-1, *self.lora_A.shape[1:])
 
-    def transform_bias(self, bias: Tensor, base: Base) -> Tensor:
+    def transform_bias(self, bias: Tensor, base: BaseWeight) -> Tensor:
         """Base bias + scaling * b."""
         if self.lora_B_bias is None:
             return bias

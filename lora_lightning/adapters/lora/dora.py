@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.adapters.base import AdapterSpec, Base
+from lora_lightning.adapters.base import AdapterSpec, BaseWeight
 from lora_lightning.adapters.lora.conv import LoraConvAdapter
 from lora_lightning.adapters.lora.embedding import LoraEmbeddingAdapter
 from lora_lightning.adapters.lora.linear import LoraAdapter, LowRankAdapter
@@ -43,7 +43,7 @@ class _Dora(LowRankAdapter):
         super().start_from_weight(weight)
         self.lora_magnitude_vector.copy_(self._norm(weight).view_as(self.lora_magnitude_vector))
 
-    def forward(self, x: Tensor, y: Tensor, base: Base) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor, base: BaseWeight) -> Tensor:
         """y + (m / n - 1) (y - b) + (m / n) scaling B A x, in y's dtype."""
         weight = base.base_weight()
         scale = self._mag_norm_scale(weight).view(self.magnitude_shape)
@@ -57,7 +57,7 @@ class _Dora(LowRankAdapter):
         change = (scale - 1).to(y.dtype) * mapped + scale.to(y.dtype) * self.update(x, base)
         return y + change.to(y.dtype)
 
-    def transform_weight(self, weight: Tensor, base: Base) -> Tensor:
+    def transform_weight(self, weight: Tensor, base: BaseWeight) -> Tensor:
         """(m / n) * (weight + scaling * B A)."""
         total = self.as_matrix(weight + self.delta_weight().to(weight))
         scale = self._mag_norm_scale(base.base_weight()).to(weight.dtype)

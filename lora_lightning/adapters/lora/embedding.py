@@ -12,7 +12,7 @@ from typing import cast
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_lightning.adapters.base import AdapterSpec, Base
+from lora_lightning.adapters.base import AdapterSpec, BaseWeight
 from lora_lightning.adapters.initialization import normal_, zeros_
 from lora_lightning.adapters.lora.linear import LoraConfig, LowRankAdapter
 from lora_lightning.errors import ConfigError
@@ -55,14 +55,14 @@ class LoraEmbeddingAdapter(LowRankAdapter):
         """The table with its columns as rows: (embedding_dim, num_embeddings)."""
         return weight.t()
 
-    def update(self, x: Tensor, base: Base) -> Tensor:
+    def update(self, x: Tensor, base: BaseWeight) -> Tensor:
         """The rows scaling * (B A)^T[ids], looked up as the base looks up its own."""
         rows = base.apply_weight(x, self.lora_embedding_A.t())
         # Autocast does not narrow an embedding lookup, so it must not narrow its update either.
         with without_autocast(x):
             return F.linear(rows, self.lora_embedding_B) * self.scale()
 
-    def forward(self, x: Tensor, y: Tensor, base: Base) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor, base: BaseWeight) -> Tensor:
         """y + scaling * (B A)^T[ids], in y's dtype."""
         return y + self.update(x, base).to(y.dtype)
 

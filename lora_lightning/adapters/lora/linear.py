@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_lightning.adapters.base import AdapterSpec, Base, Convolution, DeltaAdapter
+from lora_lightning.adapters.base import AdapterSpec, BaseWeight, Convolution, DeltaAdapter
 from lora_lightning.adapters.config import (
     RankedConfig,
     check_choice,
@@ -210,11 +210,10 @@ class LowRankAdapter(DeltaAdapter):
         self.lora_alpha = spec.alpha(config.lora_alpha)
         root = math.sqrt(self.r) if config.use_rslora else self.r
         super().__init__(spec, self.lora_alpha / root)
-        self.spec = spec
         dropout = config.lora_dropout
         self.lora_dropout = nn.Dropout(dropout) if dropout else nn.Identity()
 
-    def update(self, x: Tensor, base: Base) -> Tensor:
+    def update(self, x: Tensor, base: BaseWeight) -> Tensor:
         """The adapter's share of the output alone, scaling * B A x, without dropout and bias."""
         raise NotImplementedError
 
@@ -332,12 +331,12 @@ class LoraAdapter(LowRankAdapter):
             return a, b
         return a.to(x.dtype), b.to(x.dtype)
 
-    def update(self, x: Tensor, base: Base) -> Tensor:
+    def update(self, x: Tensor, base: BaseWeight) -> Tensor:
         """The product scaling * B A x."""
         a, b = self.cast_factors(x)
         return F.linear(F.linear(x, a) * self.scale(), b)
 
-    def forward(self, x: Tensor, y: Tensor, base: Base) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor, base: BaseWeight) -> Tensor:
         """y + scaling * (B A dropout(x) + b), in y's dtype."""
         x, scale = self.lora_dropout(x), self.scale()
         a, b = self.cast_factors(x)
@@ -357,7 +356,7 @@ class LoraAdapter(LowRankAdapter):
         a, b = self.factors()
         return self.scale() * (b @ a)
 
-    def transform_weight(self, weight: Tensor, base: Base) -> Tensor:
+    def transform_weight(self, weight: Tensor, base: BaseWeight) -> Tensor:
         """W + scaling * B A."""
         if self.lora_B_bias is not None and base.bias is None:
             raise AdapterStateError(
@@ -366,7 +365,7 @@ class LoraAdapter(LowRankAdapter):
             )
         return super().transform_weight(weight, base)
 
-    def transform_bias(self, bias: Tensor, base: Base) -> Tensor:
+    def transform_bias(self, bias: Tensor, base: BaseWeight) -> Tensor:
         """Base bias + scaling * b."""
         if self.lora_B_bias is None:
             return bias

@@ -13,7 +13,6 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from torch import nn
 
 from lora_lightning.adapters.config import SELECTION, AdapterConfig
-from lora_lightning.adapters.modules_to_save import ModulesToSaveCopy
 from lora_lightning.adapters.registry import config_type_of
 from lora_lightning.adapters.trainable_tokens import (
     TiedTrainableTokensAdapter,
@@ -63,15 +62,11 @@ def describe(model: nn.Module, adapter_name: str) -> dict[str, Any]:
     """The content of adapter_config.json for an adapter that is on `model`."""
     adapters = adapters_named(model, adapter_name)
     config = next(iter(adapters.values())).config
-    # These have options of their own.
-    beside = (
-        ModulesToSaveCopy,
-        TrainableTokensAdapter,
-        TiedTrainableTokensAdapter,
-    )
-    targets = [path for path, a in adapters.items() if not isinstance(a, beside)]
-    saved = [path for path, a in adapters.items() if isinstance(a, ModulesToSaveCopy)]
     layers = dict(named_adapted_layers(model))
+    saved = [path for path in adapters if adapter_name in layers[path].trained_copies()]
+    # Trained rows have an option of their own, too.
+    rows_of = (TrainableTokensAdapter, TiedTrainableTokensAdapter)
+    targets = [p for p, a in adapters.items() if p not in saved and not isinstance(a, rows_of)]
     base_config = getattr(model, "config", None)
     base_name = getattr(base_config, "name_or_path", None)
     common = {

@@ -13,7 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.adapters.base import Adapter
+from lora_lightning.adapters.base import AdapterModule
 from lora_lightning.adapters.config import AdapterConfig, pattern_value
 from lora_lightning.adapters.lora.linear import LoraConfig, LowRankAdapter
 from lora_lightning.adapters.trainable_tokens import TrainableTokensAdapter
@@ -116,11 +116,11 @@ def hotswap_adapter(
         changed = _rescale(adapters, cast(LoraConfig, config), incoming)
         for adapter in adapters.values():
             for part in adapter.modules():
-                if isinstance(part, Adapter):
+                if isinstance(part, AdapterModule):
                     part.config = changed
 
 
-def _slot(model: nn.Module, adapters: dict[str, Adapter], name: str) -> dict[str, Tensor]:
+def _slot(model: nn.Module, adapters: dict[str, AdapterModule], name: str) -> dict[str, Tensor]:
     """The tensors to fill, by their keys in files."""
     if not adapters:
         raise AdapterStateError(
@@ -185,7 +185,7 @@ def _differences(
     return problems
 
 
-def _other_tokens(adapters: dict[str, Adapter], incoming: AdapterConfig) -> list[str]:
+def _other_tokens(adapters: dict[str, AdapterModule], incoming: AdapterConfig) -> list[str]:
     """Rows of other tokens than those that are trained here."""
     wanted = getattr(incoming, "trainable_token_indices", None)
     problems = []
@@ -199,7 +199,9 @@ def _other_tokens(adapters: dict[str, Adapter], incoming: AdapterConfig) -> list
     return problems
 
 
-def _rescale(adapters: dict[str, Adapter], own: LoraConfig, incoming: LoraConfig) -> LoraConfig:
+def _rescale(
+    adapters: dict[str, AdapterModule], own: LoraConfig, incoming: LoraConfig
+) -> LoraConfig:
     """Set the scaling of every part; the options that say the same of the ranks that are here."""
     alphas: dict[str, float] = {}
     for adapter in adapters.values():

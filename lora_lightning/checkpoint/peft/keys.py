@@ -12,8 +12,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
 
-from lora_lightning.adapters.base import Adapter, MultiWeightAdapter
-from lora_lightning.adapters.modules_to_save import ModulesToSaveCopy
+from lora_lightning.adapters.base import Adapter
 from lora_lightning.adapters.trainable_tokens import (
     TiedTrainableTokensAdapter,
     TrainableTokensAdapter,
@@ -86,17 +85,10 @@ def parts_in_file(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Ad
     layers = dict(named_adapted_layers(model))
     for path, layer in layers.items():
         adapter = layer.adapters.get(adapter_name)
-        if adapter is None or isinstance(adapter, ModulesToSaveCopy):
-            continue
+        on_weight = {} if adapter is None else adapter.by_weight()
         prefix = PREFIX + _place(path, layers, adapter_name)
-        if isinstance(adapter, MultiWeightAdapter):
-            names = [name for name, _ in adapter.named_children()]
-            for weight_name, place in layer.file_places(names).items():
-                part = adapter.part(weight_name)
-                if part is not None:
-                    yield prefix + place, part
-        else:
-            yield prefix, adapter
+        for weight_name, place in layer.file_places([*on_weight]).items():
+            yield prefix + place, on_weight[weight_name]
 
 
 def _key(prefix: str, name: str) -> str:
@@ -120,8 +112,9 @@ def _shared_with_base(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     for path, layer in named_adapted_layers(model):
         adapter = layer.adapters.get(adapter_name)
         prefix = path + "." if path else ""
-        if isinstance(adapter, ModulesToSaveCopy):
-            state = adapter.module.state_dict()
+        copy = layer.trained_copies().get(adapter_name)
+        if copy is not None:
+            state = copy.module.state_dict()
             found.update({f"{PREFIX}{prefix}{name}": tensor for name, tensor in state.items()})
         elif adapter is not None:
             targets.add(prefix)

@@ -16,7 +16,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.adapters.modules_to_save import ModulesToSaveCopy
 from lora_lightning.layers.base import AdaptedLayer, first_argument
 from lora_lightning.layers.linear import AdaptedLinear
 from lora_lightning.layers.quantized.bitsandbytes import (
@@ -147,17 +146,17 @@ class AdaptedBitsandbytesLinear(AdaptedQuantizedLinear):
         forward = self.base_type.forward
         return forward.__module__ == "bitsandbytes.nn.modules" and self._instance_forward is None
 
-    def base_forward(self, copy: ModulesToSaveCopy | None, *args: Any, **kwargs: Any) -> Any:
-        """The module's own forward."""
+    def base_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module's own forward."""
         bias = self._parameters.get("bias")
-        if copy is not None or bias is None:
-            return super().base_forward(copy, *args, **kwargs)
+        if bias is None:
+            return super().base_forward(*args, **kwargs)
         dtype = self._compute_dtype(first_argument(self, args, kwargs)[0])
         if bias.dtype == dtype:
-            return super().base_forward(copy, *args, **kwargs)
+            return super().base_forward(*args, **kwargs)
         try:
             self._parameters["bias"] = bias.to(dtype)  # type: ignore[assignment]
-            return super().base_forward(copy, *args, **kwargs)
+            return super().base_forward(*args, **kwargs)
         finally:
             self._parameters["bias"] = bias
 

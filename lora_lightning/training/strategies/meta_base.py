@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.adapters.modules_to_save import ModulesToSaveCopy
 from lora_lightning.adapters.trainable_tokens import TrainableTokensAdapter
 from lora_lightning.engine.bias import trained_biases
 from lora_lightning.engine.switching import adapter_names
@@ -102,10 +101,10 @@ def load_base(module: LightningModule) -> None:
     _load(values, own)
     for path, layer in named_adapted_layers(module):
         prefix = path + "." if path else ""
+        for copy in layer.trained_copies().values():
+            _start_copy(copy.module, prefix, values)
         for adapter in layer.adapters.modules():
-            if isinstance(adapter, ModulesToSaveCopy):
-                _start_copy(adapter.module, prefix, values)
-            elif isinstance(adapter, TrainableTokensAdapter):
+            if isinstance(adapter, TrainableTokensAdapter):
                 adapter.start_from_weight(full_tensor(layer.base_weight().detach()))
     remembered.base_on_meta = False
     remember_base(module, fresh=True)

@@ -1,0 +1,135 @@
+"""The adapters that a module carries, and which of them take part in its forward."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from lora_lightning.adapters.base import Adapter, AdapterDict
+from lora_lightning.adapters.modules_to_save import ModulesToSaveCopy
+from lora_lightning.errors import AdapterStateError
+
+
+class CarriedAdapters(nn.Module):
+    """The part of an adapted layer that knows which of its adapters are applied.
+
+    Attributes:
+        adapters: The adapters by name.
+        active_adapters: Names of those that take part in forward.
+        adapters_enabled: False inside `disable_adapter`.
+        merged_adapters: Names of those that are in the weights at present.
+        row_adapters: Inside `adapters_per_row`, the adapter's name of each row (None: the base).
+
+    """
+
+    adapters: AdapterDict
+    _active: list[str]
+    _rows: list[str | None] | None
+    _enabled: bool
+    _merged: list[str]
+
+    def applied_names(self) -> list[str]:
+        """Return the adapters that take part in forward, in the order in which they were added.
+
+        None of them inside `adapters_per_row`, where each row has one of its own.
+        """
+        if not self._enabled or self._rows is not None:
+            return []
+        return [n for n in self.adapters if n in self._active and n not in self._merged]
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the adapters that take part in forward."""
+        return self._active
+
+    @active_adapters.setter
+    def active_adapters(self, names: list[str]) -> None:
+        self._active = names
+        self._tell_adapters()
+
+    @property
+    def row_adapters(self) -> list[str | None] | None:
+        """Inside `adapters_per_row`, the adapter's name of each row (None: the base)."""
+        return self._rows
+
+    @row_adapters.setter
+    def row_adapters(self, names: list[str | None] | None) -> None:
+        self._rows = names
+        self._tell_adapters()
+
+    @property
+    def adapters_enabled(self) -> bool:
+        """False inside `disable_adapter`."""
+        return self._enabled
+
+    @adapters_enabled.setter
+    def adapters_enabled(self, enabled: bool) -> None:
+        self._enabled = enabled
+        self._tell_adapters()
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        """Names of the adapters that are in the weights at present."""
+        return self._merged
+
+    @merged_adapters.setter
+    def merged_adapters(self, names: list[str]) -> None:
+        self._merged = names
+        self._tell_adapters()
+
+    def _tell_adapters(self) -> None:
+        of_rows = self._rows if self._rows is not None and self._enabled else ()
+        applied = {*self.applied_names(), *of_rows}
+        for name, adapter in self.adapters.items():
+            adapter.set_applied(name in applied)
+
+    def applied_adapters(self, name: str = "weight") -> list[Adapter]:
+        """Return the adapters on a weight that take part in forward now.
+
+        While torch.compile traces, all of them: each is then switched by its tensor `applied`.
+        """
+        every = torch.compiler.is_compiling() and self._rows is None
+        found = []
+        for adapter_name in self.adapters if every else self.applied_names():
+            adapter = self.adapters[adapter_name].by_weight().get(name)
+            if adapter is None:
+                continue
+            if adapter.applied.is_meta:
+                if adapter_name not in self.applied_names():
+                    continue
+                self.check_filled(adapter_name)
+            found.append(adapter)
+        return found
+
+    def trained_copy(self) -> ModulesToSaveCopy | None:
+        """Return the copy (`modules_to_save`) that is applied in the module's place, if one is.
+
+        Compiled code is made for one of them: a copy may answer in any structure.
+        """
+        for name, copy in self.trained_copies().items():
+            if name in self.applied_names():
+                if copy.applied.is_meta:
+                    self.check_filled(name)
+                return copy
+        return None
+
+    def trained_copies(self) -> dict[str, ModulesToSaveCopy]:
+        """Return all copies of the module that adapters train, by the adapter's name."""
+        return {n: a for n, a in self.adapters.items() if isinstance(a, ModulesToSaveCopy)}
+
+    def check_filled(self, name: str) -> None:
+        """Refuse an adapter on the meta device, unless the module is there too, to find shapes.
+
+        Torch itself may compute something from memory that nobody has written.
+
+        Raises:
+            AdapterStateError: Naming the adapter and what fills it.
+
+        """
+        own = {id(p) for p in self.adapters.parameters()}
+        if any(not p.is_meta for p in self.parameters() if id(p) not in own):
+            raise AdapterStateError(
+                f"Adapter {name!r} is on the meta device and has no values yet "
+                "(low_cpu_mem_usage): fill it with load_adapter_state_dict, or take it off and "
+                "use load_adapter."
+            )
