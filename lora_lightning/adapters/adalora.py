@@ -187,6 +187,8 @@ class AdaLoraAdapter(DeltaAdapter):
 
     """
 
+    config: AdaLoraConfig
+
     def __init__(self, spec: AdapterSpec) -> None:
         config: AdaLoraConfig = spec.config
         super().__init__(spec, config.lora_alpha / (config.init_r + 1e-5))
@@ -202,7 +204,7 @@ class AdaLoraAdapter(DeltaAdapter):
     def reset_parameters(self) -> None:
         """E zero, A and B small, unless `init_lora_weights` is false."""
         super().reset_parameters()
-        start = self.spec.config.init_lora_weights
+        start = self.config.init_lora_weights
         for name in ("lora_A", "lora_B", "lora_E"):
             normal_(getattr(self, name), 0.02 if start else 1, self.spec.generator(name))
         if start:
@@ -226,7 +228,7 @@ class AdaLoraAdapter(DeltaAdapter):
 
     def extra_repr(self) -> str:
         """Rank and alpha, as they appear in `print(model)`."""
-        return f"r={self.r}, lora_alpha={self.spec.config.lora_alpha:g}"
+        return f"r={self.r}, lora_alpha={self.config.lora_alpha:g}"
 
 
 class AdaLoraConvAdapter(AdaLoraAdapter):

@@ -100,9 +100,11 @@ class Ia3Adapter(Adapter):
 
     """
 
+    config: Ia3Config
+
     def __init__(self, spec: AdapterSpec) -> None:
         super().__init__(spec)
-        self.is_feedforward = cast(Ia3Config, spec.config).is_feedforward(spec.path)
+        self.is_feedforward = spec.config.is_feedforward(spec.path)
         self.ia3_l = spec.parameter(*self.factor_shape())
         self.reset_parameters()
 
@@ -114,7 +116,7 @@ class Ia3Adapter(Adapter):
     def reset_parameters(self) -> None:
         """All factors 1, or random with `init_ia3_weights: false`."""
         super().reset_parameters()
-        if cast(Ia3Config, self.config).init_ia3_weights:
+        if self.config.init_ia3_weights:
             with torch.no_grad():
                 self.ia3_l.fill_(1)
         else:

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lora_lightning.utilities.dtensor import copy_full
 
@@ -52,8 +52,3 @@ def _fill(tensor: Tensor, draw: Callable[[Tensor], Tensor]) -> None:
     draft = torch.empty(tensor.shape, dtype=torch.float32, device="cpu")
     draw(draft)
     copy_full(tensor, draft)
-
-
-def parameter(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> nn.Parameter:
-    """An uninitialised trainable tensor."""
-    return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))

@@ -32,11 +32,11 @@ from lora_lightning.adapters.lycoris import (
     LycorisAdapter,
     LycorisConfig,
     contract_core,
-    is_traced,
     product_dtype,
     recompute,
 )
 from lora_lightning.utilities.autocast import without_autocast
+from lora_lightning.utilities.tracing import is_traced
 
 # As two products the update was faster than as a dense weight up to this part of its products (one
 # CPU thread; 64 to 3072 features or channels).
@@ -85,6 +85,8 @@ class LohaAdapter(LycorisAdapter):
 
     """
 
+    config: LohaConfig
+
     hada_t1: nn.Parameter | None
     hada_t2: nn.Parameter | None
 
@@ -109,7 +111,7 @@ class LohaAdapter(LycorisAdapter):
     def reset_parameters(self) -> None:
         """B2 zero unless `init_weights` is false, all others Kaiming-uniform."""
         super().reset_parameters()
-        self.start(*(["hada_w2_b"] if cast(LohaConfig, self.config).init_weights else []))
+        self.start(*(["hada_w2_b"] if self.config.init_weights else []))
 
     def factors(self, strength: float | Tensor) -> list[Tensor]:
         """A1 (out, r) times `strength`, B1 (r, in * positions), A2, B2."""

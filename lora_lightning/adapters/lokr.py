@@ -20,7 +20,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -119,6 +118,8 @@ class LokrAdapter(LycorisAdapter):
 
     """
 
+    config: LokrConfig
+
     lokr_w1: nn.Parameter | None
     lokr_w1_a: nn.Parameter
     lokr_w1_b: nn.Parameter
@@ -171,7 +172,7 @@ class LokrAdapter(LycorisAdapter):
     def reset_parameters(self) -> None:
         """W1 or its A zero, "lycoris": W2 or its B zero; all others Kaiming-uniform."""
         super().reset_parameters()
-        start = cast(LokrConfig, self.config).init_weights
+        start = self.config.init_weights
         zero = {True: ("lokr_w1", "lokr_w1_a"), "lycoris": ("lokr_w2", "lokr_w2_b"), False: ()}
         self.start(*zero[start])
 
@@ -205,7 +206,7 @@ class LokrAdapter(LycorisAdapter):
             y = recompute(kronecker_linear, x, *factors)
         else:
             y = recompute(partial(kronecker_convolution, self.spec.conv), x, *factors)
-        rows = self.kept_rows(cast(LokrConfig, self.config).rank_dropout_scale)
+        rows = self.kept_rows(self.config.rank_dropout_scale)
         return y if rows is None else y * rows.view(-1, *(1 for _ in self.spec.shape[2:])).to(dtype)
 
 

@@ -24,8 +24,8 @@ from lora_lightning.adapters.config import (
     check_probability,
 )
 from lora_lightning.adapters.initialization import kaiming_uniform_, zeros_
-from lora_lightning.utilities._torch import functional_transform_is_active
 from lora_lightning.utilities.autocast import is_autocast, without_autocast
+from lora_lightning.utilities.tracing import is_traced
 
 # Computing again has a price of its own, which is the larger part of the step where the tensors
 # have fewer elements than this (one CPU thread); what is kept is then little anyway.
@@ -76,6 +76,8 @@ class LycorisConfig(RankedConfig):
 class LycorisAdapter(DeltaAdapter):
     """y + update(x), where the update of a training step may have rows or all of it dropped."""
 
+    config: LycorisConfig
+
     def __init__(self, spec: AdapterSpec, r: int) -> None:
         self.r = r
         self.alpha = spec.alpha(spec.config.alpha)
@@ -107,7 +109,7 @@ class LycorisAdapter(DeltaAdapter):
 
     def strength(self) -> float | Tensor:
         """`scale()`, or 0 where the whole update is dropped."""
-        p = cast(LycorisConfig, self.config).module_dropout
+        p = self.config.module_dropout
         if not (self.training and p):
             return self.scale()
         # A factor 0, not a branch: it can be compiled, and the tensors still get gradients (of
@@ -120,7 +122,7 @@ class LycorisAdapter(DeltaAdapter):
 
         None where no rows are dropped.
         """
-        p = cast(LycorisConfig, self.config).rank_dropout
+        p = self.config.rank_dropout
         if not (self.training and p):
             return None
         rows, like = self.spec.shape[0], self.scaling_tensor
@@ -142,13 +144,6 @@ def product_dtype(x: Tensor) -> torch.dtype:
 def contract_core(core: Tensor, columns: Tensor) -> Tensor:
     """Sum of core[i, j, ...] columns[j, s] over j: (r, r, *kernel), (r, in) -> (r, in, *kernel)."""
     return torch.einsum("ij...,js->is...", core, columns)
-
-
-def is_traced() -> bool:
-    """Whether somebody follows what is computed, so that it has to be ordinary operations."""
-    return (
-        torch.compiler.is_compiling() or torch.jit.is_tracing() or functional_transform_is_active()
-    )
 
 
 def recompute(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:

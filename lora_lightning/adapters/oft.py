@@ -136,6 +136,8 @@ class OftAdapter(Adapter):
 
     """
 
+    config: OftConfig
+
     file_names: ClassVar[dict[str, str]] = {"oft_R": "oft_R.weight"}
 
     def __init__(self, spec: AdapterSpec) -> None:
@@ -162,14 +164,14 @@ class OftAdapter(Adapter):
     def reset_parameters(self) -> None:
         """No rotation, or a random one with `init_weights: false`."""
         super().reset_parameters()
-        if cast(OftConfig, self.config).init_weights:
+        if self.config.init_weights:
             zeros_(self.oft_R)
         else:
             normal_(self.oft_R, 0.1, self.spec.generator("oft_R"))
 
     def turn(self) -> Tensor:
         """R - I by blocks, (in / b, b, b); (1, b, b) where they all rotate alike."""
-        config = cast(OftConfig, self.config)
+        config = self.config
         with without_autocast(self.oft_R):
             q = self._skew(self._constrained() if config.coft else self.oft_R)
             if config.use_cayley_neumann:
@@ -181,7 +183,7 @@ class OftAdapter(Adapter):
 
     def forward_turn(self) -> Tensor:
         """R - I as it acts in forward: in training, `module_dropout` leaves out some blocks."""
-        turn, dropout = self.turn(), cast(OftConfig, self.config).module_dropout
+        turn, dropout = self.turn(), self.config.module_dropout
         if self.training and dropout:
             turn = turn * (torch.rand(self.blocks, 1, 1, device=turn.device) >= dropout)
         return turn

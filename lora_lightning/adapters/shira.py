@@ -98,6 +98,8 @@ class ShiraAdapter(DeltaAdapter):
 
     """
 
+    config: ShiraConfig
+
     shira_indices: Tensor
 
     def __init__(self, spec: AdapterSpec) -> None:
@@ -118,7 +120,7 @@ class ShiraAdapter(DeltaAdapter):
     def reset_parameters(self) -> None:
         """S = 0 at randomly chosen places, unless `mask_fn` chooses them."""
         super().reset_parameters()
-        config = cast(ShiraConfig, self.config)
+        config = self.config
         if config.init_weights:
             zeros_(self.shira_weight)
         else:
@@ -133,11 +135,11 @@ class ShiraAdapter(DeltaAdapter):
     @property
     def needs_weight(self) -> bool:  # type: ignore[override]
         """Whether `mask_fn` chooses the entries."""
-        return cast(ShiraConfig, self.config).mask_fn is not None
+        return self.config.mask_fn is not None
 
     def start_from_weight(self, weight: Tensor) -> None:
         """Let `mask_fn` choose the entries."""
-        config = cast(ShiraConfig, self.config)
+        config = self.config
         mask: Tensor = cast(Callable[..., Any], config.mask_fn)(weight, config.r)
         chosen = mask.flatten().nonzero().flatten()
         if mask.shape != weight.shape or len(chosen) != len(self.shira_weight):

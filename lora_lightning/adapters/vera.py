@@ -15,7 +15,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -156,6 +156,8 @@ class VeraAdapter(DeltaAdapter):
 
     """
 
+    config: VeraConfig
+
     file_names: ClassVar[dict[str, str]] = {
         "projections.vera_A": "base_model.vera_A",
         "projections.vera_B": "base_model.vera_B",
@@ -181,7 +183,7 @@ class VeraAdapter(DeltaAdapter):
     def reset_parameters(self) -> None:
         """lambda_b = 0 and lambda_d = d_initial, or as `init_weights: false` says."""
         super().reset_parameters()
-        config = cast(VeraConfig, self.config)
+        config = self.config
         with torch.no_grad():
             self.vera_lambda_d.fill_(config.d_initial)
             self.vera_lambda_b.fill_(0 if config.init_weights else 1)

@@ -31,8 +31,8 @@ from torch import Tensor, nn
 from lora_lightning.adapters.base import Adapter
 from lora_lightning.adapters.lora.linear import LoraAdapter
 from lora_lightning.layers.autocast_cache import autocast_input
-from lora_lightning.utilities._torch import functional_transform_is_active
 from lora_lightning.utilities.autocast import is_autocast, without_autocast
+from lora_lightning.utilities.tracing import is_traced
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _TYPES = (Tensor, nn.Parameter)
@@ -47,10 +47,10 @@ class LoraTerm(NamedTuple):
     dropout: float = 0.0
 
 
-def lora_terms(chain: Sequence[Adapter]) -> list[LoraTerm] | None:
-    """What the adapters of `chain` add, where all of them are plain LoRA."""
+def lora_terms(adapters: Sequence[Adapter]) -> list[LoraTerm] | None:
+    """Return what the adapters add, where all of them are plain LoRA."""
     terms = []
-    for adapter in chain:
+    for adapter in adapters:
         if type(adapter) is not LoraAdapter or adapter.lora_B_bias is not None:
             return None
         a, b = adapter.factors()
@@ -63,7 +63,7 @@ def lora_terms(chain: Sequence[Adapter]) -> list[LoraTerm] | None:
 
 
 def can_fuse(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether `fused_lora` and `add_lora` may be used on these tensors at this moment.
+    """Tell whether `fused_lora` and `add_lora` may be used on these tensors at this moment.
 
     Otherwise the plain expression has to be: where somebody traces or transforms it
     (torch.compile, torch.jit, torch.func, forward-mode AD), and where a tensor has a life of its
@@ -72,9 +72,7 @@ def can_fuse(x: Tensor, *others: Tensor | None) -> bool:
     """
     return (
         torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and not functional_transform_is_active()
+        and not is_traced()
         and type(x) in _TYPES
         and x.dtype in _DTYPES
         and x.layout is torch.strided

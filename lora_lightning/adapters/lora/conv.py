@@ -20,7 +20,7 @@ from torch import Tensor
 from lora_lightning.adapters.base import AdapterSpec, BaseWeight, Convolution
 from lora_lightning.adapters.initialization import kaiming_uniform_, normal_, zeros_
 from lora_lightning.adapters.lora.embedding import check_plain_start
-from lora_lightning.adapters.lora.linear import LoraConfig, LowRankAdapter
+from lora_lightning.adapters.lora.linear import LowRankAdapter
 from lora_lightning.errors import AdapterStateError, RankError
 from lora_lightning.utilities.autocast import is_autocast
 
@@ -55,7 +55,7 @@ class LoraConvAdapter(LowRankAdapter):
     def reset_parameters(self) -> None:
         """A and B as `init_lora_weights` says; B A = 0 unless it is false."""
         super().reset_parameters()
-        config = cast(LoraConfig, self.config)
+        config = self.config
         if config.init_lora_weights == "gaussian":
             normal_(self.lora_A, 1 / self.r, self.spec.generator("lora_A"))
         else:

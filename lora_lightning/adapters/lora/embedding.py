@@ -7,8 +7,6 @@ Source: Hu et al. 2021, arXiv:2106.09685; names, shapes and start values are PEF
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -41,7 +39,7 @@ class LoraEmbeddingAdapter(LowRankAdapter):
     def reset_parameters(self) -> None:
         """A zero and B ~ N(0, 1); both random where `init_lora_weights` is false."""
         super().reset_parameters()
-        if cast(LoraConfig, self.config).init_lora_weights is False:
+        if self.config.init_lora_weights is False:
             normal_(self.lora_embedding_A, 1.0, self.spec.generator("lora_embedding_A"))
         else:
             zeros_(self.lora_embedding_A)

@@ -8,8 +8,6 @@ the experts lie one after the other in A and side by side in B.
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from torch import Tensor
 
@@ -45,7 +43,7 @@ class LoraExpertsAdapter(LowRankAdapter):
     def reset_parameters(self) -> None:
         """A and B as `init_lora_weights` says; B A = 0 unless it is false."""
         super().reset_parameters()
-        start = cast(LoraConfig, self.config).init_lora_weights
+        start = self.config.init_lora_weights
         if start == "gaussian":
             normal_(self.lora_A, 1 / self.r, self.spec.generator("lora_A"))
         else:

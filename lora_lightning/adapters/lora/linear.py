@@ -198,6 +198,8 @@ class LoraConfig(RankedConfig):
 class LowRankAdapter(DeltaAdapter):
     """What LoRA on a linear map, a convolution and an embedding table have in common."""
 
+    config: LoraConfig
+
     file_names: ClassVar[dict[str, str]] = {
         "lora_A": "lora_A.weight",
         "lora_B": "lora_B.weight",
@@ -268,7 +270,7 @@ class LoraAdapter(LowRankAdapter):
     def reset_parameters(self) -> None:
         """A and B as `init_lora_weights` says, unless they start from the base weight."""
         super().reset_parameters()
-        start = cast(LoraConfig, self.config).init_lora_weights
+        start = self.config.init_lora_weights
         generator = self.spec.generator("lora_A")
         if start == "gaussian":
             normal_(self.lora_A, 1 / self.r, generator)
@@ -293,7 +295,7 @@ class LoraAdapter(LowRankAdapter):
     @torch.no_grad()
     def start_from_weight(self, weight: Tensor) -> None:
         """A and B from the base weight (PiSSA, OLoRA), and what they start with beside them."""
-        start = str(cast(LoraConfig, self.config).init_lora_weights)
+        start = str(self.config.init_lora_weights)
         factors = START_FROM_WEIGHT[start.partition("_")[0]]
         generator = self.spec.generator("lora_A")
         self._start_with(*factors(weight, self.r, self.scaling, start, generator))
