@@ -17,7 +17,6 @@ even without adapters of its own (`route_out_projections`).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import cast
@@ -29,6 +28,7 @@ from torch import Tensor, nn
 from lora_lightning.adapters.base import Adapter, AdapterModule, BaseWeight
 from lora_lightning.adapters.modules_to_save import ModulesToSaveCopy
 from lora_lightning.errors import AdapterStateError
+from lora_lightning.layers.attention_heads import Masks, attend
 from lora_lightning.layers.autocast_cache import autocast_input
 from lora_lightning.layers.base import AdaptedLayer, WeightView, adapted_class
 from lora_lightning.layers.composition import compose
@@ -130,10 +130,9 @@ class AdaptedMultiheadAttention(AdaptedLayer):
             )
             return output
         self._check_inputs(query, key, value)
+        masks = Masks(key_padding_mask, attn_mask, is_causal)
         with nullcontext() if copy is None else copy.in_base_dtype():
-            y, weights = self._attend(
-                copy, query, key, value, key_padding_mask, attn_mask, is_causal, need_weights
-            )
+            y, weights = self._attend(copy, (query, key, value), masks, need_weights)
         if weights is not None and average_attn_weights:
             weights = weights.mean(dim=1)
         if query.dim() == 2:
@@ -143,25 +142,20 @@ class AdaptedMultiheadAttention(AdaptedLayer):
     def _attend(
         self,
         copy: ModulesToSaveCopy | None,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_padding_mask: Tensor | None,
-        attn_mask: Tensor | None,
-        is_causal: bool,
+        inputs: tuple[Tensor, Tensor, Tensor],
+        masks: Masks,
         need_weights: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        """Output (L, N, e) and, if wanted, the weights of every head."""
+        """Return the output (L, N, e) and, if wanted, the weights of every head."""
         module = cast(nn.MultiheadAttention, self if copy is None else copy.module)
-        q, k, v = self._project_in(module, query, key, value)
-        if query.dim() == 2:
+        q, k, v = self._project_in(module, inputs)
+        if inputs[0].dim() == 2:
             q, k, v = (x.unsqueeze(1) for x in (q, k, v))
-            key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
+            if masks.key_padding is not None:
+                masks = masks._replace(key_padding=masks.key_padding.unsqueeze(0))
         elif self.batch_first:
             q, k, v = (x.transpose(0, 1) for x in (q, k, v))
-        y, weights = attend(
-            module, q, k, v, key_padding_mask, attn_mask, is_causal, need_weights, self.training
-        )
+        y, weights = attend(module, q, k, v, masks, need_weights, self.training)
         return self._project_out(copy, y), weights
 
     def _has_applied_adapters(self) -> bool:
@@ -184,11 +178,11 @@ class AdaptedMultiheadAttention(AdaptedLayer):
             )
 
     def _project_in(
-        self, module: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor
+        self, module: nn.MultiheadAttention, inputs: tuple[Tensor, Tensor, Tensor]
     ) -> list[Tensor]:
         # As torch does it, down to the rounding: keys with values where they are made from the same
         # tensor, and all at once where the queries are too.
-        inputs = (query, key, value)
+        query, key, value = inputs
         starts = [0, 1, 2]
         if self.in_proj_weight is not None and key is value:
             starts = [0] if query is key else [0, 1]
@@ -277,82 +271,6 @@ class AdaptedMultiheadAttention(AdaptedLayer):
         base_map = self.out_proj.trained_copy() or module.out_proj
         adapters = self.out_proj.applied_adapters()
         return cast(Tensor, compose(adapters, y, base_map, WeightView(self.out_proj)))
-
-
-def attend(
-    module: nn.MultiheadAttention,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_padding_mask: Tensor | None,
-    attn_mask: Tensor | None,
-    is_causal: bool,
-    need_weights: bool,
-    training: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """The heads side by side, and their weights, as `F.multi_head_attention_forward` has them.
-
-    Shapes:
-        q (L, N, e), k and v (S, N, e), key_padding_mask (N, S), attn_mask (L, S) or (N heads, L,
-        S) -> (L, N, e), and (N, heads, L, S') or None; S' counts the rows that add_bias_kv and
-        add_zero_attn append to k and v.
-
-    """
-    length, batch, embed_dim = q.shape
-    heads, source = module.num_heads, k.shape[0]
-    _check_shape("key", (source, batch, embed_dim), k)
-    _check_shape("value", (source, batch, embed_dim), v)
-    if is_causal and attn_mask is None:
-        raise RuntimeError("is_causal=True is a hint about attn_mask, which must be given with it.")
-    is_causal = is_causal and key_padding_mask is None and not need_weights
-    mask = None if is_causal else _as_numbers(attn_mask, q.dtype)
-    if mask is not None:
-        expected = (length, source) if mask.dim() == 2 else (batch * heads, length, source)
-        _check_shape("attn_mask", expected, mask)
-        mask = mask.unsqueeze(0) if mask.dim() == 2 else mask
-    if key_padding_mask is not None:
-        _check_shape("key_padding_mask", (batch, source), key_padding_mask)
-        padding = cast(Tensor, _as_numbers(key_padding_mask, q.dtype)).view(batch, 1, 1, source)
-        padding = padding.expand(-1, heads, -1, -1).reshape(batch * heads, 1, source)
-        mask = padding if mask is None else mask + padding
-
-    if module.bias_k is not None and module.bias_v is not None:
-        k = torch.cat([k, module.bias_k.repeat(1, batch, 1)])
-        v = torch.cat([v, module.bias_v.repeat(1, batch, 1)])
-    if module.add_zero_attn:
-        k, v = (torch.cat([x, x.new_zeros(1, batch, embed_dim)]) for x in (k, v))
-    if mask is not None:
-        mask = F.pad(mask, (0, k.shape[0] - source))
-        source = k.shape[0]
-
-    def by_head(x: Tensor) -> Tensor:
-        return x.reshape(x.shape[0], batch * heads, embed_dim // heads).transpose(0, 1)
-
-    q, k, v = by_head(q), by_head(k), by_head(v)
-    dropout = module.dropout if training else 0.0
-    if not need_weights:
-        q, k, v = (x.view(batch, heads, -1, embed_dim // heads) for x in (q, k, v))
-        if mask is not None:
-            mask = mask.view(-1, heads if mask.shape[0] > 1 else 1, *mask.shape[1:])
-        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal)
-        return y.permute(2, 0, 1, 3).reshape(length, batch, embed_dim), None
-    q = q * math.sqrt(1 / q.shape[-1])
-    scores = q @ k.transpose(1, 2) if mask is None else torch.baddbmm(mask, q, k.transpose(1, 2))
-    weights = F.dropout(F.softmax(scores, dim=-1), dropout, training=dropout > 0)
-    y = (weights @ v).transpose(0, 1).reshape(length, batch, embed_dim)
-    return y, weights.view(batch, heads, *weights.shape[1:])
-
-
-def _as_numbers(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """What a mask adds to the scores: minus infinity where a boolean one is True."""
-    if mask is None or mask.is_floating_point():
-        return mask
-    return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, -math.inf)
-
-
-def _check_shape(name: str, expected: tuple[int, ...], tensor: Tensor) -> None:
-    if tuple(tensor.shape) != expected:
-        raise RuntimeError(f"{name} should have shape {expected}, but has {tuple(tensor.shape)}.")
 
 
 def attention_obstacle(module: nn.MultiheadAttention) -> str | None:
