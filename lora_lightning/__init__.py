@@ -99,7 +99,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "LoraCallback": "callback",
-    "LoraConfig": "adapters.lora.linear",
+    "LoraConfig": "adapters.lora.config",
     "inject_adapter": "engine.injection",
     "delete_adapter": "engine.injection",
     "adapter_names": "engine.switching",

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lora_lightning.adapters.config import AdapterConfig
-from lora_lightning.adapters.lora.linear import LoraConfig
+from lora_lightning.adapters.lora.config import LoraConfig
 from lora_lightning.checkpoint.state_dict import KEY
 from lora_lightning.engine.injection import adapters_named
 from lora_lightning.engine.targets.selection import Selection

@@ -57,14 +57,6 @@ class AdaLoraConfig(AdapterConfig):
             no-op); false: all three standard normal, for tests.
         rank_pattern: Of an adapter that has been trained, which triplets of each module are left:
             {path: init_r booleans}. Its tensors have only these.
-        target_modules: Which modules to adapt: "all-linear" (every Linear and Conv1D but the
-            output head), a list of names (whole path or its last part), or one regular
-            expression over whole paths.
-        exclude_modules: Which of those to leave out: list of names or one regular expression.
-        layers_to_transform: Only adapt the layers with these indices (target_modules as a list).
-        layers_pattern: Name of the module list that layers_to_transform counts in.
-        modules_to_save: Modules trained in full, as a copy saved with the adapter (a new head).
-        bias: Which biases train too: "none", "lora_only" (of adapted layers) or "all".
 
     Raises:
         ConfigError: If a value is out of range or the schedule leaves no step to allocate ranks.

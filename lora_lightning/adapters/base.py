@@ -1,6 +1,6 @@
-"""What every adapter is: one named set of trainable tensors on one weight.
+"""Base classes of all adapters: a named set of trainable tensors on one weight.
 
-The map of a module with adapters is a fold over them, in the order of `active_adapters`:
+The map of a module with adapters is composed of them, in the order in which they were added:
 f_0 is the module's own map, and adapter k turns f_(k-1) into
 
     f_k(x) = forward(x, f_(k-1)(transform_input(x))),
@@ -26,7 +26,7 @@ from lora_lightning.utilities.autocast import is_autocast
 
 @dataclass(frozen=True)
 class Convolution:
-    """How a convolution runs over its input; `dims` is 1, 2 or 3."""
+    """Geometry of a convolution over `dims` (1, 2 or 3) dimensions."""
 
     dims: int
     stride: tuple[int, ...]
@@ -64,7 +64,7 @@ class BaseWeight(Protocol):
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """Where one adapter sits, and all it is made from.
+    """All that one adapter on one weight is made from.
 
     Attributes:
         config: The options shared by all adapters of one injection.
@@ -72,15 +72,15 @@ class AdapterSpec:
         shape: Of the weight, in the canonical layout: linear (out, in); conv (out, in / groups,
             *kernel); embedding (num_embeddings, embedding_dim); experts as stored.
         path: Of the module, without the adapter's name.
-        name, seed: What random start values depend on, beside the tensor's own name.
+        name, seed: Random start values depend on them, beside the tensor's own name.
         device, base_dtype: Of the base weight; device "meta" for `low_cpu_mem_usage`.
         conv: The convolution's geometry where kind is "conv".
-        check_rank: Whether a rank that exceeds the weight's is an error.
-        transposed: Whether the experts' weight is stored as (experts, in, out).
+        check_rank: True if a rank that exceeds the weight's is an error.
+        transposed: True if the experts' weight is stored as (experts, in, out).
         attention: Path of the attention that an `out_proj` is adapted together with: patterns that
             name the attention hold for both, unless others name the `out_proj` itself.
-        shared: What all adapters of one injection share; `config.prepare` made it.
-        autocast_adapter_dtype: Whether 16-bit bases get fp32 adapters (PEFT's name for it).
+        shared: One object for all adapters of an injection; `config.prepare` made it.
+        autocast_adapter_dtype: True if 16-bit bases get fp32 adapters (PEFT's name for it).
 
     """
 
@@ -303,7 +303,7 @@ class DeltaAdapter(Adapter):
 
     @torch.no_grad()
     def set_scaling(self, scaling: float) -> None:
-        """Let the update act with another factor."""
+        """Give the update another factor."""
         self.scaling = scaling
         self.scaling_tensor.fill_(scaling)
 

@@ -1,4 +1,4 @@
-"""What a user can ask of an adapter, whatever its type: validated once, then never changed.
+"""Options of an adapter, whatever its type: validated once, then never changed.
 
 The options that one type alone knows stand in that type's own file under `adapters/`.
 """
@@ -130,7 +130,7 @@ class AdapterConfig:
 
     @property
     def starts_from_base(self) -> bool:
-        """Whether what the adapter computes depends on start values taken from the base weight."""
+        """True if what the adapter computes depends on start values taken from the base weight."""
         return False
 
     def prepare(

@@ -69,7 +69,7 @@ class Ia3Config(AdapterConfig):
             )
 
     def is_feedforward(self, path: str) -> bool:
-        """Whether the inputs of the module at `path` are scaled, not its outputs."""
+        """Tell whether the inputs of the module at `path` are scaled, not its outputs."""
         return any(re.fullmatch(e, path) for e in self._feedforward().values())
 
     def _feedforward(self) -> dict[str, str]:
@@ -79,7 +79,7 @@ class Ia3Config(AdapterConfig):
         return {name: rf"(.*\.)?{re.escape(name)}" for name in names or ()}
 
     def file_options(self) -> dict[str, Any]:
-        """What PEFT's adapter_config.json says; names as the expression that means just them.
+        """Return the options of adapter_config.json; names as the expression that means just them.
 
         PEFT takes a name for the end of a path, within a word too, and needs some value.
         """

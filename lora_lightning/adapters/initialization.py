@@ -1,4 +1,4 @@
-"""How the tensors of an adapter start.
+"""Start values of the tensors of an adapter.
 
 Random values come from a generator of their own, seeded by the run's seed and the tensor's name:
 every process draws the same values whatever it did before, the order of injection does not

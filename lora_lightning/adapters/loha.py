@@ -32,10 +32,9 @@ from lora_lightning.adapters.lycoris import (
     LycorisAdapter,
     LycorisConfig,
     contract_core,
-    product_dtype,
     recompute,
 )
-from lora_lightning.utilities.autocast import without_autocast
+from lora_lightning.utilities.autocast import product_dtype, without_autocast
 from lora_lightning.utilities.tracing import is_traced
 
 # As two products the update was faster than as a dense weight up to this part of its products (one
@@ -55,8 +54,6 @@ class LohaConfig(LycorisConfig):
         alpha: Numerator of the scaling; doubling it doubles the update.
         rank_dropout: Probability in [0, 1) of dropping a row of the update (an output feature) in
             a training step; the rows that are left are enlarged accordingly.
-        module_dropout: Probability in [0, 1) of dropping the whole update of a module in a
-            training step. What is kept is not enlarged.
         use_effective_conv2d: Factor the kernels of convolutions (also 1d and 3d) as a core over
             the kernel's positions and two matrices over the channels (FedPara, proposition 3),
             instead of as one matrix (out, in * positions).

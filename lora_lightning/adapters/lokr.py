@@ -30,10 +30,10 @@ from lora_lightning.adapters.lycoris import (
     LycorisAdapter,
     LycorisConfig,
     contract_core,
-    product_dtype,
     recompute,
 )
 from lora_lightning.errors import ConfigError
+from lora_lightning.utilities.autocast import product_dtype
 
 # On kernels, small convolutions in a row are slower than their number of products says: they were
 # faster than the dense one below an eighth of its products (one CPU thread, 16 to 320 channels).
@@ -55,14 +55,7 @@ class LokrConfig(LycorisConfig):
         decompose_both: Give W1 the rank r too, where r is less than half its larger side.
         decompose_factor: Size of W1's sides: the layer's sizes are divided by it where they can
             be, else by their largest divisor below it. -1: as near to square as they can be.
-        rank_dropout: Probability in [0, 1) of dropping a row of the update (an output feature) in
-            a training step.
         rank_dropout_scale: Enlarge the rows that are left accordingly.
-        module_dropout: Probability in [0, 1) of dropping the whole update of a module in a
-            training step. What is kept is not enlarged.
-        use_effective_conv2d: Factor the kernels of convolutions (also 1d and 3d) as a core over
-            the kernel's positions and two matrices over the channels (FedPara, arXiv:2108.06098,
-            proposition 3), instead of as one matrix.
         init_weights: true: W1 is zero (the adapter starts as a no-op); "lycoris": W2 is, as in
             the LyCORIS library; false: neither, for tests. All else is Kaiming-uniform.
 
@@ -157,7 +150,7 @@ class LokrAdapter(LycorisAdapter):
         self.reset_parameters()
 
     def _is_cheap(self, h: int, m: int) -> bool:
-        """Whether the update acts as Y = W1 (X B^T) A^T and not as a dense weight."""
+        """Tell whether the update is computed as Y = W1 (X B^T) A^T and not as a dense weight."""
         conv, (rows, *rest) = self.spec.conv, self.spec.shape
         if conv is None:
             return True

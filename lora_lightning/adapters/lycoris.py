@@ -1,4 +1,4 @@
-"""What LoHa and LoKr share: options, dropout, and how to keep little for backward.
+"""Parts that LoHa and LoKr share: options, dropout, and how to keep little for backward.
 
 Both add an update that is a product of small tensors, W' = W + scaling * delta(tensors), with
 scaling = alpha / r.
@@ -24,7 +24,7 @@ from lora_lightning.adapters.config import (
     check_probability,
 )
 from lora_lightning.adapters.initialization import kaiming_uniform_, zeros_
-from lora_lightning.utilities.autocast import is_autocast, without_autocast
+from lora_lightning.utilities.autocast import without_autocast
 from lora_lightning.utilities.tracing import is_traced
 
 # Computing again has a price of its own, which is the larger part of the step where the tensors
@@ -118,7 +118,7 @@ class LycorisAdapter(DeltaAdapter):
         return self.scale() * (torch.rand((), device=like.device) > p).to(like.dtype)
 
     def kept_rows(self, rescale: bool) -> Tensor | None:
-        """What the rows of the update are multiplied by: 0 or 1, divided by the mean if `rescale`.
+        """Draw the factors of the update's rows: 0 or 1, divided by the mean if `rescale`.
 
         None where no rows are dropped.
         """
@@ -132,13 +132,6 @@ class LycorisAdapter(DeltaAdapter):
     def extra_repr(self) -> str:
         """Rank and alpha, as they appear in `print(model)`."""
         return f"r={self.r}, alpha={self.alpha:g}"
-
-
-def product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which `x` is multiplied: its own, or autocast's."""
-    if is_autocast(x) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
 
 
 def contract_core(core: Tensor, columns: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ class OftConfig(AdapterConfig):
             layer's width, the nearest number that does is taken, with a warning.
         module_dropout: Probability in [0, 1) that a block does not rotate in a training step.
         coft: Keep every Q_i within eps / sqrt(number of blocks) of zero.
-        eps: How far, with coft.
+        eps: Bound of coft.
         block_share: One R_i for all blocks of a layer.
         use_cayley_neumann: Neumann series instead of the exact map: faster, orthogonal only as
             long as Q is small.
@@ -158,11 +158,11 @@ class OftAdapter(Adapter):
         self.reset_parameters()
 
     def width(self) -> int:
-        """How many values are rotated."""
+        """Return the number of values that are rotated."""
         return self.spec.shape[1]
 
     def reset_parameters(self) -> None:
-        """No rotation, or a random one with `init_weights: false`."""
+        """Set no rotation, or a random one with `init_weights: false`."""
         super().reset_parameters()
         if self.config.init_weights:
             zeros_(self.oft_R)
@@ -266,7 +266,7 @@ class OftConvAdapter(OftAdapter):
         return conv.dims == 2 and set(kernel) == {1} and super().peft_supports(conv, kernel)
 
     def width(self) -> int:
-        """The size of a patch."""
+        """Return the size of a patch."""
         return math.prod(self.spec.shape[1:]) * self._groups()
 
     def _groups(self) -> int:

@@ -10,11 +10,12 @@ from lora_lightning.adapters.config import AdapterConfig
 from lora_lightning.adapters.ia3 import Ia3Adapter, Ia3Config, Ia3ConvAdapter
 from lora_lightning.adapters.loha import LohaAdapter, LohaConfig
 from lora_lightning.adapters.lokr import LokrAdapter, LokrConfig
+from lora_lightning.adapters.lora.config import LoraConfig
 from lora_lightning.adapters.lora.conv import LoraConvAdapter
 from lora_lightning.adapters.lora.dora import DoraAdapter, DoraConvAdapter, DoraEmbeddingAdapter
 from lora_lightning.adapters.lora.embedding import LoraEmbeddingAdapter
 from lora_lightning.adapters.lora.experts import LoraExpertsAdapter
-from lora_lightning.adapters.lora.linear import LoraAdapter, LoraConfig
+from lora_lightning.adapters.lora.linear import LoraAdapter
 from lora_lightning.adapters.oft import OftAdapter, OftConfig, OftConvAdapter, OftEmbeddingAdapter
 from lora_lightning.adapters.shira import ShiraAdapter, ShiraConfig
 from lora_lightning.adapters.vera import VeraAdapter, VeraConfig

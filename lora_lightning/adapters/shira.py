@@ -37,7 +37,7 @@ class ShiraConfig(AdapterConfig):
 
     Args:
         r: r (in + out) entries of every weight train, as many as LoRA of this rank would.
-        mask_type: How they are chosen: "random", or any other word for what mask_fn does.
+        mask_type: The choice of entries: "random", or any other word for what mask_fn does.
         mask_fn: Given a weight (out, in) and r, the mask of its shape that is 1 at the r (in + out)
             entries that train and 0 elsewhere. Used where mask_type is not "random".
         random_seed: Of the random choice.
@@ -134,11 +134,11 @@ class ShiraAdapter(DeltaAdapter):
 
     @property
     def needs_weight(self) -> bool:  # type: ignore[override]
-        """Whether `mask_fn` chooses the entries."""
+        """True if `mask_fn` chooses the entries."""
         return self.config.mask_fn is not None
 
     def start_from_weight(self, weight: Tensor) -> None:
-        """Let `mask_fn` choose the entries."""
+        """Choose the entries with `mask_fn`."""
         config = self.config
         mask: Tensor = cast(Callable[..., Any], config.mask_fn)(weight, config.r)
         chosen = mask.flatten().nonzero().flatten()
@@ -225,7 +225,7 @@ class SparseProduct(torch.autograd.Function):
 
 
 def _starts(targets: Tensor, count: int) -> Tensor:
-    """Where in `targets`, ascending, the entries of 0, 1, ..., count - 1 begin."""
+    """Find where in `targets`, ascending, the entries of 0, 1, ..., count - 1 begin."""
     return torch.searchsorted(targets, torch.arange(count, dtype=targets.dtype), out_int32=True)
 
 

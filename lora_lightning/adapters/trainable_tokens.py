@@ -78,7 +78,7 @@ class TrainableTokensAdapter(Adapter):
         return weight.index_copy(0, self.ids, rows)
 
     def extra_repr(self) -> str:
-        """How many tokens train."""
+        """Number of tokens that train, as it appears in `print(model)`."""
         return f"tokens={len(self.token_ids)}"
 
 

@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_lightning.adapters.base import Adapter
+from lora_lightning.adapters.lora.config import LoraConfig
 from lora_lightning.adapters.lora.conv import LoraConvAdapter
 from lora_lightning.adapters.lora.embedding import LoraEmbeddingAdapter
-from lora_lightning.adapters.lora.linear import LoraAdapter, LoraConfig, LowRankAdapter
+from lora_lightning.adapters.lora.linear import LoraAdapter, LowRankAdapter
 from lora_lightning.adapters.modules_to_save import ModulesToSaveCopy
 from lora_lightning.engine.bias import trained_biases
 from lora_lightning.engine.construction import BuildContext

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.adapters.config import SELECTION, pattern_value
+from lora_lightning.adapters.lora.config import LoraConfig
 from lora_lightning.adapters.lora.init_weights import EvaConfig
-from lora_lightning.adapters.lora.linear import LoraConfig
 from lora_lightning.engine.targets.selection import select_modules
 from lora_lightning.errors import ConfigError, first_few
 

@@ -195,7 +195,7 @@ class AdaptedLayer(CarriedAdapters):
         self.merged_adapters = []
 
     def keep(self, name: str) -> Any:
-        """What brings a parameter back bit for bit, as `base_weight` gives it."""
+        """Return what brings a parameter back bit for bit, as `base_weight` gives it."""
         return self.dense_weight(name).detach().clone()
 
     def store_weight(self, dense: Tensor, name: str) -> None:
@@ -211,7 +211,7 @@ class AdaptedLayer(CarriedAdapters):
         return dict(self._kept)
 
     def forget_originals(self) -> None:
-        """Let what is merged be the base from now on."""
+        """Make what is merged the base from now on."""
         self._kept = {}
         self.merged_adapters = []
 

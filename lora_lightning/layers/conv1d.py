@@ -24,5 +24,5 @@ class AdaptedConv1D(AdaptedLinear):
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether `module` is transformers' Conv1D, found without importing transformers."""
+    """Tell whether `module` is transformers' Conv1D, found without importing transformers."""
     return is_a(module, "Conv1D", module="transformers.pytorch_utils")

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from lora_lightning.adapters.base import Adapter
 from lora_lightning.adapters.lora.linear import LoraAdapter
 from lora_lightning.layers.autocast_cache import autocast_input
-from lora_lightning.utilities.autocast import is_autocast, without_autocast
+from lora_lightning.utilities.autocast import is_autocast, product_dtype, without_autocast
 from lora_lightning.utilities.tracing import is_traced
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -132,8 +132,8 @@ class _Lora(torch.autograd.Function):
             # Cast here, not by autocast: its cache would hand what was cast outside of autograd,
             # as all is here, to later readers of the same parameter. Detached, because nobody
             # could change in place an output that is a view of a tensor born in here.
-            like = None if bias is None else _as_autocast(bias)
-            output = F.linear(x, _as_autocast(weight), like).detach()
+            like = None if bias is None else bias.to(product_dtype(bias))
+            output = F.linear(x, weight.to(product_dtype(weight)), like).detach()
         elif inplace and y.is_contiguous():
             if y._is_view():  # of what a function of bitsandbytes has made, which nobody else holds
                 output = y.detach()
@@ -203,10 +203,3 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         d_factors += (d_a, d_b)
     dx = None if dx is None else dx.view(ctx.shape)
     return dx, grad if of_y else None, d_weight, d_bias, None, None, *d_factors
-
-
-def _as_autocast(tensor: Tensor) -> Tensor:
-    """`tensor` as autocast would hand it to a matrix product."""
-    if is_autocast(tensor) and tensor.dtype != torch.float64:
-        return tensor.to(torch.get_autocast_dtype(tensor.device.type))
-    return tensor

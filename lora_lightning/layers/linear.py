@@ -58,9 +58,9 @@ class AdaptedLinear(AdaptedLayer):
         return compose(adapters, shared, base_map, WeightView(self))
 
     def gives_output_away(self) -> bool:
-        """Whether the base needs its output no more, so that it may be written into."""
+        """Tell whether the base needs its output no more, so that it may be written into."""
         return False
 
     def is_plain(self) -> bool:
-        """Whether the base's forward is that of nn.Linear itself."""
+        """Tell whether the base's forward is that of nn.Linear itself."""
         return self.base_type.forward is nn.Linear.forward and self._instance_forward is None

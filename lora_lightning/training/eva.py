@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.adapters.config import AdapterConfig
-from lora_lightning.adapters.lora.linear import LoraConfig
+from lora_lightning.adapters.lora.config import LoraConfig
 from lora_lightning.checkpoint.state_dict import adapter_state_dict
 from lora_lightning.engine.eva import FOUND, eva_start
 from lora_lightning.engine.injection import adapters_named, delete_adapter

@@ -27,7 +27,7 @@ from lora_lightning import (
 from lora_lightning.adapters import registry
 from lora_lightning.adapters.base import AdapterSpec, DeltaAdapter
 from lora_lightning.adapters.config import AdapterConfig
-from lora_lightning.adapters.lora.linear import LoraConfig
+from lora_lightning.adapters.lora.config import LoraConfig
 from lora_lightning.engine import task_arithmetic as ours_module
 from lora_lightning.engine.combine import add_weighted_adapter
 from lora_lightning.engine.task_arithmetic import (

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lora_lightning.adapters.base import AdapterSpec, BaseWeight
 from lora_lightning.adapters.initialization import normal_, zeros_
-from lora_lightning.adapters.lora.linear import LoraConfig, LowRankAdapter
+from lora_lightning.adapters.lora.config import LoraConfig
+from lora_lightning.adapters.lora.linear import LowRankAdapter
 from lora_lightning.errors import ConfigError
 from lora_lightning.utilities.autocast import without_autocast
 

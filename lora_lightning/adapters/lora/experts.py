@@ -13,8 +13,9 @@ from torch import Tensor
 
 from lora_lightning.adapters.base import AdapterSpec
 from lora_lightning.adapters.initialization import kaiming_uniform_, normal_, zeros_
+from lora_lightning.adapters.lora.config import LoraConfig
 from lora_lightning.adapters.lora.embedding import check_plain_start
-from lora_lightning.adapters.lora.linear import LoraConfig, LowRankAdapter
+from lora_lightning.adapters.lora.linear import LowRankAdapter
 from lora_lightning.errors import ConfigError
 
 

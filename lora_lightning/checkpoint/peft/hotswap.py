@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from lora_lightning.adapters.base import AdapterModule
 from lora_lightning.adapters.config import AdapterConfig, pattern_value
-from lora_lightning.adapters.lora.linear import LoraConfig, LowRankAdapter
+from lora_lightning.adapters.lora.config import LoraConfig
+from lora_lightning.adapters.lora.linear import LowRankAdapter
 from lora_lightning.adapters.trainable_tokens import TrainableTokensAdapter
 from lora_lightning.checkpoint.compatibility import config_differences
 from lora_lightning.checkpoint.peft.config import TENSORS

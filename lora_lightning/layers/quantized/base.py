@@ -103,7 +103,7 @@ class AdaptedQuantizedLinear(AdaptedLinear):
         return super().base_weight(name) if kept is None or _is_dense(kept) else kept.dense()
 
     def is_plain(self) -> bool:
-        """No: it is for the base to say what it reads under autocast."""
+        """False: it is for the base to say what it reads under autocast."""
         return False
 
     def keep(self, name: str) -> Any:
@@ -142,7 +142,7 @@ class AdaptedBitsandbytesLinear(AdaptedQuantizedLinear):
     """
 
     def gives_output_away(self) -> bool:
-        """Yes: the backward of bitsandbytes' products reads the weight only."""
+        """True: bitsandbytes' backward reads only the weight."""
         forward = self.base_type.forward
         return forward.__module__ == "bitsandbytes.nn.modules" and self._instance_forward is None
 

@@ -1,4 +1,4 @@
-"""How bitsandbytes holds the weight W (out, in) of a Linear.
+"""Weights W (out, in) of a Linear as bitsandbytes holds them.
 
 4 bits (`Linear4bit`: NF4, FP4): blocks of 64 values along a row share a scale,
 W[i] = scale[block of i] * code[q[i]], two indices q to a byte; with double quantisation the scales
@@ -27,22 +27,22 @@ _MODULES = "bitsandbytes.nn.modules"
 
 
 def is_linear4bit(module: nn.Module) -> bool:
-    """Whether `module` is bitsandbytes' Linear4bit, found without importing bitsandbytes."""
+    """Tell whether `module` is bitsandbytes' Linear4bit, found without importing bitsandbytes."""
     return is_a(module, "Linear4bit", module=_MODULES)
 
 
 def is_linear8bit(module: nn.Module) -> bool:
-    """Whether `module` is bitsandbytes' Linear8bitLt, found without importing bitsandbytes."""
+    """Tell whether `module` is bitsandbytes' Linear8bitLt, found without importing bitsandbytes."""
     return is_a(module, "Linear8bitLt", module=_MODULES)
 
 
 def is_quantized_embedding(module: nn.Module) -> bool:
-    """Whether `module` is an embedding of bitsandbytes, found without importing bitsandbytes."""
+    """Tell whether `module` is bitsandbytes' embedding, found without importing bitsandbytes."""
     return is_a(module, "Embedding4bit", "Embedding8bit", module=_MODULES)
 
 
 def settle_rounding_table(quant_type: str) -> None:
-    """Let bitsandbytes make the table that it rounds to 4 bits by on the CPU in float32.
+    """Make bitsandbytes' table for rounding to 4 bits on the CPU in float32.
 
     It makes it once per process, in the default dtype of that moment, which under `bf16-true` is
     bfloat16: every model after that would be rounded to other indices than in another process, and

@@ -1,4 +1,4 @@
-"""How torchao holds the weight of a Linear in int8: as one tensor of a class of its own.
+"""Weights of a Linear as torchao holds them in int8: one tensor of a class of its own.
 
 W[i, j] = scale[block of i, j] * (q[i, j] - zero_point), q in int8; a block is a row, a group
 within a row, or the whole tensor (`Int8WeightOnlyConfig(granularity=...)`). The module stays a
@@ -19,12 +19,12 @@ from lora_lightning.utilities.is_a import is_a
 
 
 def is_torchao_linear(module: nn.Module) -> bool:
-    """Whether `module` is a Linear with a weight of torchao's, found without importing torchao."""
+    """Tell whether `module` is a Linear with torchao's weight, found without importing torchao."""
     return isinstance(module, nn.Linear) and has_torchao_weight(module)
 
 
 def has_torchao_weight(module: nn.Module) -> bool:
-    """Whether the weight of `module` is one of torchao's, found without importing torchao."""
+    """Tell whether the weight of `module` is one of torchao's, found without importing torchao."""
     if isinstance(module, torch.jit.ScriptModule):
         return False
     return is_a(module._parameters.get("weight"), "TorchAOBaseTensor", module="torchao.utils")
