@@ -696,7 +696,9 @@ class Doubling(Adapter):
 
 def test_adapters_that_are_no_sum_are_folded() -> None:
     ours = net("mixtral", r=3)
-    ours.experts.adapters["default"].add_module("gate_up_proj", Doubling(LoraConfig()))
+    adapter = ours.experts.adapters["default"]
+    spec = adapter.by_weight()["gate_up_proj"].spec
+    adapter.add_module("gate_up_proj", Doubling(spec))
     ours.experts.active_adapters = ["default"]
     x, index, weights = batch()
     plain = net("mixtral").experts
