@@ -1,11 +1,13 @@
-"""The house stands as designed: floors, import weight, file sizes, public names."""
+"""The package is built as designed: one-way, light imports; short files, functions, signatures."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 
@@ -111,15 +113,84 @@ def test_data_goes_from_sources_to_batches(folder: str) -> None:
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_no_file_is_two_rooms(path: Path) -> None:
+def test_files_stay_short(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= 400
 
 
-ENGINE = (
-    "errors utilities.autocast adapters.config adapters.initialization adapters.registry "
-    "layers.registry engine.targets.selection engine.bias engine.injection engine.switching "
-    "engine.merging"
-)
+# The functions that may have more than seven parameters, and why.
+WIDE = {
+    "LoraCallback.__init__": "options of the command line, --lora",
+    "ImageDataModule.__init__": "options of the command line, --data",
+    "TextDataModule.__init__": "options of the command line, --data",
+    "TextClassificationDataModule.__init__": "options of the command line, --data",
+    "TokenClassificationDataModule.__init__": "options of the command line, --data",
+    "PretrainedTask.__init__": "options of the command line, --model",
+    "add_weighted_adapter": "PEFT's signature",
+    "AdaptedMultiheadAttention.forward": "torch's signature",
+}
+
+
+def functions(tree: ast.AST, owner: str = "") -> Iterator[tuple[str, ast.FunctionDef]]:
+    """Every function of a module, methods and inner ones too, by its qualified name."""
+    for node in ast.iter_child_nodes(tree):
+        name = f"{owner}{getattr(node, 'name', '')}"
+        if isinstance(node, ast.FunctionDef):
+            yield name, node
+        named = isinstance(node, (ast.FunctionDef, ast.ClassDef))
+        yield from functions(node, f"{name}." if named else owner)
+
+
+def too_long(tree: ast.AST) -> list[str]:
+    """The functions of more than 60 lines, their docstrings included."""
+    return [
+        name
+        for name, function in functions(tree)
+        if cast(int, function.end_lineno) - function.lineno >= 60
+    ]
+
+
+def too_wide(tree: ast.AST) -> list[str]:
+    """The functions of more than seven parameters, `self` and `cls` not counted."""
+    found = []
+    for name, function in functions(tree):
+        signature = function.args
+        parameters = (*signature.posonlyargs, *signature.args, *signature.kwonlyargs)
+        if sum(parameter.arg not in ("self", "cls") for parameter in parameters) > 7:
+            found.append(name)
+    return found
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_functions_and_signatures_stay_short(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    assert too_long(tree) == []
+    assert [name for name in too_wide(tree) if name not in WIDE] == []
+
+
+def test_every_exception_is_needed() -> None:
+    found = [name for path in modules() for name in too_wide(ast.parse(path.read_text()))]
+    assert WIDE.keys() <= {*found}
+
+
+def test_the_search_for_long_functions_can_fail() -> None:
+    body = "\n".join(["        pass"] * 60)
+    tree = ast.parse(f"class A:\n    def f(self):\n{body}\n    def g(self):\n        pass")
+    assert too_long(tree) == ["A.f"]
+
+
+def test_the_search_for_wide_signatures_can_fail() -> None:
+    methods = "class A:\n def f(self, a, b, c, /, d, e, *, f, g): ...\n"
+    tree = ast.parse(methods + "def outer():\n def inner(a, b, c, d, /, e, *, f, g, h): ...\n")
+    assert too_wide(tree) == ["outer.inner"]
+
+
+# All of these packages need torch only.
+LIGHT = [
+    dotted(path)
+    for path in modules()
+    if path.relative_to(PACKAGE).parts[0]
+    in ("errors.py", "utilities", "adapters", "layers", "engine")
+]
 HEAVY = [
     "bitsandbytes", "torchao", "lightning", "pytorch_lightning", "transformers", "torchmetrics", "jsonargparse", "rich",
 ]  # fmt: skip
@@ -132,7 +203,7 @@ def heavy_after(statements: str) -> list[str]:
 
 
 def test_engine_needs_torch_only() -> None:
-    imported = "\n".join(f"import lora_lightning.{name}" for name in ENGINE.split())
+    imported = "\n".join(f"import {name}" for name in LIGHT)
     working = (
         "import torch\nfrom lora_lightning import inject_adapter, LoraConfig, merge_and_unload\n"
         "net = torch.nn.Sequential(torch.nn.Linear(4, 4))\n"
