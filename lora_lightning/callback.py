@@ -223,7 +223,7 @@ class LoraCallback(AdapterCallback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Say what is left to resume from when a run is interrupted."""
+        """Set the exit code; tell what there is to resume from when Ctrl-C ends a run."""
         set_exit_code(trainer, exception)
         if isinstance(exception, KeyboardInterrupt) and trainer.state.fn == "fit":
             self.on_fit_end(trainer, pl_module)
@@ -231,7 +231,7 @@ class LoraCallback(AdapterCallback):
                 show(*lines_without_checkpoint(trainer))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say what was left out, how ranks were shared out and where the adapters lie."""
+        """Tell which steps were left out, how ranks were shared out and where checkpoints are."""
         lines = [*self._nonfinite_guard.finish(), *self._rank_schedule.finish()]
         if self.enabled and trainer.is_global_zero:
             if self._is_last(pl_module):
@@ -242,17 +242,17 @@ class LoraCallback(AdapterCallback):
 
     @property
     def state_key(self) -> str:
-        """Of its own for every adapter; a Trainer without this callback is told what it misses."""
+        """A key of its own for each adapter: a Trainer without it is told what it misses."""
         # Before a module is attached, Lightning compares keys: `setup` refuses equal names clearer.
         name = self.adapter_name if self._log is not None else id(self)
         return state_key(self, adapter_name=name)
 
     def state_dict(self) -> dict[str, Any]:
-        """How many steps were left out so far."""
+        """The number of optimizer steps that were left out so far."""
         return {"skipped": self._nonfinite_guard.skipped} if self.enabled else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Count on."""
+        """Go on counting from a checkpoint's number."""
         self._nonfinite_guard.skipped = state_dict["skipped"]
 
     def on_load_checkpoint(
@@ -275,11 +275,11 @@ class LoraCallback(AdapterCallback):
         return self._rank_schedule.state()
 
     def _is_first(self, pl_module: LightningModule) -> bool:
-        """Of several callbacks, the one that acts for the run as a whole."""
+        """True for the one of several callbacks that acts for the run as a whole."""
         return callbacks_of(pl_module)[:1] == [self]
 
     def _is_last(self, pl_module: LightningModule) -> bool:
-        """Of several callbacks, the one that says what is true of the run as a whole."""
+        """True for the one of several callbacks that tells what is true of the run as a whole."""
         return callbacks_of(pl_module)[-1:] == [self]
 
 

@@ -18,7 +18,7 @@ from rich.table import Table
 from lora_lightning.engine.switching import adapter_names, disable_adapter
 from lora_lightning.errors import ConfigError, first_few
 from lora_lightning.layers.traversal import named_adapted_layers
-from lora_lightning.training import summary as report
+from lora_lightning.training import summary
 from lora_lightning.training._lightning import (
     given_validation_data,
     last_value,
@@ -112,7 +112,7 @@ class Comparison:
 
     def show(self) -> None:
         """Print `lines`."""
-        report.show(*self.lines())
+        summary.show(*self.lines())
 
 
 def compare_with_base(

@@ -26,7 +26,7 @@ from lora_lightning.data.samples.sample import (
 from lora_lightning.engine.switching import adapter_names, disable_adapter
 from lora_lightning.errors import ConfigError
 from lora_lightning.tasks.pretrained_task import PretrainedTask
-from lora_lightning.training import summary as report
+from lora_lightning.training import summary
 from lora_lightning.training.progress import left_out
 from lora_lightning.utilities.dtensor import is_sharded
 from lora_lightning.utilities.is_a import is_a
@@ -162,7 +162,7 @@ class TextSamples(Callback):
             for number, (row, _) in enumerate(self._asked):
                 base = {} if self._base is None else {"base": self._base[number]}
                 rows.append({**row, **base, "tuned": tuned[number]})
-            report.show(as_table(rows, f"samples at step {step}"))
+            summary.show(as_table(rows, f"samples at step {step}"))
             for logger in trainer.loggers:
                 log_texts(logger, "samples", rows, step)
 

@@ -1,4 +1,4 @@
-"""AdaLoRA's budget of ranks in the course of a Trainer's run: who calls the allocator, and when.
+"""AdaLoRA's rank budget in a Trainer's run: when the allocator is called.
 
 One optimizer step, under automatic and manual optimization alike:
 
@@ -16,9 +16,11 @@ import math
 from collections import defaultdict
 from typing import Any
 
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from lora_lightning.adapters.adalora import AdaLoraConfig
 from lora_lightning.adapters.config import AdapterConfig
@@ -39,15 +41,15 @@ class RankSchedule:
     def __init__(self) -> None:
         self.allocator: RankAllocator | None = None
         self._saved: dict[str, Any] | None = None
-        self._hooks: list[Any] = []
-        self._stepping = False  # whether this batch has made a step
+        self._hooks: list[RemovableHandle] = []
+        self._stepping = False  # True once this batch has made a step
 
     def load(self, state: dict[str, Any] | None) -> None:
-        """Keep what a checkpoint says (`state()`), or nothing, until training starts."""
+        """Keep the state of a checkpoint (`state()`), or None, until training starts."""
         self._saved = state
 
     def start(
-        self, trainer: Any, root: nn.Module, config: AdapterConfig, adapter_name: str
+        self, trainer: Trainer, root: nn.Module, config: AdapterConfig, adapter_name: str
     ) -> None:
         """Begin at step 0, or go on where the checkpoint or the last fit of this Trainer ended.
 
@@ -65,6 +67,7 @@ class RankSchedule:
         if not isinstance(config, AdaLoraConfig) or not trains:
             return
         run = trainer.estimated_stepping_batches
+        tried_out = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
         length = int(run) if math.isfinite(run) and run > 0 else None
         # A run that is resumed for longer does not take back ranks that have been allocated.
         total = config.total_step or (saved["total_step"] if saved else length)
@@ -73,12 +76,12 @@ class RankSchedule:
                 "AdaLoRA needs to know how many optimizer steps the run has, and this Trainer "
                 "cannot tell. Set total_step, or max_steps of the Trainer. (lora.total_step)"
             )
-        if not trainer.fast_dev_run:
+        if not tried_out:
             config.check_schedule(total)
         self.allocator = RankAllocator(adapters, config, total)
         if saved:
             self.allocator.load_state(saved)
-        if length is not None and length < self.allocator.last_step and not trainer.fast_dev_run:
+        if length is not None and length < self.allocator.last_step and not tried_out:
             rank_zero_warn(
                 f"The run ends after {length} optimizer steps, before AdaLoRA's ranks are final "
                 f"(step {self.allocator.last_step}). Lower total_step, or leave it out. "
@@ -87,7 +90,7 @@ class RankSchedule:
         for optimizer in trainer.optimizers:
             self._hooks.append(optimizer.register_step_post_hook(self._after_step))
 
-    def before_step(self, trainer: Any, optimizer: Optimizer) -> None:
+    def before_step(self, trainer: Trainer, optimizer: Optimizer) -> None:
         """Add the orthogonality term's gradient to those that `optimizer` is about to use."""
         if self.allocator is None:
             return
@@ -112,7 +115,7 @@ class RankSchedule:
         self._stepping = False
 
     def stop(self) -> None:
-        """Let go of the optimizers."""
+        """Remove the hooks from the optimizers."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -128,7 +131,7 @@ class RankSchedule:
         return rank_lines(self.allocator)
 
     def state(self) -> dict[str, Any] | None:
-        """What `load` takes: plain values and tensors; None without AdaLoRA."""
+        """The state that `load` takes: plain values and tensors; None without AdaLoRA."""
         self.after_batch()  # where another callback writes a checkpoint before us
         return None if self.allocator is None else self.allocator.state()
 

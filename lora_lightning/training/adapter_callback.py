@@ -73,7 +73,8 @@ class AdapterCallback(Callback, ABC):
                 f"module={self.module!r}: {type(pl_module).__name__} has no such submodule.{hint} "
                 f"At its top: {top or 'none'}. (lora.module)"
             )
-        return unwrapped(pl_module.get_submodule(self.module))
+        root: nn.Module = unwrapped(pl_module.get_submodule(self.module))
+        return root
 
     def _saved_keys(self, pl_module: LightningModule) -> dict[str, list[int]]:
         """Key in the LightningModule's state dict and shape of every tensor of this adapter."""

@@ -35,7 +35,7 @@ def starts_from_data(callback: AdapterCallback) -> bool:
 
 
 def take_over_ranks(callback: AdapterCallback, pl_module: LightningModule, root: nn.Module) -> None:
-    """The ranks that were found for this module before; none if it was only evaluated."""
+    """Take over the ranks that were found for this module before; none if it was only evaluated."""
     if not starts_from_data(callback):
         return
     callback.config = callback._requested_config
@@ -55,7 +55,7 @@ def take_over_ranks(callback: AdapterCallback, pl_module: LightningModule, root:
 def start_values(
     callback: AdapterCallback, pl_module: LightningModule, root: nn.Module
 ) -> dict[str, Tensor] | None:
-    """What EVA finds in the data of this run, if it is asked for and was not found before."""
+    """The start values that EVA finds in the data of this run, unless it has found them before."""
     config = callback.config
     if not isinstance(config, LoraConfig) or not starts_from_data(callback):
         return None
@@ -137,7 +137,7 @@ def _config_and_start(
 
 
 def _with_ranks_of(found: LoraConfig, requested: AdapterConfig) -> AdapterConfig:
-    """The options that were given, with the targets and ranks that EVA found for them before."""
+    """The requested options, with the targets and ranks that EVA found for them before."""
     ranks = {name: getattr(found, name) for name in (*FOUND, "init_lora_weights", "eva_config")}
     return dataclasses.replace(requested, **ranks)
 

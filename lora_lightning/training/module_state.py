@@ -91,7 +91,7 @@ def defines_hook(module: LightningModule, hook: str) -> bool:
 
 
 def _set_by_user(module: LightningModule, hook: str) -> Any:
-    """What the user has put on the instance under this name, if anything."""
+    """The hook that the user has put on the instance, if any."""
     current = module.__dict__.get(hook)
     # A bound override comes back from pickle as the class's own method of the same name.
     from_class = getattr(current, "__func__", None) is getattr(type(module), hook)

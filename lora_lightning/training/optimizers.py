@@ -1,4 +1,4 @@
-"""Make optimizers hold exactly the tensors that train.
+"""Optimizers that hold exactly the tensors that train.
 
 Users pass `self.parameters()`, groups by name, or (LightningCLI) an optimizer that was built
 before any adapter existed. Whatever it was: frozen tensors go, each trainable one is in exactly
@@ -14,6 +14,7 @@ from threading import RLock, get_ident
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
 from torch import nn
 from torch.optim import Optimizer
 
@@ -111,7 +112,7 @@ def cover_trainable(optimizers: list[Optimizer], model: nn.Module, meant_for: Gr
 
 
 def check_coverage(optimizers: Iterable[Optimizer], model: nn.Module) -> None:
-    """Each trainable tensor is in exactly one group of one optimizer, and nothing else is.
+    """Check that exactly the trainable tensors are in the optimizers, each in one group.
 
     Raises:
         OptimizerError: Naming the tensors that break the rule.
@@ -146,8 +147,8 @@ def default_optimizer(model: nn.Module, lr: float, fused: bool = True) -> Optimi
     return torch.optim.AdamW(params, lr=lr, weight_decay=0.0, fused=fused)
 
 
-def may_be_fused(trainer: Any) -> bool:
-    """Whether Lightning can do with a fused optimizer what a run asks for.
+def may_be_fused(trainer: Trainer) -> bool:
+    """True if Lightning can do with a fused optimizer what a run asks for.
 
     It takes each for one that unscales gradients by itself, and refuses to clip for it under mixed
     precision, with a gradient scaler or, in bfloat16, without.

@@ -49,7 +49,7 @@ def options_of(config: AdapterConfig) -> dict[str, Any]:
 
 
 def log_options(trainer: Trainer, callbacks: list[AdapterCallback]) -> None:
-    """Tell the loggers the options of every adapter, beside the module's hyperparameters."""
+    """Log the options of every adapter, beside the module's hyperparameters."""
     if getattr(trainer, "enable_autolog_hparams", True):
         options = {c.adapter_name: options_of(c._requested_config) for c in callbacks}
         for logger in trainer.loggers:
@@ -105,7 +105,7 @@ def check_options(
 
 
 def check_same_adapter(callback: AdapterCallback, module: nn.Module, root: nn.Module) -> None:
-    """An adapter that `module` carries already is the one that is asked for on `root` in it.
+    """Check that an adapter on `module` is the one that is asked for on `root` in it.
 
     Raises:
         AdapterMismatchError: If its options differ, or it sits on more than `root`.

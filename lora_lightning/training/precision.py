@@ -28,10 +28,10 @@ _LIGHTNING = ("lightning.", "pytorch_lightning.", "lightning_fabric.")
 
 
 def check_precision(trainer: Any) -> None:
-    """Only precision plugins that cast, and the one of bitsandbytes.
+    """Refuse precision plugins that replace modules, but for the one of bitsandbytes.
 
     Raises:
-        ConfigError: For those that replace modules, or may.
+        ConfigError: For those that do, or may.
 
     """
     plugin = type(trainer.precision_plugin)
@@ -52,7 +52,7 @@ def check_precision(trainer: Any) -> None:
 
 
 def convert_before_attaching(module: LightningModule) -> None:
-    """Let the plugin of bitsandbytes or of float64 convert `module`; others wait for the strategy.
+    """Convert `module` by the plugin of bitsandbytes or of float64; others wait for the strategy.
 
     Doing it again changes nothing.
 

@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
 from lightning.pytorch.utilities.data import extract_batch_size
 
-from lora_lightning.training import summary as report
+from lora_lightning.training import summary
 from lora_lightning.training._lightning import accumulates, all_callbacks, logs_this_batch
 from lora_lightning.training.stopwatch import Stopwatch
 
@@ -99,7 +99,7 @@ class TrainingProgress(Callback):
         # As text: the bar shows numbers with three digits after the point, a rate of 1e-4 as 0.000.
         shown = {f"{self._unit}/s": f"{throughput:,.0f}"}
         shown.update({"lr": f"{rates['lr']:.1e}"} if rates else {})
-        shown.update({"peak memory": report.readable_bytes(self._peak)} if self._peak else {})
+        shown.update({"peak memory": summary.readable_bytes(self._peak)} if self._peak else {})
         trainer.progress_bar_metrics.update(shown)  # type: ignore[arg-type]
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -135,8 +135,8 @@ class TrainingProgress(Callback):
             if self._peak:
                 on_gpu = trainer.strategy.root_device.type == "cuda"
                 where = "allocated on the GPU" if on_gpu else "of the process"
-                lines.append(f"peak memory {where}: {report.readable_bytes(self._peak)}")
-            report.show(*lines)
+                lines.append(f"peak memory {where}: {summary.readable_bytes(self._peak)}")
+            summary.show(*lines)
 
     def _count(self, pl_module: LightningModule, batch: Any) -> None:
         if self._unit == "tokens":

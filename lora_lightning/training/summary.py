@@ -36,7 +36,7 @@ class TargetRow:
         matched, possible: Modules that carry the adapter; modules of that name that could.
         ranks: Every rank among them.
         parameters: Trainable numbers.
-        full: Whether the module trains as a copy (`modules_to_save`), without a rank.
+        full: True if the module trains as a copy (`modules_to_save`), without a rank.
 
     """
 
@@ -84,7 +84,7 @@ def show_without_adapters(trainer: Trainer, module: LightningModule) -> None:
 
 
 def start_table(model: nn.Module, adapter_name: str, left_out: list[str]) -> Table:
-    """Per target name: modules matched of possible, r, parameters."""
+    """A table of target names: modules matched of possible, r, parameters."""
     # Text, not str: rich would take "[...]" in a name for markup.
     adapters = list(adapters_named(model, adapter_name).values())
     kind = type(adapters[0].config).__name__.removesuffix("Config").replace("Lora", "LoRA")
@@ -169,14 +169,14 @@ def _batch_size(loader: Any) -> int | None:
 
 
 def end_lines(trainer: Trainer, model: nn.Module) -> list[str]:
-    """Where the checkpoints of the Trainer's ModelCheckpoint lie, and how large they are."""
+    """Paths and sizes of the checkpoints of the Trainer's ModelCheckpoint."""
     saver: Any = trainer.checkpoint_callback
     best, last = (getattr(saver, f"{which}_model_path", "") for which in ("best", "last"))
     return checkpoint_lines(model, best, last, getattr(saver, "save_weights_only", False))
 
 
 def checkpoint_lines(model: nn.Module, best: str, last: str, weights_only: bool) -> list[str]:
-    """Where the adapter checkpoints lie and how large they are beside the base."""
+    """Paths of the checkpoints, and their sizes beside that of the base."""
     lines = []
     content = "weights only" if weights_only else "with optimizer state"
     base = readable_bytes(base_bytes(model))
@@ -225,7 +225,7 @@ def _ranks(adapter: nn.Module) -> set[int]:
 
 
 def _nearby(path: str) -> str:
-    """Relative to the working directory where it lies below it."""
+    """The path relative to the working directory, if it is below it."""
     relative = os.path.relpath(path)
     return path if relative.startswith("..") else relative
 

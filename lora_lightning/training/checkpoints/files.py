@@ -22,6 +22,7 @@ import torch
 from fsspec.implementations.local import LocalFileSystem
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import get_filesystem
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lora_lightning.checkpoint.integrity import HASHES, damaged_parts, with_hashes
@@ -87,7 +88,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
         self._failed, self._newest = False, file
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """What was written to `path`.
+        """Read what was written to `path`.
 
         Raises:
             CheckpointError: If the file is damaged, saying where; the newest good one is named.
@@ -130,14 +131,14 @@ class DurableCheckpointIO(TorchCheckpointIO):
         super().remove_checkpoint(path)
 
 
-def protect_checkpoints(trainer: Any) -> None:
-    """Let this Trainer's checkpoints be written and read by `DurableCheckpointIO`.
+def protect_checkpoints(trainer: Trainer) -> None:
+    """Have this Trainer's checkpoints written and read by `DurableCheckpointIO`.
 
     It takes the place of Lightning's `TorchCheckpointIO`, also inside of plugins that wrap it.
     Doing it again changes nothing.
     """
-    strategy = trainer.strategy
-    plugin, wrappers = strategy.checkpoint_io, []
+    strategy, wrappers = trainer.strategy, []
+    plugin: Any = strategy.checkpoint_io
     while getattr(plugin, "checkpoint_io", None) is not None:
         wrappers.append(plugin)
         plugin = plugin.checkpoint_io
@@ -171,10 +172,10 @@ def _save_checkpoint(self: Any, checkpoint: Any, filepath: Any, *args: Any, **kw
     all_or_none(self, lambda: save(self, checkpoint, filepath, *args, **kwargs), filepath)
 
 
-def _link_checkpoint(trainer: Any, filepath: str, linkpath: str) -> None:
+def _link_checkpoint(trainer: Trainer, filepath: str, linkpath: str) -> None:
     """`ModelCheckpoint._link_checkpoint`, but without a moment in which there is no link."""
     if trainer.is_global_zero and os.path.abspath(filepath) != os.path.abspath(linkpath):
-        plugin = trainer.strategy.checkpoint_io
+        plugin: Any = trainer.strategy.checkpoint_io
         while getattr(plugin, "checkpoint_io", None) is not None:
             plugin = plugin.checkpoint_io
         in_order = getattr(plugin, "in_order", lambda action: action())
@@ -186,7 +187,7 @@ def _link_checkpoint(trainer: Any, filepath: str, linkpath: str) -> None:
 
 
 def check_checkpoint_file(path: str) -> None:
-    """There is such a file.
+    """Check that there is such a file.
 
     Raises:
         CheckpointError: Naming the nearest file in its folder.
@@ -217,7 +218,7 @@ def check_checkpoint_file(path: str) -> None:
 
 @contextmanager
 def damage_explained(path: Any) -> Iterator[None]:
-    """Whatever a damaged file makes the reader raise becomes one clear error.
+    """Turn whatever a damaged file makes the reader raise into one clear error.
 
     Raises:
         CheckpointError: If reading fails and the file is damaged; other errors stay as they are.
@@ -238,7 +239,7 @@ def damage_explained(path: Any) -> Iterator[None]:
 
 
 def check_content(path: Any, checkpoint: dict[str, Any]) -> None:
-    """`checkpoint`, read from `path`, is what was written.
+    """Check that `checkpoint`, read from `path`, is what was written.
 
     Raises:
         CheckpointError: Naming the parts that are not, or what the file holds instead of a
@@ -279,7 +280,7 @@ def _check_kind(path: Any, content: Any) -> None:
 
 
 def damage(file: Path) -> str | None:
-    """What is wrong with a file as an archive of PyTorch; None where each checksum is right."""
+    """The damage of a file as an archive of PyTorch; None where each checksum is right."""
     try:
         with zipfile.ZipFile(file) as archive:
             bad = archive.testzip()

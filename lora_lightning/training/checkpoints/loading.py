@@ -8,13 +8,14 @@ import warnings
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 from lora_lightning.checkpoint.loading import load_adapter
 from lora_lightning.checkpoint.single_file import read_adapter_checkpoint
 from lora_lightning.checkpoint.state_dict import KEY
 from lora_lightning.engine.switching import set_adapter
 
-Module = TypeVar("Module")
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def load_from_checkpoint(
@@ -51,7 +52,7 @@ def load_from_checkpoint(
         # The base is no part of the file.
         warnings.filterwarnings("ignore", message="Found keys that are in the model state dict")
         warnings.filterwarnings("ignore", message="The state dict in .* contains no parameters")
-        module = module_class.load_from_checkpoint(  # type: ignore[attr-defined]
+        module: Module = module_class.load_from_checkpoint(  # type: ignore[attr-defined]
             rest, map_location="cpu", strict=False, **kwargs
         )
     set_adapter(module, load_adapter(module, checkpoint_path))

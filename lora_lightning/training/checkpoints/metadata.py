@@ -1,4 +1,4 @@
-"""What a Lightning checkpoint holds beside the adapters, and whether it fits the run at hand."""
+"""The metadata of a Lightning checkpoint with adapters, and the check that it fits the run."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _EXTRA_STATE = "_extra_state"  # what a user's module keeps by get_extra_state
 def reduce_checkpoint(
     checkpoint: dict[str, Any], module: LightningModule, callbacks: list[AdapterCallback]
 ) -> None:
-    """Leave only what training changed in `checkpoint["state_dict"]`, and say whose it is."""
+    """Leave only what training changed in `checkpoint["state_dict"]`, and add the metadata."""
     adapters: dict[str, dict[str, Any]] = {
         callback.adapter_name: {
             "peft_type": callback.config.peft_type,
@@ -66,9 +66,9 @@ def reduce_checkpoint(
 def kept_state(
     state: dict[str, Any], module: LightningModule, callbacks: list[AdapterCallback]
 ) -> dict[str, Any]:
-    """What of the module's state dict training changed: adapters, and buffers that moved.
+    """The part of the module's state dict that training changed: adapters, and buffers that moved.
 
-    Under plain names: as if nothing had been given to torch.compile.
+    Under plain names, as if nothing had been compiled.
     """
     keep = {key for callback in callbacks for key in callback._saved_keys(module)}
     keep.update(_changed_buffers(module, module_state(module)))
@@ -149,7 +149,7 @@ def _check_base(saved: Fingerprint, own: Fingerprint) -> None:
 
 
 def expect_only_adapters(module: nn.Module) -> None:
-    """Let the next strict `load_state_dict` pass without the base.
+    """Accept a missing base in the next strict `load_state_dict`.
 
     `check_checkpoint` has compared the file tensor by tensor; all that can be missing is the base.
     """
@@ -166,7 +166,7 @@ def remember_base(module: LightningModule, fresh: bool) -> None:
 
     Args:
         module: The module, adapters on it.
-        fresh: Whether it carried no adapter before; what was remembered is void then.
+        fresh: True if it carried no adapter before; what was remembered is void then.
 
     """
     remembered = module_state(module)
@@ -267,7 +267,7 @@ def _adapter_differences(
             found += tensor_differences(present, expected)
         lines += [f"adapter {name!r}: {line}" for line in found]
     known = {key for entry in saved.values() for key in entry["tensors"]} | buffers.keys()
-    strangers = [key for key in state if key not in known and not key.endswith(_EXTRA_STATE)]
-    if strangers and not lines:
-        lines.append(f"tensors that no adapter owns: {first_few(strangers)}")
+    unowned = [key for key in state if key not in known and not key.endswith(_EXTRA_STATE)]
+    if unowned and not lines:
+        lines.append(f"tensors that no adapter owns: {first_few(unowned)}")
     return lines

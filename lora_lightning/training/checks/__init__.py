@@ -1,1 +1,1 @@
-"""What is refused before a run, and during it."""
+"""Checks before a run and during it, which refuse what would go wrong."""

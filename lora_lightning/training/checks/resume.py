@@ -10,7 +10,7 @@ from lora_lightning.errors import ConfigError
 
 
 def check_no_search(trainer: Any) -> None:
-    """No search at the head of a resumed fit: Lightning then forgets the checkpoint's progress.
+    """Refuse a search at the head of a resumed fit: Lightning then forgets the progress.
 
     Raises:
         ConfigError: For the callback that would search.

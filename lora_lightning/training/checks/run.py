@@ -43,7 +43,7 @@ def check_run(callback: AdapterCallback, trainer: Trainer, module: LightningModu
 
 
 def check_strategy(trainer: Any) -> None:
-    """Only strategies under which adapters are known to train, save and resume.
+    """Refuse strategies under which adapters are not known to train, save and resume.
 
     Raises:
         ConfigError: For every other one.
@@ -59,7 +59,7 @@ def check_strategy(trainer: Any) -> None:
 
 
 def check_callbacks(trainer: Any) -> None:
-    """No callback that trains or changes base weights, which adapter checkpoints do not hold.
+    """Refuse callbacks that train or change base weights, which adapter checkpoints do not hold.
 
     Raises:
         ConfigError: For those that do.
@@ -75,7 +75,7 @@ def check_callbacks(trainer: Any) -> None:
 
 
 def check_names(callbacks: list[AdapterCallback]) -> None:
-    """Every LoraCallback of the Trainer has an adapter of its own.
+    """Check that every LoraCallback of the Trainer has an adapter of its own.
 
     Raises:
         ConfigError: If two have the same name.

@@ -1,4 +1,4 @@
-"""What is checked while a run starts and goes on: that exactly the adapters train."""
+"""Checks while a run starts and goes on: exactly the adapters train."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 
 from lora_lightning.checkpoint.fingerprint import base_tensors
 from lora_lightning.engine.switching import adapter_names
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def check_base_has_values(module: LightningModule) -> None:
-    """No base tensor is left on the meta device, unless the strategy is still to materialise it.
+    """Check that no base tensor is left on the meta device, unless the strategy materialises it.
 
     Raises:
         AdapterStateError: Naming the tensors.
@@ -85,7 +85,7 @@ def cpu(self: Any) -> Any:
 
 
 def check_before_fit(trainer: Trainer, module: LightningModule, adapter_name: str) -> None:
-    """No adapter is in the weights, every average covers the adapters, as do the optimizers.
+    """Check that no adapter is merged, and that averages and optimizers cover the adapters.
 
     Raises:
         AdapterStateError, ConfigError, OptimizerError: Saying which, and what to do.
@@ -108,7 +108,7 @@ def check_before_fit(trainer: Trainer, module: LightningModule, adapter_name: st
 
 
 def check_still_there(module: LightningModule, selection: Selection) -> None:
-    """The modules that adapters were put on are those that the module has.
+    """Check that the modules that adapters were attached to are still in the module.
 
     Raises:
         AdapterStateError: Naming those that it does not have any more.
@@ -125,7 +125,7 @@ def check_still_there(module: LightningModule, selection: Selection) -> None:
 
 
 def check_what_trains(trainer: Trainer, module: LightningModule) -> None:
-    """Nothing but what the callbacks save has begun to train.
+    """Check that nothing has begun to train but what the callbacks save.
 
     Raises:
         AdapterStateError, OptimizerError: Naming the tensors.
@@ -142,8 +142,8 @@ def check_what_trains(trainer: Trainer, module: LightningModule) -> None:
         )
 
 
-def check_loss(loss: Any) -> None:
-    """The loss depends on something that trains.
+def check_loss(loss: Tensor) -> None:
+    """Check that the loss depends on something that trains.
 
     Raises:
         AdapterStateError: If it does not, before backward fails in torch's words.
@@ -159,7 +159,7 @@ def check_loss(loss: Any) -> None:
 
 
 def check_first_gradients(module: LightningModule) -> None:
-    """After the first backward every adapter has a gradient, or something bypasses it.
+    """Check after the first backward that every adapter has a gradient, or something bypasses it.
 
     Raises:
         AdapterStateError: If none has one; where only some have, a warning names them.
@@ -185,7 +185,7 @@ def check_first_gradients(module: LightningModule) -> None:
 
 
 def check_no_unmanaged_adapters(module: LightningModule) -> None:
-    """The model carries no adapter but those of the callbacks.
+    """Check that the model carries no adapter but those of the callbacks.
 
     Raises:
         AdapterStateError: Naming the others.
