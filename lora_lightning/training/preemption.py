@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from lora_lightning.training import summary as report
+from lora_lightning.training import summary
 from lora_lightning.training._lightning import (
     SignalHandler,
     accumulates,
@@ -85,7 +85,7 @@ class Preemption:
             saved = f"saved {path}; go on with ckpt_path='last'"
             nothing = "nothing was saved, as this Trainer writes no checkpoints"
             if trainer.is_global_zero:
-                report.show(f"SIGTERM: {saved if path else nothing}")
+                summary.show(f"SIGTERM: {saved if path else nothing}")
             raise SIGTERMException
 
 
