@@ -20,6 +20,10 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from lora_lightning.adapters.adalora import AdaLoraConfig as AdaLoraConfig
+    from lora_lightning.adapters.base import Adapter as Adapter
+    from lora_lightning.adapters.base import AdapterSpec as AdapterSpec
+    from lora_lightning.adapters.base import BaseWeight as BaseWeight
+    from lora_lightning.adapters.base import DeltaAdapter as DeltaAdapter
     from lora_lightning.adapters.config import AdapterConfig as AdapterConfig
     from lora_lightning.adapters.ia3 import IA3Config as IA3Config
     from lora_lightning.adapters.ia3 import Ia3Config as Ia3Config
@@ -27,10 +31,10 @@ if TYPE_CHECKING:
     from lora_lightning.adapters.loha import LohaConfig as LohaConfig
     from lora_lightning.adapters.lokr import LoKrConfig as LoKrConfig
     from lora_lightning.adapters.lokr import LokrConfig as LokrConfig
+    from lora_lightning.adapters.lora.config import LoraConfig as LoraConfig
     from lora_lightning.adapters.lora.init_weights import EvaConfig as EvaConfig
     from lora_lightning.adapters.lora.init_weights import LoftQConfig as LoftQConfig
     from lora_lightning.adapters.lora.init_weights import LoftqConfig as LoftqConfig
-    from lora_lightning.adapters.lora.linear import LoraConfig as LoraConfig
     from lora_lightning.adapters.oft import OFTConfig as OFTConfig
     from lora_lightning.adapters.oft import OftConfig as OftConfig
     from lora_lightning.adapters.registry import register_adapter as register_adapter
@@ -70,6 +74,7 @@ if TYPE_CHECKING:
     from lora_lightning.engine.switching import disable_adapter as disable_adapter
     from lora_lightning.engine.switching import scale_adapter as scale_adapter
     from lora_lightning.engine.switching import set_adapter as set_adapter
+    from lora_lightning.engine.targets.selection import Selection as Selection
     from lora_lightning.errors import AdapterMismatchError as AdapterMismatchError
     from lora_lightning.errors import AdapterStateError as AdapterStateError
     from lora_lightning.errors import CheckpointError as CheckpointError
@@ -123,8 +128,13 @@ _HOME = {
     "LoKrConfig": "adapters.lokr",
     "LoftqConfig": "adapters.lora.init_weights",
     "LoftQConfig": "adapters.lora.init_weights",
-    "AdapterConfig": "adapters.config",
     "register_adapter": "adapters.registry",
+    "AdapterConfig": "adapters.config",
+    "Adapter": "adapters.base",
+    "DeltaAdapter": "adapters.base",
+    "AdapterSpec": "adapters.base",
+    "BaseWeight": "adapters.base",
+    "Selection": "engine.targets.selection",
     "EvaConfig": "adapters.lora.init_weights",
     "eva_start": "engine.eva",
     "add_weighted_adapter": "engine.combine",
