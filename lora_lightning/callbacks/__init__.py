@@ -10,11 +10,4 @@ if TYPE_CHECKING:
     from lora_lightning.callbacks.text_samples import TextSamples as TextSamples
     from lora_lightning.training.progress import TrainingProgress as TrainingProgress
 
-_HOME = {
-    "Comparison": "comparison",
-    "compare_with_base": "comparison",
-    "TextSamples": "text_samples",
-    "TrainingProgress": ".training.progress",
-}
-__all__ = list(_HOME)
-__getattr__, __dir__ = lazy_names(__name__, _HOME)
+__all__, __getattr__, __dir__ = lazy_names(__name__)

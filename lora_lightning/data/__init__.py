@@ -15,12 +15,4 @@ if TYPE_CHECKING:
         TokenClassificationDataModule as TokenClassificationDataModule,
     )
 
-_HOME = {
-    "TextDataModule": "text",
-    "TextClassificationDataModule": "text_classification",
-    "TokenClassificationDataModule": "token_classification",
-    "ImageDataModule": "images",
-    "StdlibDocstrings": "stdlib_docstrings",
-}
-__all__ = list(_HOME)
-__getattr__, __dir__ = lazy_names(__name__, _HOME)
+__all__, __getattr__, __dir__ = lazy_names(__name__)

@@ -17,12 +17,4 @@ if TYPE_CHECKING:
         TokenClassification as TokenClassification,
     )
 
-_HOME = {
-    "CausalLM": "causal_lm",
-    "Seq2SeqLM": "seq2seq_lm",
-    "SequenceClassification": "sequence_classification",
-    "TokenClassification": "token_classification",
-    "ImageClassification": "image_classification",
-}
-__all__ = list(_HOME)
-__getattr__, __dir__ = lazy_names(__name__, _HOME)
+__all__, __getattr__, __dir__ = lazy_names(__name__)
