@@ -268,6 +268,7 @@ def test_a_scaled_update() -> None:
     close(model.proj(x) - base.proj(x), change / 2)
 
 
+@pytest.mark.slow
 def test_compiles_to_one_graph() -> None:
     assert_compiles(chain("sparse"), ours(), example("sparse"))
 

@@ -270,6 +270,7 @@ def test_autocast() -> None:
     torch.testing.assert_close(y.float(), exact, atol=0.1, rtol=0.1)
 
 
+@pytest.mark.slow
 def test_compiles_to_one_graph() -> None:
     assert_compiles(NETS["without-bias"](), ours(), torch.randn(4, 6))
 

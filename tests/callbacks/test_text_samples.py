@@ -142,7 +142,9 @@ def same(first: dict[str, Any], second: dict[str, Any]) -> bool:
     return all(torch.equal(first[key], second[key]) for key in first | second)
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize(
+    "precision", ["32-true", pytest.param("bf16-mixed", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("every", [1, pytest.param(None, marks=pytest.mark.slow)])
 def test_training_goes_on_as_if_nothing_was_written(
     tmp_path: Path, folder: str, precision: Any, every: int | None
@@ -154,7 +156,9 @@ def test_training_goes_on_as_if_nothing_was_written(
     assert len(samples(tmp_path / "b")) == (24 if every else 8)
 
 
-@pytest.mark.parametrize("forgotten", ["set_random_state", "_set_modes"])
+@pytest.mark.parametrize(
+    "forgotten", ["set_random_state", pytest.param("_set_modes", marks=pytest.mark.slow)]
+)
 def test_what_is_restored_is_needed(
     tmp_path: Path, folder: str, monkeypatch: Any, forgotten: str
 ) -> None:

@@ -34,8 +34,16 @@ def go(kind: type, folder: Path, epochs: int, ckpt_path: Any = None) -> dict[str
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo
-@pytest.mark.parametrize("resumes", [Net, Compiled])
-@pytest.mark.parametrize("starts", [Net, Compiled])
+@pytest.mark.parametrize(
+    ("starts", "resumes"),
+    [
+        (Net, Compiled),
+        *(
+            pytest.param(*p, marks=pytest.mark.slow)
+            for p in [(Net, Net), (Compiled, Net), (Compiled, Compiled)]
+        ),
+    ],
+)
 def test_compiled_submodules(tmp_path: Path, starts: type, resumes: type) -> None:
     """`self.net = torch.compile(self.net)` puts `_orig_mod.` into every key and path."""
     torch._dynamo.reset()
@@ -78,6 +86,7 @@ def test_compiled_after_growth_and_as_a_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo
+@pytest.mark.slow
 def test_compiled_as_a_whole(tmp_path: Path) -> None:
     """`trainer.fit(torch.compile(module))`; self.log cannot be compiled, with or without adapters."""
     torch._dynamo.reset()

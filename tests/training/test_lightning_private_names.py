@@ -662,6 +662,7 @@ if __name__ == "__main__":
 '''
 
 
+@pytest.mark.slow
 def test_lightnings_classes_stay_as_they_are(tmp_path: Path) -> None:
     script = tmp_path / "classes.py"
     script.write_text(CLASSES)

@@ -43,11 +43,21 @@ def fit(
     return {**module.state_dict(), **moments}
 
 
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "accumulate": {"accumulate_grad_batches": 3},
+    "clip": {"gradient_clip_val": 0.1},
+    "bf16-mixed": {"precision": "bf16-mixed"},
+}
+
+
 @pytest.mark.parametrize("kind", [Net, NetWithoutOptimizer, BuiltInConfigureModel])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"accumulate_grad_batches": 3}, {"gradient_clip_val": 0.1}, {"precision": "bf16-mixed"}],
-    ids=["plain", "accumulate", "clip", "bf16-mixed"],
+    [
+        pytest.param(options, id=name, marks=[] if name == "plain" else pytest.mark.slow)
+        for name, options in OPTIONS.items()
+    ],
 )
 def test_resume_is_exact(tmp_path: Path, kind: type, options: dict[str, Any]) -> None:
     straight = fit(kind, tmp_path / "straight", 4, **options)

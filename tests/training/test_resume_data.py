@@ -196,12 +196,19 @@ IN_PROCESS = {
 }
 
 
-@pytest.mark.parametrize("name", IN_PROCESS)
+FAST = ("augmented", "own __iter__", "stateful", "stateful stream")  # the others are slow in sum
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in FAST else pytest.mark.slow) for n in IN_PROCESS]
+)
 def test_in_the_main_process(tmp_path: Path, name: str) -> None:
     ResumableRun(data=IN_PROCESS[name]).check(tmp_path)
 
 
-@pytest.mark.parametrize("mode", ["max_size_cycle", "max_size"])
+@pytest.mark.parametrize(
+    "mode", ["max_size_cycle", pytest.param("max_size", marks=pytest.mark.slow)]
+)
 def test_two_loaders(tmp_path: Path, mode: Any) -> None:
     """The shorter one begins again in the middle of an epoch."""
     data = lambda: Loaders(lambda: CombinedLoader(pair(), mode))  # noqa: E731
@@ -239,7 +246,14 @@ def test_persistent_workers_keep_random_numbers_of_their_own(tmp_path: Path) -> 
     assert differences(straight, resumed) != []
 
 
-@pytest.mark.parametrize("dataset", [Stream, SizedStream, lambda: Stream(noise=0.5)])
+@pytest.mark.parametrize(
+    "dataset",
+    [
+        Stream,
+        pytest.param(SizedStream, marks=pytest.mark.slow),
+        pytest.param(lambda: Stream(noise=0.5), marks=pytest.mark.slow),
+    ],
+)
 def test_streams_are_read_again(tmp_path: Path, dataset: Any) -> None:
     run = ResumableRun(data=loading(dataset=dataset))
     straight = run.fit(tmp_path)

@@ -184,8 +184,6 @@ RUNS = {
 FAST = (
     "plain",
     "accumulate",
-    "plateau by step",
-    "ema",
     "two adapters",
     "adalora",
     "validation in the epoch",

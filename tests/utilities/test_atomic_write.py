@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
 
 from lora_lightning.checkpoint.sharded_folder import is_checkpoint_folder
 from lora_lightning.training.strategies.sharded_files import save_sharded_checkpoint
@@ -41,6 +42,6 @@ def test_a_folder_stays_where_the_file_that_is_to_replace_it_fails(tmp_path: Pat
     for name in ("meta.pt", ".metadata"):
         (folder / name).write_text("here")
     with pytest.raises(OSError, match="No space left"):
-        save_sharded_checkpoint(Failing(), {}, folder)
+        save_sharded_checkpoint(Failing(), nn.Module(), {}, folder)
     assert is_checkpoint_folder(folder)
     assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]

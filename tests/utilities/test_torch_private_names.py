@@ -79,6 +79,7 @@ def sharded_names() -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_names_of_fsdp() -> None:
     (found,) = on_processes(1, sharded_names)
     assert found == {"before": False, "flattened": True, "policy": True}
