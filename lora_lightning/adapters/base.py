@@ -272,7 +272,7 @@ class Adapter(AdapterModule):
                 return tensor.to(device=moved.device, dtype=torch.float32)
             return moved
 
-        return super()._apply(keep_master_copy, recurse)
+        return super()._apply(keep_master_copy, recurse)  # type: ignore[no-untyped-call]
 
 
 class DeltaAdapter(Adapter):

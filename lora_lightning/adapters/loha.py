@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -141,7 +141,8 @@ class LohaAdapter(LycorisAdapter):
             return base.apply_weight(x, recompute(hadamard, *factors).view(self.spec.shape))
         if is_traced():
             return F.linear(x, hadamard(*factors))
-        return cast(Tensor, _HadamardLinear.apply(x, *factors))
+        output: Tensor = _HadamardLinear.apply(x, *factors)  # type: ignore[no-untyped-call]
+        return output
 
 
 def hadamard(a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -148,7 +148,8 @@ def recompute(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     """
     if is_traced() or not torch.is_grad_enabled() or sum(t.numel() for t in tensors) < SMALL:
         return function(*tensors)
-    return cast(Tensor, _Recomputed.apply(function, *tensors))
+    output: Tensor = _Recomputed.apply(function, *tensors)  # type: ignore[no-untyped-call]
+    return output
 
 
 class _Recomputed(torch.autograd.Function):

@@ -89,7 +89,7 @@ class ModulesToSaveCopy(AdapterModule):
             wide = _master(moved.dtype)
             return moved if moved.dtype == wide else tensor.to(device=moved.device, dtype=wide)
 
-        return super()._apply(keep_master_copy, recurse)
+        return super()._apply(keep_master_copy, recurse)  # type: ignore[no-untyped-call]
 
 
 def _master(dtype: torch.dtype) -> torch.dtype:

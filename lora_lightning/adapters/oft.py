@@ -192,8 +192,9 @@ class OftAdapter(Adapter):
         # A projected gradient step: training goes on from the projected values, not through them.
         trains = self.training and self.oft_R.requires_grad and torch.is_grad_enabled()
         with torch.no_grad():
-            norm = math.sqrt(2) * self.oft_R.norm(dim=1, keepdim=True)  # of the matrix Q
-            projected = self.oft_R * (self.limit / norm).clamp(max=1)
+            # Of the matrix Q.
+            norm = math.sqrt(2) * torch.linalg.vector_norm(self.oft_R, dim=1, keepdim=True)
+            projected: Tensor = self.oft_R * (self.limit / norm).clamp(max=1)
             if not trains:
                 return projected
             self.oft_R.copy_(projected)
@@ -305,7 +306,7 @@ def blockwise(x: Tensor, blocks: Tensor) -> Tensor:
     """The product x diag(B_1, ...); x (..., n b), blocks (n, b, b), or (1, b, b) for equal ones."""
     if not is_autocast(x):
         blocks = blocks.to(x.dtype)
-    parts = x.unflatten(-1, (-1, blocks.shape[-1]))
+    parts: Tensor = x.unflatten(-1, (-1, blocks.shape[-1]))
     if len(blocks) == 1:
         return (parts @ blocks[0]).flatten(-2)
     return torch.einsum("...nb,nbc->...nc", parts, blocks).flatten(-2)

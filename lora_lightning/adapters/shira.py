@@ -167,7 +167,9 @@ class ShiraAdapter(DeltaAdapter):
             return super().forward(x, y, base)
         values = (self.scale() * self.shira_weight).to(x.dtype)
         rows = x.reshape(-1, x.shape[-1])
-        change = SparseProduct.apply(rows, values, self.shira_indices, self.spec.shape)
+        change: Tensor = SparseProduct.apply(  # type: ignore[no-untyped-call]
+            rows, values, self.shira_indices, self.spec.shape
+        )
         return y + change.reshape(y.shape).to(y.dtype)
 
     def _product_is_sparse(self, x: Tensor) -> bool:

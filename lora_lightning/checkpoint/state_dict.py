@@ -81,7 +81,9 @@ def materialize(model: nn.Module, adapter_name: str) -> None:
                 "its adapters."
             )
         # Not `to_empty`: what is not in files (buffers of trained copies) has its values already.
-        adapter._apply(lambda t, to=device: torch.empty_like(t, device=to) if t.is_meta else t)
+        adapter._apply(  # type: ignore[no-untyped-call]
+            lambda t, to=device: torch.empty_like(t, device=to) if t.is_meta else t
+        )
         adapter.reset_parameters()
 
 

@@ -35,7 +35,7 @@ def autocast_input(x: Tensor) -> Tensor:
     if torch.compiler.is_compiling() or x.is_inference():  # inductor shares the cast on its own
         return x.to(dtype)
     if _last.source is not None and _last.cast is not None and _last.source() is x:
-        cast = _last.cast()
+        cast: Tensor | None = _last.cast()
         needs_grad = x.requires_grad and torch.is_grad_enabled()
         if (
             cast is not None

@@ -99,9 +99,7 @@ class AdaptedExperts(AdaptedLayer):
                     del attributes[name]
                 attributes.update(before)
 
-    @torch.compiler.disable
-    def _forward_uncompiled(self, *args: Any, **kwargs: Any) -> Any:
-        return self._forward(*args, **kwargs)
+    _forward_uncompiled = torch.compiler.disable(_forward)
 
     def _breaks_graph(self) -> bool:
         # "eager" loops over the experts that the data chose. In bfloat16 "grouped_mm" calls

@@ -110,7 +110,10 @@ def _apply(
 ) -> Tensor:
     factors = [factor for term in terms for factor in term[:2]]
     settings = [term[2:] for term in terms]
-    return _Lora.apply(autocast_input(x), y, weight, bias, inplace, settings, *factors)
+    output: Tensor = _Lora.apply(  # type: ignore[no-untyped-call]
+        autocast_input(x), y, weight, bias, inplace, settings, *factors
+    )
+    return output
 
 
 class _Lora(torch.autograd.Function):

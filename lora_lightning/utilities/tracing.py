@@ -14,5 +14,7 @@ def is_traced() -> bool:
     which do not look into an autograd function or take it for what it is not.
     """
     return (
-        torch.compiler.is_compiling() or torch.jit.is_tracing() or functional_transform_is_active()
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]  # untyped export
+        or functional_transform_is_active()
     )

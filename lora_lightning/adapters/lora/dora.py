@@ -73,7 +73,7 @@ class _Dora(LowRankAdapter):
         wide = torch.promote_types(self.lora_magnitude_vector.dtype, torch.float32)
         a, b = (factor.to(wide) for factor in self.factors())
         with without_autocast(weight):
-            square = torch.linalg.vector_norm(matrix, dim=1, dtype=a.dtype).square()
+            square: Tensor = torch.linalg.vector_norm(matrix, dim=1, dtype=a.dtype).square()
             mixed = (matrix @ a.t().to(matrix.dtype)).to(b.dtype)
             scale = self.scale()
             square = square + 2 * scale * (mixed * b).sum(1)

@@ -161,7 +161,7 @@ class AdaptedBitsandbytesLinear(AdaptedQuantizedLinear):
             self._parameters["bias"] = bias
 
     def _compute_dtype(self, x: Tensor) -> torch.dtype:
-        chosen: Any = getattr(self, "compute_dtype", None)  # of a Linear4bit
+        chosen: torch.dtype | None = getattr(self, "compute_dtype", None)  # of a Linear4bit
         first = not getattr(self, "compute_type_is_set", True)
         if chosen is None or (first and x.dtype in (torch.float32, torch.bfloat16)):
             return x.dtype  # which the first input decides

@@ -60,7 +60,8 @@ class PackedInt8:
 
     def dense(self) -> Tensor:
         """W in float32, whatever dtype the layer computes in."""
-        return self.tensor.dequantize(torch.float32)
+        dense: Tensor = self.tensor.dequantize(torch.float32)
+        return dense
 
     def like(self, dense: Tensor) -> PackedInt8:
         """Another W, rounded in the same way."""
