@@ -22,14 +22,12 @@ def tensor_differences(saved: Mapping[str, list[int]], found: Mapping[str, list[
         for key in sorted(saved.keys() & found.keys())
         if list(saved[key]) != list(found[key])
     ]
-    lines = []
-    if missing:
-        lines.append(f"missing in the checkpoint: {first_few(missing)}")
-    if extra:
-        lines.append(f"only in the checkpoint: {first_few(extra)}")
-    if shapes:
-        lines.append(f"other shape: {first_few(shapes, 2)}")
-    return lines
+    kinds = {
+        "missing in the checkpoint": first_few(missing),
+        "only in the checkpoint": first_few(extra),
+        "other shape": first_few(shapes, 2),
+    }
+    return [f"{kind}: {names}" for kind, names in kinds.items() if names]
 
 
 def config_differences(saved: Mapping[str, Any], config: AdapterConfig) -> list[str]:
@@ -54,12 +52,9 @@ def config_differences(saved: Mapping[str, Any], config: AdapterConfig) -> list[
 
 
 def check_values(values: Mapping[str, Tensor], own: Mapping[str, Tensor], where: str) -> None:
-    """Refuse tensors out of a file that cannot be what was trained.
+    """Refuse tensors out of the file `where` that cannot be what was trained.
 
-    Args:
-        values: By name. Floating point of 16, 32 or 64 bits fits any such, integers any integers.
-        own: The tensors that are to take them.
-        where: The file, for messages.
+    Floating point of 16, 32 or 64 bits fits any such in `own`, integers any integers.
 
     Raises:
         AdapterMismatchError: If a value is of another kind than here, or not finite in the dtype

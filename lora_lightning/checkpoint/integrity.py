@@ -79,14 +79,12 @@ def _feed(sha: hashlib._Hash, value: object) -> None:
         _put(sha, "str", str.__str__(value))
     elif isinstance(value, (bytes, bytearray)):
         _put(sha, "bytes", value.hex())
-    elif isinstance(value, bool):
-        _put(sha, "bool", value)
+    elif value is None or isinstance(value, (bool, complex, torch.dtype, torch.device)):
+        _put(sha, type(value).__name__, value)
     elif isinstance(value, int):
         _put(sha, "int", int.__repr__(value))
     elif isinstance(value, float):
         _put(sha, "float", float.__repr__(value))
-    elif value is None or isinstance(value, (complex, torch.dtype, torch.device)):
-        _put(sha, type(value).__name__, value)
     else:
         _put(sha, "object", type(value).__module__, type(value).__qualname__)
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lora_lightning.checkpoint.compatibility import tensor_differences
 from lora_lightning.engine.bias import trained_biases
-from lora_lightning.engine.switching import check_known
+from lora_lightning.engine.switching import check_known, layers_with
 from lora_lightning.errors import AdapterMismatchError, AdapterStateError
 from lora_lightning.layers.traversal import named_adapted_layers
 from lora_lightning.utilities.wrappers import plain_name
@@ -44,7 +44,7 @@ def load_adapter_state_dict(
         AdapterStateError: If there is no such adapter, or it is merged.
 
     """
-    own = {short: tensor for short, _, tensor in _tensors(model, adapter_name)}
+    own = adapter_state_dict(model, adapter_name)
     if any(adapter_name in layer.merged_adapters for _, layer in named_adapted_layers(model)):
         raise AdapterStateError(
             f"Adapter {adapter_name!r} is merged into the base, where other values would not act; "
@@ -59,18 +59,15 @@ def load_adapter_state_dict(
             f"This state does not fit adapter {adapter_name!r}:\n  " + "\n  ".join(differences)
         )
     materialize(model, adapter_name)
-    own = {short: tensor for short, _, tensor in _tensors(model, adapter_name)}
     with torch.no_grad():
-        for name, tensor in own.items():
+        for name, tensor in adapter_state_dict(model, adapter_name).items():
             tensor.copy_(state[name])
 
 
 def materialize(model: nn.Module, adapter_name: str) -> None:
     """Give an adapter that was made on the meta device memory beside its module's own weights."""
-    for path, layer in named_adapted_layers(model):
-        adapter = layer.adapters.get(adapter_name)
-        if adapter is None:
-            continue
+    for path, layer in layers_with(model, adapter_name):
+        adapter = layer.adapters[adapter_name]
         if not any(t.is_meta for t in (*adapter.parameters(), *adapter.buffers())):
             continue
         own = {id(p) for p in layer.adapters.parameters()}
@@ -96,16 +93,13 @@ def _tensors(model: nn.Module, adapter_name: str) -> list[tuple[str, str, Tensor
     """(short name, key in the model's state dict, tensor) of everything an adapter owns."""
     check_known(model, adapter_name)
     found = []
-    for path, layer in named_adapted_layers(model):
-        if adapter_name not in layer.adapters:
-            continue
+    for path, layer in layers_with(model, adapter_name):
         adapter, copies = layer.adapters[adapter_name], layer.trained_copies()
         prefix = path + "." if path else ""
         for name, tensor in adapter.state_dict().items():
             name = plain_name(name)
             short = name.removeprefix("module.") if adapter_name in copies else name
             found.append((prefix + short, f"{prefix}adapters.{adapter_name}.{name}", tensor))
-    for name, module, record in trained_biases(model):
-        if record.adapter_name == adapter_name:
-            found.append((name, name, record.trained(module).detach()))
+    for name, module, record in trained_biases(model, adapter_name):
+        found.append((name, name, record.trained(module).detach()))
     return found

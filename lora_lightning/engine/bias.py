@@ -79,11 +79,13 @@ def train_bias(module: nn.Module, adapter_name: str) -> None:
     module.__dict__[_RECORD] = TrainedBias(adapter_name, bias.detach().clone())
 
 
-def trained_biases(model: nn.Module) -> Iterator[tuple[str, nn.Module, TrainedBias]]:
-    """(path of the bias, its module, its record) of every bias that belongs to an adapter."""
+def trained_biases(
+    model: nn.Module, adapter_name: str | None = None
+) -> Iterator[tuple[str, nn.Module, TrainedBias]]:
+    """(path of the bias, its module, its record) of the biases of one adapter, or of all."""
     for path, module in walk(model):
         record = module.__dict__.get(_RECORD)
-        if record is not None:
+        if record is not None and adapter_name in (None, record.adapter_name):
             yield (f"{path}.bias" if path else "bias"), module, record
 
 

@@ -36,9 +36,9 @@ class BuildContext:
         seed: What random start values depend on, beside each tensor's name. Default: the seed that
             PyTorch was given.
         low_cpu_mem_usage: Make them on the meta device, without memory and start values.
-        check_rank: Whether a rank that exceeds the weight's is an error.
         start: Start values of A by module path, as `eva_start` finds them.
         autocast_adapter_dtype: Whether 16-bit bases get fp32 adapters (PEFT's name for it).
+        check_rank: Whether a rank that exceeds the weight's is an error.
         shared: What all of them share; `config.prepare` makes it.
 
     """
@@ -47,9 +47,9 @@ class BuildContext:
     adapter_name: str
     seed: int | None = None
     low_cpu_mem_usage: bool = False
-    check_rank: bool = True
     start: Mapping[str, Tensor] | None = None
     autocast_adapter_dtype: bool = True
+    check_rank: bool = True
     shared: Any = None
 
     @property

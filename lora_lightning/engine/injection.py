@@ -25,6 +25,7 @@ from lora_lightning.engine.switching import (
     active_adapters,
     adapter_names,
     check_enabled,
+    layers_with,
 )
 from lora_lightning.engine.targets.selection import Selection, select_modules
 from lora_lightning.errors import AdapterStateError, ConfigError, TargetError
@@ -88,17 +89,10 @@ def inject_adapter(
     if not isinstance(config, AdapterConfig) or not isinstance(model, nn.Module):
         raise ConfigError(explain_no_config(config, "inject_adapter"))
     check_new_name(model, adapter_name)
-    return extend_adapter(
-        model,
-        BuildContext(
-            config,
-            adapter_name,
-            seed,
-            low_cpu_mem_usage,
-            start=start,
-            autocast_adapter_dtype=autocast_adapter_dtype,
-        ),
+    context = BuildContext(
+        config, adapter_name, seed, low_cpu_mem_usage, start, autocast_adapter_dtype
     )
+    return extend_adapter(model, context)
 
 
 def extend_adapter(model: nn.Module, context: BuildContext) -> Selection:
@@ -196,20 +190,15 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
             f"The model has no adapter {adapter_name!r}; it has {names or 'none at all'}."
         )
     check_unmerged(model, adapter_name)
-    layers = [
-        (path, layer)
-        for path, layer in named_adapted_layers(model)
-        if adapter_name in layer.adapters
-    ]
+    layers = layers_with(model, adapter_name)
     for path, layer in layers:
         if len(layer.adapters) == 1:
             check_detachable(layer, path)
     for _, layer in layers:
         detach_adapter(layer, adapter_name)
     route_out_projections(model)
-    for _, module, record in list(trained_biases(model)):
-        if record.adapter_name == adapter_name:
-            forget_bias(module)
+    for _, module, _ in list(trained_biases(model, adapter_name)):
+        forget_bias(module)
     reopen_fast_path(model)
     close_fast_path(model)  # other adapters may still need it closed
     reopen_cpu_packing(model)
@@ -237,12 +226,7 @@ def _check_name(name: str) -> None:
 
 
 def check_new_name(model: nn.Module, adapter_name: str) -> None:
-    """Refuse a name that an adapter on `model` has already.
-
-    Raises:
-        AdapterStateError: If there is one.
-
-    """
+    """Refuse a name that an adapter on `model` has already."""
     if adapter_name in adapter_names(model):
         raise AdapterStateError(
             f"The model already has an adapter {adapter_name!r}. Take it off first with "
@@ -251,12 +235,7 @@ def check_new_name(model: nn.Module, adapter_name: str) -> None:
 
 
 def check_unmerged(model: nn.Module, adapter_name: str | None = None) -> None:
-    """Refuse adapters that are merged into the base: this one, or any.
-
-    Raises:
-        AdapterStateError: Naming a module where one is.
-
-    """
+    """Refuse adapters that are merged into the base: this one, or any."""
     for path, layer in named_adapted_layers(model):
         if layer.merged_adapters if adapter_name is None else adapter_name in layer.merged_adapters:
             raise AdapterStateError(
@@ -295,12 +274,7 @@ def _new_biases(model: nn.Module, context: BuildContext, selection: Selection) -
 
 
 def _copy_without_adapters(module: nn.Module, device: torch.device | None) -> nn.Module:
-    """A copy of whole tensors; where a device is given, those in state dicts are empty ones there.
-
-    Raises:
-        TargetError: If FSDP has made the module a unit, which cannot be copied.
-
-    """
+    """A copy of whole tensors; where a device is given, state dicts hold empty ones there."""
     if any(hasattr(type(child), "set_reshard_after_forward") for child in module.modules()):
         raise TargetError(
             f"modules_to_save names a {type(module).__name__} that fully_shard made a unit of its "
@@ -328,11 +302,7 @@ def _copy_without_adapters(module: nn.Module, device: torch.device | None) -> nn
 
 def adapters_named(model: nn.Module, adapter_name: str) -> dict[str, AdapterModule]:
     """The adapters of that name, by path of their module."""
-    return {
-        path: layer.adapters[adapter_name]
-        for path, layer in named_adapted_layers(model)
-        if adapter_name in layer.adapters
-    }
+    return {path: layer.adapters[adapter_name] for path, layer in layers_with(model, adapter_name)}
 
 
 @contextmanager

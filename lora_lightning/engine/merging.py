@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -106,7 +105,7 @@ def merge_and_unload(model: nn.Module, names: str | Sequence[str] | None = None)
         layer.forget_originals()
         copy = layer.trained_copy()
         if copy is not None:
-            _take_over(layer, copy.module)
+            layer.load_state_dict(copy.module.state_dict(), strict=False)
     for _, module, record in list(trained_biases(model)):
         record.hidden = record.parameter(module).detach().clone()
     return unload(model)
@@ -125,11 +124,6 @@ def unload(model: nn.Module) -> nn.Module:
     for name in adapter_names(model):
         delete_adapter(model, name)
     return model
-
-
-@torch.no_grad()
-def _take_over(module: nn.Module, copy: nn.Module) -> None:
-    module.load_state_dict(copy.state_dict(), strict=False)
 
 
 def _check_weights(model: nn.Module, names: Sequence[str], copies_too: bool = False) -> None:
@@ -151,7 +145,7 @@ def _check_weights(model: nn.Module, names: Sequence[str], copies_too: bool = Fa
     for path, (layer, adapters) in merging.items():
         written = _written(path, layer, adapters)
         if copies_too and any(name in layer.trained_copies() for name in names):
-            own = _adapter_parameters(layer)
+            own = {id(parameter) for parameter in layer.adapters.parameters()}
             written += [(n, p) for n, p in layer.named_parameters() if id(p) not in own]
         for name, parameter in written:
             _check_writable(path, name, parameter, owners[id(parameter)])
@@ -234,7 +228,3 @@ def _changes_bias(adapter: Adapter, layer: AdaptedLayer, weight_name: str) -> bo
     view = WeightView(layer, weight_name)
     bias = view.bias
     return bias is not None and adapter.transform_bias(bias, view) is not bias
-
-
-def _adapter_parameters(layer: AdaptedLayer) -> set[int]:
-    return {id(parameter) for parameter in layer.adapters.parameters()}

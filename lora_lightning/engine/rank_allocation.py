@@ -170,15 +170,11 @@ class RankAllocator:
 
     def _importance(self, path: str) -> Tensor:
         """Importance of each triplet of one adapter, (r,)."""
-        a, e, b = (self._score(f"{path}.{name}") for name in _TENSORS)
-        if a is None or e is None or b is None:  # it has never been stepped
+        keys = [f"{path}.{name}" for name in _TENSORS]
+        if not self.sensitivity.keys() >= {*keys}:  # it has never been stepped
             return torch.zeros_like(full_tensor(self.adapters[path].lora_E.detach())).flatten()
+        a, e, b = (self.sensitivity[key] * self.uncertainty[key] for key in keys)
         return e.flatten() + a.mean(1) + b.mean(0)
-
-    def _score(self, key: str) -> Tensor | None:
-        if key not in self.sensitivity:
-            return None
-        return self.sensitivity[key] * self.uncertainty[key]
 
     def _named_tensors(self) -> Iterator[tuple[str, nn.Parameter]]:
         for path, adapter in self.adapters.items():

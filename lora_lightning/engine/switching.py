@@ -11,24 +11,28 @@ from torch import nn
 from lora_lightning.adapters.base import Adapter, DeltaAdapter
 from lora_lightning.engine.bias import trained_biases
 from lora_lightning.errors import AdapterStateError, nearest_hint
+from lora_lightning.layers.base import AdaptedLayer
 from lora_lightning.layers.torch_fast_path import close_fast_path, reopen_fast_path
 from lora_lightning.layers.traversal import named_adapted_layers
 
 
 def adapter_names(model: nn.Module) -> list[str]:
     """Names of the adapters on `model`, in the order they were added."""
-    return list(
-        dict.fromkeys(name for _, layer in named_adapted_layers(model) for name in layer.adapters)
-    )
+    names = (name for _, layer in named_adapted_layers(model) for name in layer.adapters)
+    return list(dict.fromkeys(names))
 
 
 def active_adapters(model: nn.Module) -> list[str]:
     """Names of the adapters that act on `model`."""
-    return list(
-        dict.fromkeys(
-            name for _, layer in named_adapted_layers(model) for name in layer.active_adapters
-        )
-    )
+    names = (name for _, layer in named_adapted_layers(model) for name in layer.active_adapters)
+    return list(dict.fromkeys(names))
+
+
+def layers_with(model: nn.Module, adapter_name: str) -> list[tuple[str, AdaptedLayer]]:
+    """(path, layer) of every module that carries the adapter."""
+    return [
+        (p, layer) for p, layer in named_adapted_layers(model) if adapter_name in layer.adapters
+    ]
 
 
 def set_adapter(model: nn.Module, names: str | Sequence[str], *, trainable: bool = True) -> None:
@@ -136,9 +140,7 @@ def scale_adapter(model: nn.Module, adapter_name: str, factor: float) -> None:
     """
     check_known(model, adapter_name)
     scaled = []
-    for path, layer in named_adapted_layers(model):
-        if adapter_name not in layer.adapters:
-            continue
+    for path, layer in layers_with(model, adapter_name):
         if adapter_name in layer.merged_adapters:
             raise AdapterStateError(
                 f"Adapter {adapter_name!r} is merged into the base; call unmerge_adapter(model) "
@@ -160,37 +162,27 @@ def scale_adapter(model: nn.Module, adapter_name: str, factor: float) -> None:
 
 def activate_new(model: nn.Module, name: str, active: bool) -> None:
     """Bring new adapters `name` into the state `active`; others stay as they are."""
-    for _, layer in named_adapted_layers(model):
-        if name not in layer.adapters:
-            continue
+    for _, layer in layers_with(model, name):
         if active and name not in layer.active_adapters:
             layer.active_adapters = [*layer.active_adapters, name]
         _require_grad(layer.adapters[name], active)
-    for _, module, record in trained_biases(model):
-        if record.adapter_name == name:
-            record.show(module, active)
-            record.parameter(module).requires_grad_(active)
+    for _, module, record in trained_biases(model, name):
+        record.show(module, active)
+        record.parameter(module).requires_grad_(active)
 
 
 def set_trainable(model: nn.Module, name: str, trainable: bool) -> None:
     """Set whether an adapter's tensors require gradients; which adapters act stays as it is."""
     check_known(model, name)
-    for _, layer in named_adapted_layers(model):
-        if name in layer.adapters:
-            _require_grad(layer.adapters[name], trainable)
-    for _, module, record in trained_biases(model):
-        if record.adapter_name == name:
-            # Hidden values do not train: in their place the base's own would.
-            record.parameter(module).requires_grad_(trainable and record.shown)
+    for _, layer in layers_with(model, name):
+        _require_grad(layer.adapters[name], trainable)
+    for _, module, record in trained_biases(model, name):
+        # Hidden values do not train: in their place the base's own would.
+        record.parameter(module).requires_grad_(trainable and record.shown)
 
 
 def check_known(model: nn.Module, *names: str) -> None:
-    """Refuse names that no adapter on `model` has.
-
-    Raises:
-        AdapterStateError: Naming the first one, and the nearest known one.
-
-    """
+    """Refuse names that no adapter on `model` has by an AdapterStateError with the nearest one."""
     known = adapter_names(model)
     for name in names:
         if name not in known:
@@ -205,12 +197,7 @@ def _require_grad(adapter: nn.Module, wanted: bool) -> None:
 
 
 def check_enabled(model: nn.Module) -> None:
-    """Refuse to change adapters inside `disable_adapter` and `adapters_per_row`.
-
-    Raises:
-        AdapterStateError: If the adapters are disabled at present, or act by row.
-
-    """
+    """Refuse to change adapters inside `disable_adapter` and `adapters_per_row`."""
     _check_not_disabled(model)
     if any(layer.row_adapters is not None for _, layer in named_adapted_layers(model)):
         raise AdapterStateError(

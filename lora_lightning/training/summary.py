@@ -101,8 +101,7 @@ def start_table(model: nn.Module, adapter_name: str, left_out: list[str]) -> Tab
         )
     biases = [
         record.parameter(module).numel()
-        for _, module, record in trained_biases(model)
-        if record.adapter_name == adapter_name
+        for _, module, record in trained_biases(model, adapter_name)
     ]
     if biases:
         total = sum(biases)
@@ -144,9 +143,8 @@ def _trained_in_16_bits(root: nn.Module, adapter_name: str) -> list[str]:
         return []  # as asked for
     return [
         name
-        for name, module, record in trained_biases(root)
-        if record.adapter_name == adapter_name
-        and record.parameter(module).dtype in (torch.bfloat16, torch.float16)
+        for name, module, record in trained_biases(root, adapter_name)
+        if record.parameter(module).dtype in (torch.bfloat16, torch.float16)
     ]
 
 

@@ -7,12 +7,7 @@ def is_a(value: object, *names: str, module: str | None = None) -> bool:
     """True if the class of `value`, or one that it derives from, has one of these names.
 
     Lightning's classes are found so in both of its packages, `lightning` and `pytorch_lightning`.
-
-    Args:
-        value: The object.
-        *names: Names of classes, without their module.
-        module: The module that the class must be defined in; by default any.
-
+    Where a `module` is given, the class must be defined there.
     """
     return any(
         base.__name__ in names and module in (None, base.__module__) for base in type(value).__mro__

@@ -30,6 +30,7 @@ TENSORS = "adapter_model.safetensors"
 
 # What PEFT calls these types; PEFT refuses other names, as it must.
 PEFT_TYPES = ("LORA", "LOHA", "LOKR", "ADALORA", "OFT", "SHIRA", "IA3", "VERA")
+WITH_BIAS = ("LORA", "ADALORA", "OFT", "VERA")  # whose PEFT configs have the option `bias`
 # Put before the type where PEFT knows it, but would compute something else from this adapter.
 OWN = "LORA_LIGHTNING_"
 MIX = OWN + "MIX"  # the peft_type of a folder of folders
@@ -102,7 +103,7 @@ def describe(model: nn.Module, adapter_name: str) -> dict[str, Any]:
         known &= not isinstance(layers.get(outer), nn.MultiheadAttention) or outer in attentions
     options["target_modules"] = exact_names([path for path, _ in walk(model)], by_module)
     options["modules_to_save"] = sorted(saved) or None
-    if options.get("bias") == "none" and "bias" not in _peft_fields(config):
+    if options.get("bias") == "none" and config.peft_type not in WITH_BIAS:
         del options["bias"]
     return {
         **options,
@@ -128,11 +129,7 @@ def for_twice(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def parse(options: dict[str, Any], where: str) -> AdapterConfig:
-    """The config that adapter_config.json describes.
-
-    Args:
-        options: Its content.
-        where: The file, for messages.
+    """The config that `options`, the content of adapter_config.json, describe.
 
     Raises:
         AdapterMismatchError: If it is of an unknown type, or uses something that this library does
@@ -241,10 +238,6 @@ def _is_costly(expression: str) -> bool:
 
 def _spelled(hint: Any) -> str:
     return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)
-
-
-def _peft_fields(config: AdapterConfig) -> set[str]:
-    return {"bias"} if config.peft_type in ("LORA", "ADALORA", "OFT", "VERA") else set()
 
 
 def is_folder_name(name: str) -> bool:

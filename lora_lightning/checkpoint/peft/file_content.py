@@ -60,9 +60,7 @@ def content_of_file(
     """Find the place of every tensor of a file with these keys.
 
     Args:
-        model: The model that the file is for.
-        config: The options beside it.
-        keys: The names of its tensors.
+        model, config, keys: The model that the file is for, its options, its tensors' names.
         unchanged: Whether what the file has under a key is the base's tensor of a name.
         where: The file, for messages.
 

@@ -44,13 +44,6 @@ class _Factor:
     other: str  # the key of the other one
     dimension: int
 
-    @property
-    def blocks(self) -> int:
-        """Number of updates one after the other in A: of experts, or of groups of channels."""
-        experts: int | None = getattr(self.part, "experts", None)
-        groups: int = getattr(self.part, "groups", 1)
-        return experts or groups
-
     def size(self, here: list[int], config: LoraConfig) -> list[int] | None:
         """The size of the tensor with the rank that `config` says; None where it does not fit."""
         r = pattern_value(config.rank_pattern, self.part.spec.path, config.r)
@@ -65,8 +58,10 @@ class _Factor:
         if self.dimension == 1:
             tensor[:, : value.shape[1]].copy_(value)
         else:
-            ranks = torch.unflatten(value, 0, (self.blocks, -1))
-            torch.unflatten(tensor, 0, (self.blocks, -1))[:, : ranks.shape[1]].copy_(ranks)
+            # A holds the updates of experts, or of groups of channels, one after the other.
+            blocks = getattr(self.part, "experts", None) or getattr(self.part, "groups", 1)
+            ranks = torch.unflatten(value, 0, (blocks, -1))
+            torch.unflatten(tensor, 0, (blocks, -1))[:, : ranks.shape[1]].copy_(ranks)
 
 
 def hotswap_adapter(

@@ -19,14 +19,15 @@ from lora_lightning.adapters.trainable_tokens import (
 )
 from lora_lightning.checkpoint.fingerprint import base_tensors
 from lora_lightning.engine.bias import trained_biases
+from lora_lightning.engine.injection import adapters_named
+from lora_lightning.engine.switching import layers_with
 from lora_lightning.layers.base import AdaptedLayer
 from lora_lightning.layers.traversal import named_adapted_layers, walk
 
 PREFIX = "base_model.model."
 OUT_PROJ_B = ".base_layer.out_proj.lora_B.weight"  # of an attention that is adapted as a whole
-TOKEN_ROWS = (
-    "token_adapter.trainable_tokens_delta"  # PEFT's TRAINABLE_TOKENS: without the first part
-)
+# PEFT's TRAINABLE_TOKENS has them without the first part
+TOKEN_ROWS = "token_adapter.trainable_tokens_delta"
 
 
 def tensors_to_save(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
@@ -50,8 +51,7 @@ def tensors_to_load(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
 def rows_alone(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     """Trained rows as PEFT's TRAINABLE_TOKENS has them: also those of tied heads, once more."""
     found = {}
-    for path, layer in named_adapted_layers(model):
-        adapter = layer.adapters.get(adapter_name)
+    for path, adapter in adapters_named(model, adapter_name).items():
         rows = adapter._rows[0] if isinstance(adapter, TiedTrainableTokensAdapter) else adapter
         if isinstance(rows, TrainableTokensAdapter):
             name = TOKEN_ROWS.partition(".")[2]
@@ -109,18 +109,16 @@ def _shared_with_base(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     """Trained copies and biases, which keep the names they have in the base."""
     found: dict[str, Tensor] = {}
     targets = set()
-    for path, layer in named_adapted_layers(model):
-        adapter = layer.adapters.get(adapter_name)
+    for path, layer in layers_with(model, adapter_name):
         prefix = path + "." if path else ""
         copy = layer.trained_copies().get(adapter_name)
-        if copy is not None:
-            state = copy.module.state_dict()
-            found.update({f"{PREFIX}{prefix}{name}": tensor for name, tensor in state.items()})
-        elif adapter is not None:
+        if copy is None:
             targets.add(prefix)
-    for name, module, record in trained_biases(model):
-        if record.adapter_name == adapter_name:
-            prefix = name.removesuffix("bias")
-            inner = "base_layer." if prefix in targets else ""
-            found[f"{PREFIX}{prefix}{inner}bias"] = record.trained(module).detach()
+            continue
+        state = copy.module.state_dict()
+        found.update({f"{PREFIX}{prefix}{name}": tensor for name, tensor in state.items()})
+    for name, module, record in trained_biases(model, adapter_name):
+        prefix = name.removesuffix("bias")
+        inner = "base_layer." if prefix in targets else ""
+        found[f"{PREFIX}{prefix}{inner}bias"] = record.trained(module).detach()
     return found

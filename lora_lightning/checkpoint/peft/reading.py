@@ -87,13 +87,7 @@ def load_folders(
 def opened_folder(
     model: nn.Module, folder: Path, options: dict[str, Any] | None = None
 ) -> Iterator[tuple[FileContent, dict[str, list[int]], Any]]:
-    """(what it holds for `model`, shapes by key in the file, the open file) of a PEFT folder.
-
-    Raises:
-        CheckpointError: If the files are missing or damaged.
-        AdapterMismatchError: If the adapter uses what this library or the model does not have.
-
-    """
+    """(what it holds for `model`, shapes by key in the file, the open file) of a PEFT folder."""
     options = _read_config(folder) if options is None else options
     config = parse(options, str(folder / CONFIG))
     file = folder / TENSORS
@@ -112,12 +106,7 @@ def opened_folder(
 def read_values(
     model: nn.Module, content: FileContent, opened: Any, own: dict[str, Tensor], file: Path
 ) -> dict[str, Tensor]:
-    """The tensors for the adapter's `own`, by their keys, checked.
-
-    Raises:
-        AdapterMismatchError: If a value cannot be what was trained, or comes with another base.
-
-    """
+    """The tensors for the adapter's `own`, by their keys; refused if not trained on this base."""
     values: dict[str, Tensor] = {}
     for key, name in content.own.items():
         value = opened.get_tensor(key)

@@ -1,4 +1,4 @@
-"""Every name, expression and index of an adapter's options selects something, or is an error."""
+"""Every name, expression and index of an adapter's options selects something: else TargetError."""
 
 from __future__ import annotations
 
@@ -20,12 +20,7 @@ from lora_lightning.errors import TargetError, first_few
 
 
 def check_something_is_left(candidates: Collection[str], config: AdapterConfig) -> None:
-    """Say so where other options take out all `candidates`, which target_modules selects.
-
-    Raises:
-        TargetError: Naming the option.
-
-    """
+    """Refuse options that take out all `candidates`, which target_modules selects."""
     if not candidates or not all(is_excluded(config, path) for path in candidates):
         return
     alone = replace(config, modules_to_save=None)
@@ -42,12 +37,7 @@ def check_something_is_left(candidates: Collection[str], config: AdapterConfig) 
 def check_every_target_matched(
     modules: dict[str, nn.Module], targets: dict[str, nn.Module], config: AdapterConfig
 ) -> None:
-    """Every listed name, or the expression, selects a module.
-
-    Raises:
-        TargetError: Naming those that do not, and why.
-
-    """
+    """Refuse listed names, or an expression, that select no module, and say why they do not."""
     wanted = config.target_modules
     if isinstance(wanted, str):
         if targets:
@@ -116,12 +106,7 @@ def _why_not(paths: list[str], config: AdapterConfig) -> str:
 
 
 def check_not_of_peft(path: str, modules: dict[str, nn.Module]) -> None:
-    """A target is no part of an adapter of the peft package.
-
-    Raises:
-        TargetError: Naming the module of peft that it is, or is in.
-
-    """
+    """Refuse a target that is a module of the peft package, or inside one."""
     parts = path.split(".")
     for owner in (".".join(parts[:depth]) for depth in range(1, len(parts) + 1)):
         kind = type(modules.get(owner))
@@ -136,12 +121,7 @@ def check_not_of_peft(path: str, modules: dict[str, nn.Module]) -> None:
 
 
 def check_every_exclusion_matched(modules: dict[str, nn.Module], config: AdapterConfig) -> None:
-    """Every name in exclude_modules, or the expression, fits a module.
-
-    Raises:
-        TargetError: Naming the first that does not.
-
-    """
+    """Refuse a name in exclude_modules, or an expression, that fits no module."""
     excluded = config.exclude_modules
     if excluded is None:
         return
@@ -157,12 +137,7 @@ def check_every_exclusion_matched(modules: dict[str, nn.Module], config: Adapter
 
 
 def check_every_layer_matched(targets: dict[str, nn.Module], config: AdapterConfig) -> None:
-    """Every index in layers_to_transform has a target.
-
-    Raises:
-        TargetError: Naming those that have none.
-
-    """
+    """Refuse indices in layers_to_transform that have no target."""
     wanted = wanted_layers(config)
     if not wanted:
         return
@@ -178,12 +153,7 @@ def check_every_layer_matched(targets: dict[str, nn.Module], config: AdapterConf
 
 
 def check_every_pattern_matched(targets: list[str], config: AdapterConfig) -> None:
-    """Every key of rank_pattern and alpha_pattern fits a target.
-
-    Raises:
-        TargetError: Naming the first that does not.
-
-    """
+    """Refuse a key of rank_pattern or alpha_pattern that fits no target."""
     for option in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, option, ()):
             if not any(re.match(rf"(.*\.)?({key})$", path) for path in targets):

@@ -1,8 +1,9 @@
-"""Input embeddings and output heads of transformers models, found by duck type."""
+"""Input embeddings and output heads of transformers models, found by duck type.
+
+So transformers is not imported.
+"""
 
 from __future__ import annotations
-
-from typing import Any
 
 from torch import nn
 
@@ -13,29 +14,24 @@ from lora_lightning.utilities.wrappers import unwrapped
 def output_heads(model: nn.Module) -> list[str]:
     """Paths of the output heads of every transformers model inside `model`.
 
-    The output embeddings where the model names them, else its `score` or `classifier`; told by
-    duck type, so that transformers is not imported.
+    The output embeddings where the model names them, else its `score` or `classifier`.
     """
-    heads = []
-    for path, module in walk(model):
-        if not (hasattr(module, "base_model_prefix") and hasattr(module, "get_output_embeddings")):
-            continue
-        model_part: Any = module
-        head = model_part.get_output_embeddings()
-        if head is None:
-            head = getattr(module, "score", None) or getattr(module, "classifier", None)
-        head = unwrapped(head)
-        heads += [f"{path}.{sub}" if path else sub for sub, m in walk(module) if m is head]
-    return heads
+    return _embeddings(model, "get_output_embeddings")
 
 
 def input_embeddings(model: nn.Module) -> list[str]:
-    """Paths of the input embeddings of the transformers models inside `model`, by duck type."""
+    """Paths of the input embeddings of the transformers models inside `model`."""
+    return _embeddings(model, "get_input_embeddings")
+
+
+def _embeddings(model: nn.Module, getter: str) -> list[str]:
     found = []
     for path, module in walk(model):
-        if hasattr(module, "base_model_prefix") and hasattr(module, "get_input_embeddings"):
-            model_part: Any = module
-            table = unwrapped(model_part.get_input_embeddings())
-            prefix = path + "." if path else ""
-            found += [prefix + sub for sub, m in walk(module) if m is table]
+        if not (hasattr(module, "base_model_prefix") and hasattr(module, getter)):
+            continue
+        part = getattr(module, getter)()
+        if part is None and getter == "get_output_embeddings":
+            part = getattr(module, "score", None) or getattr(module, "classifier", None)
+        part = unwrapped(part)
+        found += [f"{path}.{sub}" if path else sub for sub, m in walk(module) if m is part]
     return list(dict.fromkeys(found))

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from lora_lightning.errors import did_you_mean, first_few
+from lora_lightning.errors import did_you_mean
 from lora_lightning.layers.registry import SUPPORTED, layer_type_for
 
 
@@ -29,9 +29,7 @@ def linear_names(modules: dict[str, nn.Module]) -> str:
     )
     if not names:
         return f"This model has no module of an adaptable kind ({SUPPORTED})."
-    return "Adaptable names in this model: " + ", ".join(
-        f"{n} x{count}" for n, count in names.items()
-    )
+    return f"Adaptable names in this model: {_counts(names)}"
 
 
 def kinds_in(modules: dict[str, nn.Module]) -> str:
@@ -43,11 +41,8 @@ def kinds_in(modules: dict[str, nn.Module]) -> str:
     )
     if not kinds:
         return "the model has no parameters yet"
-    return "the model's modules with parameters are " + ", ".join(
-        f"{k} x{n}" for k, n in kinds.items()
-    )
+    return f"the model's modules with parameters are {_counts(kinds)}"
 
 
-def top_names(modules: dict[str, nn.Module]) -> str:
-    """The first names of a model."""
-    return first_few([path for path in modules if path.count(".") <= 1], 12) or "none"
+def _counts(names: Counter[str]) -> str:
+    return ", ".join(f"{name} x{count}" for name, count in names.items())

@@ -21,11 +21,7 @@ def select_parameters(
 ) -> dict[str, list[str]]:
     """The names of the selected parameters by the path of the module that owns them.
 
-    Args:
-        modules: The modules of the model by path.
-        wanted: The listed names.
-        targets: Paths that are adapted as modules.
-        saved: Paths that train as a copy.
+    `targets` are paths that are adapted as modules, `saved` those that train as a copy.
 
     Raises:
         TargetError: If a name selects nothing, or a parameter that cannot be adapted or that

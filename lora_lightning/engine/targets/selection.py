@@ -6,6 +6,7 @@ what happens to a name that selects nothing: there it is dropped, here it is an 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -22,7 +23,7 @@ from lora_lightning.engine.targets.checks import (
     check_something_is_left,
 )
 from lora_lightning.engine.targets.embeddings import input_embeddings, output_heads
-from lora_lightning.engine.targets.hints import kinds_in, linear_names, near, top_names
+from lora_lightning.engine.targets.hints import kinds_in, linear_names, near
 from lora_lightning.engine.targets.matching import is_excluded, matches_name, matches_target
 from lora_lightning.engine.targets.parameters import select_parameters
 from lora_lightning.errors import TargetError, first_few
@@ -76,11 +77,9 @@ def select_modules(model: nn.Module, config: AdapterConfig) -> Selection:
     elif config.target_modules == ALL_LINEAR:
         heads, candidates = output_heads(model), []
         for path, module in modules.items():
-            if not (isinstance(module, nn.Linear) or is_conv1d(module)):
+            if not (isinstance(module, nn.Linear) or is_conv1d(module)) or path in obstacles:
                 continue
-            if path in obstacles:
-                continue
-            if any(path == head or path.startswith(head + ".") for head in heads):
+            if _is_within(path, heads):
                 selection.left_out.append(path)
                 continue
             candidates.append(path)
@@ -120,7 +119,7 @@ def select_modules(model: nn.Module, config: AdapterConfig) -> Selection:
     return selection
 
 
-def _is_within(path: str, others: set[str]) -> bool:
+def _is_within(path: str, others: Iterable[str]) -> bool:
     return any(path == other or path.startswith(other + ".") for other in others)
 
 
@@ -131,9 +130,10 @@ def _select_saved(
     for name in config.modules_to_save or ():
         found = {path: module for path, module in modules.items() if matches_name(name, path)}
         if not found:
+            top = first_few([path for path in modules if path.count(".") <= 1], 12)
             raise TargetError(
                 f"modules_to_save {name!r} matched nothing.{near(name, modules)} Names at the top "
-                f"of this model: {top_names(modules)}. (lora.modules_to_save)"
+                f"of this model: {top or 'none'}. (lora.modules_to_save)"
             )
         for path, module in found.items():
             if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
