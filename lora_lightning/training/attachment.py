@@ -17,9 +17,10 @@ An adapter that is there already stays: to come by more than once does no harm.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from lora_lightning.adapters.registry import config_type_of
@@ -56,9 +57,6 @@ from lora_lightning.training.strategies.fsdp import check_not_wrapped
 from lora_lightning.training.strategies.meta_base import expect_base, load_base_at_once
 from lora_lightning.training.strategies.model_parallel import is_fsdp, is_model_parallel, reshard
 from lora_lightning.utilities.wrappers import under_own_names
-
-if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule
 
 
 def attach(callback: AdapterCallback, module: LightningModule) -> None:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+
+from lightning.pytorch.strategies import Strategy
 
 from lora_lightning.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from lightning.pytorch.strategies import Strategy
 
 
 def any_process(strategy: Strategy, flag: bool) -> bool:

@@ -6,9 +6,11 @@ import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 
 from lora_lightning.adapters.config import AdapterConfig
@@ -23,10 +25,6 @@ from lora_lightning.errors import ConfigError
 from lora_lightning.training._lightning import train_data
 from lora_lightning.training.adapter_callback import AdapterCallback
 from lora_lightning.utilities.rng import random_state, set_random_state
-
-if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule, Trainer
-    from lightning.pytorch.strategies import Strategy
 
 
 def starts_from_data(callback: AdapterCallback) -> bool:

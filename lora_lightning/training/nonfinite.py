@@ -12,9 +12,10 @@ come down to 1 and less, are more than it can mend.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
@@ -27,9 +28,6 @@ from lora_lightning.training.strategies.deepspeed import partitioned_gradients
 from lora_lightning.utilities._torch import stored_values, unscales_in_step
 from lora_lightning.utilities.dtensor import local_part
 from lora_lightning.utilities.wrappers import named_parameters
-
-if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule, Trainer
 
 POLICIES = ("stop", "skip", "ignore")
 MAX_IN_A_ROW = 10  # skipped steps after which nothing is left to hope for

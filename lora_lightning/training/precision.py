@@ -11,8 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from lightning.pytorch import LightningModule
 from torch import nn
 
 from lora_lightning.engine.switching import adapter_names
@@ -20,9 +21,6 @@ from lora_lightning.errors import AdapterStateError, ConfigError
 from lora_lightning.layers.quantized.bitsandbytes import is_linear4bit, is_linear8bit
 from lora_lightning.training._lightning import is_quantizing_hook
 from lora_lightning.utilities.is_a import is_a
-
-if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule
 
 _LIGHTNING = ("lightning.", "pytorch_lightning.", "lightning_fabric.")
 

@@ -14,9 +14,11 @@ import signal
 import sys
 import threading
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lora_lightning.training import summary
@@ -31,10 +33,6 @@ from lora_lightning.training._lightning import (
 )
 from lora_lightning.training.collectives import any_process
 from lora_lightning.utilities.is_a import is_a
-
-if TYPE_CHECKING:
-    from lightning.pytorch import Trainer
-    from lightning.pytorch.callbacks import ModelCheckpoint
 
 EXIT_CODE = 128 + signal.SIGTERM  # 143, as a shell reports a process that SIGTERM ended
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule, Trainer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -23,9 +24,6 @@ from lora_lightning.layers.registry import layer_type_for
 from lora_lightning.layers.traversal import walk
 from lora_lightning.training.adapter_callback import AdapterCallback
 from lora_lightning.training.optimizers import trainable_parameters
-
-if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule, Trainer
 
 
 @dataclass

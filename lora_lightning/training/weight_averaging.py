@@ -8,16 +8,13 @@ the base would drift away from what the adapters were trained on, and the codes 
 from __future__ import annotations
 
 from types import MethodType
-from typing import TYPE_CHECKING
 
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from lora_lightning.training._lightning import all_callbacks, averaged_model
-
-if TYPE_CHECKING:
-    from lightning.pytorch import Trainer
 
 
 def averaged_models(trainer: Trainer) -> list[nn.Module]:

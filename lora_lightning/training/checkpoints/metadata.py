@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 import lora_lightning
@@ -26,10 +27,6 @@ from lora_lightning.training.resume.run_state import add_run_state
 from lora_lightning.training.strategies.model_parallel import is_fsdp, is_model_parallel
 from lora_lightning.utilities._torch import is_flattened
 from lora_lightning.utilities.wrappers import plain_name
-
-if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule
-
 
 _EXTRA_STATE = "_extra_state"  # what a user's module keeps by get_extra_state
 

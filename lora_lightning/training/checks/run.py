@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
 
 from lora_lightning.errors import ConfigError
 from lora_lightning.training.adapter_callback import AdapterCallback
@@ -13,9 +15,6 @@ from lora_lightning.training.precision import check_precision
 from lora_lightning.training.strategies.deepspeed import check_deepspeed
 from lora_lightning.training.strategies.model_parallel import check_model_parallel
 from lora_lightning.utilities.is_a import is_a
-
-if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule, Trainer
 
 _STRATEGIES = {"SingleDeviceStrategy", "DDPStrategy", "ModelParallelStrategy", "FSDPStrategy"}
 _BASE_CHANGERS = {"BaseFinetuning", "ModelPruning"}

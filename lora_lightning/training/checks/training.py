@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
@@ -20,9 +21,6 @@ from lora_lightning.training.optimizers import check_coverage, trainable_paramet
 from lora_lightning.training.strategies.deepspeed import is_deepspeed, whole_optimizers
 from lora_lightning.training.strategies.model_parallel import check_dtypes, reshard
 from lora_lightning.training.weight_averaging import averaged_models
-
-if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule, Trainer
 
 
 def check_base_has_values(module: LightningModule) -> None:

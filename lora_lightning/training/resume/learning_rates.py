@@ -6,12 +6,8 @@ Optimizers and schedulers go on with what their states say, as they must for an 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
-
-if TYPE_CHECKING:
-    from lightning.pytorch import Trainer
 
 
 def configured_rates(trainer: Trainer) -> list[float]:

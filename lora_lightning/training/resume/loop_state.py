@@ -15,9 +15,10 @@ it: what was still to come is not made up for. These are put right here:
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
@@ -34,9 +35,6 @@ from lora_lightning.training._lightning import (
     stop_restarting,
     validates_after_batch,
 )
-
-if TYPE_CHECKING:
-    from lightning.pytorch import Trainer
 
 
 def complete_loops(loops: dict[str, Any], trainer: Trainer) -> None:

@@ -18,10 +18,11 @@ from collections.abc import Iterator
 from functools import cache
 from itertools import islice
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning.fabric.utilities.data import sized_len
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
@@ -36,9 +37,6 @@ from lora_lightning.utilities.rng import (
     set_generator_state,
     set_random_state,
 )
-
-if TYPE_CHECKING:
-    from lightning.pytorch.strategies import Strategy
 
 _PARTS = (
     "sampler", "batch_sampler", WRAPPED_SAMPLER, "dataset", "datasets", "collate_fn",

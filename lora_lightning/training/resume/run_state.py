@@ -7,10 +7,11 @@ in saving, so they are gathered, and each takes its own back.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
 
 from lora_lightning.checkpoint.state_dict import KEY
@@ -47,9 +48,6 @@ from lora_lightning.training.resume.resumable_loader import (
 from lora_lightning.utilities.dtensor import local_part, part_like
 from lora_lightning.utilities.rng import random_state, seed_all, set_random_state
 from lora_lightning.utilities.wrappers import named_parameters
-
-if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule, Trainer
 
 
 def add_run_state(checkpoint: dict[str, Any], module: LightningModule) -> None:

@@ -13,14 +13,16 @@ plugin has cast the base by then, which adapters withstand, so the engine is tol
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lora_lightning.adapters.config import AdapterConfig
 from lora_lightning.errors import CheckpointError, ConfigError, OptimizerError, first_few
 from lora_lightning.training._lightning import (
     all_callbacks,
@@ -33,11 +35,6 @@ from lora_lightning.training.module_state import defines_hook, module_state
 from lora_lightning.training.optimizers import check_coverage, plain_optimizer, trainable_parameters
 from lora_lightning.utilities._torch import keep_scheduler_groups
 from lora_lightning.utilities.is_a import is_a
-
-if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule, Trainer
-
-    from lora_lightning.adapters.config import AdapterConfig
 
 _STAGES = (1, 2)
 _LAYOUT = ("round_robin_bit16_groups", "round_robin_bit16_offsets", "bit16_groups_flat")

@@ -13,11 +13,13 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 
 from lora_lightning.checkpoint.fingerprint import persistent_buffers
@@ -33,10 +35,6 @@ from lora_lightning.training.strategies.model_parallel import is_fsdp
 from lora_lightning.training.weight_averaging import averaged_models
 from lora_lightning.utilities._torch import call_when_backward_ends
 from lora_lightning.utilities.wrappers import named_parameters
-
-if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule
-    from lightning.pytorch.strategies import Strategy
 
 
 def check_fsdp(strategy: Strategy) -> None:

@@ -20,9 +20,10 @@ import shutil
 import tempfile
 from collections.abc import Iterable
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lora_lightning.checkpoint.state_dict import KEY
@@ -33,10 +34,6 @@ from lora_lightning.training._lightning import starts_processes
 from lora_lightning.training.attachment import attach_all
 from lora_lightning.training.checkpoints.metadata import reduce_checkpoint
 from lora_lightning.training.module_state import callbacks_of, module_state
-
-if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule, Trainer
-
 
 _METHODS = ("get_extra_results", "update_main_process_results")
 

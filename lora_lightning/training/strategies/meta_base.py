@@ -15,9 +15,10 @@ leaves in it what was there: the base is loaded before adapters are attached.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from lora_lightning.adapters.trainable_tokens import TrainableTokensAdapter
@@ -29,9 +30,6 @@ from lora_lightning.training.checkpoints.metadata import remember_base
 from lora_lightning.training.module_state import callbacks_of, module_state
 from lora_lightning.training.strategies.model_parallel import is_model_parallel
 from lora_lightning.utilities.dtensor import copy_full, full_tensor
-
-if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule
 
 HOOK = "base_state_dict"
 

@@ -10,9 +10,11 @@ is over, where FSDP reduces its gradients together with those of units whose inp
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import Strategy
 from torch import nn
 
 from lora_lightning.errors import ConfigError, first_few
@@ -22,11 +24,6 @@ from lora_lightning.training._lightning import all_callbacks
 from lora_lightning.utilities._torch import mixed_precision_policy
 from lora_lightning.utilities.dtensor import is_sharded
 from lora_lightning.utilities.is_a import is_a
-
-if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule, Trainer
-    from lightning.pytorch.strategies import Strategy
-
 
 _NO_TENSOR_PARALLEL = (
     "adapters do not follow weights that are split along their features, and each process would "

@@ -11,7 +11,10 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import Strategy
 
 from lora_lightning.checkpoint.integrity import HASHES, content_hashes
 from lora_lightning.checkpoint.sharded_folder import is_checkpoint_folder
@@ -20,10 +23,6 @@ from lora_lightning.training._lightning import writes_folders
 from lora_lightning.training.collectives import all_or_none
 from lora_lightning.utilities.atomic_write import exchange
 from lora_lightning.utilities.dtensor import full_state
-
-if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule
-    from lightning.pytorch.strategies import Strategy
 
 
 def save_sharded_checkpoint(
