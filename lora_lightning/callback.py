@@ -13,6 +13,7 @@ from lora_lightning.adapters.lora.config import LoraConfig
 from lora_lightning.checkpoint.state_dict import KEY
 from lora_lightning.engine.injection import adapters_named
 from lora_lightning.engine.targets.selection import Selection
+from lora_lightning.training import summary
 from lora_lightning.training._lightning import state_key
 from lora_lightning.training.adalora_schedule import RankSchedule
 from lora_lightning.training.adapter_callback import AdapterCallback
@@ -40,13 +41,6 @@ from lora_lightning.training.resume.learning_rates import configured_rates
 from lora_lightning.training.resume.resumable_loader import make_loaders_resumable
 from lora_lightning.training.strategies.launchers import hand_back_adapters
 from lora_lightning.training.strategies.state import override_state_methods
-from lora_lightning.training.summary import (
-    batch_line,
-    end_lines,
-    show,
-    show_start,
-    show_without_adapters,
-)
 from lora_lightning.training.weight_averaging import average_what_trains
 
 if TYPE_CHECKING:
@@ -170,17 +164,17 @@ class LoraCallback(AdapterCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show what trains; from now on signals save and end the run."""
         if not self.enabled:
-            show_without_adapters(trainer, pl_module)
+            summary.show_without_adapters(trainer, pl_module)
             return
         if self._is_first(pl_module):
             self._preemption.watch(trainer)
         self._rank_schedule.start(trainer, self._root(pl_module), self.config, self.adapter_name)
-        show_start(self, trainer, pl_module)
+        summary.show_start(self, trainer, pl_module)
         if self._is_last(pl_module) and trainer.is_global_zero:
             check_hyperparameters(pl_module)
             check_hyperparameters(trainer.datamodule)  # type: ignore[attr-defined]
             log_options(trainer, callbacks_of(pl_module))
-            show(batch_line(trainer))
+            summary.show(summary.batch_line(trainer))
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -228,15 +222,15 @@ class LoraCallback(AdapterCallback):
         if isinstance(exception, KeyboardInterrupt) and trainer.state.fn == "fit":
             self.on_fit_end(trainer, pl_module)
             if self._is_last(pl_module) and trainer.is_global_zero:
-                show(*lines_without_checkpoint(trainer))
+                summary.show(*lines_without_checkpoint(trainer))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tell which steps were left out, how ranks were shared out and where checkpoints are."""
         lines = [*self._nonfinite_guard.finish(), *self._rank_schedule.finish()]
         if self.enabled and trainer.is_global_zero:
             if self._is_last(pl_module):
-                lines += end_lines(trainer, pl_module)
-            show(*lines)
+                lines += summary.end_lines(trainer, pl_module)
+            summary.show(*lines)
 
     # -- resuming ------------------------------------------------------------------------------
 

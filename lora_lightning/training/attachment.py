@@ -26,21 +26,8 @@ from torch import Tensor, nn
 from lora_lightning.adapters.registry import config_type_of
 from lora_lightning.checkpoint.loading import load_adapter
 from lora_lightning.checkpoint.state_dict import materialize
+from lora_lightning.engine import injection, switching
 from lora_lightning.engine.construction import BuildContext
-from lora_lightning.engine.injection import (
-    adapters_named,
-    delete_adapter,
-    extend_adapter,
-    freeze,
-    inject_adapter,
-    unchanged_on_error,
-)
-from lora_lightning.engine.switching import (
-    active_adapters,
-    adapter_names,
-    set_adapter,
-    set_trainable,
-)
 from lora_lightning.errors import ConfigError, TargetError
 from lora_lightning.layers.traversal import named_adapted_layers
 from lora_lightning.training.adapter_callback import AdapterCallback
@@ -78,7 +65,7 @@ def attach(callback: AdapterCallback, module: LightningModule) -> None:
         take_over_ranks(callback, module, root)
     check_same_adapter(callback, module, root)
     check_no_unmanaged_adapters(module)
-    first = not adapter_names(module)
+    first = not switching.adapter_names(module)
     start = start_values(callback, module, root)
     # Processes that nobody seeded have seeds of their own.
     seed = module.trainer.strategy.broadcast(torch.initial_seed())
@@ -123,8 +110,8 @@ def attach_with_saved_ranks(
     if config is None:
         return
     root = callback._root(module)
-    order = adapter_names(root)
-    delete_adapter(root, callback.adapter_name)
+    order = switching.adapter_names(root)
+    injection.delete_adapter(root, callback.adapter_name)
     callback.config = config
     _make_and_activate(callback, module, root)
     for _, layer in named_adapted_layers(root):  # in the order that the optimizer's state goes by
@@ -147,26 +134,27 @@ def _make_and_activate(
         start=start,
         autocast_adapter_dtype=callback.autocast_adapter_dtype,
     )
-    with unchanged_on_error(root):
-        callback._selection = extend_adapter(root, context)
-        if callback.adapter_name not in active_adapters(root):
-            set_adapter(root, [*active_adapters(root), callback.adapter_name])
-    freeze(module)
+    with injection.unchanged_on_error(root):
+        callback._selection = injection.extend_adapter(root, context)
+        if callback.adapter_name not in switching.active_adapters(root):
+            switching.set_adapter(root, [*switching.active_adapters(root), callback.adapter_name])
+    injection.freeze(module)
     for other in callbacks_of(module):
-        if other.adapter_name in adapter_names(root):
-            set_trainable(root, other.adapter_name, other.trainable)
+        if other.adapter_name in switching.adapter_names(root):
+            switching.set_trainable(root, other.adapter_name, other.trainable)
 
 
 def _attach_from_file(callback: AdapterCallback, root: nn.Module, path: str) -> None:
     """Attach the adapter of a file, unless it is there already, and take its options over."""
-    if callback.adapter_name not in adapter_names(root):
+    if callback.adapter_name not in switching.adapter_names(root):
         load_adapter(
             root,
             path,
             callback.adapter_name,
             autocast_adapter_dtype=callback.autocast_adapter_dtype,
         )
-    callback.config = next(iter(adapters_named(root, callback.adapter_name).values())).config
+    (adapter, *_) = injection.adapters_named(root, callback.adapter_name).values()
+    callback.config = adapter.config
 
 
 def _attach_what_children_trained(
@@ -177,8 +165,8 @@ def _attach_what_children_trained(
     entry = returned.get("adapters", {}).pop(callback.adapter_name, None)
     if entry is None:
         return
-    if callback.adapter_name not in adapter_names(root):
-        inject_adapter(
+    if callback.adapter_name not in switching.adapter_names(root):
+        injection.inject_adapter(
             root,
             config_type_of(entry["peft_type"]).from_dict(entry["config"]),
             callback.adapter_name,

@@ -19,11 +19,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lora_lightning.checkpoint.state_dict import KEY
 from lora_lightning.engine.switching import adapter_names
 from lora_lightning.errors import CheckpointError
-from lora_lightning.training.attachment import (
-    attach_all,
-    attach_before_sharding,
-    attach_with_saved_ranks,
-)
+from lora_lightning.training import attachment
 from lora_lightning.training.checkpoints.metadata import check_checkpoint, reduce_checkpoint
 from lora_lightning.training.module_state import (
     callbacks_of,
@@ -69,7 +65,7 @@ def setup(self: LightningModule, stage: str) -> None:
         )
     original_hook(self, "setup")(stage)
     if not defines_hook(self, "configure_model"):
-        attach_all(self)
+        attachment.attach_all(self)
 
 
 def configure_model(self: LightningModule) -> None:
@@ -77,10 +73,10 @@ def configure_model(self: LightningModule) -> None:
     if not callbacks_of(self):
         original_hook(self, "configure_model")()
         return
-    attach_before_sharding(self)
+    attachment.attach_before_sharding(self)
     leave_out_adapters(self)
     original_hook(self, "configure_model")()
-    attach_all(self)
+    attachment.attach_all(self)
     shard_adapters(self)
 
 
@@ -135,7 +131,7 @@ def on_load_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> Non
         for callback in callbacks:
             saved = checkpoint.get(KEY, {}).get("adapters", {}).get(callback.adapter_name)
             if saved is not None:
-                attach_with_saved_ranks(callback, self, saved)
+                attachment.attach_with_saved_ranks(callback, self, saved)
         check_checkpoint(checkpoint, self, callbacks)
         for part in checkpoint.keys() & {"state_dict", "current_model_state"}:
             if module_state(self).fsdp is not None:

@@ -21,16 +21,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from lora_lightning.training import summary
-from lora_lightning.training._lightning import (
-    SignalHandler,
-    accumulates,
-    cluster_environment,
-    has_saved,
-    lightnings_signal_handlers,
-    save_and_requeue,
-    save_last_checkpoint,
-)
+from lora_lightning.training import _lightning, summary
 from lora_lightning.training.collectives import any_process
 from lora_lightning.utilities.is_a import is_a
 
@@ -53,13 +44,13 @@ class Preemption:
         if trainer.received_sigterm:  # before we came
             self._asked.add(signal.SIGTERM)
         self._note(trainer, signal.SIGTERM)
-        environment = cluster_environment(trainer)
+        environment = _lightning.cluster_environment(trainer)
         if getattr(environment, "auto_requeue", False):
             self._requeue = getattr(environment, "requeue_signal", None) or signal.SIGUSR1
             self._note(trainer, self._requeue)
 
     def _note(self, trainer: Trainer, signum: int) -> None:
-        own, others = lightnings_signal_handlers(trainer, signum)
+        own, others = _lightning.lightnings_signal_handlers(trainer, signum)
         if own:  # otherwise the user's handler stands there alone, as Lightning has left it
             signal.signal(signum, _Note(self._asked, others))
 
@@ -71,13 +62,13 @@ class Preemption:
 
         """
         sharded = trainer.strategy.restore_checkpoint_after_setup
-        if sharded and accumulates(trainer):
+        if sharded and _lightning.accumulates(trainer):
             return  # gradients that are under way cannot be saved there
         if not any_process(trainer.strategy, bool(self._asked)):
             return
         if any_process(trainer.strategy, self._requeue in self._asked):
             self._asked.discard(self._requeue or 0)
-            save_and_requeue(trainer, self._requeue)
+            _lightning.save_and_requeue(trainer, self._requeue)
         if any_process(trainer.strategy, signal.SIGTERM in self._asked):
             path = save_last(trainer)
             saved = f"saved {path}; go on with ckpt_path='last'"
@@ -90,7 +81,7 @@ class Preemption:
 class _Note:
     """A signal handler that only remembers, and calls those that were there before Lightning's."""
 
-    def __init__(self, asked: set[int], others: list[SignalHandler]):
+    def __init__(self, asked: set[int], others: list[_lightning.SignalHandler]):
         self.asked = asked
         self.others = others
 
@@ -104,14 +95,14 @@ def set_exit_code(trainer: Trainer, exception: BaseException) -> None:
     """Have a process that SIGTERM ended say so: exit code 143."""
     if isinstance(exception, SIGTERMException):
         # Lightning kills the main process of a script as soon as a child that it started fails.
-        environment = cluster_environment(trainer)
+        environment = _lightning.cluster_environment(trainer)
         child = isinstance(environment, LightningEnvironment) and trainer.local_rank > 0
         exception.code = 0 if child else EXIT_CODE
 
 
 def lines_without_checkpoint(trainer: Trainer) -> list[str]:
     """Lines about a run that was interrupted (Ctrl-C) before it wrote a checkpoint."""
-    if any(map(has_saved, _savers(trainer))):
+    if any(map(_lightning.has_saved, _savers(trainer))):
         return []
     if trainer.ckpt_path is not None:
         return [f"interrupted before the next checkpoint: {trainer.ckpt_path} is the newest still"]
@@ -144,7 +135,7 @@ def save_last(trainer: Trainer) -> str:
     options = saver.save_last, saver.save_weights_only
     saver.save_last, saver.save_weights_only = True, False
     try:
-        save_last_checkpoint(saver, trainer)
+        _lightning.save_last_checkpoint(saver, trainer)
     finally:
         saver.save_last, saver.save_weights_only = options
     return str(saver.last_model_path)

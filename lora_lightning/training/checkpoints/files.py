@@ -30,13 +30,7 @@ from lora_lightning.checkpoint.peft.config import CONFIG
 from lora_lightning.checkpoint.sharded_folder import is_checkpoint_folder
 from lora_lightning.checkpoint.state_dict import KEY
 from lora_lightning.errors import CheckpointError, LoraError, did_you_mean, first_few
-from lora_lightning.training._lightning import (
-    background_executor,
-    fail_in_background,
-    override_link,
-    replace_wrapped,
-    works_in_background,
-)
+from lora_lightning.training import _lightning
 from lora_lightning.training.collectives import all_or_none
 from lora_lightning.training.strategies.state import read_checkpoint
 from lora_lightning.training.summary import readable_bytes
@@ -105,7 +99,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
 
     def in_order(self, action: Callable[[], None]) -> None:
         """Do `action` after the saves that are under way, and not at all where the last failed."""
-        executor = background_executor(self.background)
+        executor = _lightning.background_executor(self.background)
         if executor is None:
             self._unless_failed(action)
         else:
@@ -119,7 +113,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
         except Exception as error:
             if self.background is None:
                 raise
-            fail_in_background(self.background, error)
+            _lightning.fail_in_background(self.background, error)
 
     def _remove(self, path: Any) -> None:
         file = _local(path)
@@ -143,10 +137,10 @@ def protect_checkpoints(trainer: Trainer) -> None:
         wrappers.append(plugin)
         plugin = plugin.checkpoint_io
     if type(plugin).__name__ == "TorchCheckpointIO":
-        background = next(filter(works_in_background, wrappers), None)
+        background = next(filter(_lightning.works_in_background, wrappers), None)
         plugin = DurableCheckpointIO(background)
         if wrappers:
-            replace_wrapped(wrappers[-1], plugin)
+            _lightning.replace_wrapped(wrappers[-1], plugin)
         else:
             strategy.checkpoint_io = plugin
     elif not isinstance(plugin, DurableCheckpointIO):
@@ -157,7 +151,7 @@ def protect_checkpoints(trainer: Trainer) -> None:
         )
     for callback in trainer.checkpoint_callbacks:
         if is_a(callback, "ModelCheckpoint"):
-            override_link(callback, _link_checkpoint)
+            _lightning.override_link(callback, _link_checkpoint)
     overrides: dict[str, Any] = {
         "load_checkpoint": _load_checkpoint,
         "save_checkpoint": _save_checkpoint,

@@ -22,19 +22,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lora_lightning.training._lightning import (
-    accumulates,
-    all_callbacks,
-    count_logged_step,
-    data_fetcher,
-    fetched_ahead,
-    is_last_batch,
-    logged_results,
-    saved_batch_progress,
-    saved_validation_progress,
-    stop_restarting,
-    validates_after_batch,
-)
+from lora_lightning.training import _lightning
 
 
 def complete_loops(loops: dict[str, Any], trainer: Trainer) -> None:
@@ -42,22 +30,22 @@ def complete_loops(loops: dict[str, Any], trainer: Trainer) -> None:
 
     In `on_train_batch_end` a batch counts as processed, not yet as completed.
     """
-    batches = saved_batch_progress(loops)
+    batches = _lightning.saved_batch_progress(loops)
     underway = batches["current"]["processed"] == batches["current"]["completed"] + 1
-    if not underway or data_fetcher(trainer) is None or not in_epoch(trainer):
+    if not underway or _lightning.data_fetcher(trainer) is None or not in_epoch(trainer):
         return
-    validates = validates_after_batch(trainer)
-    if not validates and not is_last_batch(trainer):
+    validates = _lightning.validates_after_batch(trainer)
+    if not validates and not _lightning.is_last_batch(trainer):
         return
     for count in (batches["current"], batches["total"]):
         count["completed"] = count["processed"]
     if validates:  # as if it had begun: Lightning goes back to it
-        progress = saved_validation_progress(loops)
+        progress = _lightning.saved_validation_progress(loops)
         progress["current"] = dict.fromkeys(progress["current"], 0)
         done = progress["total"]["completed"]
         progress["total"].update(ready=done + 1, started=done + 1, processed=done)
-    elif not accumulates(trainer):
-        count_logged_step(loops)
+    elif not _lightning.accumulates(trainer):
+        _lightning.count_logged_step(loops)
 
 
 def monitored(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -70,13 +58,14 @@ def epoch_averages(trainer: Trainer) -> list[str]:
     """Names of the metrics that training averages over the epoch under way."""
     if not in_epoch(trainer):
         return []
-    logged = [result.meta for result in logged_results(trainer.fit_loop.epoch_loop).values()]
-    return sorted({name for m in logged if m.on_epoch for name in (m.name, f"{m.name}_epoch")})
+    results = _lightning.logged_results(trainer.fit_loop.epoch_loop).values()
+    logged = [result.meta for result in results if result.meta.on_epoch]
+    return sorted({name for m in logged for name in (m.name, f"{m.name}_epoch")})
 
 
 def warn_of_averages(trainer: Trainer, averages: list[str]) -> None:
     """Warn where something monitors an average over the epoch, of which a part is not saved."""
-    watching = [*all_callbacks(trainer), *trainer.lr_scheduler_configs]
+    watching = [*_lightning.all_callbacks(trainer), *trainer.lr_scheduler_configs]
     monitors = {str(getattr(watcher, "monitor", None)) for watcher in watching}
     watched = monitors & set(averages)
     if watched:
@@ -91,9 +80,9 @@ def warn_of_averages(trainer: Trainer, averages: list[str]) -> None:
 def continue_loops(trainer: Trainer, metrics: dict[str, torch.Tensor]) -> None:
     """Make up for what is left out, once loops and schedulers are restored, before any batch."""
     fit_loop = trainer.fit_loop
-    loop, fetcher = fit_loop.epoch_loop, data_fetcher(trainer)
+    loop, fetcher = fit_loop.epoch_loop, _lightning.data_fetcher(trainer)
     trainer.callback_metrics.update(metrics)
-    for callback in all_callbacks(trainer):
+    for callback in _lightning.all_callbacks(trainer):
         if isinstance(callback, GradientAccumulationScheduler):
             batches = callback.get_accumulate_grad_batches(trainer.current_epoch)
             trainer.accumulate_grad_batches = batches
@@ -108,21 +97,21 @@ def continue_loops(trainer: Trainer, metrics: dict[str, torch.Tensor]) -> None:
     if fit_loop.restarted_on_epoch_start:
         epoch.current.ready = epoch.current.started + 1
     if ends or fit_loop.restarted_on_epoch_start:
-        stop_restarting(loop)
-        stop_restarting(loop.val_loop)
+        _lightning.stop_restarting(loop)
+        _lightning.stop_restarting(loop.val_loop)
     elif loop.restarting:
         last = loop.batch_progress.is_last_batch
         validated = not loop.val_loop.restarted_mid_evaluation
         passed_over = loop.restarted_on_train_batch_end or (
-            last and validated and not validates_after_batch(trainer)
+            last and validated and not _lightning.validates_after_batch(trainer)
         )
         if passed_over:
             loop.update_lr_schedulers("step", update_plateau_schedulers=True)
         if last and fetcher is not None:  # there is no other batch in this epoch
             fetcher.done = True
-            fetched_ahead(fetcher).clear()
-    stop_restarting(fit_loop)  # else the epoch would end without plateau schedulers
-    for callback in all_callbacks(trainer):
+            _lightning.fetched_ahead(fetcher).clear()
+    _lightning.stop_restarting(fit_loop)  # else the epoch would end without plateau schedulers
+    for callback in _lightning.all_callbacks(trainer):
         if isinstance(callback, EarlyStopping) and _has_stopped(callback):
             trainer.should_stop = True
             rank_zero_info(

@@ -28,15 +28,8 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from lora_lightning.errors import CheckpointError
 from lora_lightning.training._lightning import WRAPPED_SAMPLER, trainer_of
+from lora_lightning.utilities import rng
 from lora_lightning.utilities._torch import has_workers, index_iterator
-from lora_lightning.utilities.rng import (
-    Generator,
-    generator_state,
-    random_state,
-    random_state_kept,
-    set_generator_state,
-    set_random_state,
-)
 
 _PARTS = (
     "sampler", "batch_sampler", WRAPPED_SAMPLER, "dataset", "datasets", "collate_fn",
@@ -65,11 +58,11 @@ class LazyLoader(DataLoader[Any]):
         if stateless and self.persistent_workers and not has_workers(self):
             # Workers are made once in a run, passes begun many times: what making them draws must
             # not depend on whether the run was interrupted.
-            with random_state_kept():
+            with rng.random_state_kept():
                 torch.rand(1)
                 super().__iter__()
         if self.__dict__.pop("_loaded", None) is not None:
-            with random_state_kept():  # the uninterrupted run had made that iterator before
+            with rng.random_state_kept():  # the uninterrupted run had made that iterator before
                 self.state_dict() if goes_on else super().__iter__()
         return super().__iter__()
 
@@ -79,7 +72,7 @@ class LazyLoader(DataLoader[Any]):
         if "_loaded" in self.__dict__:
             state = self._loaded
         else:
-            with random_state_kept():
+            with rng.random_state_kept():
                 state = super().state_dict()  # type: ignore[misc]
         return state
 
@@ -241,8 +234,8 @@ class Pass(Iterator[Any]):
                 )
             self.batches += 1
             if batch == 0:
-                after_first = random_state(cuda="none")
-        if after_first is not None and not _same(after_first, random_state(cuda="none")):
+                after_first = rng.random_state(cuda="none")
+        if after_first is not None and not _same(after_first, rng.random_state(cuda="none")):
             rank_zero_warn(
                 "Resume may not be exact: the data loader draws from the global random numbers "
                 "with every batch, which the model uses as well, so the order of the data may not "
@@ -263,12 +256,12 @@ def warn_of_workers(loader: object) -> None:
 
 def randomness(loader: Any) -> dict[str, Any]:
     """State of the process's generators (CPU) and of those that belong to the loader."""
-    return {"process": random_state(cuda="none"), "generators": generator_states(loader)}
+    return {"process": rng.random_state(cuda="none"), "generators": generator_states(loader)}
 
 
 def set_randomness(loader: Any, state: dict[str, Any]) -> None:
     """Bring them into a state that `randomness` gave."""
-    set_random_state(state["process"])
+    rng.set_random_state(state["process"])
     set_generator_states(loader, state["generators"])
 
 
@@ -278,7 +271,7 @@ def generator_states(loader: Any) -> dict[str, Any]:
     A DistributedSampler draws from its seed and the epoch.
     """
     return {
-        path: g.seed if isinstance(g, DistributedSampler) else generator_state(g)
+        path: g.seed if isinstance(g, DistributedSampler) else rng.generator_state(g)
         for path, g in _generators(loader).items()
     }
 
@@ -289,7 +282,7 @@ def set_generator_states(loader: Any, states: dict[str, Any]) -> None:
         if path in states and isinstance(generator, DistributedSampler):
             generator.seed = states[path]
         elif path in states:
-            set_generator_state(generator, states[path])
+            rng.set_generator_state(generator, states[path])
 
 
 def _generators(loader: Any) -> dict[str, Any]:
@@ -300,14 +293,14 @@ def _generators(loader: Any) -> dict[str, Any]:
         if id(owner) in seen:
             return
         seen.add(id(owner))
-        if isinstance(owner, Generator | DistributedSampler):
+        if isinstance(owner, rng.Generator | DistributedSampler):
             found[path] = owner
         if isinstance(owner, (list, tuple)):
             for index, item in enumerate(owner[:100]):  # parts, not the data themselves
                 visit(item, f"{path}.{index}")
         else:
             for name, value in getattr(owner, "__dict__", {}).items():
-                if name in _PARTS or isinstance(value, Generator):
+                if name in _PARTS or isinstance(value, rng.Generator):
                     visit(value, f"{path}.{name}".lstrip("."))
 
     visit(loader, "")

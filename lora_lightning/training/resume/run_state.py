@@ -15,17 +15,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
 
 from lora_lightning.checkpoint.state_dict import KEY
-from lora_lightning.training._lightning import (
-    accumulates,
-    data_fetcher,
-    fetched_ahead,
-    is_last_batch,
-    load_loader_states,
-    save_loader_states,
-    take_loader_states,
-    take_saved_loader_states,
-    train_iterators,
-)
+from lora_lightning.training import _lightning
 from lora_lightning.training.checks.resume import check_no_search, searching
 from lora_lightning.training.module_state import module_state
 from lora_lightning.training.optimizers import trainable_parameters
@@ -85,9 +75,9 @@ def prepare_run_state(checkpoint: dict[str, Any], module: LightningModule) -> No
         )
         own["gradients"] = {}
         own["rank_seed"] = rank if rank >= before else None
-    save_loader_states(checkpoint["loops"]["fit_loop"], own["positions"])
+    _lightning.save_loader_states(checkpoint["loops"]["fit_loop"], own["positions"])
     # Not where a tuner takes back what it has trained: it keeps the random state itself.
-    if data_fetcher(trainer) is None:
+    if _lightning.data_fetcher(trainer) is None:
         check_no_search(trainer)
         module_state(module).resumed_from = own
     elif trainer.strategy.restore_checkpoint_after_setup and not searching(trainer):
@@ -98,15 +88,16 @@ def prepare_run_state(checkpoint: dict[str, Any], module: LightningModule) -> No
 def continue_run(module: LightningModule) -> None:
     """Go on where the checkpoint left off; the last thing before batches are asked for."""
     own, module_state(module).resumed_from = module_state(module).resumed_from, None
+    trainer = module.trainer
     if own is not None:
-        warn_of_averages(module.trainer, own["epoch_averages"])
+        warn_of_averages(trainer, own["epoch_averages"])
         rates = module_state(module).learning_rates
         warn_of_changed_rates(own["learning_rates"], rates)
         module_state(module).learning_rates = own["learning_rates"] or rates  # what it goes on from
-        continue_loops(module.trainer, own["metrics"])
+        continue_loops(trainer, own["metrics"])
         _continue(module, own)
-        fetcher = data_fetcher(module.trainer)
-        if fetcher is not None and fetched_ahead(fetcher) and not in_epoch(module.trainer):
+        fetcher = _lightning.data_fetcher(trainer)
+        if fetcher is not None and _lightning.fetched_ahead(fetcher) and not in_epoch(trainer):
             iter(fetcher)  # it fetched a batch before random states were restored
 
 
@@ -115,13 +106,13 @@ def _continue(module: LightningModule, own: dict[str, Any]) -> None:
     if trainer.current_epoch or trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
         for loader in _loaders(trainer):
             warn_of_workers(loader)
-    fetcher, states = data_fetcher(trainer), take_loader_states(trainer)
+    fetcher, states = _lightning.data_fetcher(trainer), _lightning.take_loader_states(trainer)
     if not in_epoch(trainer) or (fetcher is not None and fetcher.done):
         _begin_epoch(trainer, own["positions"])
     elif states and fetcher is not None:
         # Asked for `estimated_stepping_batches`, as schedules are made with, Lightning begins an
         # epoch before the checkpoint is restored, and would stay at its head.
-        load_loader_states(trainer, states)
+        _lightning.load_loader_states(trainer, states)
         iter(fetcher)
     for loader, saved in zip(_stateless_loaders(trainer), own["generators"], strict=False):
         set_generator_states(loader, saved)
@@ -136,7 +127,7 @@ def _continue(module: LightningModule, own: dict[str, Any]) -> None:
 
 def _begin_epoch(trainer: Trainer, states: list[dict[str, Any]]) -> None:
     """Begin an epoch with the next batch: loaders with a state have given the last one."""
-    for one_pass in train_iterators(trainer):
+    for one_pass in _lightning.train_iterators(trainer):
         if isinstance(one_pass, Pass):
             one_pass.goes_on = False
     for loader, state in zip(_stateful_loaders(trainer), states, strict=False):
@@ -163,14 +154,14 @@ def _stateful_loaders(trainer: Trainer) -> list[Any]:
 
 def _positions(trainer: Trainer, loops: dict[str, Any]) -> list[dict[str, Any]]:
     """The states of the loaders that have one, in Lightning's order, ours with the position."""
-    states = take_saved_loader_states(loops)
-    if not in_epoch(trainer) or is_last_batch(trainer):
+    states = _lightning.take_saved_loader_states(loops)
+    if not in_epoch(trainer) or _lightning.is_last_batch(trainer):
         return states  # no other batch in this epoch
-    passes = {id(p.loader): p for p in train_iterators(trainer) if isinstance(p, Pass)}
+    passes = {id(p.loader): p for p in _lightning.train_iterators(trainer) if isinstance(p, Pass)}
     # Batches that were fetched, but will have to be fetched again
     batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
-    fetcher = data_fetcher(trainer)
-    fetched = 0 if fetcher is None else len(fetched_ahead(fetcher))
+    fetcher = _lightning.data_fetcher(trainer)
+    fetched = 0 if fetcher is None else len(_lightning.fetched_ahead(fetcher))
     ahead = fetched + batches.ready - batches.processed
     for index, loader in enumerate(_stateful_loaders(trainer)):
         if id(loader) not in passes:
@@ -185,7 +176,7 @@ def _positions(trainer: Trainer, loops: dict[str, Any]) -> list[dict[str, Any]]:
 def _gradients(module: LightningModule) -> dict[str, torch.Tensor]:
     """The gradients accumulated for the next optimizer step, if one is under way."""
     trainer = module.trainer
-    if module.automatic_optimization and not accumulates(trainer):
+    if module.automatic_optimization and not _lightning.accumulates(trainer):
         return {}
     return {
         name: local_part(p.grad).detach().cpu().clone()

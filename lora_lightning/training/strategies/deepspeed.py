@@ -24,12 +24,7 @@ from torch.optim import Optimizer
 
 from lora_lightning.adapters.config import AdapterConfig
 from lora_lightning.errors import CheckpointError, ConfigError, OptimizerError, first_few
-from lora_lightning.training._lightning import (
-    all_callbacks,
-    has_completed_config,
-    setup_model,
-    setup_model_and_optimizer,
-)
+from lora_lightning.training import _lightning
 from lora_lightning.training.collectives import all_or_none
 from lora_lightning.training.module_state import defines_hook, module_state
 from lora_lightning.training.optimizers import check_coverage, plain_optimizer, trainable_parameters
@@ -90,7 +85,7 @@ def _check_options(strategy: Strategy, name: str) -> None:
         asked = config.get(option)
         off = isinstance(asked, dict) and asked.get("enabled") is False
         # Lightning itself writes some of these when the strategy is set up.
-        if asked and not off and not has_completed_config(strategy):
+        if asked and not off and not _lightning.has_completed_config(strategy):
             raise ConfigError(
                 f"LoraCallback does not support {option!r} in the config of {name}: {instead}. "
                 "(trainer.strategy)"
@@ -117,7 +112,7 @@ def _check_run(trainer: Trainer, name: str) -> None:
             f"LoraCallback does not support manual optimization under {name}. Use strategy='ddp'. "
             "(trainer.strategy)"
         )
-    for callback in all_callbacks(trainer):
+    for callback in _lightning.all_callbacks(trainer):
         if is_a(callback, "WeightAveraging"):
             raise ConfigError(
                 f"LoraCallback does not support {type(callback).__name__} under {name}. Take it "
@@ -257,7 +252,7 @@ def setup_deepspeed(self: Strategy, module: LightningModule, model: nn.Module) -
         # The engine clips, and Lightning would warn that ours, which it cannot tell from one of
         # the user's, does not.
         module.__dict__.pop("configure_gradient_clipping", None)
-    return setup_model(self, model)
+    return _lightning.setup_model(self, model)
 
 
 def setup_engine(
@@ -280,7 +275,7 @@ def setup_engine(
         )
     _watch_gradients(module)
     _drop_empty_groups(optimizer, lr_scheduler)
-    return setup_model_and_optimizer(self, model, optimizer, lr_scheduler)
+    return _lightning.setup_model_and_optimizer(self, model, optimizer, lr_scheduler)
 
 
 def save_whole_checkpoint(

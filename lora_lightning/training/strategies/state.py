@@ -32,27 +32,11 @@ from torch.optim import Optimizer
 
 from lora_lightning.checkpoint.sharded_folder import is_checkpoint_folder, read_checkpoint_folder
 from lora_lightning.errors import CheckpointError, first_few
-from lora_lightning.training._lightning import (
-    SETUP_MODEL,
-    SETUP_MODEL_AND_OPTIMIZER,
-    writes_folders,
-)
+from lora_lightning.training import _lightning
 from lora_lightning.training.checkpoints.metadata import expect_only_adapters, kept_state
 from lora_lightning.training.module_state import callbacks_of
 from lora_lightning.training.optimizers import plain_optimizer
-from lora_lightning.training.strategies.deepspeed import (
-    is_deepspeed,
-    save_whole_checkpoint,
-    setup_deepspeed,
-    setup_engine,
-    whole_optimizers,
-)
-from lora_lightning.training.strategies.fsdp import (
-    check_fsdp,
-    fsdp_module_state,
-    load_fsdp_module_state,
-    setup_fsdp,
-)
+from lora_lightning.training.strategies import deepspeed, fsdp
 from lora_lightning.training.strategies.meta_base import load_base
 from lora_lightning.training.strategies.model_parallel import is_fsdp, is_model_parallel, reshard
 from lora_lightning.training.strategies.optimizer_names import with_names, with_numbers
@@ -69,9 +53,9 @@ def override_state_methods(strategy: Strategy) -> None:
     if is_model_parallel(strategy):
         overrides = _SHARDED
     if is_fsdp(strategy):
-        check_fsdp(strategy)
+        fsdp.check_fsdp(strategy)
         overrides = _FSDP
-    if is_deepspeed(strategy):
+    if deepspeed.is_deepspeed(strategy):
         overrides = _DEEPSPEED
     for name, override in overrides.items():
         method = _with_adapters(name, override)
@@ -108,7 +92,7 @@ def read_checkpoint(
     if "://" not in str(path) and is_checkpoint_folder(path):
         return read_checkpoint_folder(path, *args, **kwargs)
     # Their own would load it, unchecked.
-    if is_model_parallel(strategy) or is_fsdp(strategy) or is_deepspeed(strategy):
+    if is_model_parallel(strategy) or is_fsdp(strategy) or deepspeed.is_deepspeed(strategy):
         return strategy.checkpoint_io.load_checkpoint(path, *args, **kwargs)
     return type(strategy).load_checkpoint(strategy, path, *args, **kwargs)
 
@@ -157,32 +141,23 @@ def load_after_setup(
     self: Strategy, module: LightningModule, checkpoint: State, strict: bool = True
 ) -> None:
     """Load adapters and, in fit, optimizers: the strategy restores after it has set them up."""
-    load_adapters(module, checkpoint["state_dict"])
-    _load_optimizers(self, module, checkpoint)
+    load = fsdp.load_fsdp_module_state if is_fsdp(self) else load_adapters
+    load(module, checkpoint["state_dict"])
+    if "optimizer_states" in checkpoint and module.trainer.state.fn == "fit":
+        optimizers = deepspeed.whole_optimizers(self.optimizers)
+        states = _numbered(self, module, checkpoint)
+        for optimizer, state in zip(optimizers, states, strict=True):
+            optimizer.load_state_dict(state)
 
 
 def fsdp_module_state_dict(self: Strategy, module: LightningModule) -> State:
     """The tensors that are saved, from the process or the processes that write."""
-    return fsdp_module_state(module) if _writes(self) else {}
-
-
-def fsdp_optimizer_state(self: Strategy, module: LightningModule, optimizer: Optimizer) -> State:
-    """The state of an optimizer by names, from the process or the processes that write."""
-    optimizer = plain_optimizer(optimizer)
-    return with_names(optimizer.state_dict(), optimizer, module) if _writes(self) else {}
-
-
-def load_fsdp_state_dict(
-    self: Strategy, module: LightningModule, checkpoint: State, strict: bool = True
-) -> None:
-    """Load adapters and, in fit, optimizers: the strategy restores after it has set them up."""
-    load_fsdp_module_state(module, checkpoint["state_dict"])
-    _load_optimizers(self, module, checkpoint)
+    return _to_be_written(self, fsdp.fsdp_module_state(module))
 
 
 def zero_optimizer_state(self: Strategy, module: LightningModule, optimizer: Optimizer) -> State:
     """The state of a partitioned optimizer by names, put together on rank 0."""
-    (whole,) = whole_optimizers([optimizer])
+    (whole,) = deepspeed.whole_optimizers([optimizer])
     state = with_names(whole.state_dict(), whole, module)
     return state if self.is_global_zero else {}
 
@@ -206,18 +181,18 @@ _SHARDED: dict[str, Callable[..., Any]] = {
     "model_to_device": place_and_load_base,
 }
 _FSDP: dict[str, Callable[..., Any]] = {
-    SETUP_MODEL: setup_fsdp,
+    _lightning.SETUP_MODEL: fsdp.setup_fsdp,
     "lightning_module_state_dict": fsdp_module_state_dict,
-    "optimizer_state": fsdp_optimizer_state,
-    "load_model_state_dict": load_fsdp_state_dict,
+    "optimizer_state": sharded_optimizer_state,
+    "load_model_state_dict": load_after_setup,
     "save_checkpoint": save_sharded_checkpoint,
 }
 _DEEPSPEED: dict[str, Callable[..., Any]] = {
-    SETUP_MODEL: setup_deepspeed,
-    SETUP_MODEL_AND_OPTIMIZER: setup_engine,
+    _lightning.SETUP_MODEL: deepspeed.setup_deepspeed,
+    _lightning.SETUP_MODEL_AND_OPTIMIZER: deepspeed.setup_engine,
     "optimizer_state": zero_optimizer_state,
     "load_model_state_dict": load_after_setup,
-    "save_checkpoint": save_whole_checkpoint,
+    "save_checkpoint": deepspeed.save_whole_checkpoint,
 }
 
 
@@ -242,7 +217,8 @@ def load_adapters(module: nn.Module, state: dict[str, Any]) -> None:
 
 
 def _numbered(strategy: Strategy, module: LightningModule, checkpoint: State) -> list[State]:
-    states, optimizers = checkpoint["optimizer_states"], whole_optimizers(strategy.optimizers)
+    states = checkpoint["optimizer_states"]
+    optimizers = deepspeed.whole_optimizers(strategy.optimizers)
     if len(states) != len(optimizers):
         raise CheckpointError(
             f"The checkpoint has the state of {len(states)} optimizers, this run has "
@@ -251,19 +227,8 @@ def _numbered(strategy: Strategy, module: LightningModule, checkpoint: State) ->
     return [with_numbers(s, o, module) for s, o in zip(states, optimizers, strict=True)]
 
 
-def _load_optimizers(strategy: Strategy, module: LightningModule, checkpoint: State) -> None:
-    if "optimizer_states" in checkpoint and module.trainer.state.fn == "fit":
-        states = _numbered(strategy, module, checkpoint)
-        for optimizer, state in zip(whole_optimizers(strategy.optimizers), states, strict=True):
-            optimizer.load_state_dict(state)
-
-
-def _writes(strategy: Strategy) -> bool:
-    return strategy.is_global_zero or writes_folders(strategy)
-
-
 def _to_be_written(strategy: Strategy, state: State) -> State:
-    if writes_folders(strategy):
+    if _lightning.writes_folders(strategy):
         return state
     gathered: State = full_state(state)
     return gathered if strategy.is_global_zero else {}
