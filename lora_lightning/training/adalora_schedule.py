@@ -53,9 +53,7 @@ class RankSchedule:
     ) -> None:
         """Begin at step 0, or go on where the checkpoint or the last fit of this Trainer ended.
 
-        Raises:
-            ConfigError: If the run is too short for the schedule, or its length is not known.
-
+        ConfigError if the run is too short for the schedule, or its length is not known.
         """
         self.stop()
         saved, self._saved = self._saved, None

@@ -57,12 +57,7 @@ class AdapterCallback(Callback, ABC):
             return super().__new__(cls)
 
     def _root(self, pl_module: LightningModule) -> nn.Module:
-        """The submodule that is adapted.
-
-        Raises:
-            ConfigError: If the module has no submodule of that path.
-
-        """
+        """The submodule that is adapted; ConfigError if the module has none of that path."""
         if not self.module:
             return pl_module
         paths = [path for path, _ in walk(pl_module) if path]

@@ -98,13 +98,8 @@ def attach_with_saved_ranks(
 ) -> None:
     """Attach the adapter anew, if EVA found other ranks when the run of a checkpoint began.
 
-    Called before the checkpoint's tensors are loaded, and before there are optimizers.
-
-    Args:
-        callback: Whose adapter it is.
-        module: The module, which carries it.
-        saved: What the checkpoint says of the adapter.
-
+    `saved` is what the checkpoint says of the adapter. Called before the checkpoint's tensors are
+    loaded, and before there are optimizers.
     """
     config = ranks_of_checkpoint(callback, module.trainer.strategy, saved)
     if config is None:

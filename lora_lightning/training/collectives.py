@@ -19,11 +19,7 @@ def any_process(strategy: Strategy, flag: bool) -> bool:
 def all_or_none(strategy: Strategy, save: Callable[[], None], path: object) -> None:
     """Run `save` on every process; where it fails on one (rank 0 writes), fail on all.
 
-    The others would wait for it at the barrier that follows.
-
-    Raises:
-        CheckpointError: On the processes on which it did not fail itself.
-
+    The others would wait for it at the barrier that follows: they raise CheckpointError.
     """
     failure: Exception | None = None
     try:

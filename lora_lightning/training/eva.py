@@ -68,14 +68,8 @@ def ranks_of_checkpoint(
 ) -> LoraConfig | None:
     """The options with the ranks that EVA found when a checkpoint's run began, if they are others.
 
-    Args:
-        callback: Whose adapter it is.
-        strategy: That the checkpoint is to be loaded under.
-        saved: What the checkpoint says of the adapter.
-
-    Raises:
-        ConfigError: If the strategy loads it when other ranks cannot be had any more.
-
+    `saved` is what the checkpoint says of the adapter. ConfigError if the strategy loads it when
+    other ranks cannot be had any more.
     """
     if not starts_from_data(callback) or saved.get("peft_type", "LORA") != "LORA":
         return None
@@ -102,11 +96,7 @@ def _config_and_start(
 
     The data are looked at once, when training begins: `training_step` runs on the first batches
     without gradients. All processes of a run get what the first one finds, and the random numbers
-    of the run are not touched.
-
-    Raises:
-        ConfigError: If there is no training data to look at, or too little.
-
+    of the run are not touched. ConfigError if there is no training data to look at, or too little.
     """
     if trainer.state.fn != "fit":
         return dataclasses.replace(config, init_lora_weights=True, eva_config=None), None

@@ -66,12 +66,7 @@ class NonfiniteGuard:
         self._statistics: list[tuple[Tensor, Tensor]] = []  # buffers and what they were
 
     def start(self, trainer: Trainer, module: LightningModule) -> None:
-        """Begin a fit.
-
-        Raises:
-            ConfigError: If steps of this optimizer cannot be left out.
-
-        """
+        """Begin a fit; ConfigError if steps of this optimizer cannot be left out."""
         self._in_a_row = 0
         self.skipping = False
         self._losses = []
@@ -110,9 +105,7 @@ class NonfiniteGuard:
     def before_step(self, trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> None:
         """Look at all losses since the last step and at the gradients that it is about to use.
 
-        Raises:
-            NonfiniteError: If one is not finite and that step cannot be left out.
-
+        NonfiniteError if one is not finite and that step cannot be left out.
         """
         if self.policy == "ignore":
             return
@@ -193,15 +186,7 @@ class NonfiniteGuard:
 
 
 def check_same_policy(policies: dict[str, str]) -> None:
-    """Check that all callbacks of a run ask for the same: a step is left out as a whole or not.
-
-    Args:
-        policies: By adapter name.
-
-    Raises:
-        ConfigError: If they differ.
-
-    """
+    """Raise ConfigError if policies differ: a step is left out for all adapters or for none."""
     if len(set(policies.values())) > 1:
         listed = ", ".join(f"{policy!r} for adapter {n!r}" for n, policy in policies.items())
         raise ConfigError(

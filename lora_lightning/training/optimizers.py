@@ -64,11 +64,8 @@ def cover_trainable(optimizers: list[Optimizer], model: nn.Module, meant_for: Gr
     """Drop frozen parameters and add missing trainable ones, in place.
 
     A missing one joins the group of a base weight of the module that it adapts, else the first
-    group of the first optimizer; one that is no matrix a group that is not Muon's.
-
-    Raises:
-        OptimizerError: If an optimizer is left without a parameter, or takes none of this shape.
-
+    group of the first optimizer; one that is no matrix a group that is not Muon's. OptimizerError
+    if an optimizer is left without a parameter, or takes none of this shape.
     """
     group_of = dict(meant_for)
     covered: set[int] = set()
@@ -112,12 +109,7 @@ def cover_trainable(optimizers: list[Optimizer], model: nn.Module, meant_for: Gr
 
 
 def check_coverage(optimizers: Iterable[Optimizer], model: nn.Module) -> None:
-    """Check that exactly the trainable tensors are in the optimizers, each in one group.
-
-    Raises:
-        OptimizerError: Naming the tensors that break the rule.
-
-    """
+    """Raise OptimizerError unless just the trainable tensors are held, each in one group."""
     held = Counter(id(p) for o in optimizers for group in o.param_groups for p in group["params"])
     trainable = trainable_parameters(model)
     names = {id(p): name for name, p in named_parameters(model)}

@@ -62,17 +62,9 @@ def check_options(
     options: dict[str, Any],
     init_from: str | None,
 ) -> None:
-    """Refuse unknown options, options from two sources, and what is no config.
+    """Refuse unknown options, options from two sources, and what is no config (ConfigError).
 
-    Args:
-        constructor: What was given them; its named arguments are options too.
-        config: All options as one object, or None.
-        options: Those of `LoraConfig`, one by one.
-        init_from: The file that the adapter comes from, or None.
-
-    Raises:
-        ConfigError: Naming the option, and the nearest known one.
-
+    Options are the arguments of `constructor` and, one by one, those of `LoraConfig`.
     """
     if config is not None and not isinstance(config, AdapterConfig):
         raise ConfigError(explain_no_config(config, "LoraCallback"))
@@ -107,9 +99,7 @@ def check_options(
 def check_same_adapter(callback: AdapterCallback, module: nn.Module, root: nn.Module) -> None:
     """Check that an adapter on `module` is the one that is asked for on `root` in it.
 
-    Raises:
-        AdapterMismatchError: If its options differ, or it sits on more than `root`.
-
+    AdapterMismatchError if its options differ, or it sits on more than `root`.
     """
     adapter_name = callback.adapter_name
     inside = adapters_named(root, adapter_name)

@@ -26,12 +26,7 @@ _LIGHTNING = ("lightning.", "pytorch_lightning.", "lightning_fabric.")
 
 
 def check_precision(trainer: Any) -> None:
-    """Refuse precision plugins that replace modules, but for the one of bitsandbytes.
-
-    Raises:
-        ConfigError: For those that do, or may.
-
-    """
+    """Refuse (ConfigError) precision plugins that replace modules, but for bitsandbytes'."""
     plugin = type(trainer.precision_plugin)
     name = plugin.__name__
     if is_a(trainer.precision_plugin, "TransformerEnginePrecision"):
@@ -52,11 +47,8 @@ def check_precision(trainer: Any) -> None:
 def convert_before_attaching(module: LightningModule) -> None:
     """Convert `module` by the plugin of bitsandbytes or of float64; others wait for the strategy.
 
-    Doing it again changes nothing.
-
-    Raises:
-        AdapterStateError: If adapters sit on layers that it would replace.
-
+    Doing it again changes nothing. AdapterStateError if adapters sit on layers that it would
+    replace.
     """
     trainer: Any = module.trainer
     plugin = trainer.precision_plugin

@@ -57,9 +57,7 @@ class Preemption:
     def at_safe_point(self, trainer: Trainer) -> None:
         """Do what was asked for since the last safe point; every process must come by.
 
-        Raises:
-            SIGTERMException: After saving, if the process is to end.
-
+        SIGTERMException after saving, if the process is to end.
         """
         sharded = trainer.strategy.restore_checkpoint_after_setup
         if sharded and _lightning.accumulates(trainer):
@@ -124,9 +122,7 @@ def _keep_last_up_to_date(trainer: Trainer) -> None:
 def save_last(trainer: Trainer) -> str:
     """Write all that a resume needs to the Trainer's `last.ckpt`, by its ModelCheckpoint.
 
-    Returns:
-        The path, empty where the Trainer has no ModelCheckpoint or only tries one out.
-
+    Returns its path, empty where the Trainer has no ModelCheckpoint or only tries one out.
     """
     savers = _savers(trainer)
     if not savers or getattr(trainer, "fast_dev_run", False):

@@ -59,12 +59,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
     ) -> None:
-        """Write `checkpoint` to `path`.
-
-        Raises:
-            CheckpointError: If that is impossible; a file of that name is as it was.
-
-        """
+        """Write it; where that fails (CheckpointError), a file of that name is as it was."""
         if KEY in checkpoint:  # absent where a run failed before adapters were attached
             checkpoint = with_hashes(checkpoint)
         file = _local(path)
@@ -82,12 +77,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
         self._failed, self._newest = False, file
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Read what was written to `path`.
-
-        Raises:
-            CheckpointError: If the file is damaged, saying where; the newest good one is named.
-
-        """
+        """Read it; CheckpointError says what is damaged, and names the newest good one."""
         with damage_explained(path):
             checkpoint = super().load_checkpoint(path, *args, **kwargs)
             check_content(path, checkpoint)
@@ -181,12 +171,7 @@ def _link_checkpoint(trainer: Trainer, filepath: str, linkpath: str) -> None:
 
 
 def check_checkpoint_file(path: str) -> None:
-    """Check that there is such a file.
-
-    Raises:
-        CheckpointError: Naming the nearest file in its folder.
-
-    """
+    """Raise CheckpointError if there is no such file, naming the nearest in its folder."""
     if os.path.isfile(path) or "://" in path or is_checkpoint_folder(path):
         return
     if os.path.isdir(path):
@@ -212,12 +197,7 @@ def check_checkpoint_file(path: str) -> None:
 
 @contextmanager
 def damage_explained(path: Any) -> Iterator[None]:
-    """Turn whatever a damaged file makes the reader raise into one clear error.
-
-    Raises:
-        CheckpointError: If reading fails and the file is damaged; other errors stay as they are.
-
-    """
+    """Turn what a damaged file makes the reader raise into one clear CheckpointError."""
     try:
         yield
     except LoraError:
@@ -233,13 +213,7 @@ def damage_explained(path: Any) -> Iterator[None]:
 
 
 def check_content(path: Any, checkpoint: dict[str, Any]) -> None:
-    """Check that `checkpoint`, read from `path`, is what was written.
-
-    Raises:
-        CheckpointError: Naming the parts that are not, or what the file holds instead of a
-            checkpoint.
-
-    """
+    """Raise CheckpointError if `checkpoint`, read from `path`, is not what was written."""
     file = _local(path)
     found = damage(file) if file is not None and _is_archive(file) else None
     if found is None:

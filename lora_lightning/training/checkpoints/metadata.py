@@ -83,10 +83,8 @@ def check_checkpoint(
 ) -> None:
     """Refuse a checkpoint that does not belong to this run, before anything is loaded.
 
-    Raises:
-        CheckpointError: If it is no adapter checkpoint of ours.
-        AdapterMismatchError: If adapters, options, tensors or the base model differ.
-
+    CheckpointError if it is no adapter checkpoint of ours, AdapterMismatchError if adapters,
+    options, tensors or the base model differ.
     """
     metadata = checkpoint.get(KEY)
     state = {plain_name(k): v for k, v in checkpoint.get("state_dict", {}).items()}
@@ -161,10 +159,7 @@ def expect_only_adapters(module: nn.Module) -> None:
 def remember_base(module: LightningModule, fresh: bool) -> None:
     """Take the base's fingerprint; again at each setup, as its weights may have been exchanged.
 
-    Args:
-        module: The module, adapters on it.
-        fresh: True if it carried no adapter before; what was remembered is void then.
-
+    `fresh` is True if the module carried no adapter before; what was remembered is void then.
     """
     remembered = module_state(module)
     if remembered.base_on_meta:
@@ -186,9 +181,7 @@ def remember_base(module: LightningModule, fresh: bool) -> None:
 def _agreed(own: Fingerprint, module: LightningModule) -> Fingerprint:
     """The fingerprint of rank 0, whose base DDP hands to all; sharding takes parts of each.
 
-    Raises:
-        AdapterMismatchError: If parts of different bases would be put together.
-
+    AdapterMismatchError if parts of different bases would be put together.
     """
     strategy: Any = module.trainer.strategy
     first: Fingerprint = strategy.broadcast(own)

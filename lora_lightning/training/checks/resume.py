@@ -10,12 +10,7 @@ from lora_lightning.errors import ConfigError
 
 
 def check_no_search(trainer: Any) -> None:
-    """Refuse a search at the head of a resumed fit: Lightning then forgets the progress.
-
-    Raises:
-        ConfigError: For the callback that would search.
-
-    """
+    """Raise ConfigError if a resumed fit would search: Lightning then forgets the progress."""
     for callback in searching(trainer):
         raise ConfigError(
             f"{type(callback).__name__} searches again at the head of a resumed fit, and Lightning "

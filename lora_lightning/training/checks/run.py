@@ -21,12 +21,7 @@ _BASE_CHANGERS = {"BaseFinetuning", "ModelPruning"}
 
 
 def check_run(callback: AdapterCallback, trainer: Trainer, module: LightningModule) -> None:
-    """Refuse what cannot work, before anything is changed.
-
-    Raises:
-        ConfigError: Naming it, and what to use in its place.
-
-    """
+    """Refuse what cannot work, before anything is changed: ConfigError says what to use instead."""
     callbacks = callbacks_of(module)
     check_names(callbacks)
     check_callbacks(trainer)
@@ -42,12 +37,7 @@ def check_run(callback: AdapterCallback, trainer: Trainer, module: LightningModu
 
 
 def check_strategy(trainer: Any) -> None:
-    """Refuse strategies under which adapters are not known to train, save and resume.
-
-    Raises:
-        ConfigError: For every other one.
-
-    """
+    """Refuse (ConfigError) strategies under which adapters may not train, save and resume."""
     name = type(trainer.strategy).__name__
     if not is_a(trainer.strategy, *_STRATEGIES):
         raise ConfigError(
@@ -58,12 +48,7 @@ def check_strategy(trainer: Any) -> None:
 
 
 def check_callbacks(trainer: Any) -> None:
-    """Refuse callbacks that train or change base weights, which adapter checkpoints do not hold.
-
-    Raises:
-        ConfigError: For those that do.
-
-    """
+    """Refuse (ConfigError) callbacks that change base weights, which checkpoints do not hold."""
     for callback in trainer.callbacks:
         if is_a(callback, *_BASE_CHANGERS):
             raise ConfigError(
@@ -74,12 +59,7 @@ def check_callbacks(trainer: Any) -> None:
 
 
 def check_names(callbacks: list[AdapterCallback]) -> None:
-    """Check that every LoraCallback of the Trainer has an adapter of its own.
-
-    Raises:
-        ConfigError: If two have the same name.
-
-    """
+    """Raise ConfigError if two LoraCallbacks of the Trainer have the same adapter name."""
     names = [callback.adapter_name for callback in callbacks]
     for name in names:
         if names.count(name) > 1:

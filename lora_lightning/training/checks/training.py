@@ -24,12 +24,7 @@ from lora_lightning.training.weight_averaging import averaged_models
 
 
 def check_base_has_values(module: LightningModule) -> None:
-    """Check that no base tensor is left on the meta device, unless the strategy materialises it.
-
-    Raises:
-        AdapterStateError: Naming the tensors.
-
-    """
+    """Raise AdapterStateError if base tensors are on the meta device, and will stay there."""
     strategy = module.trainer.strategy
     if strategy.restore_checkpoint_after_setup and not is_deepspeed(strategy):
         return
@@ -47,11 +42,8 @@ def check_base_has_values(module: LightningModule) -> None:
 def check_hyperparameters(owner: Any) -> None:
     """Warn of hyperparameters that a checkpoint could be written with, but not read.
 
-    torch loads checkpoints with weights_only=True: plain values and tensors, no classes.
-
-    Args:
-        owner: The module or data module; what it keeps goes into every checkpoint.
-
+    torch loads checkpoints with weights_only=True: plain values and tensors, no classes. `owner` is
+    the module or data module; what it keeps goes into every checkpoint.
     """
     broken = [
         name for name, value in getattr(owner, "hparams", {}).items() if not _can_be_loaded(value)
@@ -85,9 +77,7 @@ def cpu(self: Any) -> Any:
 def check_before_fit(trainer: Trainer, module: LightningModule, adapter_name: str) -> None:
     """Check that no adapter is merged, and that averages and optimizers cover the adapters.
 
-    Raises:
-        AdapterStateError, ConfigError, OptimizerError: Saying which, and what to do.
-
+    AdapterStateError, ConfigError or OptimizerError says what to do.
     """
     for path, layer in named_adapted_layers(module):
         if layer.merged_adapters:
@@ -106,12 +96,7 @@ def check_before_fit(trainer: Trainer, module: LightningModule, adapter_name: st
 
 
 def check_still_there(module: LightningModule, selection: Selection) -> None:
-    """Check that the modules that adapters were attached to are still in the module.
-
-    Raises:
-        AdapterStateError: Naming those that it does not have any more.
-
-    """
+    """Raise AdapterStateError if modules that carry adapters are not in the module any more."""
     present = {id(part) for part in module.modules()}
     lost = [path for path, target in selection.targets.items() if id(target) not in present]
     if lost:
@@ -123,12 +108,7 @@ def check_still_there(module: LightningModule, selection: Selection) -> None:
 
 
 def check_what_trains(trainer: Trainer, module: LightningModule) -> None:
-    """Check that nothing has begun to train but what the callbacks save.
-
-    Raises:
-        AdapterStateError, OptimizerError: Naming the tensors.
-
-    """
+    """Raise AdapterStateError or OptimizerError if something trains that is not saved."""
     reshard(module)  # validation may have left it gathered
     check_coverage(whole_optimizers(trainer.optimizers), module)
     owned = {key for callback in callbacks_of(module) for key in callback._saved_keys(module)}
@@ -141,12 +121,7 @@ def check_what_trains(trainer: Trainer, module: LightningModule) -> None:
 
 
 def check_loss(loss: Tensor) -> None:
-    """Check that the loss depends on something that trains.
-
-    Raises:
-        AdapterStateError: If it does not, before backward fails in torch's words.
-
-    """
+    """Raise AdapterStateError if the loss depends on nothing that trains, before torch does."""
     if not loss.requires_grad:
         raise AdapterStateError(
             "The loss does not depend on any tensor that trains. Is it computed under "
@@ -159,9 +134,7 @@ def check_loss(loss: Tensor) -> None:
 def check_first_gradients(module: LightningModule) -> None:
     """Check after the first backward that every adapter has a gradient, or something bypasses it.
 
-    Raises:
-        AdapterStateError: If none has one; where only some have, a warning names them.
-
+    AdapterStateError if none has one; where only some have, a warning names the others.
     """
     trainable = trainable_parameters(module)
     remembered = module_state(module)
@@ -183,12 +156,7 @@ def check_first_gradients(module: LightningModule) -> None:
 
 
 def check_no_unmanaged_adapters(module: LightningModule) -> None:
-    """Check that the model carries no adapter but those of the callbacks.
-
-    Raises:
-        AdapterStateError: Naming the others.
-
-    """
+    """Raise AdapterStateError if the model carries adapters that no callback manages."""
     managed = [callback.adapter_name for callback in callbacks_of(module)]
     unmanaged = [name for name in adapter_names(module) if name not in managed]
     if unmanaged:

@@ -23,13 +23,7 @@ def configured_rates(trainer: Trainer) -> list[float]:
 
 
 def warn_of_changed_rates(saved: list[float] | None, configured: list[float]) -> None:
-    """Warn where the run is configured with other learning rates than the checkpoint's.
-
-    Args:
-        saved: Those of the run that wrote the checkpoint; None in older checkpoints.
-        configured: Those of this run.
-
-    """
+    """Warn where other learning rates are configured than `saved` (older checkpoints: None)."""
     if saved is None or saved == configured or len(saved) != len(configured):
         return
     now, then = next((b, a) for a, b in zip(saved, configured, strict=True) if a != b)

@@ -50,9 +50,7 @@ class LazyLoader(DataLoader[Any]):
     def new_iterator(self, goes_on: bool = False) -> Iterator[Any]:
         """The iterator that the loader's own class makes.
 
-        Args:
-            goes_on: True to go on from a state that was loaded, False to begin the epoch after.
-
+        With `goes_on` from a state that was loaded, else from the head of the epoch after it.
         """
         stateless = isinstance(self, ResumableLoader)
         if stateless and self.persistent_workers and not has_workers(self):

@@ -48,16 +48,7 @@ def is_deepspeed(strategy: Strategy) -> bool:
 
 
 def check_deepspeed(trainer: Trainer, configs: list[AdapterConfig]) -> None:
-    """Refuse what adapters are not known to train, save and resume with under DeepSpeed.
-
-    Args:
-        trainer: Whose strategy is looked at.
-        configs: The options of the adapters.
-
-    Raises:
-        ConfigError: For such stages, options, precisions, adapters and callbacks.
-
-    """
+    """Refuse (ConfigError) what adapters are not known to train, save and resume with."""
     if is_deepspeed(trainer.strategy):
         name = type(trainer.strategy).__name__
         _check_options(trainer.strategy, name)
@@ -135,14 +126,8 @@ class WholeOptimizer:
     """An optimizer that ZeRO has partitioned, seen as if it had not.
 
     Its `param_groups` hold the module's parameters; `defaults`, `state_dict` and `load_state_dict`
-    are those of `torch.optim.Optimizer`. All processes must take part in both.
-
-    Args:
-        optimizer: DeepSpeed's, of stage 1 or 2.
-
-    Raises:
-        ConfigError: If this version of DeepSpeed lays parameters out in another way.
-
+    are those of `torch.optim.Optimizer`. All processes must take part in both. ConfigError if this
+    version of DeepSpeed lays parameters out in another way.
     """
 
     def __init__(self, optimizer: Any) -> None:

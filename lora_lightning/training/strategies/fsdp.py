@@ -38,12 +38,7 @@ from lora_lightning.utilities.wrappers import named_parameters
 
 
 def check_fsdp(strategy: Strategy) -> None:
-    """Refuse options of the strategy with which adapters cannot be left out of FSDP's units.
-
-    Raises:
-        ConfigError: If they do not.
-
-    """
+    """Refuse (ConfigError) options with which adapters cannot be left out of FSDP's units."""
     options: dict[str, Any] = strategy.kwargs  # type: ignore[attr-defined]
     if not options["use_orig_params"]:
         raise ConfigError(
@@ -62,9 +57,7 @@ def check_fsdp(strategy: Strategy) -> None:
 def leave_out_adapters(module: LightningModule) -> None:
     """Exclude adapters from FSDP's wrapping, whether the strategy or the module wraps.
 
-    Raises:
-        ConfigError: If a part of the base trains, or FSDP cannot flatten one.
-
+    ConfigError if a part of the base trains, or FSDP cannot flatten one.
     """
     strategy: Any = module.trainer.strategy
     if not is_fsdp(strategy):
@@ -88,12 +81,7 @@ def leave_out_adapters(module: LightningModule) -> None:
 
 
 def check_not_wrapped(module: LightningModule) -> None:
-    """Refuse to attach adapters to weights that FSDP has flattened.
-
-    Raises:
-        ConfigError: If some are and adapters are still to be attached.
-
-    """
+    """Refuse (ConfigError) to attach adapters to weights that FSDP has flattened."""
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     attached = adapter_names(module)
@@ -208,12 +196,7 @@ def fsdp_module_state(module: LightningModule) -> dict[str, Any]:
 
 
 def load_fsdp_module_state(module: LightningModule, state: dict[str, Any]) -> None:
-    """Load the state that `fsdp_module_state` gives.
-
-    Raises:
-        CheckpointError: If the module has no place for a tensor.
-
-    """
+    """Load what `fsdp_module_state` gives; CheckpointError if the module lacks a tensor."""
     own: dict[str, Tensor] = {**dict(named_parameters(module)), **dict(_own_tensors(module))}
     modules = dict(walk(module))
     left = []

@@ -41,10 +41,8 @@ _METHODS = ("get_extra_results", "update_main_process_results")
 def hand_back_adapters(trainer: Trainer, module: LightningModule, adapter_name: str) -> None:
     """Have the launcher of this child process hand back what is trained; others are left alone.
 
-    Raises:
-        ConfigError: If this launcher cannot, and the main process does not have the adapter, so
-            that Lightning's own way back would lose it.
-
+    ConfigError if this one cannot, and the main process does not have the adapter, so that
+    Lightning's own way back would lose it.
     """
     launcher: Any = trainer.strategy.launcher
     if not starts_processes(launcher) or trainer.state.fn != "fit":

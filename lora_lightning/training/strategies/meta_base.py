@@ -35,12 +35,7 @@ HOOK = "base_state_dict"
 
 
 def expect_base(module: LightningModule) -> None:
-    """Note that the base has to be loaded later, where the module holds meta tensors.
-
-    Raises:
-        ConfigError: If it could not be loaded then.
-
-    """
+    """Note that a base on the meta device is to be loaded later; ConfigError if it cannot be."""
     tensors = [*module.named_parameters(), *module.named_buffers()]
     meta = [name for name, tensor in tensors if tensor.is_meta]
     if not meta or not is_model_parallel(module.trainer.strategy):
@@ -69,12 +64,7 @@ def expect_base(module: LightningModule) -> None:
 
 
 def load_base_at_once(module: LightningModule) -> None:
-    """Load the base of a module that says where it is and has memory for it already.
-
-    Raises:
-        AdapterMismatchError: If tensors are missing, left over or of another shape.
-
-    """
+    """Load the base of a module that says where it is and has memory for it already."""
     own = module.state_dict()
     meta = any(tensor.is_meta for tensor in own.values() if isinstance(tensor, Tensor))
     later = meta or is_model_parallel(module.trainer.strategy)
@@ -84,12 +74,7 @@ def load_base_at_once(module: LightningModule) -> None:
 
 
 def load_base(module: LightningModule) -> None:
-    """Load the base where it was on the meta device; every process calls this.
-
-    Raises:
-        AdapterMismatchError: If tensors are missing, left over or of another shape.
-
-    """
+    """Load the base where it was on the meta device; every process calls this."""
     remembered = module_state(module)
     if not remembered.base_on_meta:
         return

@@ -50,12 +50,7 @@ def reshard(module: nn.Module) -> None:
 
 
 def check_model_parallel(trainer: Trainer, starts_from_data: bool) -> None:
-    """Refuse what does not work with a module that is sharded.
-
-    Raises:
-        ConfigError: Saying what, and why.
-
-    """
+    """Refuse (ConfigError) what does not work with a module that is sharded."""
     strategy: Any = trainer.strategy
     if not is_model_parallel(strategy):
         return
@@ -82,10 +77,8 @@ def check_model_parallel(trainer: Trainer, starts_from_data: bool) -> None:
 def shard_adapters(module: LightningModule) -> None:
     """Shard adapters that were attached to modules that are sharded already.
 
-    Raises:
-        ConfigError: If adapters would be left whole beside sharded ones: nobody would reduce
-            their gradients over the processes, and each would train an adapter of its own.
-
+    ConfigError if adapters would be left whole beside sharded ones: nobody would reduce their
+    gradients over the processes, and each would train an adapter of its own.
     """
     if not is_model_parallel(module.trainer.strategy):
         return
@@ -121,12 +114,7 @@ def shard_adapters(module: LightningModule) -> None:
 
 
 def check_dtypes(module: nn.Module) -> None:
-    """Check that all that trains inside one FSDP unit has one dtype, for FSDP to reduce gradients.
-
-    Raises:
-        ConfigError: Naming tensors of both dtypes.
-
-    """
+    """Raise ConfigError if one FSDP unit trains two dtypes: it reduces the gradients of one."""
     found: dict[nn.Module, dict[torch.dtype, str]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad and is_sharded(parameter):
@@ -174,12 +162,7 @@ def _is_unit(module: nn.Module) -> bool:
 
 
 def _check_no_tensor_parallel(module: nn.Module) -> None:
-    """Refuse weights that several processes share out among them along their features.
-
-    Raises:
-        ConfigError: Naming one.
-
-    """
+    """Refuse (ConfigError) weights that processes share out along their features."""
     for path, child in walk(module):
         for name, parameter in child.named_parameters(recurse=False):
             if not is_sharded(parameter):

@@ -20,12 +20,7 @@ _OF_SCHEDULERS = {"initial_lr", "max_lr", "min_lr", "base_momentum", "max_moment
 
 
 def with_names(state: dict[str, Any], optimizer: Optimizer, module: nn.Module) -> dict[str, Any]:
-    """`optimizer.state_dict()` with names of parameters in place of numbers.
-
-    Raises:
-        OptimizerError: If the optimizer holds a tensor that is no parameter of the module.
-
-    """
+    """`optimizer.state_dict()` by names; OptimizerError if it holds what is not the module's."""
     names = _names(optimizer, module)
     numbers = [number for group in state["param_groups"] for number in group["params"]]
     name_of = dict(zip(numbers, [name for group in names for name in group], strict=True))
@@ -44,11 +39,8 @@ def with_numbers(saved: dict[str, Any], optimizer: Optimizer, module: nn.Module)
 
     The order in a group may be another one. Moments of sharded parameters are sharded alike. A
     state with numbers, of a checkpoint from before there were names, is returned as it is.
-
-    Raises:
-        CheckpointError: If the groups hold other parameters than the optimizer's.
-        OptimizerError: If a state cannot be split as its parameter is.
-
+    CheckpointError if the groups hold other parameters than the optimizer's, OptimizerError if a
+    state cannot be split as its parameter is.
     """
     groups = saved["param_groups"]
     if not any(isinstance(name, str) for group in groups for name in group["params"]):

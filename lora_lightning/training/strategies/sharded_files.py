@@ -34,9 +34,7 @@ def save_sharded_checkpoint(
 ) -> None:
     """Write a checkpoint in the strategy's form: a folder, or a file by rank 0.
 
-    Raises:
-        CheckpointError: Where another process, whose own error says why, could not.
-
+    CheckpointError where another process, whose own error says why, could not.
     """
     path = Path(strategy.broadcast(filepath))
     old, partial = (path.with_name(f".{path.name}.{word}") for word in ("old", "partial"))

@@ -82,12 +82,7 @@ def read_checkpoint(
 ) -> dict[str, Any]:
     """Read a checkpoint as it lies on disk, whole and on the CPU; nothing is loaded yet.
 
-    Args:
-        strategy: Whose `load_checkpoint` was called.
-        path: A file or the folder of a sharded checkpoint.
-        *args: What else `load_checkpoint` was given (weights_only).
-        **kwargs: The same by name.
-
+    `path` is a file or the folder of a sharded one; the rest is what `load_checkpoint` was given.
     """
     if "://" not in str(path) and is_checkpoint_folder(path):
         return read_checkpoint_folder(path, *args, **kwargs)
@@ -199,9 +194,7 @@ _DEEPSPEED: dict[str, Callable[..., Any]] = {
 def load_adapters(module: nn.Module, state: dict[str, Any]) -> None:
     """Load whole tensors into a module that may be sharded; the base may be missing.
 
-    Raises:
-        CheckpointError: If the module has no place for a tensor.
-
+    CheckpointError if the module has no place for a tensor.
     """
     reshard(module)
     own = module.state_dict()
