@@ -13,21 +13,12 @@ from lora_lightning.adapters.lora.config import LoraConfig
 from lora_lightning.checkpoint.state_dict import KEY
 from lora_lightning.engine.injection import adapters_named
 from lora_lightning.engine.targets.selection import Selection
-from lora_lightning.training import summary
+from lora_lightning.training import checks, summary
 from lora_lightning.training._lightning import state_key
 from lora_lightning.training.adalora_schedule import RankSchedule
 from lora_lightning.training.adapter_callback import AdapterCallback
 from lora_lightning.training.attachment import attach
 from lora_lightning.training.checkpoints.files import protect_checkpoints
-from lora_lightning.training.checks.run import check_run
-from lora_lightning.training.checks.training import (
-    check_before_fit,
-    check_first_gradients,
-    check_hyperparameters,
-    check_loss,
-    check_still_there,
-    check_what_trains,
-)
 from lora_lightning.training.module_hooks import bind
 from lora_lightning.training.module_state import callbacks_of, defines_hook, module_state
 from lora_lightning.training.nonfinite import NonfiniteGuard
@@ -37,7 +28,7 @@ from lora_lightning.training.preemption import (
     lines_without_checkpoint,
     set_exit_code,
 )
-from lora_lightning.training.resume.learning_rates import configured_rates
+from lora_lightning.training.resume.checks import configured_rates
 from lora_lightning.training.resume.resumable_loader import make_loaders_resumable
 from lora_lightning.training.strategies.launchers import hand_back_adapters
 from lora_lightning.training.strategies.state import override_state_methods
@@ -138,7 +129,7 @@ class LoraCallback(AdapterCallback):
             return
         self._rank_schedule.load(None)
         self._nonfinite_guard.skipped = 0
-        check_run(self, trainer, pl_module)
+        checks.check_run(self, trainer, pl_module)
         hand_back_adapters(trainer, pl_module, self.adapter_name)
         protect_checkpoints(trainer)
         override_state_methods(trainer.strategy)
@@ -152,8 +143,8 @@ class LoraCallback(AdapterCallback):
         """Check that exactly the adapters train, and put them into train mode."""
         if not self.enabled:
             return
-        check_still_there(pl_module, self._selection)
-        check_before_fit(trainer, pl_module, self.adapter_name)
+        checks.check_still_there(pl_module, self._selection)
+        checks.check_before_fit(trainer, pl_module, self.adapter_name)
         average_what_trains(trainer)
         self._nonfinite_guard.start(trainer, pl_module)
         module_state(pl_module).learning_rates = configured_rates(trainer)
@@ -171,8 +162,8 @@ class LoraCallback(AdapterCallback):
         self._rank_schedule.start(trainer, self._root(pl_module), self.config, self.adapter_name)
         summary.show_start(self, trainer, pl_module)
         if self._is_last(pl_module) and trainer.is_global_zero:
-            check_hyperparameters(pl_module)
-            check_hyperparameters(trainer.datamodule)  # type: ignore[attr-defined]
+            checks.check_hyperparameters(pl_module)
+            checks.check_hyperparameters(trainer.datamodule)  # type: ignore[attr-defined]
             log_options(trainer, callbacks_of(pl_module))
             summary.show(summary.batch_line(trainer))
 
@@ -183,14 +174,14 @@ class LoraCallback(AdapterCallback):
         if self._is_first(pl_module):
             self._nonfinite_guard.before_batch()
             if batch_idx == 0:
-                check_what_trains(trainer, pl_module)
+                checks.check_what_trains(trainer, pl_module)
 
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
     ) -> None:
         """Check that the loss depends on an adapter; remember it for the check of NaN and inf."""
         if self._is_first(pl_module):
-            check_loss(loss)
+            checks.check_loss(loss)
             self._nonfinite_guard.before_backward(trainer, loss)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -198,7 +189,7 @@ class LoraCallback(AdapterCallback):
         # Under manual optimization a backward pass may be meant for a part of the model.
         if self.enabled and not self._gradients_checked and pl_module.automatic_optimization:
             self._gradients_checked = True
-            check_first_gradients(pl_module)
+            checks.check_first_gradients(pl_module)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer

@@ -32,7 +32,7 @@ from lora_lightning.errors import ConfigError, TargetError
 from lora_lightning.layers.traversal import named_adapted_layers
 from lora_lightning.training.adapter_callback import AdapterCallback
 from lora_lightning.training.checkpoints.metadata import remember_base
-from lora_lightning.training.checks.training import (
+from lora_lightning.training.checks import (
     check_base_has_values,
     check_no_unmanaged_adapters,
 )

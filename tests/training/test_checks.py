@@ -150,7 +150,7 @@ def test_merged_adapters_do_not_train(tmp_path: Path) -> None:
 def test_unsupported_strategies_are_refused() -> None:
     from lightning.pytorch.strategies import DDPStrategy
 
-    from lora_lightning.training.checks.run import check_strategy
+    from lora_lightning.training.checks import check_strategy
 
     class XLAStrategy:
         """Stands for one that nobody has tried."""

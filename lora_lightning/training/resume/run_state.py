@@ -16,10 +16,9 @@ from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
 
 from lora_lightning.checkpoint.state_dict import KEY
 from lora_lightning.training import _lightning
-from lora_lightning.training.checks.resume import check_no_search, searching
 from lora_lightning.training.module_state import module_state
 from lora_lightning.training.optimizers import trainable_parameters
-from lora_lightning.training.resume.learning_rates import warn_of_changed_rates
+from lora_lightning.training.resume.checks import check_no_search, searching, warn_of_changed_rates
 from lora_lightning.training.resume.loop_state import (
     complete_loops,
     continue_loops,

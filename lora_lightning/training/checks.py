@@ -1,4 +1,4 @@
-"""Checks while a run starts and goes on: exactly the adapters train."""
+"""Checks before a run and during it: what cannot work is refused, and only adapters train."""
 
 from __future__ import annotations
 
@@ -16,17 +16,73 @@ from lora_lightning.engine.switching import adapter_names
 from lora_lightning.engine.targets.selection import Selection
 from lora_lightning.errors import AdapterStateError, ConfigError, first_few
 from lora_lightning.layers.traversal import named_adapted_layers
+from lora_lightning.training.adapter_callback import AdapterCallback
+from lora_lightning.training.eva import starts_from_data
 from lora_lightning.training.module_state import callbacks_of, module_state
+from lora_lightning.training.nonfinite import check_same_policy
 from lora_lightning.training.optimizers import check_coverage, trainable_parameters
-from lora_lightning.training.strategies.deepspeed import is_deepspeed, whole_optimizers
-from lora_lightning.training.strategies.model_parallel import check_dtypes, reshard
+from lora_lightning.training.precision import check_precision
+from lora_lightning.training.strategies import deepspeed, model_parallel
 from lora_lightning.training.weight_averaging import averaged_models
+from lora_lightning.utilities.is_a import is_a
+
+_STRATEGIES = {"SingleDeviceStrategy", "DDPStrategy", "ModelParallelStrategy", "FSDPStrategy"}
+_BASE_CHANGERS = {"BaseFinetuning", "ModelPruning"}
+
+
+def check_run(callback: AdapterCallback, trainer: Trainer, module: LightningModule) -> None:
+    """Refuse what cannot work, before anything is changed: ConfigError says what to use instead."""
+    callbacks = callbacks_of(module)
+    check_names(callbacks)
+    check_callbacks(trainer)
+    check_strategy(trainer)
+    deepspeed.check_deepspeed(trainer, [c._requested_config for c in callbacks])
+    model_parallel.check_model_parallel(trainer, starts_from_data(callback))
+    check_precision(trainer)
+    if trainer.state.fn == "fit" and not any(c.trainable for c in callbacks):
+        raise ConfigError(
+            "Nothing would train: every LoraCallback has trainable=False. (lora.trainable)"
+        )
+    check_same_policy({c.adapter_name: c.nonfinite for c in callbacks})
+
+
+def check_strategy(trainer: Any) -> None:
+    """Refuse (ConfigError) strategies under which adapters may not train, save and resume."""
+    name = type(trainer.strategy).__name__
+    if not is_a(trainer.strategy, *_STRATEGIES):
+        raise ConfigError(
+            f"LoraCallback does not support {name} in this version: adapters would not be sharded, "
+            "saved or restored correctly. Use a single device, strategy='ddp' or 'fsdp', or "
+            "ModelParallelStrategy. (trainer.strategy)"
+        )
+
+
+def check_callbacks(trainer: Any) -> None:
+    """Refuse (ConfigError) callbacks that change base weights, which checkpoints do not hold."""
+    for callback in trainer.callbacks:
+        if is_a(callback, *_BASE_CHANGERS):
+            raise ConfigError(
+                f"{type(callback).__name__} changes base weights, but with LoraCallback the base "
+                "is frozen and checkpoints hold adapters only: its work would be lost. Take one of "
+                "the two out. (trainer.callbacks)"
+            )
+
+
+def check_names(callbacks: list[AdapterCallback]) -> None:
+    """Raise ConfigError if two LoraCallbacks of the Trainer have the same adapter name."""
+    names = [callback.adapter_name for callback in callbacks]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(
+                f"Two LoraCallbacks of this Trainer have adapter_name={name!r}. "
+                "Give each a name of its own. (lora.adapter_name)"
+            )
 
 
 def check_base_has_values(module: LightningModule) -> None:
     """Raise AdapterStateError if base tensors are on the meta device, and will stay there."""
     strategy = module.trainer.strategy
-    if strategy.restore_checkpoint_after_setup and not is_deepspeed(strategy):
+    if strategy.restore_checkpoint_after_setup and not deepspeed.is_deepspeed(strategy):
         return
     empty = [name for name, tensor in base_tensors(module) if tensor.is_meta]
     if empty:
@@ -91,8 +147,8 @@ def check_before_fit(trainer: Trainer, module: LightningModule, adapter_name: st
                 "WeightAveraging copied the module before the adapters were on it, so they "
                 "would not be averaged. List LoraCallback before it. (trainer.callbacks)"
             )
-    check_coverage(whole_optimizers(trainer.optimizers), module)
-    check_dtypes(module)
+    check_coverage(deepspeed.whole_optimizers(trainer.optimizers), module)
+    model_parallel.check_dtypes(module)
 
 
 def check_still_there(module: LightningModule, selection: Selection) -> None:
@@ -109,8 +165,8 @@ def check_still_there(module: LightningModule, selection: Selection) -> None:
 
 def check_what_trains(trainer: Trainer, module: LightningModule) -> None:
     """Raise AdapterStateError or OptimizerError if something trains that is not saved."""
-    reshard(module)  # validation may have left it gathered
-    check_coverage(whole_optimizers(trainer.optimizers), module)
+    model_parallel.reshard(module)  # validation may have left it gathered
+    check_coverage(deepspeed.whole_optimizers(trainer.optimizers), module)
     owned = {key for callback in callbacks_of(module) for key in callback._saved_keys(module)}
     others = [name for name in trainable_parameters(module) if name not in owned]
     if others:

@@ -1,1 +1,0 @@
-"""Checks before a run and during it, which refuse what would go wrong."""
