@@ -23,11 +23,7 @@ from lora_lightning.training.module_hooks import bind
 from lora_lightning.training.module_state import callbacks_of, defines_hook, module_state
 from lora_lightning.training.nonfinite import NonfiniteGuard
 from lora_lightning.training.options import LoraOptions, check_options, log_options
-from lora_lightning.training.preemption import (
-    Preemption,
-    lines_without_checkpoint,
-    set_exit_code,
-)
+from lora_lightning.training.preemption import Preemption, lines_without_checkpoint, set_exit_code
 from lora_lightning.training.resume.checks import configured_rates
 from lora_lightning.training.resume.resumable_loader import make_loaders_resumable
 from lora_lightning.training.strategies.launchers import hand_back_adapters

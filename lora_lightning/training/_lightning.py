@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     )
 
 SignalHandler = Callable[[int, FrameType | None], Any]
+Loops = dict[str, dict[str, Any]]  # checkpoint["loops"]["fit_loop"]
 
 # Methods of strategies that are overridden on the instance.
 SETUP_MODEL = "_setup_model"  # FSDPStrategy: since 2.0, DeepSpeedStrategy: since 2.2
@@ -52,8 +53,7 @@ WRAPPED_SAMPLER = "_sampler"
 
 def trainer_of(module: object) -> Trainer | None:
     """The module's Trainer; `module.trainer` raises where there is none. Since 1.7."""
-    trainer: Trainer | None = getattr(module, "_trainer", None)
-    return trainer
+    return getattr(module, "_trainer", None)
 
 
 def state_key(callback: Callback, **parts: object) -> str:
@@ -63,8 +63,7 @@ def state_key(callback: Callback, **parts: object) -> str:
 
 def averaged_model(callback: Callback) -> nn.Module | None:
     """The averaged copy that `WeightAveraging` keeps during fit. Since 2.6."""
-    averaged: nn.Module | None = getattr(callback, "_average_model", None)
-    return averaged
+    return getattr(callback, "_average_model", None)
 
 
 def all_callbacks(trainer: Trainer) -> list[Callback]:
@@ -162,33 +161,31 @@ def logged_step(trainer: Trainer) -> int:
     return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
-# -- what a checkpoint says of the loops: `loops` is checkpoint["loops"]["fit_loop"] ---------------
+# -- what a checkpoint says of the loops -----------------------------------------------------------
 
 
-def saved_batch_progress(loops: dict[str, Any]) -> dict[str, Any]:
+def saved_batch_progress(loops: Loops) -> dict[str, Any]:
     """The progress in training batches. Since 1.6."""
-    progress: dict[str, Any] = loops["epoch_loop.batch_progress"]
-    return progress
+    return loops["epoch_loop.batch_progress"]
 
 
-def saved_validation_progress(loops: dict[str, Any]) -> dict[str, Any]:
+def saved_validation_progress(loops: Loops) -> dict[str, Any]:
     """The progress in batches of the validation within fit. Since 1.6."""
-    progress: dict[str, Any] = loops["epoch_loop.val_loop.batch_progress"]
-    return progress
+    return loops["epoch_loop.val_loop.batch_progress"]
 
 
-def count_logged_step(loops: dict[str, Any]) -> None:
+def count_logged_step(loops: Loops) -> None:
     """Count a step more for loggers. Since 1.7."""
     loops["epoch_loop.state_dict"]["_batches_that_stepped"] += 1
 
 
-def take_saved_loader_states(loops: dict[str, Any]) -> list[dict[str, Any]]:
+def take_saved_loader_states(loops: Loops) -> list[dict[str, Any]]:
     """Take out the states of the data loaders that have one. Since 2.2."""
     states: list[dict[str, Any]] = loops["state_dict"].pop("combined_loader", [])
     return states
 
 
-def save_loader_states(loops: dict[str, Any], states: list[dict[str, Any]]) -> None:
+def save_loader_states(loops: Loops, states: list[dict[str, Any]]) -> None:
     """Put the states of data loaders where Lightning looks for them. Since 2.2."""
     loops["state_dict"]["combined_loader"] = states
 
@@ -249,8 +246,7 @@ def works_in_background(plugin: object) -> bool:
 
 def background_executor(plugin: object) -> Executor | None:
     """The thread of AsyncCheckpointIO, which does one piece of work after the other. Since 1.7."""
-    executor: Executor | None = getattr(plugin, "_executor", None)
-    return executor
+    return getattr(plugin, "_executor", None)
 
 
 def fail_in_background(plugin: AsyncCheckpointIO, error: Exception) -> None:

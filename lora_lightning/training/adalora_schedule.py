@@ -141,9 +141,7 @@ def rank_lines(allocator: RankAllocator) -> list[str]:
         mask = allocator.masks.get(path)
         ranks[shown_name(path)].append(adapter.r if mask is None else int(mask.sum()))
     total = sum(sum(group) for group in ranks.values())
-    listed = ", ".join(
-        f"{name} {_range(group)}" for name, group in sorted(ranks.items(), key=lambda item: item[0])
-    )
+    listed = ", ".join(f"{name} {_range(group)}" for name, group in sorted(ranks.items()))
     lines = [f"AdaLoRA kept a total rank of {total} of {allocator.initial_budget}: {listed}"]
     if not allocator.settled:
         lines.append(

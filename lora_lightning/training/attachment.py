@@ -32,10 +32,7 @@ from lora_lightning.errors import ConfigError, TargetError
 from lora_lightning.layers.traversal import named_adapted_layers
 from lora_lightning.training.adapter_callback import AdapterCallback
 from lora_lightning.training.checkpoints.metadata import remember_base
-from lora_lightning.training.checks import (
-    check_base_has_values,
-    check_no_unmanaged_adapters,
-)
+from lora_lightning.training.checks import check_base_has_values, check_no_unmanaged_adapters
 from lora_lightning.training.eva import ranks_of_checkpoint, start_values, take_over_ranks
 from lora_lightning.training.module_state import callbacks_of, module_state
 from lora_lightning.training.options import check_same_adapter

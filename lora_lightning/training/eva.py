@@ -9,7 +9,7 @@ from itertools import islice
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 
@@ -18,9 +18,7 @@ from lora_lightning.adapters.lora.config import LoraConfig
 from lora_lightning.checkpoint.state_dict import adapter_state_dict
 from lora_lightning.engine.eva import FOUND, eva_start
 from lora_lightning.engine.injection import adapters_named, delete_adapter
-from lora_lightning.engine.switching import (
-    adapter_names,
-)
+from lora_lightning.engine.switching import adapter_names
 from lora_lightning.errors import ConfigError
 from lora_lightning.training._lightning import train_data
 from lora_lightning.training.adapter_callback import AdapterCallback
@@ -59,7 +57,7 @@ def start_values(
         return None
     if callback.adapter_name in adapter_names(root):
         return {}
-    callback.config, start = _config_and_start(pl_module.trainer, pl_module, root, config)
+    callback.config, start = _config_and_start(pl_module, root, config)
     return start
 
 
@@ -87,10 +85,7 @@ def ranks_of_checkpoint(
 
 
 def _config_and_start(
-    trainer: Trainer,
-    pl_module: LightningModule,
-    root: nn.Module,
-    config: LoraConfig,
+    pl_module: LightningModule, root: nn.Module, config: LoraConfig
 ) -> tuple[LoraConfig, dict[str, Tensor] | None]:
     """The config with the ranks that EVA finds, and the start of A; plain LoRA outside of fit.
 
@@ -98,6 +93,7 @@ def _config_and_start(
     without gradients. All processes of a run get what the first one finds, and the random numbers
     of the run are not touched. ConfigError if there is no training data to look at, or too little.
     """
+    trainer = pl_module.trainer
     if trainer.state.fn != "fit":
         return dataclasses.replace(config, init_lora_weights=True, eva_config=None), None
     if not pl_module.automatic_optimization:
@@ -135,14 +131,11 @@ def _no_logging(pl_module: LightningModule) -> Iterator[None]:
     def ignore(*args: Any, **kwargs: Any) -> None:
         """The loops that would collect what is logged do not run yet."""
 
-    before = {name: pl_module.__dict__.get(name) for name in ("log", "log_dict")}
-    for name in before:
-        pl_module.__dict__[name] = ignore
+    attributes = pl_module.__dict__
+    own = {name: attributes[name] for name in ("log", "log_dict") if name in attributes}
+    attributes.update(log=ignore, log_dict=ignore)
     try:
         yield
     finally:
-        for name, method in before.items():
-            if method is None:
-                del pl_module.__dict__[name]
-            else:
-                pl_module.__dict__[name] = method
+        del attributes["log"], attributes["log_dict"]
+        attributes.update(own)

@@ -22,7 +22,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.nn.utils import get_total_norm
 from torch.optim import LBFGS, Optimizer
 
-from lora_lightning.errors import ConfigError, NonfiniteError, did_you_mean, first_few
+from lora_lightning.errors import ConfigError, NonfiniteError, first_few, nearest_hint
 from lora_lightning.layers.traversal import named_adapted_layers
 from lora_lightning.training.strategies.deepspeed import partitioned_gradients
 from lora_lightning.utilities._torch import stored_values, unscales_in_step
@@ -40,23 +40,19 @@ class NonfiniteGuard:
     Args:
         policy: "stop" raises before the step; "skip" drops its gradients, so that the optimizer
             changes nothing, and raises after `MAX_IN_A_ROW` in a row; "ignore" does not look.
+            Any other is a ConfigError.
 
     Attributes:
         skipped: Steps that were left out in this run, resumes included.
         skipping: True while the step that is under way is.
 
-    Raises:
-        ConfigError: For another policy.
-
     """
 
     def __init__(self, policy: str) -> None:
         if policy not in POLICIES:
-            near = did_you_mean(str(policy), POLICIES)
-            hint = f"Did you mean {near!r}? " if near else ""
             raise ConfigError(
-                f"nonfinite={policy!r}: known are {', '.join(map(repr, POLICIES))}. {hint}"
-                "(lora.nonfinite)"
+                f"nonfinite={policy!r}: known are {', '.join(map(repr, POLICIES))}."
+                f"{nearest_hint(str(policy), POLICIES)} (lora.nonfinite)"
             )
         self.policy = policy
         self.skipped = 0
@@ -170,8 +166,7 @@ class NonfiniteGuard:
             state = "LBFGS was within a step: weights are those that it was trying."
         else:
             state = "The step was not made: weights and optimizer are as they were before it."
-        where = repr(last) if last else "a checkpoint"
-        init_from = repr(last) if last else "..."
+        where, init_from = (repr(last), repr(last)) if last else ("a checkpoint", "...")
         if self.policy == "skip":
             forward = f"{MAX_IN_A_ROW} steps in a row were not finite: skipping does not help."
         else:

@@ -113,17 +113,15 @@ def check_coverage(optimizers: Iterable[Optimizer], model: nn.Module) -> None:
     held = Counter(id(p) for o in optimizers for group in o.param_groups for p in group["params"])
     trainable = trainable_parameters(model)
     names = {id(p): name for name, p in named_parameters(model)}
-    absent = [name for name, p in trainable.items() if id(p) not in held]
-    twice = [names.get(i, "?") for i, count in held.items() if count > 1]
-    ids = {id(p) for p in trainable.values()}
-    foreign = [names.get(i, "a tensor that is not the module's") for i in held if i not in ids]
-    problems = []
-    if absent:
-        problems.append(f"in no optimizer: {first_few(absent)}")
-    if twice:
-        problems.append(f"in more than one group: {first_few(twice)}")
-    if foreign:
-        problems.append(f"in an optimizer but not trainable: {first_few(foreign)}")
+    foreign = held.keys() - {id(p) for p in trainable.values()}
+    found = {
+        "in no optimizer": [name for name, p in trainable.items() if id(p) not in held],
+        "in more than one group": [names.get(i, "?") for i, count in held.items() if count > 1],
+        "in an optimizer but not trainable": [
+            names.get(i, "a tensor that is not the module's") for i in held if i in foreign
+        ],
+    }
+    problems = [f"{what}: {first_few(tensors)}" for what, tensors in found.items() if tensors]
     if problems:
         raise OptimizerError(
             "The optimizers do not hold exactly the trainable tensors:\n  "

@@ -113,11 +113,10 @@ def check_same_adapter(callback: AdapterCallback, module: nn.Module, root: nn.Mo
         found = options_of(adapter.config)
         found["autocast_adapter_dtype"] = adapter.autocast_adapter_dtype
         if found != asked:
-            there, here = found, asked
             changed = [
-                f"{key}: {there.get(key)!r} there, {here.get(key)!r} here"
-                for key in {**there, **here}
-                if there.get(key) != here.get(key)
+                f"{key}: {found.get(key)!r} there, {asked.get(key)!r} here"
+                for key in {**found, **asked}
+                if found.get(key) != asked.get(key)
             ]
             raise AdapterMismatchError(
                 f"The model carries an adapter {adapter_name!r} already ({path!r}, for one), with "

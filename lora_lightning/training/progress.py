@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -178,14 +178,11 @@ class TrainingProgress(Callback):
 @contextmanager
 def left_out(trainer: Trainer) -> Iterator[None]:
     """Leave what is done inside out of the training time."""
-    watches = [c.watch for c in all_callbacks(trainer) if isinstance(c, TrainingProgress)]
-    for watch in watches:
-        watch.stop()
-    try:
+    with ExitStack() as stopped:
+        for callback in all_callbacks(trainer):
+            if isinstance(callback, TrainingProgress):
+                stopped.enter_context(callback.watch.stopped())
         yield
-    finally:
-        for watch in watches:
-            watch.go_on()
 
 
 def peak_memory(device: torch.device) -> float:

@@ -102,8 +102,7 @@ def start_table(model: nn.Module, adapter_name: str, left_out: list[str]) -> Tab
         for _, module, record in trained_biases(model, adapter_name)
     ]
     if biases:
-        total = sum(biases)
-        table.add_row("bias", str(len(biases)), "full", f"{total:,}")
+        table.add_row("bias", str(len(biases)), "full", f"{sum(biases):,}")
     for path in left_out:
         table.add_row(Text(f"{path} (output head, frozen and not saved)"), "0 of 1", "-", "0")
     return table
@@ -178,11 +177,7 @@ def checkpoint_lines(model: nn.Module, best: str, last: str, weights_only: bool)
     base = readable_bytes(base_bytes(model))
     for label, path in (("best", best), ("last", last)):
         if path and os.path.exists(path):
-            files = (
-                [os.path.join(path, name) for name in os.listdir(path)]
-                if os.path.isdir(path)
-                else [path]
-            )
+            files = [*os.scandir(path)] if os.path.isdir(path) else [path]
             size = readable_bytes(sum(map(os.path.getsize, files)))
             sizes = f"({size} {content}; the base is {base})"
             lines.append(f"{label} checkpoint: {_nearby(path)} {sizes}")

@@ -142,13 +142,8 @@ def protect_checkpoints(trainer: Trainer) -> None:
     for callback in trainer.checkpoint_callbacks:
         if is_a(callback, "ModelCheckpoint"):
             _lightning.override_link(callback, _link_checkpoint)
-    overrides: dict[str, Any] = {
-        "load_checkpoint": _load_checkpoint,
-        "save_checkpoint": _save_checkpoint,
-    }
-    for name, override in overrides.items():
-        if getattr(strategy.__dict__.get(name), "__func__", None) is not override:
-            setattr(strategy, name, MethodType(override, strategy))
+    strategy.load_checkpoint = MethodType(_load_checkpoint, strategy)  # type: ignore[method-assign]
+    strategy.save_checkpoint = MethodType(_save_checkpoint, strategy)  # type: ignore[method-assign]
 
 
 def _save_checkpoint(self: Any, checkpoint: Any, filepath: Any, *args: Any, **kwargs: Any) -> None:

@@ -170,7 +170,7 @@ def remember_base(module: LightningModule, fresh: bool) -> None:
     found = base_fingerprint(module)
     known = {} if fresh else remembered.base_fingerprint or {}
     if not known:
-        remembered.buffer_digests = {n: _digests(buffer) for n, buffer in _base_buffers(module)}
+        remembered.buffer_digests = {n: _digests(buffer) for n, buffer in base_buffers(module)}
     for name in known.keys() & found.keys():
         # Buffers may have moved in training; another dtype is the Trainer's own cast of the base.
         if name in remembered.buffer_digests or known[name][1] != found[name][1]:
@@ -201,7 +201,8 @@ def _agreed(own: Fingerprint, module: LightningModule) -> Fingerprint:
     return first
 
 
-def _base_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
+def base_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """Persistent buffers by name, without those of adapters."""
     return [
         (f"{path}.{name}" if path else name, buffer)
         for path, child in walk(module)
@@ -219,7 +220,7 @@ def _changed_buffers(module: nn.Module, remembered: ModuleState) -> list[str]:
     # A base buffer that training moves (a codebook, an EMA) would be lost with the base.
     return [
         name
-        for name, buffer in _base_buffers(module)
+        for name, buffer in base_buffers(module)
         if digest(buffer, limit=None) not in remembered.buffer_digests.get(name, [])
     ]
 

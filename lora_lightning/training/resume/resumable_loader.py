@@ -66,12 +66,10 @@ class LazyLoader(DataLoader[Any]):
 
     def state_dict(self) -> dict[str, Any]:
         """The loader's own state; what was loaded, where no pass has begun since."""
-        state: dict[str, Any]
         if "_loaded" in self.__dict__:
-            state = self._loaded
-        else:
-            with rng.random_state_kept():
-                state = super().state_dict()  # type: ignore[misc]
+            return self._loaded
+        with rng.random_state_kept():
+            state: dict[str, Any] = super().state_dict()  # type: ignore[misc]
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -120,9 +118,7 @@ def resumable(loader: object) -> object:
 
 def make_loaders_resumable(strategy: Strategy) -> None:
     """Override `process_dataloader` on this strategy; doing it again changes nothing."""
-    override = strategy.__dict__.get("process_dataloader")
-    if getattr(override, "__func__", None) is not _process_dataloader:
-        strategy.process_dataloader = MethodType(_process_dataloader, strategy)  # type: ignore[method-assign]
+    strategy.process_dataloader = MethodType(_process_dataloader, strategy)  # type: ignore[method-assign]
 
 
 def _process_dataloader(self: Strategy, dataloader: object) -> object:
@@ -306,7 +302,6 @@ def _generators(loader: Any) -> dict[str, Any]:
 
 
 def _same(first: dict[str, Any], second: dict[str, Any]) -> bool:
-    rest = {"python", "numpy"}
     return torch.equal(first["torch"], second["torch"]) and all(
-        first[key] == second[key] for key in rest
+        first[key] == second[key] for key in ("python", "numpy")
     )

@@ -29,7 +29,7 @@ from lora_lightning.engine.switching import adapter_names
 from lora_lightning.errors import CheckpointError, ConfigError, first_few
 from lora_lightning.layers.traversal import named_adapted_layers, walk
 from lora_lightning.training._lightning import setup_model
-from lora_lightning.training.checkpoints.metadata import kept_state
+from lora_lightning.training.checkpoints.metadata import base_buffers, kept_state
 from lora_lightning.training.module_state import callbacks_of, module_state
 from lora_lightning.training.strategies.model_parallel import is_fsdp
 from lora_lightning.training.weight_averaging import averaged_models
@@ -110,15 +110,12 @@ def setup_fsdp(self: Strategy, module: LightningModule, model: nn.Module) -> nn.
     if remembered.fsdp is None:
         leave_out_adapters(module)
         root = setup_model(self, model)
-        own = [
-            tensor
-            for _, layer in named_adapted_layers(module)
-            for tensor in _tensors(layer.adapters)
-        ]
+        adapters = nn.ModuleList(layer.adapters for _, layer in named_adapted_layers(module))
+        own = [*adapters.parameters(), *adapters.buffers()]
         for tensor in own:
             tensor.data = tensor.data.to(self.root_device)
             dist.broadcast(tensor.data, src=0)
-        average = GradientAverage([p for p in own if isinstance(p, nn.Parameter)])
+        average = GradientAverage([*adapters.parameters()])
         remembered.fsdp = root, average
     remembered.fsdp[1].begin()
     # Gradients are whole here, so that the plain way to clip them is right.
@@ -216,15 +213,9 @@ def load_fsdp_module_state(module: LightningModule, state: dict[str, Any]) -> No
 
 def _own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
     """List persistent buffers, which FSDP leaves whole, those of adapters too."""
-    found = []
-    for path, child in walk(module):
-        found += [(f"{path}.{n}" if path else n, b) for n, b in persistent_buffers(child)]
+    found = base_buffers(module)
     for path, layer in named_adapted_layers(module):
         for inner, part in layer.adapters.named_modules():
             prefix = ".".join(filter(None, (path, "adapters", inner)))
             found += [(f"{prefix}.{n}", b) for n, b in persistent_buffers(part)]
     return found
-
-
-def _tensors(module: nn.Module) -> list[Tensor]:
-    return [*module.parameters(), *module.buffers()]

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
-from torch import Tensor, nn
+from torch import Tensor
 
 from lora_lightning.adapters.trainable_tokens import TrainableTokensAdapter
 from lora_lightning.engine.bias import trained_biases
@@ -70,7 +70,9 @@ def load_base_at_once(module: LightningModule) -> None:
     later = meta or is_model_parallel(module.trainer.strategy)
     if later or adapter_names(module) or not callable(getattr(module, HOOK, None)):
         return
-    _load(getattr(module, HOOK)(), own)
+    values = getattr(module, HOOK)()
+    _check(values, own)
+    _fill(own, values)
 
 
 def load_base(module: LightningModule) -> None:
@@ -81,11 +83,12 @@ def load_base(module: LightningModule) -> None:
     values: Mapping[str, Tensor] = getattr(module, HOOK)()
     saved = {key for callback in callbacks_of(module) for key in callback._saved_keys(module)}
     own = {key: t for key, t in module.state_dict().items() if key not in saved}
-    _load(values, own)
+    _check(values, own)
+    _fill(own, values)
     for path, layer in named_adapted_layers(module):
         prefix = path + "." if path else ""
         for copy in layer.trained_copies().values():
-            _start_copy(copy.module, prefix, values)
+            _fill(copy.module.state_dict(), values, prefix)
         for adapter in layer.adapters.modules():
             if isinstance(adapter, TrainableTokensAdapter):
                 adapter.start_from_weight(full_tensor(layer.base_weight().detach()))
@@ -93,20 +96,14 @@ def load_base(module: LightningModule) -> None:
     remember_base(module, fresh=True)
 
 
-def _start_copy(copy: nn.Module, prefix: str, values: Mapping[str, Tensor]) -> None:
-    for name, tensor in copy.state_dict().items():
-        if isinstance(tensor, Tensor):
-            copy_full(tensor, values[prefix + name].to(tensor.device))
-
-
-def _load(values: Any, own: Mapping[str, Any]) -> None:
-    _check(values, own)
+def _fill(own: Mapping[str, Any], values: Mapping[str, Tensor], prefix: str = "") -> None:
     for key, tensor in own.items():
         if isinstance(tensor, Tensor):
-            copy_full(tensor, values[key].to(tensor.device))
+            copy_full(tensor, values[prefix + key].to(tensor.device))
 
 
-def _check(values: Any, own: Mapping[str, Any]) -> None:
+def _check(values: object, own: Mapping[str, Any]) -> None:
+    """Raise AdapterMismatchError if tensors are missing, left over or of another shape."""
     if not isinstance(values, Mapping):
         raise AdapterMismatchError(
             f"{HOOK} returned a {type(values).__name__}; it returns tensors by name. (model)"

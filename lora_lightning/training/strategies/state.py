@@ -20,7 +20,6 @@ find the callbacks through the module; without one of ours they do what the stra
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -58,12 +57,9 @@ def override_state_methods(strategy: Strategy) -> None:
     if deepspeed.is_deepspeed(strategy):
         overrides = _DEEPSPEED
     for name, override in overrides.items():
-        method = _with_adapters(name, override)
-        if getattr(strategy.__dict__.get(name), "__func__", None) is not method:
-            setattr(strategy, name, MethodType(method, strategy))
+        setattr(strategy, name, MethodType(_with_adapters(name, override), strategy))
 
 
-@cache
 def _with_adapters(name: str, override: Callable[..., Any]) -> Callable[..., Any]:
     """The method `override(strategy, module, ...)`, or the class's own without a LoraCallback."""
 
