@@ -28,9 +28,7 @@ if TYPE_CHECKING:
     from lightning.pytorch.loops.loop import _Loop as Loop
     from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop as TrainingEpochLoop
     from lightning.pytorch.plugins.io import AsyncCheckpointIO
-    from lightning.pytorch.plugins.io.wrapper import (
-        _WrappingCheckpointIO as WrappingCheckpointIO,
-    )
+    from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO as WrappingCheckpointIO
     from lightning.pytorch.strategies import Strategy
     from lightning.pytorch.strategies.launchers.launcher import _Launcher as Launcher
     from lightning.pytorch.trainer.connectors.logger_connector.result import (

@@ -31,14 +31,10 @@ from lora_lightning.utilities._torch import unscales_in_step
 
 
 class RankSchedule:
-    """The allocator of one LoraCallback in its run; does nothing for other types than AdaLoRA.
-
-    Attributes:
-        allocator: Made when training starts, as only then the length of the run is known.
-
-    """
+    """The allocator of one LoraCallback in its run; does nothing for other types than AdaLoRA."""
 
     def __init__(self) -> None:
+        # Made when training starts, as only then the length of the run is known
         self.allocator: RankAllocator | None = None
         self._saved: dict[str, Any] | None = None
         self._hooks: list[RemovableHandle] = []

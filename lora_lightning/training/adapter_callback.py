@@ -20,18 +20,9 @@ from lora_lightning.utilities.wrappers import unwrapped
 
 
 class AdapterCallback(Callback, ABC):
-    """Base class of `LoraCallback`.
+    """Base class of `LoraCallback`, with its attributes."""
 
-    Attributes:
-        config: The adapter's options; ranks that EVA has found are in them.
-        adapter_name, module, init_from, trainable, lr, nonfinite, enabled, autocast_adapter_dtype:
-            As in `LoraCallback`.
-        _requested_config: The options as they were given.
-        _selection: The modules that carry the adapter; empty until it is attached.
-
-    """
-
-    config: AdapterConfig
+    config: AdapterConfig  # ranks that EVA has found are in it
     adapter_name: str
     module: str | None
     init_from: str | None
@@ -40,8 +31,8 @@ class AdapterCallback(Callback, ABC):
     nonfinite: str
     enabled: bool
     autocast_adapter_dtype: bool
-    _requested_config: AdapterConfig
-    _selection: Selection
+    _requested_config: AdapterConfig  # as it was given
+    _selection: Selection  # the modules that carry the adapter; empty until it is attached
 
     if not TYPE_CHECKING:  # which sees the options in `__init__`
 

@@ -46,9 +46,7 @@ from lora_lightning.utilities.wrappers import under_own_names
 def attach(callback: AdapterCallback, module: LightningModule) -> None:
     """Attach the callback's adapter to the module, which keeps one that it carries already.
 
-    Raises:
-        LoraError: If options, model, strategy or precision do not allow it; nothing is attached.
-
+    LoraError if options, model, strategy or precision do not allow it; nothing is attached then.
     """
     check_not_wrapped(module)
     load_base_at_once(module)

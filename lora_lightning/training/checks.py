@@ -131,10 +131,7 @@ def cpu(self: Any) -> Any:
 
 
 def check_before_fit(trainer: Trainer, module: LightningModule, adapter_name: str) -> None:
-    """Check that no adapter is merged, and that averages and optimizers cover the adapters.
-
-    AdapterStateError, ConfigError or OptimizerError says what to do.
-    """
+    """Check (LoraError) that no adapter is merged, and averages and optimizers cover them."""
     for path, layer in named_adapted_layers(module):
         if layer.merged_adapters:
             raise AdapterStateError(

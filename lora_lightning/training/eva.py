@@ -13,7 +13,6 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 
-from lora_lightning.adapters.config import AdapterConfig
 from lora_lightning.adapters.lora.config import LoraConfig
 from lora_lightning.checkpoint.state_dict import adapter_state_dict
 from lora_lightning.engine.eva import FOUND, eva_start
@@ -45,7 +44,9 @@ def take_over_ranks(callback: AdapterCallback, pl_module: LightningModule, root:
     if plain and not learnt and pl_module.trainer.state.fn == "fit":
         delete_adapter(root, callback.adapter_name)  # it has not seen the data yet
     elif isinstance(found, LoraConfig):
-        callback.config = _with_ranks_of(found, callback._requested_config)
+        # The requested options, with the targets and ranks that EVA found for them before
+        ranks = {name: getattr(found, name) for name in (*FOUND, "init_lora_weights", "eva_config")}
+        callback.config = dataclasses.replace(callback._requested_config, **ranks)
 
 
 def start_values(
@@ -120,19 +121,13 @@ def _config_and_start(
     return trainer.strategy.broadcast(found, src=0)
 
 
-def _with_ranks_of(found: LoraConfig, requested: AdapterConfig) -> AdapterConfig:
-    """The requested options, with the targets and ranks that EVA found for them before."""
-    ranks = {name: getattr(found, name) for name in (*FOUND, "init_lora_weights", "eva_config")}
-    return dataclasses.replace(requested, **ranks)
-
-
 @contextmanager
 def _no_logging(pl_module: LightningModule) -> Iterator[None]:
     def ignore(*args: Any, **kwargs: Any) -> None:
         """The loops that would collect what is logged do not run yet."""
 
     attributes = pl_module.__dict__
-    own = {name: attributes[name] for name in ("log", "log_dict") if name in attributes}
+    own: dict[str, Any] = {n: attributes[n] for n in ("log", "log_dict") if n in attributes}
     attributes.update(log=ignore, log_dict=ignore)
     try:
         yield

@@ -22,32 +22,22 @@ _LIGHTNING_CORE = ("lightning.pytorch.core.", "pytorch_lightning.core.")
 
 @dataclass
 class ModuleState:
-    """All that is remembered on a module.
+    """All that is remembered on a module."""
 
-    Attributes:
-        overrides: The hooks that are overridden on the instance, by name.
-        original_hooks: What was in the instance's own dictionary before each override, or None.
-        base_fingerprint: The base model's, taken when the adapters were attached.
-        buffer_digests: Digests of the base's persistent buffers at that time.
-        base_on_meta: True while the base is on the meta device, to be loaded by the strategy.
-        from_children: What child processes trained, until the module has the layers for it.
-        fsdp: FSDP1's wrapper of the module, and what averages the adapters' gradients.
-        had_gradient: Parameters (ids) that had a gradient, where gradients do not stay.
-        resumed_from: What a checkpoint says of this process, until training starts.
-        learning_rates: As configured in this run, one for each parameter group.
-
-    """
-
+    # The hooks that are overridden on the instance, and what was in its dictionary before, or None
     overrides: dict[str, Callable[..., Any]] = field(default_factory=dict)
     original_hooks: dict[str, Any] = field(default_factory=dict)
+    # Of the base and its persistent buffers, taken when the adapters were attached
     base_fingerprint: Fingerprint | None = None
     buffer_digests: dict[str, list[str]] = field(default_factory=dict)
-    base_on_meta: bool = False
+    base_on_meta: bool = False  # until the strategy has loaded it
+    # What child processes trained, until the module has the layers for it
     from_children: dict[str, Any] = field(default_factory=dict)
+    # FSDP1's wrapper of the module, and what averages the adapters' gradients
     fsdp: tuple[Any, Any] | None = None
-    had_gradient: set[int] = field(default_factory=set)
-    resumed_from: dict[str, Any] | None = None
-    learning_rates: list[float] = field(default_factory=list)
+    had_gradient: set[int] = field(default_factory=set)  # ids, where gradients do not stay
+    resumed_from: dict[str, Any] | None = None  # of this process, until training starts
+    learning_rates: list[float] = field(default_factory=list)  # as configured in this run
 
 
 def module_state(module: LightningModule) -> ModuleState:

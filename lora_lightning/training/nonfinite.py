@@ -42,10 +42,6 @@ class NonfiniteGuard:
             changes nothing, and raises after `MAX_IN_A_ROW` in a row; "ignore" does not look.
             Any other is a ConfigError.
 
-    Attributes:
-        skipped: Steps that were left out in this run, resumes included.
-        skipping: True while the step that is under way is.
-
     """
 
     def __init__(self, policy: str) -> None:
@@ -55,8 +51,8 @@ class NonfiniteGuard:
                 f"{nearest_hint(str(policy), POLICIES)} (lora.nonfinite)"
             )
         self.policy = policy
-        self.skipped = 0
-        self.skipping = False
+        self.skipped = 0  # steps that were left out in this run, resumes included
+        self.skipping = False  # True while the step that is under way is
         self._in_a_row = 0
         self._losses: list[tuple[int, Tensor]] = []  # (batch index, loss) since the last step
         self._statistics: list[tuple[Tensor, Tensor]] = []  # buffers and what they were

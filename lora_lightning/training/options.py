@@ -57,10 +57,7 @@ def log_options(trainer: Trainer, callbacks: list[AdapterCallback]) -> None:
 
 
 def check_options(
-    constructor: Callable[..., Any],
-    config: object,
-    options: dict[str, Any],
-    init_from: str | None,
+    constructor: Callable[..., Any], config: object, options: dict[str, Any], init_from: str | None
 ) -> None:
     """Refuse unknown options, options from two sources, and what is no config (ConfigError).
 
@@ -97,10 +94,7 @@ def check_options(
 
 
 def check_same_adapter(callback: AdapterCallback, module: nn.Module, root: nn.Module) -> None:
-    """Check that an adapter on `module` is the one that is asked for on `root` in it.
-
-    AdapterMismatchError if its options differ, or it sits on more than `root`.
-    """
+    """Raise AdapterMismatchError if the adapter has other options or sits outside of `root`."""
     adapter_name = callback.adapter_name
     inside = adapters_named(root, adapter_name)
     what_to_do = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,43 +28,33 @@ from lora_lightning.training.optimizers import trainable_parameters
 
 @dataclass
 class TargetRow:
-    """One line of the start table: all modules that share the last part of their path.
+    """One line of the start table: all modules that share the last part of their path."""
 
-    Attributes:
-        matched, possible: Modules that carry the adapter; modules of that name that could.
-        ranks: Every rank among them.
-        parameters: Trainable numbers.
-        full: True if the module trains as a copy (`modules_to_save`), without a rank.
-
-    """
-
-    name: str
-    matched: int = 0
-    possible: int = 0
-    ranks: tuple[int, ...] = ()
+    matched: int = 0  # modules that carry the adapter
+    possible: int = 0  # modules of that name that could
+    ranks: set[int] = field(default_factory=set)
     parameters: int = 0
-    full: bool = False
+    full: bool = False  # True if it trains as a copy (`modules_to_save`), without a rank
 
 
-def target_rows(model: nn.Module, adapter_name: str) -> list[TargetRow]:
+def target_rows(model: nn.Module, adapter_name: str) -> list[tuple[str, TargetRow]]:
     """The lines of the start table, adapted modules first, trained copies after them."""
-    rows: dict[str, TargetRow] = defaultdict(lambda: TargetRow(""))
+    rows: dict[str, TargetRow] = defaultdict(TargetRow)
     copies: dict[str, TargetRow] = {}
     for path, module in walk(model):
-        name = shown_name(path)
         carries = isinstance(module, AdaptedLayer) and adapter_name in module.adapters
         adapter: Any = module.adapters[adapter_name] if carries else None  # type: ignore[index]
         size = sum(p.numel() for p in adapter.parameters()) if adapter is not None else 0
         if isinstance(module, AdaptedLayer) and adapter_name in module.trained_copies():
-            copies[path] = TargetRow(path, 1, 1, (), size, full=True)
+            copies[path] = TargetRow(1, 1, set(), size, full=True)
         elif adapter is not None or layer_type_for(module) is not None:
-            row = rows[name]
-            row.name, row.possible = name, row.possible + 1
+            row = rows[shown_name(path)]
+            row.possible += 1
             if adapter is not None:
                 row.matched += 1
-                row.ranks = tuple(sorted({*row.ranks, *_ranks(adapter)}))
+                row.ranks |= _ranks(adapter)
                 row.parameters += size
-    return [*(row for row in rows.values() if row.matched), *copies.values()]
+    return [*((name, row) for name, row in rows.items() if row.matched), *copies.items()]
 
 
 def show_start(callback: AdapterCallback, trainer: Trainer, module: LightningModule) -> None:
@@ -92,11 +82,9 @@ def start_table(model: nn.Module, adapter_name: str, left_out: list[str]) -> Tab
     table.add_column("target")
     for column in ("modules", "r", "parameters"):
         table.add_column(column, justify="right")
-    for row in target_rows(model, adapter_name):
-        ranks = "full" if row.full else ", ".join(map(str, row.ranks)) or "-"
-        table.add_row(
-            Text(row.name), f"{row.matched} of {row.possible}", ranks, f"{row.parameters:,}"
-        )
+    for name, row in target_rows(model, adapter_name):
+        ranks = "full" if row.full else ", ".join(map(str, sorted(row.ranks))) or "-"
+        table.add_row(Text(name), f"{row.matched} of {row.possible}", ranks, f"{row.parameters:,}")
     biases = [
         record.parameter(module).numel()
         for _, module, record in trained_biases(model, adapter_name)

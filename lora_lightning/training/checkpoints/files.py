@@ -44,11 +44,8 @@ class DurableCheckpointIO(TorchCheckpointIO):
     """Lightning's checkpoint files, written atomically and with hashes of their content.
 
     On local disks a checkpoint is written under a temporary name, flushed, given its name, and the
-    folder flushed. Paths of other file systems go Lightning's way, with the hashes.
-
-    Args:
-        background: The plugin that calls this one from a thread of its own, if any.
-
+    folder flushed. Paths of other file systems go Lightning's way, with the hashes. `background` is
+    the plugin that calls this one from a thread of its own, if any.
     """
 
     def __init__(self, background: Any = None) -> None:

@@ -129,20 +129,13 @@ def _process_dataloader(self: Strategy, dataloader: object) -> object:
 
 
 class Pass(Iterator[Any]):
-    """One pass over a loader.
-
-    Attributes:
-        batches: How many it has given.
-        start: The random states when it began; None before.
-        goes_on: True where a loader goes on from its own state, in the same epoch.
-        loader_before: The loader's own state before the last batch, where it is fetched ahead.
-
-    """
+    """One pass over a loader."""
 
     def __init__(self, loader: LazyLoader) -> None:
         self.loader = loader
-        self.batches = 0
-        self.start: dict[str, Any] | None = None
+        self.batches = 0  # given so far
+        self.start: dict[str, Any] | None = None  # the random states when it began
+        # The loader's own state before the last batch, where it is fetched ahead
         self.loader_before: dict[str, Any] | None = None
         self._iterator: Iterator[Any] | None = None
         self._position = loader.__dict__.pop("_position", None) or None
@@ -154,6 +147,7 @@ class Pass(Iterator[Any]):
         self._keep_state = unsized and not isinstance(loader, ResumableLoader)
         self._before: dict[str, Any] | None = None
         self._waiting: list[Any] = []
+        # True where a loader goes on from its own state, in the same epoch
         self.goes_on = loader.__dict__.pop("_next_goes_on", False)
 
     def __next__(self) -> Any:

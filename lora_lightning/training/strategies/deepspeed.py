@@ -301,10 +301,7 @@ def _watch_gradients(module: LightningModule) -> None:
 
 
 def partitioned_gradients(optimizer: Optimizer) -> dict[nn.Parameter, Tensor]:
-    """This process's part of the averaged gradients that the next step will use, by parameter.
-
-    Empty for optimizers that are not partitioned.
-    """
+    """This process's part of the averaged gradients of the next step; none if not partitioned."""
     optimizer = plain_optimizer(optimizer)
     found: dict[nn.Parameter, Tensor] = {}
     for index, params in enumerate(getattr(optimizer, "params_in_partition", [])):
