@@ -61,12 +61,7 @@ def base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def base_fingerprint(model: nn.Module) -> Fingerprint:
-    """Shape, dtype and digest of every base tensor, by name.
-
-    Raises:
-        AdapterMismatchError: If base tensors are on the meta device and have no values.
-
-    """
+    """Shape, dtype and digest of every base tensor, by name; on the meta device it is refused."""
     fingerprint: Fingerprint = {}
     for name, tensor in base_tensors(model):
         if tensor.is_meta:

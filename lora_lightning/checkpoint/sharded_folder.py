@@ -100,12 +100,7 @@ class _IndexUnpickler(pickle.Unpickler):
     """Knows what an index is made of, and nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """The class of that name, if it is one of an index.
-
-        Raises:
-            UnpicklingError: For every other name.
-
-        """
+        """The class of that name, if it is one of an index; every other one is refused."""
         known = (
             (module == "torch" and (name == "Size" or isinstance(getattr(torch, name, 0), _PLAIN)))
             or (module == "torch.serialization" and name == "_get_layout")

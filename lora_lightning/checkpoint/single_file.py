@@ -16,12 +16,7 @@ from lora_lightning.errors import CheckpointError, first_few
 
 
 def read_adapter_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The content of an adapter-only Lightning checkpoint.
-
-    Raises:
-        CheckpointError: If the file is damaged or of another kind.
-
-    """
+    """The content of an adapter-only Lightning checkpoint; a damaged or other file is refused."""
     file = Path(path)
     try:
         if is_checkpoint_folder(file):
@@ -56,10 +51,11 @@ def read_adapter_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _is_whole(metadata: dict[str, Any], state: Any) -> bool:
-    adapters, base = metadata.get("adapters"), metadata.get("base")
-    if not (isinstance(adapters, dict) and adapters and _is_fingerprint(base)):
-        return False
-    if not (isinstance(state, dict) and all(isinstance(key, str) for key in (*state, *adapters))):
+    adapters, base = metadata.get("adapters", {}), metadata.get("base", {})
+    for part in (adapters, base, state):
+        if not (isinstance(part, dict) and part and all(isinstance(key, str) for key in part)):
+            return False
+    if not all(isinstance(entry, list) and len(entry) == 3 for entry in base.values()):
         return False
     for entry in adapters.values():
         types = {"config": dict, "module": str, "tensors": dict}
@@ -75,14 +71,3 @@ def _is_whole(metadata: dict[str, Any], state: Any) -> bool:
         if not all(key.startswith(inside) for key in entry["tensors"]):
             return False
     return True
-
-
-def _is_fingerprint(base: Any) -> bool:
-    return (
-        isinstance(base, dict)
-        and bool(base)
-        and all(
-            isinstance(name, str) and isinstance(entry, list) and len(entry) == 3
-            for name, entry in base.items()
-        )
-    )

@@ -114,12 +114,7 @@ class RankAllocator:
 
     @torch.no_grad()
     def measure(self, among: Container[int] | None = None) -> None:
-        """Take the gradients of the step that was just made into the importance.
-
-        Args:
-            among: Only of tensors with these ids. Default: of all.
-
-        """
+        """Take the gradients of the last step into the importance; only those of ids `among`."""
         named = {key: p for key, p in self._named_tensors() if among is None or id(p) in among}
         # The scores of the step before decide the last allocation, as in PEFT.
         over = self.steps + 1 >= self.last_step and bool(self.sensitivity)

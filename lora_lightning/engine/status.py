@@ -105,8 +105,7 @@ def adapter_status(model: nn.Module) -> AdapterStatus:
             active=list(layer.active_adapters),
             merged=list(layer.merged_adapters),
         )
-        for name in layer.adapters:
-            adapter = layer.adapters[name]
+        for name, adapter in layer.adapters.items():
             parameters = list(adapter.parameters())
             required = {p.requires_grad for p in parameters if p.is_floating_point()}
             entry.adapters[name] = type(adapter).__name__

@@ -30,9 +30,7 @@ def active_adapters(model: nn.Module) -> list[str]:
 
 def layers_with(model: nn.Module, adapter_name: str) -> list[tuple[str, AdaptedLayer]]:
     """(path, layer) of every module that carries the adapter."""
-    return [
-        (p, layer) for p, layer in named_adapted_layers(model) if adapter_name in layer.adapters
-    ]
+    return [(p, m) for p, m in named_adapted_layers(model) if adapter_name in m.adapters]
 
 
 def set_adapter(model: nn.Module, names: str | Sequence[str], *, trainable: bool = True) -> None:
@@ -98,7 +96,6 @@ def adapters_per_row(model: nn.Module, names: Sequence[str | None]) -> Iterator[
     """
     _check_not_disabled(model)
     check_known(model, *(name for name in names if name is not None))
-    layers = [layer for _, layer in named_adapted_layers(model)]
     for path, layer in named_adapted_layers(model):
         if layer.kind == "experts" and any(a.by_weight() for a in layer.adapters.values()):
             raise AdapterStateError(
@@ -116,13 +113,13 @@ def adapters_per_row(model: nn.Module, names: Sequence[str | None]) -> Iterator[
                 f"Adapter {record.adapter_name!r} trains {path!r} of the base itself (bias), which "
                 "all rows of a batch share. Run its rows as a batch of their own."
             )
-    before = [layer.row_adapters for layer in layers]
-    for layer in layers:
+    before = [(layer, layer.row_adapters) for _, layer in named_adapted_layers(model)]
+    for layer, _ in before:
         layer.row_adapters = list(names)
     try:
         yield
     finally:
-        for layer, rows in zip(layers, before, strict=True):
+        for layer, rows in before:
             layer.row_adapters = rows
 
 

@@ -57,12 +57,10 @@ def merge_task_vectors(
     majority_sign_method: MajoritySignMethod = "total",
     generators: Sequence[torch.Generator] = (),
 ) -> Tensor:
-    """One tensor from several, by the formulas above.
+    """One tensor from task vectors of equal shape, by the formulas above.
 
     Args:
-        vectors: The task vectors, of equal shape.
-        weights: One for each of them.
-        merge: How.
+        vectors, weights, merge: What is merged, with a weight for each, and by which formula.
         density: The share of entries that pruning keeps, 0 < density <= 1.
         majority_sign_method: Which sign is elected: that of the sum ("total"), or the one that
             more of the vectors have ("frequency").
@@ -212,13 +210,7 @@ class Combination:
         return cast(Merge, "linear" if merge in ("cat", "svd") else merge)
 
     def check(self, path: str, updates: Sequence[Update]) -> None:
-        """Refuse ranks that cannot be combined.
-
-        Raises:
-            RankError: If they are unequal where A and B are merged apart, or if svd_rank cannot be
-                shared out over the groups of a convolution.
-
-        """
+        """Refuse unequal ranks where A and B merge apart, and svd_rank that groups cannot share."""
         if self.combination_type in get_args(Merge) and len({u.rank for u in updates}) > 1:
             raise RankError(
                 f"combination_type {self.combination_type!r} merges A and B entry by entry, which "

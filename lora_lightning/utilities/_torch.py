@@ -69,13 +69,9 @@ def unscales_in_step(optimizer: Optimizer) -> bool:
 
 
 def keep_scheduler_groups(lr_scheduler: object, kept: list[int], count: int) -> None:
-    """Leave only what a scheduler, and those inside it, hold for the parameter groups `kept`.
+    """Leave only what a scheduler of `count` parameter groups holds for those with indices `kept`.
 
-    Args:
-        lr_scheduler: The scheduler, or None.
-        kept: Indices of groups.
-        count: The number of groups that it was made for.
-
+    So of those inside it, too; None has none.
     """
     for inner in getattr(lr_scheduler, "_schedulers", []):  # of SequentialLR and ChainedScheduler
         keep_scheduler_groups(inner, kept, count)

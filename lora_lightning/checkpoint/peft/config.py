@@ -40,7 +40,7 @@ LARGEST_NUMBER = 2**31  # of any option; float32 can hold what is computed from 
 
 # The last one whose nn.MultiheadAttention acts with W + 2 s B A on out_proj: in its forward, and
 # merged (huggingface/peft#3774).
-_TWICE_UP_TO = "0.21.2"
+TWICE_UP_TO = "0.21.2"
 
 # Keys that say nothing about what the adapter computes from its tensors.
 _IGNORED = {
@@ -119,13 +119,8 @@ def adds_twice(options: dict[str, Any]) -> bool:
     if not isinstance(version, str):
         return "auto_mapping" in options  # PEFT's own, of before it said its version
     found = re.match(r"(\d{1,9})\.(\d{1,9})(?:\.(\d{1,9}))?", version)
-    last = tuple(map(int, _TWICE_UP_TO.split(".")))
+    last = tuple(map(int, TWICE_UP_TO.split(".")))
     return found is not None and tuple(int(part or 0) for part in found.groups()) <= last
-
-
-def for_twice(config: dict[str, Any]) -> dict[str, Any]:
-    """`config` for a folder that `adds_twice` is true of."""
-    return {**config, "peft_version": _TWICE_UP_TO}
 
 
 def parse(options: dict[str, Any], where: str) -> AdapterConfig:

@@ -27,13 +27,8 @@ from lora_lightning.engine.targets.matching import matches_name
 from lora_lightning.errors import AdapterMismatchError, AdapterStateError, first_few
 from lora_lightning.layers.traversal import named_adapted_layers
 
-# Of a low-rank update, by the end of its key: in which dimension the rank is.
-_RANK_DIMENSION = {
-    "lora_A.weight": 0,
-    "lora_embedding_A": 0,
-    "lora_B.weight": 1,
-    "lora_embedding_B": 1,
-}
+# Of a low-rank update, the ends of its keys
+_FACTORS = ("lora_A.weight", "lora_embedding_A", "lora_B.weight", "lora_embedding_B")
 
 
 @dataclass(frozen=True)
@@ -42,7 +37,7 @@ class _Factor:
 
     part: LowRankAdapter
     other: str  # the key of the other one
-    dimension: int
+    dimension: int  # in which the rank is
 
     def size(self, here: list[int], config: LoraConfig) -> list[int] | None:
         """The size of the tensor with the rank that `config` says; None where it does not fit."""
@@ -59,7 +54,8 @@ class _Factor:
             tensor[:, : value.shape[1]].copy_(value)
         else:
             # A holds the updates of experts, or of groups of channels, one after the other.
-            blocks = getattr(self.part, "experts", None) or getattr(self.part, "groups", 1)
+            experts: int | None = getattr(self.part, "experts", None)
+            blocks = experts or cast(int, getattr(self.part, "groups", 1))
             ranks = torch.unflatten(value, 0, (blocks, -1))
             torch.unflatten(tensor, 0, (blocks, -1))[:, : ranks.shape[1]].copy_(ranks)
 
@@ -142,10 +138,11 @@ def _factors(model: nn.Module, config: AdapterConfig, name: str) -> dict[str, _F
         return {}
     found = {}
     for prefix, part in parts_in_file(model, name):
-        for ending, dimension in _RANK_DIMENSION.items():
+        for ending in _FACTORS:
             if isinstance(part, LowRankAdapter) and ending in part.file_state():
-                other = ending.replace(*("_A", "_B") if dimension == 0 else ("_B", "_A"))
-                found[prefix + ending] = _Factor(part, prefix + other, dimension)
+                own, other = ("_A", "_B") if "_A" in ending else ("_B", "_A")
+                key = prefix + ending.replace(own, other)
+                found[prefix + ending] = _Factor(part, key, 0 if own == "_A" else 1)
     return found
 
 

@@ -49,16 +49,7 @@ def load_folders(
 ) -> list[str]:
     """Put the adapter of a PEFT folder on `model`, or all adapters of a folder of folders.
 
-    Returns:
-        Their names.
-
-    Raises:
-        CheckpointError: If the files are missing or damaged.
-        AdapterMismatchError: If an adapter does not fit the model, or uses what this library does
-            not have.
-        AdapterStateError: If the model already has an adapter of that name, or another name was
-            asked for than those of the folders.
-
+    Their names are returned; the errors are those of `load_adapter`.
     """
     options = _read_config(folder)
     if options.get("peft_type") != MIX:

@@ -21,8 +21,8 @@ from lora_lightning.checkpoint.peft.config import (
     OWN,
     TENSORS,
     TOKENS,
+    TWICE_UP_TO,
     describe,
-    for_twice,
     is_folder_name,
 )
 from lora_lightning.checkpoint.peft.keys import (
@@ -95,7 +95,7 @@ def _files(model: nn.Module, folder: Path, adapter_name: str) -> dict[Path, byte
             model, also_saved_by_peft(model, config.get("modules_to_save") or [])
         )
         if doubled := [key for key in own if key.endswith(OUT_PROJ_B)]:
-            config = for_twice(config)
+            config["peft_version"] = TWICE_UP_TO
             # Halved without rounding: float16 has too few bits for small numbers.
             own |= {key: own[key].to(_wide(own[key].dtype)) / 2 for key in doubled}
     tensors = {}
