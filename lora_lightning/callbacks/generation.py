@@ -12,7 +12,7 @@ from torch import nn
 
 from lora_lightning.errors import ConfigError, first_few
 from lora_lightning.layers.traversal import walk
-from lora_lightning.tasks.generation_options import check_generation_options
+from lora_lightning.tasks.model_options import check_generation_options
 from lora_lightning.utilities.dtensor import is_sharded
 from lora_lightning.utilities.rng import random_state, seed_all, set_random_state
 from lora_lightning.utilities.wrappers import plain_name

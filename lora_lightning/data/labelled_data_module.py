@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch.utils.data import DataLoader, Dataset
 
@@ -12,6 +12,10 @@ from lora_lightning.data.split_data_module import SplitDataModule, SplitOptions
 from lora_lightning.errors import ConfigError, RecordError, first_few, nearest_hint
 from lora_lightning.utilities.constants import IGNORE_INDEX
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Example = dict[str, Any]
 # Makes a batch of examples.
 Collate = Callable[[list[Any]], Any]
 
@@ -163,3 +167,54 @@ class Labelled(Dataset[Any]):
             **first,
             "labels": [IGNORE_INDEX] * len(labels) if isinstance(labels, list) else IGNORE_INDEX,
         }
+
+
+class LabelledTextDataModule(LabelledDataModule):
+    """Labelled texts, tokenised; a subclass documents its options."""
+
+    def __init__(
+        self,
+        options: SplitOptions,
+        label_column: str | None,
+        label_names: list[str] | None,
+        tokenizer: str | None,
+        max_length: int,
+    ) -> None:
+        super().__init__(options, label_column, label_names)
+        self.tokenizer_name = tokenizer
+        self.max_length = max_length
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, loaded when it is first used."""
+        self._tokenizer = self._tokenizer or self._load_tokenizer()
+        return self._tokenizer
+
+    def collator(self) -> Collate:
+        """Return the collate function, which pads a batch of examples."""
+        from transformers import DataCollatorWithPadding
+
+        return DataCollatorWithPadding(self.tokenizer)
+
+    def lengths(self, examples: list[Example]) -> list[int]:
+        """Tokens of each text."""
+        return [len(example["input_ids"]) for example in examples]
+
+    def _load_tokenizer(self) -> PreTrainedTokenizerBase:
+        tokenizer: PreTrainedTokenizerBase
+        tokenizer, name, key = self.load_processor(
+            "AutoTokenizer", self.tokenizer_name, "data.tokenizer"
+        )
+        if tokenizer.pad_token_id is None:
+            raise ConfigError(
+                f"the tokenizer of {name!r} has no padding token, so its texts cannot share a "
+                f"batch; name one that has. ({key})"
+            )
+        fewest = tokenizer.num_special_tokens_to_add() + 1
+        if not fewest <= self.max_length <= tokenizer.model_max_length:
+            raise ConfigError(
+                f"max_length must be from {fewest} to {tokenizer.model_max_length}, which is what "
+                f"{name!r} takes; found {self.max_length}. (data.max_length)"
+            )
+        return tokenizer

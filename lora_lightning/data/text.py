@@ -14,19 +14,17 @@ from torch.utils.data import DataLoader
 from lora_lightning.data.batches.collate import PackRows, PadPrompts, PadRows
 from lora_lightning.data.batches.epoch_sampler import EpochSampler
 from lora_lightning.data.batches.example_store import BatchRows, ExampleStore
-from lora_lightning.data.batches.packing import best_fit_decreasing
-from lora_lightning.data.batches.packing_check import (
+from lora_lightning.data.batches.packing import (
+    best_fit_decreasing,
     check_packing,
     needs_one_row,
     transformers_network,
 )
 from lora_lightning.data.batches.stream import TextStream
 from lora_lightning.data.encoding.for_model import BlockEncoder, Encoding, encoding_for, held_out
-from lora_lightning.data.encoding.report import EncodingReport
-from lora_lightning.data.encoding.sample_encoder import SampleEncoder
-from lora_lightning.data.samples.formats import check_format
+from lora_lightning.data.encoding.sample_encoder import EncodingReport, SampleEncoder
+from lora_lightning.data.samples.formats import TextSource, check_format
 from lora_lightning.data.samples.sample import Sample
-from lora_lightning.data.samples.text_source import TextSource
 from lora_lightning.data.split_data_module import SplitDataModule, SplitOptions
 from lora_lightning.data.validation_split import sample_content, split_records
 from lora_lightning.errors import ConfigError, ModelError, RecordError

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.errors import ConfigError, RecordError
-from lora_lightning.tasks.generation_options import check_generation_options
 from lora_lightning.tasks.lm_loss import LMLoss, TokenLoss
+from lora_lightning.tasks.model_options import check_generation_options
 from lora_lightning.tasks.pretrained_task import Batch, PretrainedTask
 from lora_lightning.training._lightning import trainer_of
 from lora_lightning.utilities.constants import IGNORE_INDEX

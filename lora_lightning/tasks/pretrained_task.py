@@ -9,9 +9,9 @@ import torch
 from lightning.pytorch import Callback
 from torch import Tensor, nn
 
+from lora_lightning.adapters.base import Adapter
 from lora_lightning.errors import ConfigError, first_few
 from lora_lightning.layers.traversal import adapter_owners
-from lora_lightning.tasks.evaluation import Evaluation
 from lora_lightning.tasks.lr_schedule import (
     Schedule,
     Shape,
@@ -24,7 +24,7 @@ from lora_lightning.tasks.lr_schedule import (
 from lora_lightning.tasks.model_options import Dtype, ModelOptions, Quantization
 from lora_lightning.tasks.network import build_network
 from lora_lightning.tasks.sharding import data_parallel_mesh
-from lora_lightning.tasks.weight_decay import decay_groups
+from lora_lightning.tasks.token_mean import Evaluation
 from lora_lightning.training._lightning import trainer_of
 from lora_lightning.training.module_state import callbacks_of
 from lora_lightning.training.optimizers import may_be_fused
@@ -211,3 +211,26 @@ def ancestors(name: str) -> set[str]:
     """The modules that hold the parameter `name`, by path."""
     parts = name.split(".")
     return {".".join(parts[:end]) for end in range(1, len(parts))}
+
+
+def decay_groups(module: nn.Module, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Split each group in two: what decays; biases, norms and vectors of adapters, which do not.
+
+    These scale or shift; pulled towards 0 they would not get simpler, only quieter. The matrices of
+    adapters decay, as in transformers and PEFT.
+    """
+    exempt: set[int] = set()
+    for child in module.modules():
+        norm = "norm" in type(child).__name__.lower()
+        for name, parameter in child.named_parameters(recurse=False):
+            vector = isinstance(child, Adapter) and parameter.ndim < 2
+            if norm or name == "bias" or vector:
+                exempt.add(id(parameter))
+    split = []
+    for group in groups:
+        for decays in (True, False):
+            params = [p for p in group["params"] if (id(p) not in exempt) == decays]
+            rest = {} if decays else {"weight_decay": 0.0}
+            if params:
+                split.append({**group, "params": params, **rest})
+    return split

@@ -3,7 +3,7 @@
 import pytest
 
 from lora_lightning.data.encoding.causal_lm import Encoder
-from lora_lightning.data.encoding.report import EncodingReport
+from lora_lightning.data.encoding.sample_encoder import EncodingReport
 from lora_lightning.data.samples.sample import Chat
 from lora_lightning.errors import ConfigError, RecordError
 from lora_lightning.utilities.constants import IGNORE_INDEX

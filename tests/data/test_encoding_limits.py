@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 
 from lora_lightning.data.encoding.causal_lm import Encoder
-from lora_lightning.data.encoding.report import EncodingReport
+from lora_lightning.data.encoding.sample_encoder import EncodingReport
 from lora_lightning.data.encoding.seq2seq_lm import Seq2SeqEncoder
 from lora_lightning.data.samples.sample import Chat, Document, PromptCompletion
 from lora_lightning.errors import ConfigError, RecordError

@@ -21,7 +21,7 @@ from transformers import BartConfig
 from lora_lightning import LoraCallback, TextDataModule
 from lora_lightning.data.batches.collate import PackRows
 from lora_lightning.data.batches.epoch_sampler import EpochSampler
-from lora_lightning.data.batches.packing_check import check_packing
+from lora_lightning.data.batches.packing import check_packing
 from lora_lightning.data.encoding.for_model import encoding_for
 from lora_lightning.errors import ConfigError, LoraError, RecordError
 from lora_lightning.tasks import CausalLM

@@ -22,8 +22,7 @@ from lora_lightning import LoraCallback, LoraConfig, inject_adapter
 from lora_lightning.errors import ConfigError
 from lora_lightning.tasks import lr_schedule
 from lora_lightning.tasks.lr_schedule import Schedule
-from lora_lightning.tasks.pretrained_task import PretrainedTask
-from lora_lightning.tasks.weight_decay import decay_groups
+from lora_lightning.tasks.pretrained_task import PretrainedTask, decay_groups
 from tests.helpers.lightning_modules import make_trainer
 
 # torchdata's loader sets a vital sign of torch, which torch 2.13 asks not to.

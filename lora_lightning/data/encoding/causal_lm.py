@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lora_lightning.data.encoding.chat_labels import ChatTurns, Marked
 from lora_lightning.data.encoding.chat_template import ChatTemplate
-from lora_lightning.data.encoding.report import EncodingReport
-from lora_lightning.data.encoding.sample_encoder import SampleEncoder
+from lora_lightning.data.encoding.sample_encoder import EncodingReport, SampleEncoder
 from lora_lightning.data.encoding.token_boundaries import Ids, PieceTokenizer
 from lora_lightning.data.samples.sample import Chat, Document, Example, Sample
 from lora_lightning.errors import ConfigError

@@ -7,11 +7,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lora_lightning.data.encoding.causal_lm import Encoder
-from lora_lightning.data.encoding.report import EncodingReport
-from lora_lightning.data.encoding.sample_encoder import SampleEncoder
+from lora_lightning.data.encoding.sample_encoder import EncodingReport, SampleEncoder
 from lora_lightning.data.encoding.seq2seq_lm import Seq2SeqEncoder
+from lora_lightning.data.samples.formats import TextSource
 from lora_lightning.data.samples.sample import Example, Sample
-from lora_lightning.data.samples.text_source import TextSource
 from lora_lightning.data.sources.row import Row
 from lora_lightning.data.validation_split import is_held_out, sample_content
 from lora_lightning.errors import ConfigError

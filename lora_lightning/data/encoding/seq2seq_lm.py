@@ -6,8 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lora_lightning.data.encoding.causal_lm import end_of_sequence, ids_around
-from lora_lightning.data.encoding.report import EncodingReport
-from lora_lightning.data.encoding.sample_encoder import SampleEncoder, check_length
+from lora_lightning.data.encoding.sample_encoder import EncodingReport, SampleEncoder, check_length
 from lora_lightning.data.encoding.token_boundaries import Ids
 from lora_lightning.data.samples.sample import Example, PromptCompletion, Sample
 from lora_lightning.errors import RecordError

@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
@@ -25,6 +25,7 @@ from lora_lightning.data.samples.messages import (
     without_weight,
 )
 from lora_lightning.data.samples.sample import Chat, Document, PromptCompletion, Sample
+from lora_lightning.data.sources.read_rows import read_rows
 from lora_lightning.data.sources.row import Row, check_characters, described
 from lora_lightning.errors import ConfigError, RecordError, first_few, nearest_hint
 
@@ -284,3 +285,50 @@ def announce_format(row: Row, format: str, columns: Mapping[str, str]) -> None:
 
 def _listed() -> str:
     return ", ".join(f"{name} ({', '.join(form.required)})" for name, form in FORMATS.items())
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """Path of rows, and their format.
+
+    Attributes:
+        path: As `read_rows` takes it.
+        key: The config key of `path`.
+        format: As for `read_samples`, like those below.
+        columns: What the format's columns are called.
+        chat: Make conversations of Alpaca rows.
+        prompts_only: Leave answers unread.
+        streaming: Read a dataset of the hub as rows are asked for.
+    """
+
+    path: str
+    key: str
+    format: str | None = None
+    columns: Mapping[str, str] | None = None
+    chat: bool = False
+    prompts_only: bool = False
+    streaming: bool = False
+
+    def rows(self, skip: int = 0) -> Iterator[Row]:
+        """The rows, without the first `skip`."""
+        return read_rows(self.path, key=self.key, skip=skip, streaming=self.streaming)
+
+    def samples(self, rows: Iterable[Row] | None = None) -> Iterator[Sample]:
+        """Read the samples of all rows, or of some."""
+        return read_samples(
+            self.rows() if rows is None else rows,
+            format=self.format,
+            columns=self.columns,
+            chat=self.chat,
+            prompts_only=self.prompts_only,
+        )
+
+    def recognised(self) -> TextSource:
+        """Return the source with the first row's format, and say which that is."""
+        for row in self.rows():
+            if self.format is not None:
+                return self
+            form = recognised_format(row, self.columns or {}, self.prompts_only)
+            announce_format(row, form, self.columns or {})
+            return replace(self, format=form)
+        raise RecordError(f"{self.path}: no rows; it is empty. ({self.key})")

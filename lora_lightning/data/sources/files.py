@@ -11,8 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from lora_lightning.data.sources.class_labels import with_label_names
-from lora_lightning.data.sources.row import Row, Skip, require_columns
+from lora_lightning.data.sources.row import Row, Skip, require_columns, with_label_names
 from lora_lightning.errors import RecordError, first_few
 
 # Rows of a Parquet file that are in memory at a time as Python objects.

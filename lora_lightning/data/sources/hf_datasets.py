@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lora_lightning.data.sources.class_labels import with_label_names
 from lora_lightning.data.sources.files import Columns
-from lora_lightning.data.sources.row import Row, Skip, require_columns
+from lora_lightning.data.sources.row import Row, Skip, require_columns, with_label_names
 from lora_lightning.errors import RecordError, first_few
 
 # NAME, NAME:SPLIT or NAME:CONFIG:SPLIT; a split may be sliced as datasets slices it: train[:10%].

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lora_lightning.data.sources.class_labels import with_label_names
 from lora_lightning.data.sources.hf_datasets import (
     hub_dataset,
     is_hub_name,
@@ -21,7 +20,7 @@ from lora_lightning.data.sources.image_record import (
 )
 from lora_lightning.data.sources.labelled_texts import label_text
 from lora_lightning.data.sources.read_rows import SPLITS, read_rows
-from lora_lightning.data.sources.row import require_columns
+from lora_lightning.data.sources.row import require_columns, with_label_names
 from lora_lightning.errors import RecordError, first_few, nearest_file
 
 

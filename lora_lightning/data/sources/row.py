@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from lora_lightning.errors import RecordError, first_few, nearest_hint
+
+Values = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -56,3 +58,35 @@ def check_characters(text: str, place: str) -> None:
 def described(value: object) -> str:
     """The type of `value` and how it begins, for error messages."""
     return "null" if value is None else f"{type(value).__name__} {value!r:.40}"
+
+
+def with_label_names(features: Mapping[str, Any]) -> Callable[[Values], Values]:
+    """A function that puts class names in place of the numbers of `ClassLabel` columns.
+
+    Args:
+        features: The columns as `datasets.Features.to_dict` describes them; a column may be a
+            ClassLabel, a list of them, or a list of such lists. A number without a name (-1:
+            unlabelled) becomes None.
+    """
+    classes = {column: names for column, f in features.items() if (names := _names(f))}
+
+    def named(values: Values) -> Values:
+        for column in classes.keys() & values.keys():
+            values[column] = _name(values[column], classes[column])
+        return values
+
+    return named
+
+
+def _name(value: Any, names: Mapping[int, str]) -> Any:
+    if isinstance(value, list):
+        return [_name(number, names) for number in value]
+    return names.get(value)
+
+
+def _names(feature: Any) -> dict[int, str] | None:
+    if not isinstance(feature, dict):
+        return None
+    if feature.get("_type") == "ClassLabel":
+        return dict(enumerate(feature["names"]))
+    return _names(feature.get("feature"))  # of a list
