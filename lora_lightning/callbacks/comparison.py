@@ -138,7 +138,6 @@ def compare_with_base(
     Raises:
         ConfigError: If there is nothing to compare: no adapter, no `validation_step`, no validation
             data, or nothing that it logs.
-
     """
     module = module or trainer.lightning_module
     data = _check_comparable(trainer, module, data)

@@ -28,7 +28,6 @@ def save_predictions(predictions: Sequence[Any], stem: Path) -> list[Path]:
 
     Returns:
         The files, that of lines first.
-
     """
     stem.parent.mkdir(parents=True, exist_ok=True)
     whole = io.BytesIO()

@@ -28,7 +28,7 @@ def head_loss(head: Head, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tenso
     tests/benchmarks/loss_cost.py.)
 
     Args:
-        head: Scores (n, vocabulary) of hidden states (n, features). Whatever tensors it reads get
+        head: Scores (n, vocabulary) of hidden states (n, features). All tensors it reads get
             their gradients.
         hidden: (n, features), n at least 1.
         labels: (n), none of them to be ignored.
@@ -46,7 +46,7 @@ def head_loss(head: Head, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tenso
         return apply(head, chunks, hidden, *leaves), None
     loss, correct = _zero(hidden), torch.zeros((), dtype=torch.long, device=hidden.device)
     for part, wanted in chunks:
-        scores = _wide(head(part))
+        scores = widened(head(part))
         loss = loss + cross_entropy(scores, wanted, reduction="sum")
         correct = correct + (scores.argmax(dim=-1) == wanted).sum()
     return loss, correct
@@ -63,7 +63,7 @@ class _HeadLoss(torch.autograd.Function):
         for part, wanted in chunks:
             with torch.enable_grad():
                 part = part.detach().requires_grad_(own is not None)
-                scores = _wide(head(part))
+                scores = widened(head(part))
             logs = scores.detach().log_softmax(dim=-1)
             wanted = wanted.unsqueeze(-1)
             loss -= logs.gather(-1, wanted).sum()
@@ -107,7 +107,8 @@ def _leaves(scores: Tensor) -> list[Tensor]:
     return list(found.values())
 
 
-def _wide(scores: Tensor) -> Tensor:
+def widened(scores: Tensor) -> Tensor:
+    """Scores in float32, or wider where they are."""
     return scores.to(_sum_dtype(scores.dtype))
 
 

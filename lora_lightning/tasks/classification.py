@@ -10,12 +10,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from lora_lightning.errors import ConfigError
 from lora_lightning.layers.traversal import adapter_owners
-from lora_lightning.tasks.class_names import (
-    agreed_label_names,
-    check_trained_head,
-    difference,
-    weights_of_classes,
-)
+from lora_lightning.tasks import class_names
 from lora_lightning.tasks.lr_schedule import check_not_negative
 from lora_lightning.tasks.pretrained_task import Batch, PretrainedTask, ancestors
 from lora_lightning.training._lightning import trainer_of
@@ -73,13 +68,14 @@ class Classification(PretrainedTask):
 
     def configure_model(self) -> None:
         """Load the network and give it a head for the classes, once."""
-        self.label_names = agreed_label_names(self.label_names, trainer_of(self))
+        self.label_names = class_names.agreed_label_names(self.label_names, trainer_of(self))
         if self.network is None:
-            self._weights = weights_of_classes(self.class_weights, self.label_names)
+            self._weights = class_names.weights_of_classes(self.class_weights, self.label_names)
             super().configure_model()
             # Without new weights, the head is that of the file.
             if self.options.pretrained and not self.new_parameters:
-                check_trained_head(self.model_name, self.options.hub(), self.label_names)
+                hub = self.options.hub()
+                class_names.check_trained_head(self.model_name, hub, self.label_names)
             self.add_metrics(self.label_names)
 
     def add_metrics(self, names: list[str]) -> None:
@@ -101,20 +97,19 @@ class Classification(PretrainedTask):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Cross-entropy, as the update's mean over its whole window wants it."""
         scores, labels = self(batch), batch["labels"]
-        total = self._loss_sum(scores.flatten(0, -2), labels.flatten(), training=True)
+        total = self._loss_sum(scores, labels, training=True)
         loss = self.window_loss(total, batch)
         shown = loss if trainer_of(self) is None else self.window_mean
         self.log("train_loss", shown.float(), prog_bar=True, batch_size=len(labels))
         self.measure("train", scores, labels)
         return loss
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+    def evaluate(self, stage: str, batch: Batch) -> dict[str, Tensor]:
         """Log accuracy and macro F1; sum up the loss."""
-        return self._evaluate("val", batch)
-
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Log accuracy and macro F1; sum up the loss."""
-        self._evaluate("test", batch)
+        scores, labels = self(batch), batch["labels"]
+        self.measure(stage, scores, labels)
+        total = self._loss_sum(scores, labels, training=False)
+        return self.add_up(total, self._weight_of(labels, training=False))
 
     def log_means(self, stage: str, total: Tensor, weight: Tensor, *others: Tensor) -> None:
         """Log the mean loss."""
@@ -131,12 +126,6 @@ class Classification(PretrainedTask):
         assert self.label_names is not None, "configure_model sets the names"
         return [self.label_names[index] for index in probabilities.argmax(dim=-1).tolist()]
 
-    def _evaluate(self, stage: str, batch: Batch) -> dict[str, Tensor]:
-        scores, labels = self(batch), batch["labels"]
-        self.measure(stage, scores, labels)
-        total = self._loss_sum(scores.flatten(0, -2), labels.flatten(), training=False)
-        return self.add_up(total, self._weight_of(labels.flatten(), training=False))
-
     def measure(self, stage: str, scores: Tensor, labels: Tensor) -> None:
         """Log what is said of scores (..., classes) and labels (...) beside the loss."""
         for name, metric in self.metrics.items():
@@ -147,14 +136,13 @@ class Classification(PretrainedTask):
 
     def batch_weight(self, batch: Batch) -> Tensor:
         """The weights of all that is labelled."""
-        return self._weight_of(batch["labels"].flatten(), training=True)
+        return self._weight_of(batch["labels"], training=True)
 
     def _loss_sum(self, scores: Tensor, labels: Tensor, training: bool) -> Tensor:
-        """The sum of weighted losses."""
         weights = self._weights.to(scores.device) if training and self.class_weights else None
         return nn.functional.cross_entropy(
-            scores,
-            labels,
+            scores.flatten(0, -2),
+            labels.flatten(),
             weight=weights,
             label_smoothing=self.label_smoothing if training else 0.0,
             ignore_index=IGNORE_INDEX,
@@ -208,7 +196,7 @@ class Classification(PretrainedTask):
         saved, ours = checkpoint.get("label_names"), self.label_names or []
         # None: not a checkpoint of this class; its weights are what gives it away.
         if saved is not None and saved != ours:
+            how = class_names.difference(saved, ours)
             raise ConfigError(
-                f"the checkpoint's classes are not this run's: {difference(saved, ours)} "
-                "(model.label_names)"
+                f"the checkpoint's classes are not this run's: {how} (model.label_names)"
             )

@@ -107,16 +107,9 @@ class LanguageModel(PretrainedTask):
         mask = batch.get("attention_mask")
         return batch["input_ids"].numel() if mask is None else int(mask.sum())
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        """Sum up the loss and the guessed tokens."""
-        return self._evaluate(batch)
-
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Sum up the loss and the guessed tokens."""
-        self._evaluate(batch)
-
     @torch.no_grad()
-    def _evaluate(self, batch: Batch) -> dict[str, Tensor]:
+    def evaluate(self, stage: str, batch: Batch) -> dict[str, Tensor]:
+        """Sum up the loss and the guessed tokens."""
         found = self.token_loss(batch)
         assert found.correct is not None, "evaluation computes no gradients"
         return self.add_up(found.total, self.batch_weight(batch), found.correct)
@@ -139,9 +132,8 @@ class LanguageModel(PretrainedTask):
         if theirs is not None and not isinstance(theirs, str):
             return theirs
         if self._tokenizer is None:
-            self._tokenizer = load_pretrained(
-                "AutoTokenizer", self.model_name, **self.options.hub()
-            )
+            hub = self.options.hub()
+            self._tokenizer = load_pretrained("AutoTokenizer", self.model_name, **hub)
         return self._tokenizer
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[str]:
@@ -170,15 +162,15 @@ class LanguageModel(PretrainedTask):
         together = any(is_sharded(p) for p in network.parameters())
         options = {"max_new_tokens": self.max_new_tokens, "pad_token_id": pad, **self.generation}
         left = _positions_left(network, input_ids.shape[1])
+        options["max_new_tokens"] = min(options["max_new_tokens"], left)
         ids = network.generate(
             **self.prompts(input_ids, mask),
             synced_gpus=together,
             tokenizer=tokenizer,  # reads `stop_strings`
-            **{**options, "max_new_tokens": min(options["max_new_tokens"], left)},
+            **options,
         )
-        texts: list[str] = tokenizer.batch_decode(
-            self.written(ids, input_ids), skip_special_tokens=True
-        )
+        new = self.written(ids, input_ids)
+        texts: list[str] = tokenizer.batch_decode(new, skip_special_tokens=True)
         return texts
 
     def prompts(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
-from lora_lightning.tasks.chunked_cross_entropy import Head, head_loss
+from lora_lightning.tasks.chunked_cross_entropy import Head, head_loss, widened
 from lora_lightning.utilities.constants import IGNORE_INDEX
 from lora_lightning.utilities.dtensor import is_sharded
 from lora_lightning.utilities.rng import random_state, set_random_state
@@ -72,18 +73,14 @@ class LMLoss:
 
         Args:
             network: With `get_output_embeddings`.
-            inputs: What the network is given; no labels.
-            targets: (B, T): the token that each position of the (decoder's) output is to predict,
-                or `IGNORE_INDEX`.
+            inputs: Of the network, without labels.
+            targets: (B, T): what each position of the decoder's output predicts, or `IGNORE_INDEX`.
         """
-        if self.by_chunks is not False:
-            found = self._by_chunks(network, inputs, targets)
-            if found is not None:
-                return found
+        if self.by_chunks is not False and (found := self._by_chunks(network, inputs, targets)):
+            return found
         outputs = network(**inputs)
-        scores = outputs.logits[targets != IGNORE_INDEX]
-        wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
-        wanted = targets[targets != IGNORE_INDEX]
+        learned = targets != IGNORE_INDEX
+        wide, wanted = widened(outputs.logits[learned]), targets[learned]
         correct = None if torch.is_grad_enabled() else (wide.argmax(dim=-1) == wanted).sum()
         total = cross_entropy(wide, wanted, reduction="sum")
         return TokenLoss(total, correct, _balance(network, outputs))
@@ -152,7 +149,7 @@ class Finish:
 
     def __call__(self, scores: Tensor) -> Tensor:
         """Apply them to scores (..., vocabulary), in float32 or wider."""
-        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        scores = widened(scores)
         if self.scale != 1:
             scores = scores * self.scale
         if self.cap is not None:
@@ -190,8 +187,6 @@ def _close(found: Tensor, expected: Tensor) -> bool:
 
 
 def _say_so(network: Any) -> None:
-    from lightning.pytorch.utilities import rank_zero_info
-
     rank_zero_info(
         f"{type(network).__name__} does something to its scores that the chunked loss does not "
         "know: the loss is computed from all scores at once, with more memory."

@@ -54,11 +54,9 @@ class Schedule(LambdaLR):
             return 1.0
         left = self.total_steps - self.warmup_steps
         progress = (step - self.warmup_steps) / left if left > 0 else 1.0
-        return (
-            max(0.0, 1 - progress)
-            if self.shape == "linear"
-            else max(0.0, 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
-        )
+        if self.shape == "linear":
+            return max(0.0, 1 - progress)
+        return max(0.0, 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on at the step of a checkpoint, but on the curve that this run asks for."""
@@ -74,16 +72,12 @@ class Schedule(LambdaLR):
 
         Raises:
             ConfigError: If the curve has no place in the run.
-
         """
         if not trial:
             check_length(self.shape, self.asked_warmup, total_steps)
         self.total_steps = total_steps
-        self.warmup_steps = (
-            round(self.warmup_fraction * total_steps)
-            if self.asked_warmup is None
-            else self.asked_warmup
-        )
+        asked = self.asked_warmup
+        self.warmup_steps = round(self.warmup_fraction * total_steps) if asked is None else asked
         factor = self.factor(self.last_epoch)
         self._last_lr = [peak * factor for peak in self.base_lrs]
         for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):
@@ -91,12 +85,7 @@ class Schedule(LambdaLR):
 
 
 def check_schedule(shape: str, warmup_fraction: float, warmup_steps: int | None) -> None:
-    """Refuse what is no curve.
-
-    Raises:
-        ConfigError: Naming the option.
-
-    """
+    """Refuse what is no curve."""
     check_choice("lr_schedule", shape, Shape)
     if not 0 <= warmup_fraction <= 1:
         raise ConfigError(
@@ -109,12 +98,7 @@ def check_schedule(shape: str, warmup_fraction: float, warmup_steps: int | None)
 
 
 def check_not_negative(**numbers: float) -> None:
-    """Refuse rates that would climb the loss, or are no numbers.
-
-    Raises:
-        ConfigError: Naming the option.
-
-    """
+    """Refuse rates that would climb the loss, or are no numbers."""
     for name, number in numbers.items():
         if not 0 <= number < math.inf:
             raise ConfigError(
@@ -123,12 +107,7 @@ def check_not_negative(**numbers: float) -> None:
 
 
 def check_length(shape: str, warmup_steps: int | None, total_steps: float) -> None:
-    """Refuse a curve that needs a length which the run does not have.
-
-    Raises:
-        ConfigError: Naming the options.
-
-    """
+    """Refuse a curve that needs a length which the run does not have."""
     if math.isinf(total_steps):
         if shape != "constant":
             raise ConfigError(

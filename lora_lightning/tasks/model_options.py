@@ -21,12 +21,7 @@ _WEIGHTS = {"bf16-true": "bfloat16", "16-true": "float16", "64-true": "float64"}
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """Options that `PretrainedTask` documents, checked before anything is loaded.
-
-    Raises:
-        ConfigError: Naming the option.
-
-    """
+    """Options that `PretrainedTask` documents, checked when they are given."""
 
     dtype: str | None = None
     attn_implementation: str | None = None
@@ -59,13 +54,7 @@ class ModelOptions:
     def check_run(self, trainer: Trainer, adapters: bool) -> None:
         """Refuse a Trainer that these options cannot be had with.
 
-        Args:
-            trainer: The Trainer.
-            adapters: Whether adapters train, and the network is frozen.
-
-        Raises:
-            ConfigError: Naming the option.
-
+        `adapters`: whether adapters train, and the network is frozen.
         """
         converted = _WEIGHTS.get(trainer.precision)
         if converted and self.dtype not in (None, converted):
@@ -103,11 +92,7 @@ class ModelOptions:
 
 
 def check_choice(option: str, value: str | None, choices: object) -> None:
-    """Refuse a value that is none of the choices, a Literal; None stands for no choice.
-
-    Raises:
-        ConfigError: Naming the option.
-    """
+    """Refuse a value that is none of the choices, a Literal; None stands for no choice."""
     known = get_args(choices)
     if value is not None and value not in known:
         hint = nearest_hint(value, known)
@@ -117,15 +102,9 @@ def check_choice(option: str, value: str | None, choices: object) -> None:
 
 
 def check_generation_options(names: Collection[str], refused: Collection[str], key: str) -> None:
-    """Refuse what `generate` does not know, and what would change what it returns.
+    """Refuse options of the config key `key` that `generate` does not know, or that are `refused`.
 
-    Args:
-        names: Those of the options.
-        refused: Options that it knows and that cannot be had.
-        key: The config key that holds them, for error messages.
-
-    Raises:
-        ConfigError: Naming the option.
+    These it knows, but they would change what it returns.
     """
     if not names:  # importing transformers takes seconds
         return

@@ -34,14 +34,8 @@ def build_network(
 ) -> tuple[Any, set[str]]:
     """The network in train mode, and the names of its parameters that no file had values for.
 
-    Args:
-        auto_class: Its class in transformers.
-        name: The model's name.
-        options: How it is built.
-        trainer: The Trainer that it is for, whose precision and device count.
-        mesh: The processes that it is shared out over; None: each has all of it.
-        **network_options: A task's own for `from_pretrained`.
-
+    Of `trainer`, precision and device count. `mesh`: the processes that the network is shared out
+    over; None: each has all of it. `network_options`: a task's own for `from_pretrained`.
     """
     if options.revision is not None and Path(resolve_model_path(name)).is_dir():
         raise ConfigError(
@@ -103,7 +97,6 @@ def _skeleton(auto_class: str, name: str, how: dict[str, Any]) -> Any:
 
 
 def _from_config(auto_class: str, name: str, how: dict[str, Any]) -> Any:
-    """The network with random weights, of the shape that its `config.json` says."""
     import transformers
 
     own = {"dtype", "attn_implementation", "trust_remote_code"}

@@ -157,7 +157,7 @@ class PretrainedTask(Evaluation):
         optimizer = torch.optim.AdamW(
             decay_groups(self, groups) if self.weight_decay else groups,
             weight_decay=self.weight_decay,
-            fused=self._can_fuse(),
+            fused=self.device.type in ("cpu", "cuda", "mps") and may_be_fused(self.trainer),
         )
         schedule = Schedule(optimizer, self.lr_schedule, self.warmup_fraction, self.warmup_steps)
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
@@ -190,9 +190,6 @@ class PretrainedTask(Evaluation):
         """Group trainable parameters by peak learning rate."""
         trainable = [p for p in self.parameters() if p.requires_grad]
         return [{"params": trainable, "lr": self.learning_rate}]
-
-    def _can_fuse(self) -> bool:
-        return self.device.type in ("cpu", "cuda", "mps") and may_be_fused(self.trainer)
 
 
 def _frozen_for_good(module: nn.Module, names: set[str]) -> set[str]:

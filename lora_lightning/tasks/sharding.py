@@ -26,7 +26,6 @@ def data_parallel_mesh(module: LightningModule) -> DeviceMesh | None:
 
     Raises:
         ConfigError: If they are to share the work inside layers as well.
-
     """
     mesh = module.device_mesh
     if mesh is None:
@@ -52,17 +51,13 @@ def repeated_layers(network: nn.Module) -> list[nn.Module]:
 def shard(
     load: Callable[[], tuple[Any, set[str]]], skeleton: Any, mesh: DeviceMesh, device: torch.device
 ) -> set[str]:
-    """Shard a network without memory and give it its part of what `load` gives on rank 0.
+    """Shard a network on the meta device and give it its part of what `load` gives on rank 0.
 
     Args:
-        load: Gives the network in main memory, and a set of names.
+        load: Gives the network in main memory, and a set of names, which all processes return.
         skeleton: The same network on the meta device.
         mesh: The processes.
-        device: Where its part lies.
-
-    Returns:
-        The set of names, on every process.
-
+        device: Where this process's part lies.
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
     from torch.distributed.fsdp import fully_shard

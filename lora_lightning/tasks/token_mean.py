@@ -56,10 +56,9 @@ class TokenMean(LightningModule):
         weight = self.sum_over_processes(own)
         gradients = self._gradients() if batch_idx % self.trainer.accumulate_grad_batches else []
         # No gradients: a window begins, or a resumed run has none of what was accumulated.
-        before = self._window_weight.to(weight) if gradients else torch.zeros_like(weight)
-        self._window_total = (
-            self._window_total.to(weight) if gradients else torch.zeros_like(weight)
-        )
+        if not gradients:
+            self._window_weight = self._window_total = torch.zeros_like(weight)
+        before, self._window_total = self._window_weight.to(weight), self._window_total.to(weight)
         self._window_weight = before + weight
         if gradients:
             torch._foreach_mul_(gradients, before / _not_zero(self._window_weight))
@@ -118,9 +117,8 @@ class TokenMean(LightningModule):
         return self.trainer.strategy.reduce(value.to(widest(value), copy=True), reduce_op="sum")
 
     def _gradients(self) -> list[Tensor]:
-        held = [
-            p for o in self.trainer.optimizers for group in o.param_groups for p in group["params"]
-        ]
+        groups = [group for o in self.trainer.optimizers for group in o.param_groups]
+        held = (p for group in groups for p in group["params"])
         return [local_part(p.grad) for p in held if p.grad is not None]
 
 
@@ -144,11 +142,22 @@ class Evaluation(TokenMean):
             `loss`, the mean of this batch, and `weight`: by them `compare_with_base` knows how much
             batches differ.
         """
-        values = torch.stack(
-            [value.detach().to(widest(total)) for value in (total, weight, *others)]
-        )
+        wide = widest(total)
+        values = torch.stack([value.detach().to(wide) for value in (total, weight, *others)])
         self._sums = values if self._sums is None else self._sums + values
         return {"loss": total / weight.where(weight > 0, 1), "weight": weight}
+
+    def evaluate(self, stage: str, batch: Any) -> dict[str, Tensor]:
+        """Log what is said of one batch, and `add_up` the rest."""
+        raise NotImplementedError
+
+    def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        """Evaluate a batch of the validation data."""
+        return self.evaluate("val", batch)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Evaluate a batch of the test data."""
+        self.evaluate("test", batch)
 
     def log_means(self, stage: str, total: Tensor, weight: Tensor, *others: Tensor) -> None:
         """Log what the sums over all batches and processes say of `stage`.
@@ -161,9 +170,7 @@ class Evaluation(TokenMean):
         """Begin to sum up."""
         self._sums = None
 
-    def on_test_epoch_start(self) -> None:
-        """Begin to sum up."""
-        self._sums = None
+    on_test_epoch_start = on_validation_epoch_start
 
     def on_validation_epoch_end(self) -> None:
         """Log the means."""
