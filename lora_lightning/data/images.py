@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -73,16 +75,12 @@ class ImageDataModule(LabelledDataModule):
         self.image_column = image_column
         self.image_processor_name = image_processor
         self.augmentation = Augmentation(random_horizontal_flip, random_crop)
-        self._image_processor: Any = None
 
-    @property
+    @cached_property
     def image_processor(self) -> Any:
         """The image processor, loaded when it is first used."""
-        if self._image_processor is None:
-            self._image_processor, _, _ = self.load_processor(
-                "AutoImageProcessor", self.image_processor_name, "data.image_processor"
-            )
-        return self._image_processor
+        name = self.image_processor_name
+        return self.load_processor("AutoImageProcessor", name, "data.image_processor")[0]
 
     def read(self, split: str, path: str) -> list[ImageRecord]:
         """The images of one split."""
@@ -100,7 +98,7 @@ class ImageDataModule(LabelledDataModule):
         return split_records(records, self.val_fraction, content=lambda record: record.content)
 
     def label_place(self, record: ImageRecord) -> str:
-        """Place of the label of `record`, for error messages."""
+        """Place of `record`: the label may be its folder's name."""
         return record.where
 
     def prepare(self, split: str, records: Sequence[ImageRecord]) -> ImageDataset:
@@ -119,27 +117,21 @@ class ImageDataModule(LabelledDataModule):
         return collate_images
 
 
+@dataclass(eq=False)  # torch hashes data sets
 class ImageDataset(Dataset[Example]):
     """Images by their number, decoded and prepared.
 
-    Args:
+    Attributes:
         records: The images.
         labels: Their class ids; None where they are to be predicted.
         processor: Makes `pixel_values` (channels, height, width) of an image.
         augmentation: What is done to an image before.
     """
 
-    def __init__(
-        self,
-        records: Sequence[ImageRecord],
-        labels: Sequence[int] | None,
-        processor: Any,
-        augmentation: Augmentation | None = None,
-    ) -> None:
-        self.records = records
-        self.labels = labels
-        self.processor = processor
-        self.augmentation = augmentation
+    records: Sequence[ImageRecord]
+    labels: Sequence[int] | None
+    processor: Any
+    augmentation: Augmentation | None = None
 
     def __len__(self) -> int:
         return len(self.records)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -74,11 +75,8 @@ class LabelledDataModule(SplitDataModule):
         for label in labels:
             if label not in index:
                 hint = nearest_hint(label, self.label_names)
-                why = (
-                    "it is none of those named"
-                    if self._named
-                    else "the training data have none such"
-                )
+                training = "the training data have none such"
+                why = "it is none of those named" if self._named else training
                 raise RecordError(
                     f"{self.label_place(record)}: label {label!r} is unknown: {why}. Known labels: "
                     f"{first_few(self.label_names, 20)}.{hint} (data.label_names)"
@@ -130,9 +128,9 @@ class LabelledDataModule(SplitDataModule):
         return numbers | {name: number for number, name in enumerate(names)}
 
     def _training_labels(self) -> list[str]:
-        records: Sequence[Any] = self.records("train")
+        records = list(self.records("train"))
         if self.paths["val"] is None:  # a rare class may be held out as a whole
-            records = [*records, *self.records("val")]
+            records += self.records("val")
         labels = sorted({label for record in records for label in self.labels_of(record) if label})
         if len(labels) < 2:
             raise RecordError(
@@ -143,17 +141,14 @@ class LabelledDataModule(SplitDataModule):
         return labels
 
 
+@dataclass(eq=False)  # torch hashes data sets
 class Labelled(Dataset[Any]):
     """Labelled examples, and one past the end the first without its label.
 
     It fills up what processes share out, so that all have equally many, and counts for nothing.
-
-    Args:
-        examples: With class ids as `labels`, one or a list.
     """
 
-    def __init__(self, examples: Any) -> None:
-        self.examples = examples
+    examples: Any  # with class ids as `labels`, one or a list
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -162,11 +157,9 @@ class Labelled(Dataset[Any]):
         if index < len(self):
             return self.examples[index]
         first = self.examples[0]  # once: an image is decoded for it
-        labels = first["labels"]
-        return {
-            **first,
-            "labels": [IGNORE_INDEX] * len(labels) if isinstance(labels, list) else IGNORE_INDEX,
-        }
+        several = isinstance(first["labels"], list)
+        none = [IGNORE_INDEX] * len(first["labels"]) if several else IGNORE_INDEX
+        return {**first, "labels": none}
 
 
 class LabelledTextDataModule(LabelledDataModule):
@@ -183,13 +176,11 @@ class LabelledTextDataModule(LabelledDataModule):
         super().__init__(options, label_column, label_names)
         self.tokenizer_name = tokenizer
         self.max_length = max_length
-        self._tokenizer: PreTrainedTokenizerBase | None = None
 
-    @property
+    @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, loaded when it is first used."""
-        self._tokenizer = self._tokenizer or self._load_tokenizer()
-        return self._tokenizer
+        return self._load_tokenizer()
 
     def collator(self) -> Collate:
         """Return the collate function, which pads a batch of examples."""

@@ -119,7 +119,6 @@ class TextDataModule(SplitDataModule):
         self.packing = packing
         self.streaming = streaming
         self.shuffle_buffer = shuffle_buffer
-        self._encoding: Encoding | None = None
         self._packing_checked = False
 
     # -- what there is -----------------------------------------------------------------------------
@@ -128,12 +127,6 @@ class TextDataModule(SplitDataModule):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, loaded when it is first used."""
         return self.encoding.tokenizer
-
-    @property
-    def encoding(self) -> Encoding:
-        """Tokenizer and encoder for the model; made when first used."""
-        self._encoding = self._encoding or self._make_encoding()
-        return self._encoding
 
     @property
     def encoder(self) -> SampleEncoder:
@@ -250,13 +243,11 @@ class TextDataModule(SplitDataModule):
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Validation batches."""
-        rows = self.prepared("val")
-        return DataLoader(rows, **self._batching(self._sampler(rows, shuffle=False)))
+        return self._in_order("val")
 
     def test_dataloader(self) -> DataLoader[Any]:
         """Test batches."""
-        rows = self.prepared("test")
-        return DataLoader(rows, **self._batching(self._sampler(rows, shuffle=False)))
+        return self._in_order("test")
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """Prompts in the order of the file."""
@@ -267,6 +258,10 @@ class TextDataModule(SplitDataModule):
             # on the left, where the answer is to go on behind the prompt
             collate_fn=PadPrompts(self._pad_id, left=not self.encoding.encoder_decoder),
         )
+
+    def _in_order(self, split: str) -> DataLoader[Any]:
+        rows = self.prepared(split)
+        return DataLoader(rows, **self._batching(self._sampler(rows, shuffle=False)))
 
     def _sampler(self, rows: BatchRows, *, shuffle: bool) -> EpochSampler:
         return self.order(rows.lengths, shuffle=shuffle, group=not self.packing)
@@ -326,7 +321,9 @@ class TextDataModule(SplitDataModule):
 
     # -- what the model says -----------------------------------------------------------------------
 
-    def _make_encoding(self) -> Encoding:
+    @cached_property
+    def encoding(self) -> Encoding:
+        """Tokenizer and encoder for the model; made when first used."""
         tokenizer, name, _ = self.load_processor(
             "AutoTokenizer", self.tokenizer_name, "data.tokenizer"
         )

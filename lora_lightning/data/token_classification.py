@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,12 +12,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from lora_lightning.data.labelled_data_module import Collate, Example, LabelledTextDataModule
-from lora_lightning.data.sources.labelled_words import (
-    Sentence,
-    find_label_column,
-    first_subtokens,
-    read_sentences,
-)
+from lora_lightning.data.sources import labelled_words
+from lora_lightning.data.sources.labelled_words import Sentence
 from lora_lightning.data.split_data_module import SplitOptions
 from lora_lightning.errors import ConfigError
 from lora_lightning.utilities.constants import IGNORE_INDEX
@@ -77,8 +74,8 @@ class TokenClassificationDataModule(LabelledTextDataModule):
         """The sentences of one split."""
         key = f"data.{split}"
         if split != "predict" and self.label_column is None:
-            self.label_column = find_label_column(path, key)
-        return read_sentences(
+            self.label_column = labelled_words.find_label_column(path, key)
+        return labelled_words.read_sentences(
             path,
             key=key,
             tokens_column=self.tokens_column,
@@ -93,12 +90,11 @@ class TokenClassificationDataModule(LabelledTextDataModule):
         """Token ids; the class ids of first sub-tokens, or the words that are to be predicted."""
         encoded, cut = self._encode([sentence.text for sentence in records])
         offsets = encoded.pop("offset_mapping")
-        examples = [
-            dict(zip(encoded, row, strict=True)) for row in zip(*encoded.values(), strict=True)
-        ]
+        rows = zip(*encoded.values(), strict=True)
+        examples = [dict(zip(encoded, row, strict=True)) for row in rows]
         lost = lost_to_cut = 0
         for number, (example, sentence) in enumerate(zip(examples, records, strict=True)):
-            places = first_subtokens(sentence.words, offsets[number])
+            places = labelled_words.first_subtokens(sentence.words, offsets[number])
             missing = places.count(None)
             lost_to_cut += missing * (number in cut)
             lost += missing * (number not in cut)
@@ -145,12 +141,12 @@ class TokenClassificationDataModule(LabelledTextDataModule):
         return tokenizer
 
 
+@dataclass(frozen=True)
 class _PaddedWords:
     """Pads what the tokenizer's own collator knows nothing of."""
 
-    def __init__(self, collator: Collate, side: str) -> None:
-        self.collator = collator
-        self.side = side
+    collator: Collate
+    side: str
 
     def __call__(self, examples: list[Example]) -> dict[str, Tensor]:
         ours = ("labels", "words")

@@ -278,4 +278,4 @@ def test_lengths_of_packed_rows():
     store = ExampleStore(examples(3))
     first, second, third = store.lengths
     assert BatchRows(store, [[0, 2], [1]]).lengths == [first + third, second]
-    assert Ragged.of([[1, 2], [], [3]]).lengths == [2, 0, 1]
+    assert Ragged([[1, 2], [], [3]]).lengths == [2, 0, 1]

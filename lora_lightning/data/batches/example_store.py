@@ -31,20 +31,18 @@ class Ragged:
     """Lists of integers, one behind the other.
 
     Args:
-        values: All numbers.
-        ends: 0, and where each list ends.
+        lists: Read once, in order.
     """
 
-    def __init__(self, values: array[int], ends: array[int]) -> None:
-        self._values, self._ends = _tensor(values, torch.int32), _tensor(ends, torch.int64)
-
-    @classmethod
-    def of(cls, lists: Iterable[Iterable[int]]) -> Ragged:
-        """These lists."""
-        builder = _RaggedBuilder()
+    def __init__(self, lists: Iterable[Iterable[int]]) -> None:
+        # A Python list of ints takes 8 bytes a number, and mostly 28 more.
+        values, ends = array("i"), array("q", [0])
         for numbers in lists:
-            builder.append(numbers)
-        return builder.done()
+            values.extend(numbers)
+            ends.append(len(values))
+        # frombuffer takes no empty array
+        self._values = torch.frombuffer(values or array("i", [0]), dtype=torch.int32)
+        self._ends = torch.frombuffer(ends, dtype=torch.int64)
 
     def __len__(self) -> int:
         return len(self._ends) - 1
@@ -58,26 +56,6 @@ class Ragged:
         return self._ends.diff().tolist()
 
 
-class _RaggedBuilder:
-    """Builder of a `Ragged`; a Python list of ints takes 8 bytes a number, and mostly 28 more."""
-
-    def __init__(self) -> None:
-        self._values, self._ends = array("i"), array("q", [0])
-
-    def append(self, numbers: Iterable[int]) -> None:
-        self._values.extend(numbers)
-        self._ends.append(len(self._values))
-
-    def done(self) -> Ragged:
-        return Ragged(self._values, self._ends)
-
-
-def _tensor(numbers: array[int], dtype: torch.dtype) -> Tensor:
-    if not numbers:  # which frombuffer does not take
-        return torch.empty(0, dtype=dtype)
-    return torch.frombuffer(numbers, dtype=dtype)
-
-
 class ExampleStore(Dataset[Tokens]):
     """Encoded examples.
 
@@ -86,22 +64,19 @@ class ExampleStore(Dataset[Tokens]):
     """
 
     def __init__(self, examples: Iterable[Example]) -> None:
-        input_ids, labels = _RaggedBuilder(), _RaggedBuilder()
-        for example in examples:
-            input_ids.append(example.input_ids)
-            labels.append(example.labels)
-        self._input_ids, self._labels = input_ids.done(), labels.done()
+        # The ids of an example, then its labels.
+        self._lists = Ragged(part for e in examples for part in (e.input_ids, e.labels))
 
     def __len__(self) -> int:
-        return len(self._input_ids)
+        return len(self._lists) // 2
 
     def __getitem__(self, index: int) -> Tokens:
-        return Tokens(self._input_ids[index], self._labels[index])
+        return Tokens(self._lists[2 * index], self._lists[2 * index + 1])
 
     @property
     def lengths(self) -> list[int]:
         """Tokens of each example."""
-        return self._input_ids.lengths
+        return self._lists.lengths[::2]
 
 
 class BatchRows(Dataset[list[Tokens]]):
@@ -117,7 +92,7 @@ class BatchRows(Dataset[list[Tokens]]):
 
     def __init__(self, store: ExampleStore, rows: list[list[int]] | None = None) -> None:
         self.store = store
-        self._rows = None if rows is None else Ragged.of(rows)
+        self._rows = None if rows is None else Ragged(rows)
 
     def __len__(self) -> int:
         return len(self.store if self._rows is None else self._rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -23,9 +24,8 @@ class TextLoader(StatefulDataLoader[Any]):
     long, and a process without a batch would leave the others waiting for its gradients for ever.
     """
 
-    trainer: Trainer | None = (
-        None  # its current epoch is that of the order; without one, passes are counted
-    )
+    # Its current epoch is that of the order; without one, passes are counted.
+    trainer: Trainer | None = None
     streams: bool = False
     _passes = 0
     _before: dict[str, Any] | None = None
@@ -46,7 +46,7 @@ class TextLoader(StatefulDataLoader[Any]):
             self.ordered.set_epoch(_coming_epoch(self.trainer) if self.trainer else self._passes)
         self._passes += 1
         batches = super().__iter__()
-        return _StreamedBatches(self, batches) if self.streams else batches
+        return iter(partial(self.next_of, batches), None) if self.streams else batches
 
     def state_dict(self) -> dict[str, Any]:
         """The position; of a stream that Lightning reads one batch ahead, before that batch."""
@@ -94,14 +94,3 @@ def _coming_epoch(trainer: Any) -> int:
     over = fit_loop.restarting and in_epoch(trainer)
     over = over and fit_loop.epoch_loop.batch_progress.is_last_batch
     return int(fit_loop.epoch_progress.current.processed + over)
-
-
-class _StreamedBatches(Iterator[Any]):
-    def __init__(self, loader: TextLoader, batches: Iterator[Any]) -> None:
-        self._loader, self._batches = loader, batches
-
-    def __next__(self) -> Any:
-        batch = self._loader.next_of(self._batches)
-        if batch is None:
-            raise StopIteration
-        return batch

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from lora_lightning.data.encoding.causal_lm import Encoder
@@ -35,18 +36,15 @@ class Encoding:
     tokenizer: PreTrainedTokenizerBase
     encoder_decoder: bool
     options: dict[str, Any]
-    _encoder: SampleEncoder | None = field(default=None, repr=False)
 
-    @property
+    @cached_property
     def encoder(self) -> SampleEncoder:
         """Made at first use."""
-        if self._encoder is None:
-            kind: type[SampleEncoder] = Seq2SeqEncoder if self.encoder_decoder else Encoder
-            self._encoder = kind(self.tokenizer, **self.options)
-        return self._encoder
+        kind: type[SampleEncoder] = Seq2SeqEncoder if self.encoder_decoder else Encoder
+        return kind(self.tokenizer, **self.options)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_encoder": None}
+        return {name: value for name, value in vars(self).items() if name != "encoder"}
 
 
 @dataclass

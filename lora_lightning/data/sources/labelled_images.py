@@ -6,18 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lora_lightning.data.sources.hf_datasets import (
-    hub_dataset,
-    is_hub_name,
-    is_saved_dataset,
-    saved_dataset,
-)
-from lora_lightning.data.sources.image_record import (
-    ImageRecord,
-    StoredImage,
-    checked,
-    image_suffixes,
-)
+from lora_lightning.data.sources import hf_datasets, image_record
+from lora_lightning.data.sources.image_record import ImageRecord, StoredImage
 from lora_lightning.data.sources.labelled_texts import label_text
 from lora_lightning.data.sources.read_rows import SPLITS, read_rows
 from lora_lightning.data.sources.row import require_columns, with_label_names
@@ -46,25 +36,25 @@ def read_images(
     columns = {image_column: "data.image_column"}
     if label_column is not None:
         columns[label_column] = "data.label_column"
-    if path.is_dir() and not is_saved_dataset(path):
+    if path.is_dir() and not hf_datasets.is_saved_dataset(path):
         records = _of_folder(path, key, label_column is not None)
     elif path.is_dir():
-        records = _of_dataset(saved_dataset(path, key), source, columns)
+        records = _of_dataset(hf_datasets.saved_dataset(path, key), source, columns)
     elif path.suffix == ".parquet" and path.is_file():
         records = _of_dataset(_parquet(path), source, columns)
-    elif not path.exists() and not path.suffix and is_hub_name(source):
-        hint = nearest_file(path)
-        records = _of_dataset(hub_dataset(source, key, False, hint), source, columns)
+    elif not path.exists() and not path.suffix and hf_datasets.is_hub_name(source):
+        dataset = hf_datasets.hub_dataset(source, key, streaming=False, hint=nearest_file(path))
+        records = _of_dataset(dataset, source, columns)
     else:
         records = _of_rows(path, key, columns)
-    found = [checked(record) for record in records]
+    found = [image_record.checked(record) for record in records]
     if not found:
         raise RecordError(f"{source}: no images. ({key})")
     return found
 
 
 def _of_folder(root: Path, key: str, labelled: bool) -> Iterator[ImageRecord]:
-    suffixes = image_suffixes()
+    suffixes = image_record.image_suffixes()
     if not labelled:
         yield from (ImageRecord(p, None, str(p)) for p in _images_below(root, suffixes))
         return

@@ -7,14 +7,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from lora_lightning.data.sources import hf_datasets
 from lora_lightning.data.sources.files import READERS, Columns
-from lora_lightning.data.sources.hf_datasets import (
-    dataset_rows,
-    hub_dataset,
-    is_hub_name,
-    is_saved_dataset,
-    saved_dataset,
-)
 from lora_lightning.data.sources.row import Row as Row
 from lora_lightning.data.sources.row import Skip
 from lora_lightning.errors import RecordError, first_few, nearest_file
@@ -64,11 +58,12 @@ def read_rows(
     """
     columns = columns or {}
     path = Path(source).expanduser()
-    if path.is_dir() and is_saved_dataset(path):
-        return dataset_rows(saved_dataset(path, key), str(path), Skip(skip), columns)
-    if not path.exists() and _kind(path) not in READERS and is_hub_name(source):
-        dataset = hub_dataset(source, key, streaming, hint=nearest_file(path))
-        return dataset_rows(dataset, source, Skip(skip), columns)
+    if path.is_dir() and hf_datasets.is_saved_dataset(path):
+        dataset = hf_datasets.saved_dataset(path, key)
+        return hf_datasets.dataset_rows(dataset, str(path), Skip(skip), columns)
+    if not path.exists() and _kind(path) not in READERS and hf_datasets.is_hub_name(source):
+        dataset = hf_datasets.hub_dataset(source, key, streaming, hint=nearest_file(path))
+        return hf_datasets.dataset_rows(dataset, source, Skip(skip), columns)
     return _file_rows(_files(path, key), Skip(skip), columns)
 
 
