@@ -18,14 +18,7 @@ from rich.table import Table
 from lora_lightning.engine.switching import adapter_names, disable_adapter
 from lora_lightning.errors import ConfigError, first_few
 from lora_lightning.layers.traversal import named_adapted_layers
-from lora_lightning.training import summary
-from lora_lightning.training._lightning import (
-    given_validation_data,
-    last_value,
-    logged_results,
-    logged_step,
-    starts_processes,
-)
+from lora_lightning.training import _lightning, summary
 from lora_lightning.training.module_state import callbacks_of
 from lora_lightning.utilities.rng import random_state, seed_all, set_random_state
 
@@ -168,13 +161,12 @@ def compare_with_base(
         title=f"validation without and with the adapter, weights in memory{step}",
         copies=[path for path, layer in named_adapted_layers(module) if layer.trained_copies()],
     )
-    if not starts_processes(trainer.strategy.launcher):
+    if not _lightning.starts_processes(trainer.strategy.launcher):
         _log(trainer, comparison)
     return comparison
 
 
 def _validated(trainer: Any, module: LightningModule, data: Any, one: _Pass) -> dict[str, float]:
-    """Validate in one of the two passes, and return its metrics."""
     trainer.callbacks.insert(0, one)
     try:
         with warnings.catch_warnings():
@@ -223,7 +215,7 @@ class _Pass(Callback):
     def on_validation_batch_end(
         self, trainer: Any, pl_module: LightningModule, outputs: Any, *args: Any, **kwargs: Any
     ) -> None:
-        for key, result in logged_results(trainer).items():
+        for key, result in _lightning.logged_results(trainer).items():
             if result.is_tensor:
                 if not (result.meta.is_mean_reduction and result.meta.on_epoch):
                     continue
@@ -233,7 +225,7 @@ class _Pass(Callback):
                 weight = total[1] - before[1]
                 value = (total[0] - before[0]) / weight if weight else None
             else:
-                value, weight = last_value(result), 1.0
+                value, weight = _lightning.last_value(result), 1.0
             if isinstance(value, (float, torch.Tensor)):
                 self._note(result.meta.name, value, weight)
         if isinstance(outputs, Mapping) and {"loss", "weight"} <= outputs.keys():
@@ -269,7 +261,7 @@ def _check_comparable(trainer: Any, module: LightningModule | None, data: Any) -
     if trainer.limit_val_batches == 0:
         raise ConfigError("the validation data are left out. (trainer.limit_val_batches)")
     if data is None:
-        data = trainer.datamodule or given_validation_data(trainer)
+        data = trainer.datamodule or _lightning.given_validation_data(trainer)
     owner = module if data is None else data
     if hasattr(owner, "val_dataloader") and not _defines(owner, "val_dataloader"):
         raise ConfigError(
@@ -313,10 +305,10 @@ def _standard_error(
 
 
 def _log(trainer: Any, comparison: Comparison) -> None:
-    metrics = {f"base/{name}": value for name, value in comparison.base.items()}
-    metrics.update({f"tuned/{name}": value for name, value in comparison.tuned.items()})
+    sides = {"base": comparison.base, "tuned": comparison.tuned}
+    metrics = {f"{side}/{name}": v for side, found in sides.items() for name, v in found.items()}
     for logger in trainer.loggers:
-        logger.log_metrics(metrics, step=logged_step(trainer))
+        logger.log_metrics(metrics, step=_lightning.logged_step(trainer))
         logger.save()
 
 

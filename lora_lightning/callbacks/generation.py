@@ -25,13 +25,9 @@ _REFUSED = ("return_dict_in_generate", "num_return_sequences", "max_new_tokens",
 
 
 class TextGenerator:
-    """Continues token ids with a network that can `generate`, one prompt at a time.
+    """Continues token ids with a Hugging Face model that can `generate`, one prompt at a time.
 
-    Args:
-        network: A Hugging Face model.
-        tokenizer: Its tokenizer.
-        max_new_tokens: The most tokens of one text.
-        options: What else `generate` is given. Without `do_sample` it is greedy.
+    `options` are what else `generate` is given. Without `do_sample` it is greedy.
 
     Raises:
         ConfigError: If `generate` knows no such option.
@@ -53,7 +49,8 @@ class TextGenerator:
             greedy.update(dict.fromkeys(("temperature", "top_p", "top_k"), None))
         padding = tokenizer.pad_token_id
         ends = {"pad_token_id": tokenizer.eos_token_id if padding is None else padding}
-        if tokenizer.eos_token_id is not None and not _ends_itself(network):
+        own_end = getattr(network.generation_config, "eos_token_id", None)
+        if tokenizer.eos_token_id is not None and own_end is None:
             ends["eos_token_id"] = tokenizer.eos_token_id
         self.options = {**greedy, **ends, **options}
 
@@ -92,8 +89,8 @@ class TextGenerator:
     @contextmanager
     def _whole(self, module: LightningModule) -> Iterator[None]:
         """Gather FSDP2's units around the network, which are not called here."""
-        outer = [m for m in module.modules() if _holds(m, self.network)]
-        around: list[Any] = [m for m in outer if hasattr(m, "unshard")]
+        units: list[Any] = [m for m in module.modules() if hasattr(m, "unshard")]
+        around = [u for u in units if any(m is self.network for m in list(u.modules())[1:])]
         for unit in around:
             unit.unshard()
         try:
@@ -133,9 +130,8 @@ def generating_network(module: LightningModule) -> nn.Module:
 
     found: dict[str, nn.Module] = {}
     for path, part in walk(module):
-        if isinstance(part, GenerationMixin) and not any(
-            path.startswith(f"{outer}.") for outer in found
-        ):
+        inner = any(path.startswith(f"{outer}.") for outer in found)
+        if isinstance(part, GenerationMixin) and not inner:
             found[path] = part
     if len(found) != 1:
         names = first_few(map(plain_name, found)) or "none"
@@ -144,14 +140,6 @@ def generating_network(module: LightningModule) -> nn.Module:
             f"{type(module).__name__} has {names}. (trainer.callbacks)"
         )
     return next(iter(found.values()))
-
-
-def _ends_itself(network: Any) -> bool:
-    return getattr(network.generation_config, "eos_token_id", None) is not None
-
-
-def _holds(outer: nn.Module, inner: nn.Module) -> bool:
-    return outer is not inner and any(m is inner for m in outer.modules())
 
 
 def _set_modes(modes: list[tuple[nn.Module, bool]]) -> None:

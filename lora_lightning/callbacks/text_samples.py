@@ -77,20 +77,16 @@ class TextSamples(Callback):
         generation: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        numbers = {
-            "num_prompts": num_prompts,
-            "every_n_steps": every_n_steps,
-            "max_new_tokens": max_new_tokens,
-        }
-        for name, number in numbers.items():
-            if number is not None and number < 1:
-                raise ConfigError(f"{name} must be at least 1, found {number}. ({name})")
         if prompts is not None and not prompts:
             raise ConfigError("prompts is an empty list; leave it out or name some. (prompts)")
         self.prompts = prompts
         self.num_prompts = num_prompts
         self.every_n_steps = every_n_steps
         self.max_new_tokens = max_new_tokens
+        for name in ("num_prompts", "every_n_steps", "max_new_tokens"):
+            number = getattr(self, name)
+            if number is not None and number < 1:
+                raise ConfigError(f"{name} must be at least 1, found {number}. ({name})")
         self.tokenizer = tokenizer
         self.generation = generation or {}
         self._generator: TextGenerator | None = None
@@ -213,9 +209,8 @@ class TextSamples(Callback):
 def as_table(rows: Sequence[Row], title: str) -> str:
     """Rows of texts as wide as the console, at most 100 characters, a block for each row."""
     console = Console()
-    table = Table(
-        title=title, title_justify="left", show_header=False, width=min(console.width, 100)
-    )
+    width = min(console.width, 100)
+    table = Table(title=title, title_justify="left", show_header=False, width=width)
     table.add_column(no_wrap=True)
     table.add_column(ratio=1)
     for row in rows:

@@ -30,11 +30,7 @@ from lora_lightning.cli.log_filter import filter_logs
 from lora_lightning.cli.parser import PROGRAM, LoraParser
 from lora_lightning.cli.predictions import save_predictions
 from lora_lightning.errors import CheckpointError, ConfigError, LoraError, first_few
-from lora_lightning.training.checkpoints.files import (
-    check_checkpoint_file,
-    check_content,
-    damage_explained,
-)
+from lora_lightning.training.checkpoints import files
 from lora_lightning.training.summary import show
 
 set_parsing_settings(subclasses_enabled=[AdapterConfig])  # lora.config takes any adapter type
@@ -71,12 +67,7 @@ class LoraCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the callback's options as a section of their own: `--lora.r 16`."""
         self._any_parser = parser
-        parser.add_class_arguments(
-            LoraCallback,
-            "lora",
-            fail_untyped=False,
-            sub_configs=True,
-        )
+        parser.add_class_arguments(LoraCallback, "lora", fail_untyped=False, sub_configs=True)
         parser.add_argument(  # of every subcommand, so that they can share a config file
             "--compare_with_base",
             type=bool,
@@ -94,9 +85,9 @@ class LoraCLI(LightningCLI):
         super().parse_arguments(parser, args)
         path = self._options().get("ckpt_path")
         if path and path not in ("last", "best", "hpc", "registry"):
-            check_checkpoint_file(str(path))
+            files.check_checkpoint_file(str(path))
             if Path(path).is_file():
-                with damage_explained(path):
+                with files.damage_explained(path):
                     torch.load(path, weights_only=True, map_location="cpu")
 
     def before_instantiate_classes(self) -> None:
@@ -263,9 +254,9 @@ def _last(found: list[Path]) -> Path:
 
 def _best(found: list[Path]) -> Path:
     """The best checkpoint as the newest one remembers it."""
-    with damage_explained(found[-1]):
+    with files.damage_explained(found[-1]):
         newest = torch.load(found[-1], weights_only=True, map_location="cpu")
-    check_content(found[-1], newest)
+    files.check_content(found[-1], newest)
     for key, state in newest.get("callbacks", {}).items():
         # Saved as an absolute path; only its name is used, so a run directory may be moved.
         name = Path(state.get("best_model_path") or "/").name
@@ -288,16 +279,12 @@ def _typed_program() -> str:
 
 
 def _without_ckpt_path(arguments: list[str]) -> list[str]:
-    kept = []
-    skip = False
-    for argument in arguments:
-        if skip or argument.startswith("--ckpt_path="):
-            skip = False
-        elif argument == "--ckpt_path":
-            skip = True
-        else:
-            kept.append(argument)
-    return kept
+    pairs = zip(["", *arguments], arguments, strict=False)  # the one before, and each argument
+    return [
+        argument
+        for before, argument in pairs
+        if "--ckpt_path" not in (before, argument) and not argument.startswith("--ckpt_path=")
+    ]
 
 
 def main(args: list[str] | None = None) -> None:

@@ -95,11 +95,9 @@ def _with_suggestion(message: str, known: list[str]) -> str:
         key = unknown.group(1) or unknown.group(2)
         message = message.rstrip(".") + "."
     near = did_you_mean(key, known)
-    return (
-        f"{message} Did you mean {near.rpartition('.')[2] if inner else near!r}?"
-        if near
-        else message
-    )
+    if not near:
+        return message
+    return f"{message} Did you mean {near.rpartition('.')[2] if inner else near!r}?"
 
 
 def _options_of(class_path: str) -> set[str]:

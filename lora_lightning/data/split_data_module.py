@@ -141,10 +141,7 @@ class SplitDataModule(LightningDataModule):
     def order(self, lengths: list[int], *, shuffle: bool, group: bool) -> EpochSampler:
         """This process's share of the rows, in the order in which they are served.
 
-        Args:
-            lengths: Tokens of each row.
-            shuffle: A random order, another one in each epoch.
-            group: Rows of about equal length share a batch.
+        `lengths`, `shuffle` and `group` as for `EpochSampler`.
         """
         seed = self.order_seed if shuffle else 0
         return EpochSampler(
@@ -175,13 +172,12 @@ class SplitDataModule(LightningDataModule):
             The processor, the model's name, and the config key that this name came from.
         """
         options: dict[str, Any] = {}
+        source = key
         if name is None:
             module = self.trainer.lightning_module if self.trainer else None
             name, source = getattr(module, "model_name", None), "model.model"
             if isinstance(module, PretrainedTask):
                 options = module.options.hub()
-        else:
-            source = key
         if name is None:
             raise ConfigError(
                 f"no {key.rpartition('.')[2]} is named, and there is no LightningModule with a "

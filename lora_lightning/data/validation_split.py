@@ -37,10 +37,7 @@ def split_records(
 ) -> tuple[list[T], list[T]]:
     """Training and validation records, about `fraction` of the contents in the latter.
 
-    Args:
-        records: Any records.
-        fraction: The share held out, as `is_held_out` decides.
-        content: What a record says; by default its attribute `text`.
+    `content` is what a record says, by which `is_held_out` decides; by default its `text`.
     """
     sides: tuple[list[T], list[T]] = ([], [])
     for record in records:

@@ -55,11 +55,10 @@ class PadPrompts:
     def __call__(self, prompts: Sequence[Sequence[int]]) -> Batch:
         """The batch of these token ids."""
         ids = [torch.tensor(prompt) for prompt in prompts]
-        masks = [torch.ones_like(i) for i in ids]
         side = "left" if self.left else "right"
         return {
             "input_ids": _padded(ids, self.pad_id, side),
-            "attention_mask": _padded(masks, 0, side),
+            "attention_mask": _padded([torch.ones_like(i) for i in ids], 0, side),
         }
 
 

@@ -28,9 +28,7 @@ class EpochSampler(DistributedSampler[Any]):
         batch_size: Rows per batch and process.
         shuffle: A random order; else that of `lengths`, or by length.
         group: Rows of about equal length share a batch.
-        num_replicas: How many processes.
-        rank: This process.
-        seed: Of the random order.
+        num_replicas, rank, seed: As for DistributedSampler.
     """
 
     def __init__(
@@ -77,7 +75,7 @@ def length_grouped(
     Args:
         lengths: Tokens of each text.
         batch_size: Texts per batch, of all processes together.
-        generator: Of the random order. Default: torch's own.
+        generator: Of the random order.
     """
     shuffled = torch.randperm(len(lengths), generator=generator).tolist()
     size = batch_size * BATCHES_PER_POOL

@@ -31,12 +31,7 @@ def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]
     decreasing: never more than 11/9 of the fewest possible rows, plus one; D. S. Johnson, 1973).
     n log n.
 
-    Args:
-        lengths: Of the items; none exceeds `capacity`.
-        capacity: Space of a row.
-
-    Returns:
-        The indices of the items of each row.
+    Returns the indices of the items of each row; none of `lengths` exceeds `capacity`.
     """
     rows: list[list[int]] = []
     with_space: dict[int, list[list[int]]] = {}  # rows by the space that is left
@@ -129,12 +124,8 @@ def _through_strategy(trainer: Trainer, network: Any) -> list[Tensor]:
     others = (ids + 1).remainder(vocabulary)
     first_changed = torch.cat([others[:, :first], ids[:, first:]], dim=1)
     own_changed = torch.cat([ids[:, :first], others[:, first : first + 1], ids[:, first + 1 :]], 1)
-    inputs = [
-        (ids, positions),
-        (first_changed, positions),
-        (ids[:, first:], positions[:, first:]),
-        (own_changed, positions),
-    ]
+    alone = ids[:, first:], positions[:, first:]
+    inputs = [(ids, positions), (first_changed, positions), alone, (own_changed, positions)]
 
     def probe() -> list[Tensor]:
         said = []

@@ -34,8 +34,6 @@ class TextStream(IterableDataset[list[Tokens]]):
         batch_size: Examples of about equal length share a batch of this size.
         pack_length: Tokens of a packed row; None: one example a row.
         seed: Of the random order in each block.
-        rank: This process.
-        processes: How many there are.
     """
 
     rows: Callable[[int], Iterator[Row]]
@@ -44,7 +42,7 @@ class TextStream(IterableDataset[list[Tokens]]):
     batch_size: int
     pack_length: int | None
     seed: int = 0
-    rank: int = 0
+    rank: int = 0  # of this process
     processes: int = 1
     epoch: int = 0
 
@@ -59,13 +57,7 @@ class TextStream(IterableDataset[list[Tokens]]):
 
 
 class StreamPass(Iterator[list[Tokens]]):
-    """One worker's pass over a stream, with a position to save and load.
-
-    Args:
-        stream: What is read.
-        shard: Which share of the rows.
-        shards: Of how many.
-    """
+    """One worker's pass over its share of a stream, with a position to save and load."""
 
     def __init__(self, stream: TextStream, shard: int, shards: int) -> None:
         self.stream, self.shard, self.shards = stream, shard, shards

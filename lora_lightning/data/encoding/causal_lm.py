@@ -34,7 +34,7 @@ class Encoder(SampleEncoder):
     The first token is never learned: there is nothing before it to predict it from.
 
     Args:
-        tokenizer: A Hugging Face tokenizer.
+        tokenizer: As for `SampleEncoder`.
         max_length: As for `SampleEncoder`.
         train_on_prompt: Learn prompts too, and all of a chat up to the last assistant turn.
         chat_template: Jinja or a file of it, instead of the tokenizer's own.
@@ -60,10 +60,7 @@ class Encoder(SampleEncoder):
         self._before, _ = ids_around(tokenizer)
 
     def encode_prompts(self, samples: Sequence[Sample]) -> list[Ids]:
-        """Encode what the model reads to generate, not limited in length.
-
-        Documents and prompts are encoded as they are, chats up to where the assistant answers.
-        """
+        """Documents and prompts as they are, chats up to where the assistant answers."""
         texts = [_prompt(sample, self._chats) for sample in samples]
         return [
             ids if isinstance(sample, Chat) else self._begun(ids)

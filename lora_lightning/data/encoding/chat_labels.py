@@ -29,9 +29,7 @@ class ChatTurns:
     context is not what the model wrote, and each turn becomes a text of its own with the context
     that it has when the model writes it.
 
-    Args:
-        tokenizer: The tokenizer, whose added tokens can end a turn.
-        template: Writes the text.
+    Added tokens of the tokenizer can end a turn.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> None:

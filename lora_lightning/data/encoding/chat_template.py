@@ -47,25 +47,21 @@ class ChatTemplate:
         return _GENERATION_BLOCK.search(self._source(chat)) is not None
 
     def render(self, chat: Chat, messages: list[Message], *, ask: bool = False) -> str:
-        """`messages` as text.
+        """`messages`, a part of the chat's, as text.
 
-        Args:
-            chat: Where they are from.
-            messages: A part of the chat's messages.
-            ask: End in what lets the model write the next turn (`add_generation_prompt`).
+        With `ask`, it ends in what lets the model write the next turn (`add_generation_prompt`).
         """
         self._source(chat)
         with _template_errors(chat.where):
-            text = str(
-                self._tokenizer.apply_chat_template(
-                    messages,
-                    tools=list(chat.tools) or None,
-                    chat_template=self._template,
-                    add_generation_prompt=ask,
-                    tokenize=False,
-                    **self._options,
-                )
+            rendered = self._tokenizer.apply_chat_template(
+                messages,
+                tools=list(chat.tools) or None,
+                chat_template=self._template,
+                add_generation_prompt=ask,
+                tokenize=False,
+                **self._options,
             )
+        text = str(rendered)
         check_characters(text, f"{chat.where}, as the chat template writes it")
         return text
 
@@ -110,11 +106,9 @@ def _template_errors(where: str) -> Iterator[None]:
             "(data.chat_template)"
         ) from error
     except (TemplateError, TypeError, ValueError, KeyError) as error:
-        advice = (
-            "Write the system message's text at the start of the first user message"
-            if "system" in str(error).lower()
-            else "Change the messages"
-        )
+        advice = "Change the messages"
+        if "system" in str(error).lower():
+            advice = "Write the system message's text at the start of the first user message"
         raise RecordError(
             f"{where}: the chat template refuses this chat: {error}. {advice}, or give a template "
             "that takes it. (data.chat_template)"

@@ -25,17 +25,11 @@ MAX_LENGTH = 1024
 
 @dataclass
 class Encoding:
-    """A tokenizer and how samples are encoded; the encoder itself is made where it is used.
-
-    Attributes:
-        tokenizer: Of Hugging Face.
-        encoder_decoder: Whether the model is one.
-        options: Arguments of `Encoder` or `Seq2SeqEncoder`.
-    """
+    """A tokenizer and how samples are encoded; the encoder itself is made where it is used."""
 
     tokenizer: PreTrainedTokenizerBase
-    encoder_decoder: bool
-    options: dict[str, Any]
+    encoder_decoder: bool  # the model is one
+    options: dict[str, Any]  # arguments of `Encoder` or `Seq2SeqEncoder`
 
     @cached_property
     def encoder(self) -> SampleEncoder:
@@ -49,13 +43,7 @@ class Encoding:
 
 @dataclass
 class BlockEncoder:
-    """The training examples of some rows of a stream.
-
-    Attributes:
-        source: What the rows mean.
-        encoding: How they are encoded.
-        val_fraction: The share of them that is held out.
-    """
+    """The training examples of some rows of a stream, without the share that is held out."""
 
     source: TextSource
     encoding: Encoding
@@ -77,23 +65,16 @@ def held_out(sample: Sample, fraction: float) -> bool:
 def encoding_for(
     tokenizer: PreTrainedTokenizerBase, config: Any, options: dict[str, Any]
 ) -> Encoding:
-    """Choose the encoder for a model.
-
-    Args:
-        tokenizer: The model's.
-        config: Of Hugging Face; None where there is a tokenizer only.
-        options: Those of `TextDataModule` that encoders take, by name.
+    """Choose the encoder for a model, by its `config`; None where there is a tokenizer only.
 
     Raises:
-        ConfigError: If one of them does not suit the model.
+        ConfigError: If one of the options of `TextDataModule` does not suit the model.
     """
     encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
     kind = "an encoder-decoder" if encoder_decoder else "a causal LM"
-    foreign = (
-        ("chat_template", "chat_template_kwargs", "train_on_prompt")
-        if encoder_decoder
-        else ("max_target_length",)
-    )
+    foreign: tuple[str, ...] = ("max_target_length",)
+    if encoder_decoder:
+        foreign = ("chat_template", "chat_template_kwargs", "train_on_prompt")
     for name in foreign:
         if options[name]:
             raise ConfigError(f"{name} has no meaning for {kind}. Leave it out. (data.{name})")

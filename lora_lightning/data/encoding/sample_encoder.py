@@ -48,12 +48,7 @@ class EncodingReport:
     unended_chats: int = 0
 
     def line(self, split: str, limit: str) -> str:
-        """One line for the console.
-
-        Args:
-            split: Name of the split.
-            limit: The encoder's `limit`.
-        """
+        """One line for the console; `limit` is the encoder's."""
         share = 100 * self.learned / max(self.tokens, 1)
         parts = [
             f"{split}: {self.examples:,} examples, {self.tokens:,} tokens, {share:.0f} % of them "
@@ -134,11 +129,7 @@ class SampleEncoder:
     def encode_block(
         self, samples: Sequence[Sample], report: EncodingReport | None = None
     ) -> list[list[Example]]:
-        """The examples of each sample, tokenised together.
-
-        Args:
-            samples: Any number of samples, in memory.
-            report: Counts what becomes of them.
+        """The examples of each sample, tokenised together; `report` counts what becomes of them.
 
         Raises:
             RecordError: If a sample cannot be used; names its place in the file.

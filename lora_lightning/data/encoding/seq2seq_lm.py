@@ -43,7 +43,7 @@ class Seq2SeqEncoder(SampleEncoder):
         _, self._after_prompt = ids_around(tokenizer)
 
     def encode_prompts(self, samples: Sequence[Sample]) -> list[Ids]:
-        """Encode what the encoder reads to generate. Not limited in length."""
+        """The token ids of what the encoder reads, not limited in length."""
         prompts = [_pair(sample)[0] for sample in samples]
         return self.tokenizer(prompts, verbose=False)["input_ids"] if prompts else []
 
@@ -54,10 +54,9 @@ class Seq2SeqEncoder(SampleEncoder):
             return
         targets = self.tokenizer(text_target=[_pair(s)[1] for s in samples], verbose=False)
         eos = end_of_sequence(self.tokenizer)
-        pairs = zip(self.encode_prompts(samples), targets["input_ids"], strict=True)
-        for prompt, target in pairs:
-            ended = target if target[-1:] == [eos] else [*target, eos]
-            yield [Example(prompt, ended)]
+        prompts = self.encode_prompts(samples)
+        for prompt, target in zip(prompts, targets["input_ids"], strict=True):
+            yield [Example(prompt, target if target[-1:] == [eos] else [*target, eos])]
 
     def _limits(self) -> tuple[int, ...]:
         return self.max_length, self.max_target_length

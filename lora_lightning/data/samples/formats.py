@@ -18,12 +18,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import get_worker_info
 
-from lora_lightning.data.samples.messages import (
-    Message,
-    read_messages,
-    read_tools,
-    without_weight,
-)
+from lora_lightning.data.samples import messages
 from lora_lightning.data.samples.sample import Chat, Document, PromptCompletion, Sample
 from lora_lightning.data.sources.read_rows import read_rows
 from lora_lightning.data.sources.row import Row, check_characters, described
@@ -137,27 +132,27 @@ def _sharegpt(fields: Fields) -> Sample:
     return _chat(turns, fields)
 
 
-def _messages_of(field: str, fields: Fields) -> tuple[Message, ...]:
-    return read_messages(fields.required(field), fields.place(field))
+def _messages_of(field: str, fields: Fields) -> tuple[messages.Message, ...]:
+    return messages.read_messages(fields.required(field), fields.place(field))
 
 
-def _chat(turns: tuple[Message, ...], fields: Fields, learned_from: int = 0) -> Chat:
+def _chat(turns: tuple[messages.Message, ...], fields: Fields, learned_from: int = 0) -> Chat:
     # In which order roles may follow each other is the template's matter: an assistant that speaks
     # first, for instance, greets.
-    tools = read_tools(fields.optional("tools"), fields.place("tools"))
+    tools = messages.read_tools(fields.optional("tools"), fields.place("tools"))
     if fields.prompts_only:
         while turns and turns[-1]["role"] == "assistant":
             turns = turns[:-1]
         if not turns:
             raise RecordError(f"{fields.where}: no turn that the assistant could answer.")
-        return Chat(tuple(without_weight(turn) for turn in turns), fields.where, tools)
+        return Chat(tuple(map(messages.without_weight, turns)), fields.where, tools)
     spoken = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
     unlearned = tuple(i for i in spoken if i < learned_from or turns[i].get("weight") == 0)
     if len(spoken) == len(unlearned):
         raise RecordError(
             f"{fields.where}: no turn of the assistant to learn. Complete the row or remove it."
         )
-    return Chat(tuple(without_weight(turn) for turn in turns), fields.where, tools, unlearned)
+    return Chat(tuple(map(messages.without_weight, turns)), fields.where, tools, unlearned)
 
 
 @dataclass(frozen=True)
@@ -294,10 +289,7 @@ class TextSource:
     Attributes:
         path: As `read_rows` takes it.
         key: The config key of `path`.
-        format: As for `read_samples`, like those below.
-        columns: What the format's columns are called.
-        chat: Make conversations of Alpaca rows.
-        prompts_only: Leave answers unread.
+        format, columns, chat, prompts_only: As for `read_samples`.
         streaming: Read a dataset of the hub as rows are asked for.
     """
 

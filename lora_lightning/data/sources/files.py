@@ -186,7 +186,7 @@ def _lines(path: Path) -> Iterator[str]:
     """The lines of a UTF-8 file, decoded one by one so that an error knows its line."""
     number = 0
     try:
-        with _opened(path) as file:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 yield line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
@@ -201,7 +201,3 @@ def _lines(path: Path) -> Iterator[str]:
             f"{path}: cannot be read: {error.strerror or error}. Make sure that the file is there "
             "and that you may read it."
         ) from error
-
-
-def _opened(path: Path) -> Any:
-    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")

@@ -55,8 +55,7 @@ def hub_dataset(source: str, key: str, streaming: bool, hint: str = "") -> Any:
     Args:
         source: `NAME`, `NAME:SPLIT` or `NAME:CONFIG:SPLIT`. Without a split: the only one there
             is, or for training the one called `train`.
-        key: The config key of `source`.
-        streaming: Read over the network as rows are needed, instead of downloading all first.
+        key, streaming: As for `read_rows`.
         hint: The file that may be meant instead, for the error message.
     """
     match = _HUB_NAME.fullmatch(source)

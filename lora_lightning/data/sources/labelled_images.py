@@ -20,14 +20,10 @@ def read_images(
     """All images of a source, in order, each with its header checked.
 
     Args:
-        source: A folder with one folder of images for each class; a JSONL, JSON or CSV file with
-            the paths of images (relative ones from the file's folder) and labels; a folder saved by
-            `datasets.Dataset.save_to_disk`, a Parquet file, or the name of a dataset on the hub,
-            whose `image_column` is an Image.
+        source: A folder, file or dataset, as `ImageDataModule` takes it.
         key: The config key that holds `source`, for error messages.
-        image_column: The column that holds the image.
-        label_column: The column that holds the label; None reads images only, also from folders
-            without classes.
+        image_column: The column of the image, a path or an Image of `datasets`.
+        label_column: That of the label; None reads images only, also from folders without classes.
 
     Raises:
         RecordError: If there is no such source, or one of its images cannot be used.

@@ -24,10 +24,9 @@ def read_records(
     """All records of a file or dataset folder, in order.
 
     Args:
-        path: A file, pattern, folder or dataset, as `read_rows` takes it.
-        key: The config key that holds `path`, for error messages.
-        text_column: The column that holds the text.
-        label_column: The column that holds the label; None reads texts only.
+        path, key: As for `read_rows`.
+        text_column: The column of the text.
+        label_column: That of the label; None reads texts only.
 
     Raises:
         RecordError: If the file or any of its records cannot be used.

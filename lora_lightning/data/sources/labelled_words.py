@@ -33,10 +33,9 @@ def read_sentences(
     """All sentences of a file or dataset, in order.
 
     Args:
-        path: A file, pattern, folder or dataset, as `read_rows` takes it.
-        key: The config key that holds `path`, for error messages.
-        tokens_column: The column that holds the words, a list of strings.
-        label_column: The column that holds as many labels; None reads words only.
+        path, key: As for `read_rows`.
+        tokens_column: The column of the words, a list of strings.
+        label_column: That of as many labels; None reads words only.
 
     Raises:
         RecordError: If the file or any of its rows cannot be used.

@@ -29,12 +29,7 @@ KNOWN = ".jsonl, .json, .csv, .txt (also with .gz), .parquet"
 
 
 def read_rows(
-    source: str,
-    *,
-    key: str,
-    skip: int = 0,
-    columns: Columns | None = None,
-    streaming: bool = False,
+    source: str, *, key: str, skip: int = 0, columns: Columns | None = None, streaming: bool = False
 ) -> Iterator[Row]:
     """The rows of `source` in order, read as they are asked for.
 
