@@ -104,8 +104,15 @@ class Classification(PretrainedTask):
         self.measure("train", scores, labels)
         return loss
 
-    def evaluate(self, stage: str, batch: Batch) -> dict[str, Tensor]:
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Log accuracy and macro F1; sum up the loss."""
+        return self._evaluate("val", batch)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Log accuracy and macro F1; sum up the loss."""
+        self._evaluate("test", batch)
+
+    def _evaluate(self, stage: str, batch: Batch) -> dict[str, Tensor]:
         scores, labels = self(batch), batch["labels"]
         self.measure(stage, scores, labels)
         total = self._loss_sum(scores, labels, training=False)

@@ -147,18 +147,6 @@ class Evaluation(TokenMean):
         self._sums = values if self._sums is None else self._sums + values
         return {"loss": total / weight.where(weight > 0, 1), "weight": weight}
 
-    def evaluate(self, stage: str, batch: Any) -> dict[str, Tensor]:
-        """Log what is said of one batch, and `add_up` the rest."""
-        raise NotImplementedError
-
-    def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """Evaluate a batch of the validation data."""
-        return self.evaluate("val", batch)
-
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Evaluate a batch of the test data."""
-        self.evaluate("test", batch)
-
     def log_means(self, stage: str, total: Tensor, weight: Tensor, *others: Tensor) -> None:
         """Log what the sums over all batches and processes say of `stage`.
 
