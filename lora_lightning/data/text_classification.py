@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from lightning.pytorch.utilities import rank_zero_info
 
-from lora_lightning.data.labelled_data_module import Example, LabelledTextDataModule
+from lora_lightning.data.labelled_text_data_module import Example, LabelledTextDataModule
 from lora_lightning.data.sources.labelled_texts import Record, read_records
 from lora_lightning.data.split_data_module import SplitOptions
 

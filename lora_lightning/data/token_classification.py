@@ -11,7 +11,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from lora_lightning.data.labelled_data_module import Collate, Example, LabelledTextDataModule
+from lora_lightning.data.labelled_data_module import Collate
+from lora_lightning.data.labelled_text_data_module import Example, LabelledTextDataModule
 from lora_lightning.data.sources import labelled_words
 from lora_lightning.data.sources.labelled_words import Sentence
 from lora_lightning.data.split_data_module import SplitOptions

@@ -107,16 +107,19 @@ class LanguageModel(PretrainedTask):
         mask = batch.get("attention_mask")
         return batch["input_ids"].numel() if mask is None else int(mask.sum())
 
-    @torch.no_grad()
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Sum up the loss and the guessed tokens."""
-        found = self.token_loss(batch)
-        assert found.correct is not None, "evaluation computes no gradients"
-        return self.add_up(found.total, self.batch_weight(batch), found.correct)
+        return self._evaluate(batch)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Sum up the loss and the guessed tokens."""
-        self.validation_step(batch, batch_idx)
+        self._evaluate(batch)
+
+    @torch.no_grad()
+    def _evaluate(self, batch: Batch) -> dict[str, Tensor]:
+        found = self.token_loss(batch)
+        assert found.correct is not None, "evaluation computes no gradients"
+        return self.add_up(found.total, self.batch_weight(batch), found.correct)
 
     def log_means(self, stage: str, total: Tensor, weight: Tensor, *others: Tensor) -> None:
         """Log loss, perplexity and accuracy: means over all learned tokens."""

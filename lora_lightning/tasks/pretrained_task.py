@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lora_lightning.adapters.base import Adapter
 from lora_lightning.errors import ConfigError, first_few
 from lora_lightning.layers.traversal import adapter_owners
+from lora_lightning.tasks.evaluation import Evaluation
 from lora_lightning.tasks.lr_schedule import (
     Schedule,
     Shape,
@@ -24,7 +25,6 @@ from lora_lightning.tasks.lr_schedule import (
 from lora_lightning.tasks.model_options import Dtype, ModelOptions, Quantization
 from lora_lightning.tasks.network import build_network
 from lora_lightning.tasks.sharding import data_parallel_mesh
-from lora_lightning.tasks.token_mean import Evaluation
 from lora_lightning.training._lightning import trainer_of
 from lora_lightning.training.module_state import callbacks_of
 from lora_lightning.training.optimizers import may_be_fused
