@@ -260,7 +260,7 @@ def test_a_store_holds_what_it_is_given():
 
 def test_a_store_takes_8_bytes_a_token():
     store = ExampleStore(examples(200))
-    values = [store._input_ids._values, store._labels._values]
+    values = [store._lists._values]
     assert sum(v.untyped_storage().nbytes() for v in values) == 8 * sum(store.lengths)
 
 
