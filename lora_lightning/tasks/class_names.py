@@ -75,10 +75,9 @@ def weights_of_classes(weights: dict[str, float], names: list[str]) -> Tensor:
     """
     for name, weight in weights.items():
         if name not in names:
-            hint = nearest_hint(name, names)
             raise ConfigError(
                 f"class_weights: there is no class {name!r}. The classes are "
-                f"{first_few(names, 20)}.{hint} (model.class_weights)"
+                f"{first_few(names, 20)}.{nearest_hint(name, names)} (model.class_weights)"
             )
         if not 0 < weight < float("inf"):
             raise ConfigError(

@@ -91,7 +91,6 @@ def _attention_named(name: str | None) -> Iterator[None]:
 
 
 def _skeleton(auto_class: str, name: str, how: dict[str, Any]) -> Any:
-    """The network without memory."""
     with torch.device("meta"):
         return _from_config(auto_class, name, how)
 

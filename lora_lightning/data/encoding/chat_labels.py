@@ -68,10 +68,8 @@ class ChatTurns:
     def _turn(self, chat: Chat, before: list[Message], message: Message) -> Marked:
         """The text up to the end of `message`, and what of it the model writes."""
         where = f"{chat.where}, message {len(before) + 1}"
-        if self._template.marks_turns(chat):
-            text, spans = self._by_blocks(chat, before, message, where)
-        else:
-            text, spans = self._by_prompt(chat, before, message, where)
+        by = self._by_blocks if self._template.marks_turns(chat) else self._by_prompt
+        text, spans = by(chat, before, message, where)
         *others, (start, end) = spans
         end = self._end_of_turn(text, start, end)
         for lost in _lost(message, text[spans[0][0] :]):

@@ -221,9 +221,8 @@ class SampleEncoder:
         return True
 
     def _nothing_learned(self, example: Example, where: str) -> str:
-        read_only = next(
-            (n for n, label in enumerate(example.labels) if label != IGNORE_INDEX), None
-        )
+        learned = (n for n, label in enumerate(example.labels) if label != IGNORE_INDEX)
+        read_only = next(learned, None)
         if read_only is None:
             reason = "it has no text, or no turn of the assistant, to learn. Remove it"
         else:

@@ -41,10 +41,7 @@ ALPACA_PROMPT_WITH_INPUT = (
 class Fields:
     """The columns of one row under the names of its format, with errors that say where.
 
-    Attributes:
-        where: Where the row stands.
-        chat: Whether to make conversations of what can be one.
-        prompts_only: Whether answers stay unread.
+    `chat` and `prompts_only` as for `read_samples`.
     """
 
     def __init__(
