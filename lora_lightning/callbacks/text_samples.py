@@ -77,8 +77,6 @@ class TextSamples(Callback):
         generation: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        if prompts is not None and not prompts:
-            raise ConfigError("prompts is an empty list; leave it out or name some. (prompts)")
         self.prompts = prompts
         self.num_prompts = num_prompts
         self.every_n_steps = every_n_steps
@@ -87,6 +85,8 @@ class TextSamples(Callback):
             number = getattr(self, name)
             if number is not None and number < 1:
                 raise ConfigError(f"{name} must be at least 1, found {number}. ({name})")
+        if prompts is not None and not prompts:
+            raise ConfigError("prompts is an empty list; leave it out or name some. (prompts)")
         self.tokenizer = tokenizer
         self.generation = generation or {}
         self._generator: TextGenerator | None = None
