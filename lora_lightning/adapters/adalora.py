@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from lora_lightning.adapters.base import AdapterSpec, BaseWeight, Convolution, DeltaAdapter
 from lora_lightning.adapters.config import (
     AdapterConfig,
-    check_choice,
     check_positive,
     check_probability,
     check_rank,
@@ -120,7 +119,6 @@ class AdaLoraConfig(AdapterConfig):
             self.check_schedule(self.total_step)
         check_positive("lora_alpha", self.lora_alpha)
         check_probability("lora_dropout", self.lora_dropout)
-        check_choice("init_lora_weights", self.init_lora_weights, (True, False))
         object.__setattr__(self, "rank_pattern", self._checked_pattern())
         super().__post_init__()
 
@@ -156,11 +154,6 @@ class AdaLoraConfig(AdapterConfig):
         options["total_step"] = self.total_step or self.tinit + self.tfinal + 1
         options["rank_pattern"] = {f"{k}.lora_E": m for k, m in self.rank_pattern.items()} or None
         return options
-
-    @classmethod
-    def from_file_options(cls, options: dict[str, Any]) -> AdaLoraConfig:
-        """The config that PEFT's adapter_config.json describes."""
-        return cls.from_dict({k: v for k, v in options.items() if k not in cls.file_only})
 
 
 class AdaLoraAdapter(DeltaAdapter):
@@ -242,7 +235,6 @@ class AdaLoraConvAdapter(AdaLoraAdapter):
 
 
 def _triplets(spec: AdapterSpec) -> list[bool]:
-    """Which of init_r triplets the tensors of this weight have."""
     config: AdaLoraConfig = spec.config
     largest = min(spec.shape[0], math.prod(spec.shape[1:]))
     if spec.check_rank and config.init_r > largest:

@@ -106,6 +106,11 @@ class AdapterSpec:
         follow = narrow and not self.autocast_adapter_dtype
         return self.base_dtype if follow or self.base_dtype == torch.float64 else torch.float32
 
+    @property
+    def groups(self) -> int:
+        """Of the convolution; 1 of any other map."""
+        return 1 if self.conv is None else self.conv.groups
+
     def rank(self, largest: int | None = None) -> int:
         """r of this module, `rank_pattern` applied.
 
@@ -315,12 +320,16 @@ class DeltaAdapter(Adapter):
         """The update of the weight, in the canonical layout and the adapter's own dtype."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor, y: Tensor, base: BaseWeight) -> Tensor:
-        """y + (delta_weight() applied to x)."""
+    def update(self, x: Tensor, base: BaseWeight) -> Tensor:
+        """Return the adapter's share of the output: delta_weight() applied to x."""
         weight = self.delta_weight()
         if not is_autocast(x) and x.is_floating_point():
             weight = weight.to(x.dtype)
-        return y + base.apply_weight(x, weight).to(y.dtype)
+        return base.apply_weight(x, weight)
+
+    def forward(self, x: Tensor, y: Tensor, base: BaseWeight) -> Tensor:
+        """y + update(x), in y's dtype."""
+        return y + self.update(x, base).to(y.dtype)
 
     def transform_weight(self, weight: Tensor, base: BaseWeight) -> Tensor:
         """Weight + delta_weight()."""

@@ -39,6 +39,7 @@ class AdapterConfig:
 
     Raises:
         ConfigError: If a value is out of range or two options contradict each other.
+        RankError: If a rank is not a positive integer.
 
     """
 
@@ -47,9 +48,11 @@ class AdapterConfig:
     # compute, or the tensors themselves show the difference.
     free_to_change: ClassVar[frozenset[str]] = frozenset({*SELECTION, "modules_to_save"})
 
-    # Options and tensors that only PEFT's files know; tensors without a module's path.
+    # Of PEFT's files: options that only they know, tensors without a module's path, and what
+    # bias="lora_only" is called.
     file_only: ClassVar[frozenset[str]] = frozenset()
     shared_file_keys: ClassVar[frozenset[str]] = frozenset()
+    file_bias: ClassVar[str] = "lora_only"
 
     target_modules: list[str] | str = ALL_LINEAR
     exclude_modules: list[str] | str | None = None
@@ -154,11 +157,14 @@ class AdapterConfig:
 
     def file_options(self) -> dict[str, Any]:
         """The options as PEFT's adapter_config.json has them."""
-        return self.to_dict()
+        return {**self.to_dict(), "bias": self.bias.replace("lora_only", self.file_bias)}
 
     @classmethod
     def from_file_options(cls: type[Config], options: dict[str, Any]) -> Config:
         """The config that PEFT's adapter_config.json describes; unknown options are refused."""
+        options = {key: value for key, value in options.items() if key not in cls.file_only}
+        if options.get("bias") == cls.file_bias:
+            options["bias"] = "lora_only"
         return cls.from_dict(options)
 
     @classmethod
@@ -175,9 +181,6 @@ class RankedConfig(AdapterConfig):
         r: Rank of the update.
         rank_pattern: Other ranks for some modules: {name or regular expression: r}.
         alpha_pattern: Other alphas for some modules: {name or regular expression: alpha}.
-
-    Raises:
-        RankError: If r or a rank in rank_pattern is not a positive integer.
 
     """
 
@@ -227,9 +230,7 @@ def check_expression(key: str, expression: str) -> None:
 
 def check_choice(key: str, value: object, choices: tuple[object, ...]) -> None:
     """One of the known values."""
-    if not any(
-        value is choice or (value == choice and type(value) is type(choice)) for choice in choices
-    ):
+    if (type(value), value) not in [(type(choice), choice) for choice in choices]:  # 1 is not True
         listed = ", ".join(repr(choice) for choice in choices)
         hint = nearest_hint(str(value), [c for c in choices if isinstance(c, str)])
         raise ConfigError(f"{key} is {value!r}; known values: {listed}.{hint} (lora.{key})")

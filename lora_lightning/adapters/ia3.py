@@ -13,13 +13,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lora_lightning.adapters.base import Adapter, AdapterSpec, BaseWeight, Convolution
-from lora_lightning.adapters.config import AdapterConfig, check_choice, check_expression
+from lora_lightning.adapters.config import AdapterConfig, check_expression
 from lora_lightning.adapters.initialization import normal_
 from lora_lightning.errors import TargetError, did_you_mean, first_few
 
@@ -36,7 +36,6 @@ class Ia3Config(AdapterConfig):
             ones, for tests.
 
     Raises:
-        ConfigError: If a value is out of range or two options contradict each other.
         TargetError: At injection, if feedforward_modules fits no adapted module.
 
     """
@@ -48,7 +47,6 @@ class Ia3Config(AdapterConfig):
     init_ia3_weights: bool = True
 
     def __post_init__(self) -> None:
-        check_choice("init_ia3_weights", self.init_ia3_weights, (True, False))
         if isinstance(self.feedforward_modules, str):
             check_expression("feedforward_modules", self.feedforward_modules)
         super().__post_init__()
@@ -168,7 +166,7 @@ class Ia3ConvAdapter(Ia3Adapter):
     def factor_shape(self) -> tuple[int, ...]:
         """The shape of ia3_l."""
         out_channels, in_channels, *kernel = self.spec.shape
-        channels = in_channels * self._groups() if self.is_feedforward else out_channels
+        channels = in_channels * self.spec.groups if self.is_feedforward else out_channels
         return (1, channels, *(1 for _ in kernel))
 
     def along_activation(self) -> Tensor:
@@ -179,8 +177,6 @@ class Ia3ConvAdapter(Ia3Adapter):
         """The factors as (out, 1, 1, ...), or as (out, in / groups, 1, ...) for inputs."""
         if not self.is_feedforward:
             return self.ia3_l.transpose(0, 1)
-        by_group = self.ia3_l.view(self._groups(), -1, *self.ia3_l.shape[2:])
-        return by_group.repeat_interleave(self.spec.shape[0] // self._groups(), dim=0)
-
-    def _groups(self) -> int:
-        return cast(Convolution, self.spec.conv).groups
+        groups = self.spec.groups
+        by_group = self.ia3_l.view(groups, -1, *self.ia3_l.shape[2:])
+        return by_group.repeat_interleave(self.spec.shape[0] // groups, dim=0)

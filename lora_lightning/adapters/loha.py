@@ -28,12 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_lightning.adapters.base import AdapterSpec, BaseWeight
-from lora_lightning.adapters.lycoris import (
-    LycorisAdapter,
-    LycorisConfig,
-    contract_core,
-    recompute,
-)
+from lora_lightning.adapters.lycoris import LycorisAdapter, LycorisConfig, contract_core, recompute
 from lora_lightning.utilities.autocast import product_dtype, without_autocast
 from lora_lightning.utilities.tracing import is_traced
 
@@ -51,18 +46,10 @@ class LohaConfig(LycorisConfig):
 
     Args:
         r: Rank of each of the two factors; that of the update can reach r^2.
-        alpha: Numerator of the scaling; doubling it doubles the update.
         rank_dropout: Probability in [0, 1) of dropping a row of the update (an output feature) in
             a training step; the rows that are left are enlarged accordingly.
-        use_effective_conv2d: Factor the kernels of convolutions (also 1d and 3d) as a core over
-            the kernel's positions and two matrices over the channels (FedPara, proposition 3),
-            instead of as one matrix (out, in * positions).
         init_weights: true: B2 is zero (the adapter starts as a no-op), all else Kaiming-uniform;
             false: B2 too, for tests.
-
-    Raises:
-        ConfigError: If a value is out of range or two options contradict each other.
-        RankError: If r or a rank in rank_pattern is not a positive integer.
 
     """
 
@@ -100,9 +87,8 @@ class LohaAdapter(LycorisAdapter):
             shape_a, shape_b = (self.r, rows), (self.r, spec.shape[1])
         self.hada_w1_a, self.hada_w1_b = spec.parameter(*shape_a), spec.parameter(*shape_b)
         self.hada_w2_a, self.hada_w2_b = spec.parameter(*shape_a), spec.parameter(*shape_b)
-        whole = spec.conv is None or spec.conv.groups == 1
         products = self.r**2 * (rows + columns)
-        self.uses_factors = whole and products <= _WORTH_IT * rows * columns
+        self.uses_factors = spec.groups == 1 and products <= _WORTH_IT * rows * columns
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

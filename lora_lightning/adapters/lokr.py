@@ -26,12 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_lightning.adapters.base import AdapterSpec, BaseWeight, Convolution
-from lora_lightning.adapters.lycoris import (
-    LycorisAdapter,
-    LycorisConfig,
-    contract_core,
-    recompute,
-)
+from lora_lightning.adapters.lycoris import LycorisAdapter, LycorisConfig, contract_core, recompute
 from lora_lightning.errors import ConfigError
 from lora_lightning.utilities.autocast import product_dtype
 
@@ -51,7 +46,6 @@ class LokrConfig(LycorisConfig):
     Args:
         r: Rank of W2, which is a full matrix where r is at least half its larger side: any r
             beyond that only changes the scaling.
-        alpha: Numerator of the scaling; doubling it doubles the update.
         decompose_both: Give W1 the rank r too, where r is less than half its larger side.
         decompose_factor: Size of W1's sides: the layer's sizes are divided by it where they can
             be, else by their largest divisor below it. -1: as near to square as they can be.
@@ -59,14 +53,11 @@ class LokrConfig(LycorisConfig):
         init_weights: true: W1 is zero (the adapter starts as a no-op); "lycoris": W2 is, as in
             the LyCORIS library; false: neither, for tests. All else is Kaiming-uniform.
 
-    Raises:
-        ConfigError: If a value is out of range or two options contradict each other.
-        RankError: If r or a rank in rank_pattern is not a positive integer.
-
     """
 
     peft_type = "LOKR"
     free_to_change = LycorisConfig.free_to_change | {"rank_dropout_scale"}
+    starts = (True, False, "lycoris")
 
     decompose_both: bool = False
     decompose_factor: int = -1
@@ -80,9 +71,6 @@ class LokrConfig(LycorisConfig):
                 "least 1, or -1 for nearly square. (lora.decompose_factor)"
             )
         super().__post_init__()
-
-    def _starts(self) -> tuple[bool | str, ...]:
-        return (True, False, "lycoris")
 
 
 LoKrConfig = LokrConfig  # PEFT's spelling
@@ -165,9 +153,8 @@ class LokrAdapter(LycorisAdapter):
     def reset_parameters(self) -> None:
         """W1 or its A zero, "lycoris": W2 or its B zero; all others Kaiming-uniform."""
         super().reset_parameters()
-        start = self.config.init_weights
         zero = {True: ("lokr_w1", "lokr_w1_a"), "lycoris": ("lokr_w2", "lokr_w2_b"), False: ()}
-        self.start(*zero[start])
+        self.start(*zero[self.config.init_weights])
 
     def factors(self, strength: float | Tensor) -> list[Tensor]:
         """W1 (h, m) times `strength`; B (r, n, *kernel) and A (k, r), or W2 (k, n, *kernel)."""

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.adapters.base import AdapterSpec, BaseWeight, DeltaAdapter
+from lora_lightning.adapters.base import AdapterSpec, DeltaAdapter
 from lora_lightning.adapters.config import (
     RankedConfig,
     check_choice,
@@ -38,7 +38,7 @@ class LycorisConfig(RankedConfig):
 
     Args:
         r: Rank of the factors.
-        alpha: Numerator of the scaling alpha / r.
+        alpha: Numerator of the scaling alpha / r; doubling it doubles the update.
         rank_dropout: Probability in [0, 1) of dropping a row of the update (an output feature) in
             a training step.
         module_dropout: Probability in [0, 1) of dropping the whole update of a module in a
@@ -55,6 +55,7 @@ class LycorisConfig(RankedConfig):
         "module_dropout",
         "init_weights",
     }
+    starts: ClassVar[tuple[bool | str, ...]] = (True, False)  # values of init_weights
 
     alpha: float = 8
     rank_dropout: float = 0.0
@@ -66,15 +67,12 @@ class LycorisConfig(RankedConfig):
         check_positive("alpha", self.alpha)
         check_probability("rank_dropout", self.rank_dropout)
         check_probability("module_dropout", self.module_dropout)
-        check_choice("init_weights", self.init_weights, self._starts())
+        check_choice("init_weights", self.init_weights, self.starts)
         super().__post_init__()
-
-    def _starts(self) -> tuple[bool | str, ...]:
-        return (True, False)
 
 
 class LycorisAdapter(DeltaAdapter):
-    """y + update(x), where the update of a training step may have rows or all of it dropped."""
+    """y + update(x), of which a training step may drop rows or all of it."""
 
     config: LycorisConfig
 
@@ -98,14 +96,6 @@ class LycorisAdapter(DeltaAdapter):
                 zeros_(tensor)
             else:  # fan_in is the product of all dimensions but the first
                 kaiming_uniform_(tensor.flatten(1), self.spec.generator(name))
-
-    def forward(self, x: Tensor, y: Tensor, base: BaseWeight) -> Tensor:
-        """y + update(x), in y's dtype."""
-        return y + self.update(x, base).to(y.dtype)
-
-    def update(self, x: Tensor, base: BaseWeight) -> Tensor:
-        """The adapter's share of the output, with dropout while training."""
-        raise NotImplementedError
 
     def strength(self) -> float | Tensor:
         """`scale()`, or 0 where the whole update is dropped."""

@@ -18,23 +18,16 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
 
 from lora_lightning.adapters.base import Adapter, AdapterSpec, BaseWeight, Convolution
-from lora_lightning.adapters.config import (
-    AdapterConfig,
-    check_choice,
-    check_positive,
-    check_probability,
-)
+from lora_lightning.adapters.config import AdapterConfig, check_positive, check_probability
 from lora_lightning.adapters.initialization import normal_, zeros_
 from lora_lightning.errors import ConfigError, RankError
 from lora_lightning.utilities.autocast import is_autocast, without_autocast
-
-Config = TypeVar("Config", bound=AdapterConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,13 +48,11 @@ class OftConfig(AdapterConfig):
         num_cayley_neumann_terms: Number of its terms.
         init_weights: true: Q = 0 (the adapter starts as a no-op); false: random, for tests.
 
-    Raises:
-        ConfigError: If a value is out of range or two options contradict each other.
-
     """
 
     peft_type = "OFT"
     free_to_change = AdapterConfig.free_to_change | {"module_dropout", "init_weights"}
+    file_bias = "oft_only"
 
     r: int = 0
     oft_block_size: int = 32
@@ -89,8 +80,6 @@ class OftConfig(AdapterConfig):
             )
         check_probability("module_dropout", self.module_dropout)
         check_positive("eps", self.eps)
-        for key in ("coft", "block_share", "use_cayley_neumann", "init_weights"):
-            check_choice(key, getattr(self, key), (True, False))
         super().__post_init__()
 
     def blocks(self, width: int) -> tuple[int, int]:
@@ -110,15 +99,7 @@ class OftConfig(AdapterConfig):
 
     def file_options(self) -> dict[str, Any]:
         """The options as PEFT's adapter_config.json has them, and since when it means this."""
-        options = super().file_options()
-        bias = options["bias"].replace("lora_only", "oft_only")
-        return {**options, "bias": bias, "peft_version": "0.18.0"}
-
-    @classmethod
-    def from_file_options(cls: type[Config], options: dict[str, Any]) -> Config:
-        """The config that PEFT's adapter_config.json describes."""
-        bias = options.get("bias", "none")
-        return cls.from_dict({**options, "bias": bias.replace("oft_only", "lora_only")})
+        return {**super().file_options(), "peft_version": "0.18.0"}
 
 
 OFTConfig = OftConfig  # PEFT's spelling
@@ -143,7 +124,7 @@ class OftAdapter(Adapter):
     def __init__(self, spec: AdapterSpec) -> None:
         config: OftConfig = spec.config
         super().__init__(spec)
-        width = self.width()
+        width = math.prod(spec.shape[1:]) * spec.groups  # of what is rotated
         self.blocks, self.size = config.blocks(width)
         if self.size == 1:
             raise RankError(
@@ -156,10 +137,6 @@ class OftAdapter(Adapter):
         self.limit = (config.eps / root).item()
         self.oft_R = spec.parameter(stored, self.size * (self.size - 1) // 2)
         self.reset_parameters()
-
-    def width(self) -> int:
-        """Return the number of values that are rotated."""
-        return self.spec.shape[1]
 
     def reset_parameters(self) -> None:
         """Set no rotation, or a random one with `init_weights: false`."""
@@ -257,7 +234,7 @@ class OftConvAdapter(OftAdapter):
         each = math.prod(spec.shape[1:])
         if each % self.size:
             raise RankError(
-                f"{spec.path!r} has {self._groups()} groups that read {each} values each, which "
+                f"{spec.path!r} has {spec.groups} groups that read {each} values each, which "
                 f"blocks of {self.size} do not divide. Choose a divisor of it as oft_block_size, "
                 "or leave this layer out with exclude_modules. (lora.oft_block_size)"
             )
@@ -265,13 +242,6 @@ class OftConvAdapter(OftAdapter):
     def peft_supports(self, conv: Convolution, kernel: tuple[int, ...]) -> bool:
         """Only in 2 dimensions and for 1x1 kernels: others PEFT turns otherwise than it merges."""
         return conv.dims == 2 and set(kernel) == {1} and super().peft_supports(conv, kernel)
-
-    def width(self) -> int:
-        """Return the size of a patch."""
-        return math.prod(self.spec.shape[1:]) * self._groups()
-
-    def _groups(self) -> int:
-        return cast(Convolution, self.spec.conv).groups
 
     def _is_pointwise(self) -> bool:
         return math.prod(self.spec.shape[2:]) == 1
@@ -297,7 +267,7 @@ class OftConvAdapter(OftAdapter):
 
     def _turned(self, weight: Tensor, turn: Tensor) -> Tensor:
         # (out, in / groups, *kernel) as rows that hold a patch: one of each group side by side.
-        by_group = weight.unflatten(0, (self._groups(), -1)).flatten(2).transpose(0, 1)
+        by_group = weight.unflatten(0, (self.spec.groups, -1)).flatten(2).transpose(0, 1)
         turned = blockwise(by_group.flatten(1), turn.mT).view(by_group.shape)
         return turned.transpose(0, 1).reshape(weight.shape)
 

@@ -19,7 +19,7 @@ from lora_lightning.adapters.lora.linear import LoraAdapter
 from lora_lightning.adapters.oft import OftAdapter, OftConfig, OftConvAdapter, OftEmbeddingAdapter
 from lora_lightning.adapters.shira import ShiraAdapter, ShiraConfig
 from lora_lightning.adapters.vera import VeraAdapter, VeraConfig
-from lora_lightning.errors import ConfigError, did_you_mean
+from lora_lightning.errors import ConfigError, nearest_hint
 
 # The adapter class for each kind of layer (`AdaptedLayer.kind`), or what says it for a config.
 ByKind = Mapping[str, Callable[[AdapterSpec], Adapter]]
@@ -79,25 +79,18 @@ def config_type_of(peft_type: str) -> type[AdapterConfig]:
     """
     known = config_types()
     if peft_type not in known:
-        near = did_you_mean(peft_type, known)
-        hint = f"Did you mean {near!r}?" if near else f"Known: {', '.join(known)}."
-        raise ConfigError(f"Unknown adapter type {peft_type!r}. {hint} (peft_type)")
+        hint = nearest_hint(peft_type, known) or f" Known: {', '.join(known)}."
+        raise ConfigError(f"Unknown adapter type {peft_type!r}.{hint} (peft_type)")
     return known[peft_type]
 
 
 def _lora_classes(config: AdapterConfig) -> ByKind:
-    if getattr(config, "use_dora", False):
-        return {
-            "linear": DoraAdapter,
-            "conv": DoraConvAdapter,
-            "embedding": DoraEmbeddingAdapter,
-            "experts": LoraExpertsAdapter,  # which refuses the option by its name
-        }
+    dora = getattr(config, "use_dora", False)
     return {
-        "linear": LoraAdapter,
-        "conv": LoraConvAdapter,
-        "embedding": LoraEmbeddingAdapter,
-        "experts": LoraExpertsAdapter,
+        "linear": DoraAdapter if dora else LoraAdapter,
+        "conv": DoraConvAdapter if dora else LoraConvAdapter,
+        "embedding": DoraEmbeddingAdapter if dora else LoraEmbeddingAdapter,
+        "experts": LoraExpertsAdapter,  # which refuses use_dora by its name
     }
 
 
@@ -106,8 +99,7 @@ register_adapter(AdaLoraConfig, {"linear": AdaLoraAdapter, "conv": AdaLoraConvAd
 register_adapter(LohaConfig, {"linear": LohaAdapter, "conv": LohaAdapter})
 register_adapter(LokrConfig, {"linear": LokrAdapter, "conv": LokrAdapter})
 register_adapter(
-    OftConfig,
-    {"linear": OftAdapter, "conv": OftConvAdapter, "embedding": OftEmbeddingAdapter},
+    OftConfig, {"linear": OftAdapter, "conv": OftConvAdapter, "embedding": OftEmbeddingAdapter}
 )
 register_adapter(ShiraConfig, {"linear": ShiraAdapter})
 register_adapter(Ia3Config, {"linear": Ia3Adapter, "conv": Ia3ConvAdapter})

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_lightning.adapters.base import AdapterSpec, BaseWeight, DeltaAdapter
-from lora_lightning.adapters.config import AdapterConfig, check_choice, check_rank
+from lora_lightning.adapters.config import AdapterConfig, check_rank
 from lora_lightning.adapters.initialization import normal_, zeros_
 from lora_lightning.errors import ConfigError, RankError
 
@@ -43,10 +43,6 @@ class ShiraConfig(AdapterConfig):
         random_seed: Of the random choice.
         init_weights: true: the change starts at zero (a no-op); false: random, for tests.
 
-    Raises:
-        ConfigError: If a value is out of range or two options contradict each other.
-        RankError: If r is not a positive integer.
-
     """
 
     peft_type = "SHIRA"
@@ -66,7 +62,6 @@ class ShiraConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         check_rank("r", self.r)
-        check_choice("init_weights", self.init_weights, (True, False))
         if (self.mask_type == "random") == (self.mask_fn is not None):
             raise ConfigError(
                 f"mask_type={self.mask_type!r} with mask_fn={self.mask_fn!r}: a random choice "

@@ -15,7 +15,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from lora_lightning.adapters.base import AdapterSpec, BaseWeight, DeltaAdapter
 from lora_lightning.adapters.config import (
     AdapterConfig,
-    check_choice,
     check_positive,
     check_probability,
     check_rank,
@@ -32,8 +31,6 @@ from lora_lightning.adapters.config import (
 from lora_lightning.adapters.initialization import normal_
 from lora_lightning.errors import AdapterStateError, ConfigError
 from lora_lightning.utilities.autocast import is_autocast
-
-Config = TypeVar("Config", bound=AdapterConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,15 +47,12 @@ class VeraConfig(AdapterConfig):
         init_weights: true: lambda_b = 0 (the adapter starts as a no-op); false: random lambda_d and
             lambda_b = 1, for tests.
 
-    Raises:
-        ConfigError: If a value is out of range or two options contradict each other.
-        RankError: If r is not a positive integer.
-
     """
 
     peft_type = "VERA"
     free_to_change = AdapterConfig.free_to_change | {"vera_dropout", "d_initial", "init_weights"}
     shared_file_keys = frozenset({"base_model.vera_A", "base_model.vera_B"})
+    file_bias = "vera_only"
 
     r: int = 256
     projection_prng_key: int = 0
@@ -71,8 +65,6 @@ class VeraConfig(AdapterConfig):
         check_rank("r", self.r)
         check_probability("vera_dropout", self.vera_dropout)
         check_positive("d_initial", self.d_initial)
-        for key in ("save_projection", "init_weights"):
-            check_choice(key, getattr(self, key), (True, False))
         if type(self.projection_prng_key) is not int:
             raise ConfigError(
                 f"projection_prng_key is {self.projection_prng_key!r}; it is an integer, the seed "
@@ -91,17 +83,6 @@ class VeraConfig(AdapterConfig):
                 return adapter.shared[0].check_size(max(outs), max(ins))
         return Projections(self, max(outs), max(ins))
 
-    def file_options(self) -> dict[str, Any]:
-        """The options as PEFT's adapter_config.json has them."""
-        options = super().file_options()
-        return {**options, "bias": options["bias"].replace("lora_only", "vera_only")}
-
-    @classmethod
-    def from_file_options(cls: type[Config], options: dict[str, Any]) -> Config:
-        """The config that PEFT's adapter_config.json describes."""
-        bias = options.get("bias", "none")
-        return cls.from_dict({**options, "bias": bias.replace("vera_only", "lora_only")})
-
 
 class Projections(nn.Module):
     """The shared matrices vera_A (r, largest in) and vera_B (largest out, r)."""
@@ -114,10 +95,8 @@ class Projections(nn.Module):
         self.key = config.projection_prng_key
         self.owned = False
         self.base_dtype = torch.float32
-        for name, shape in (
-            ("vera_A", (config.r, in_features)),
-            ("vera_B", (out_features, config.r)),
-        ):
+        shapes = {"vera_A": (config.r, in_features), "vera_B": (out_features, config.r)}
+        for name, shape in shapes.items():
             self.register_buffer(name, torch.empty(shape, device="meta"), config.save_projection)
 
     @torch.no_grad()

@@ -69,13 +69,7 @@ def explain_unknown(key: str, known: Collection[str]) -> str:
 def check_arguments(
     owner: str, values: tuple[Any, ...], options: dict[str, Any], known: Collection[str]
 ) -> None:
-    """Refuse what the constructor of a config does not take.
-
-    Args:
-        owner: The config's class, by name.
-        values: The positional arguments.
-        options: Those by name.
-        known: The options that there are.
+    """Refuse what the constructor of the config `owner` does not take: it has the options `known`.
 
     Raises:
         ConfigError: Naming what was given, and what to write.
@@ -95,13 +89,7 @@ def check_arguments(
 
 
 def explain_no_config(value: Any, call: str) -> str:
-    """A message for something that stands where an adapter config should.
-
-    Args:
-        value: What was given instead.
-        call: What it was given to: "LoraCallback", for one.
-
-    """
+    """A message for what `call` ("LoraCallback", say) was given in place of an adapter config."""
     kind = type(value)
     found = f"{call} was given {_shown(value)} where an adapter config stands"
     takes_options = "LoraCallback" if call == "LoraCallback" else "LoraConfig"
