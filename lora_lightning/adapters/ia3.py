@@ -103,6 +103,7 @@ class Ia3Adapter(Adapter):
     def __init__(self, spec: AdapterSpec) -> None:
         super().__init__(spec)
         self.is_feedforward = spec.config.is_feedforward(spec.path)
+        self.along_activation = (-1, *(1 for _ in spec.shape[2:]))  # the shape of ia3_l there
         self.ia3_l = spec.parameter(*self.factor_shape())
         self.reset_parameters()
 
@@ -120,16 +121,8 @@ class Ia3Adapter(Adapter):
         else:
             normal_(self.ia3_l, 1, self.spec.generator("ia3_l"))
 
-    def along_activation(self) -> Tensor:
-        """The factors, to be multiplied with inputs or outputs."""
-        return self.ia3_l.flatten()
-
-    def along_weight(self) -> Tensor:
-        """The factors, to be multiplied with the weight."""
-        return self.ia3_l
-
     def _scale(self, activation: Tensor) -> Tensor:
-        factors = self.along_activation()
+        factors = self.ia3_l.reshape(self.along_activation)
         if activation.dtype.itemsize >= 4:
             return activation * factors.to(activation.dtype)
         return torch.addcmul(activation, activation, (factors - 1).to(activation.dtype))
@@ -144,7 +137,13 @@ class Ia3Adapter(Adapter):
 
     def transform_weight(self, weight: Tensor, base: BaseWeight) -> Tensor:
         """Rows scaled by l; columns on a feedforward module."""
-        return weight * self.along_weight().to(weight)
+        factors, groups = self.ia3_l.to(weight), self.spec.groups
+        if not self.is_feedforward:
+            factors = factors.view(-1, *(1 for _ in weight.shape[1:]))
+        elif groups > 1:
+            by_group = factors.view(groups, 1, -1, *factors.shape[2:])
+            return torch.mul(weight.unflatten(0, (groups, -1)), by_group).flatten(0, 1)
+        return weight * factors
 
     def transform_bias(self, bias: Tensor, base: BaseWeight) -> Tensor:
         """l * bias, unless the inputs are scaled."""
@@ -168,15 +167,3 @@ class Ia3ConvAdapter(Ia3Adapter):
         out_channels, in_channels, *kernel = self.spec.shape
         channels = in_channels * self.spec.groups if self.is_feedforward else out_channels
         return (1, channels, *(1 for _ in kernel))
-
-    def along_activation(self) -> Tensor:
-        """The factors as (channels, 1, ...)."""
-        return self.ia3_l[0]
-
-    def along_weight(self) -> Tensor:
-        """The factors as (out, 1, 1, ...), or as (out, in / groups, 1, ...) for inputs."""
-        if not self.is_feedforward:
-            return self.ia3_l.transpose(0, 1)
-        groups = self.spec.groups
-        by_group = self.ia3_l.view(groups, -1, *self.ia3_l.shape[2:])
-        return by_group.repeat_interleave(self.spec.shape[0] // groups, dim=0)

@@ -152,10 +152,9 @@ class OftAdapter(Adapter):
         with without_autocast(self.oft_R):
             q = self._skew(self._constrained() if config.coft else self.oft_R)
             if config.use_cayley_neumann:
-                turn = _neumann_turn(q, config.num_cayley_neumann_terms)
-            else:
-                one = torch.eye(self.size, dtype=q.dtype, device=q.device)
-                turn = torch.linalg.solve(one + q, -2 * q, left=False)
+                return _neumann_turn(q, config.num_cayley_neumann_terms)
+            one = torch.eye(self.size, dtype=q.dtype, device=q.device)
+            turn: Tensor = torch.linalg.solve(one + q, -2 * q, left=False)
         return turn
 
     def forward_turn(self) -> Tensor:
@@ -231,6 +230,7 @@ class OftConvAdapter(OftAdapter):
 
     def __init__(self, spec: AdapterSpec) -> None:
         super().__init__(spec)
+        self._is_pointwise = math.prod(spec.shape[2:]) == 1
         each = math.prod(spec.shape[1:])
         if each % self.size:
             raise RankError(
@@ -243,12 +243,9 @@ class OftConvAdapter(OftAdapter):
         """Only in 2 dimensions and for 1x1 kernels: others PEFT turns otherwise than it merges."""
         return conv.dims == 2 and set(kernel) == {1} and super().peft_supports(conv, kernel)
 
-    def _is_pointwise(self) -> bool:
-        return math.prod(self.spec.shape[2:]) == 1
-
     def transform_input(self, x: Tensor, base: BaseWeight) -> Tensor:
         """x with its channels rotated, where the kernel is a single point."""
-        if not self._is_pointwise():
+        if not self._is_pointwise:
             return x
         channel = -1 - cast(Convolution, self.spec.conv).dims
         turned = blockwise(x.movedim(channel, -1), self.forward_turn())
@@ -256,7 +253,7 @@ class OftConvAdapter(OftAdapter):
 
     def forward(self, x: Tensor, y: Tensor, base: BaseWeight) -> Tensor:
         """y + x * W (R^T - I), unless x was rotated."""
-        if self._is_pointwise():
+        if self._is_pointwise:
             return y
         change = self._turned(base.weight_below(self), self.forward_turn())
         return y + base.apply_weight(x, change).to(y.dtype)

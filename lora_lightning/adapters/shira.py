@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +21,6 @@ from lora_lightning.adapters.base import AdapterSpec, BaseWeight, DeltaAdapter
 from lora_lightning.adapters.config import AdapterConfig, check_rank
 from lora_lightning.adapters.initialization import normal_, zeros_
 from lora_lightning.errors import ConfigError, RankError
-
-Config = TypeVar("Config", bound=AdapterConfig)
 
 # Up to this share of entries that are not zero, the sparse product is the faster one on a CPU.
 # Measured on one core, forward and backward, 1024 x 1024 and 1024 tokens, in ms against the dense
@@ -74,7 +72,7 @@ class ShiraConfig(AdapterConfig):
         return {key: value for key, value in super().to_dict().items() if key != "mask_fn"}
 
     @classmethod
-    def from_dict(cls: type[Config], options: dict[str, Any]) -> Config:
+    def from_dict(cls, options: dict[str, Any]) -> ShiraConfig:
         """The config of `to_dict`; what a function chose is saved with the tensors."""
         if options.get("mask_fn") is None:
             options = {**options, "mask_type": "random"}

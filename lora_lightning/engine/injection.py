@@ -37,7 +37,7 @@ from lora_lightning.layers.conversion import (
     detach_adapter,
 )
 from lora_lightning.layers.multihead_attention import route_out_projections
-from lora_lightning.layers.quantized.cpu_packing import close_cpu_packing, reopen_cpu_packing
+from lora_lightning.layers.quantized.bitsandbytes import close_cpu_packing, reopen_cpu_packing
 from lora_lightning.layers.registry import layer_type_for
 from lora_lightning.layers.sequential import AdaptedSequential
 from lora_lightning.layers.torch_fast_path import close_fast_path, reopen_fast_path

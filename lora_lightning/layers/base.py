@@ -10,17 +10,16 @@ from __future__ import annotations
 
 import copyreg
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.adapters.base import Adapter, AdapterModule, Convolution
+from lora_lightning.adapters.base import Adapter, AdapterModule, BaseWeight, Convolution
 from lora_lightning.adapters.modules_to_save import ModulesToSaveCopy
 from lora_lightning.errors import AdapterStateError
 from lora_lightning.layers.carried_adapters import CarriedAdapters
-from lora_lightning.layers.composition import compose
 from lora_lightning.layers.mixed_batch import forward_by_row
 from lora_lightning.utilities.autocast import without_autocast
 
@@ -45,7 +44,7 @@ class AdaptedLayer(CarriedAdapters):
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape, in the canonical layout, of every weight that an adapter can sit on, by name."""
-        return {}
+        return {} if self.kind == "module" else {"weight": tuple(self.dense_weight().shape)}
 
     def convolution(self) -> Convolution | None:
         """The geometry, of a convolution."""
@@ -83,14 +82,11 @@ class AdaptedLayer(CarriedAdapters):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the base's output with the adapters that are applied."""
-        if self.row_adapters is not None:
+        if self._rows is not None:
             x, args, kwargs = first_argument(self, args, kwargs)
-            known = self.adapters if self._enabled else ()
+            known = [*self.adapters] if self._enabled else []
             return forward_by_row(
-                [
-                    name if name is not None and name in known else None
-                    for name in self.row_adapters
-                ],
+                [name if name in known else None for name in self._rows],
                 x,
                 lambda name, rows: self._forward_rows(name, rows, *args, **kwargs),
                 self.base_type.__name__,
@@ -273,6 +269,20 @@ class WeightView:
                 break
             below.append(other)
         return below
+
+
+def compose(
+    adapters: list[Adapter], x: Tensor, base_map: Callable[[Tensor], Any], base: BaseWeight
+) -> Any:
+    """Return the output of `base_map` with `adapters` around it, the first one innermost."""
+    inputs = []
+    for adapter in reversed(adapters):
+        inputs.append(x)
+        x = adapter.if_applied(adapter.transform_input(x, base), x)
+    y = base_map(x)
+    for adapter, given in zip(adapters, reversed(inputs), strict=True):
+        y = adapter.if_applied(adapter(given, y, base), y)
+    return y
 
 
 _CLASSES: dict[tuple[type[AdaptedLayer], type[nn.Module]], Any] = {}

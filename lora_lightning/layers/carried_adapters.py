@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
+from typing import Any
+
 import torch
 from torch import nn
 
 from lora_lightning.adapters.base import Adapter, AdapterDict
 from lora_lightning.adapters.modules_to_save import ModulesToSaveCopy
 from lora_lightning.errors import AdapterStateError
+
+
+def _told(name: str) -> Any:
+    """A property that is kept under `name`; the adapters are told of every change."""
+
+    def write(layer: CarriedAdapters, value: Any) -> None:
+        setattr(layer, name, value)
+        layer._tell_adapters()
+
+    return property(attrgetter(name), write)
 
 
 class CarriedAdapters(nn.Module):
@@ -23,6 +36,10 @@ class CarriedAdapters(nn.Module):
     """
 
     adapters: AdapterDict
+    active_adapters: list[str] = _told("_active")
+    adapters_enabled: bool = _told("_enabled")
+    merged_adapters: list[str] = _told("_merged")
+    row_adapters: list[str | None] | None = _told("_rows")
     _active: list[str]
     _rows: list[str | None] | None
     _enabled: bool
@@ -36,46 +53,6 @@ class CarriedAdapters(nn.Module):
         if not self._enabled or self._rows is not None:
             return []
         return [n for n in self.adapters if n in self._active and n not in self._merged]
-
-    @property
-    def active_adapters(self) -> list[str]:
-        """Names of the adapters that take part in forward."""
-        return self._active
-
-    @active_adapters.setter
-    def active_adapters(self, names: list[str]) -> None:
-        self._active = names
-        self._tell_adapters()
-
-    @property
-    def row_adapters(self) -> list[str | None] | None:
-        """Inside `adapters_per_row`, the adapter's name of each row (None: the base)."""
-        return self._rows
-
-    @row_adapters.setter
-    def row_adapters(self, names: list[str | None] | None) -> None:
-        self._rows = names
-        self._tell_adapters()
-
-    @property
-    def adapters_enabled(self) -> bool:
-        """False inside `disable_adapter`."""
-        return self._enabled
-
-    @adapters_enabled.setter
-    def adapters_enabled(self, enabled: bool) -> None:
-        self._enabled = enabled
-        self._tell_adapters()
-
-    @property
-    def merged_adapters(self) -> list[str]:
-        """Names of the adapters that are in the weights at present."""
-        return self._merged
-
-    @merged_adapters.setter
-    def merged_adapters(self, names: list[str]) -> None:
-        self._merged = names
-        self._tell_adapters()
 
     def _tell_adapters(self) -> None:
         of_rows = self._rows if self._rows is not None and self._enabled else ()

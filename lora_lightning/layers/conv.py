@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lora_lightning.adapters.base import AdapterModule, Convolution
 from lora_lightning.layers.base import AdaptedLayer
 
-CONVOLUTIONS = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _FUNCTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
@@ -19,21 +19,11 @@ class AdaptedConv(AdaptedLayer):
 
     kind = "conv"
 
-    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
-        """{"weight": (out_channels, in_channels / groups, *kernel_size)}."""
-        return {"weight": tuple(self.weight.shape)}
-
     def convolution(self) -> Convolution:
         """Stride, padding, dilation, groups and padding mode of the module."""
-        dims = next(dims for kind, dims in CONVOLUTIONS.items() if isinstance(self, kind))
-        module = cast(nn.Conv2d, self)
+        own, dims = cast(nn.Conv2d, self), self.weight.dim() - 2
         return Convolution(
-            dims,
-            module.stride,
-            module.padding,
-            module.dilation,
-            module.groups,
-            module.padding_mode,
+            dims, own.stride, own.padding, own.dilation, own.groups, own.padding_mode
         )
 
     def peft_supports(self, adapter: AdapterModule) -> bool:

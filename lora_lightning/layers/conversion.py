@@ -67,9 +67,8 @@ def detach_adapter(module: AdaptedLayer, name: str) -> None:
 def convert_to_adapted(module: nn.Module, layer_type: type[AdaptedLayer]) -> None:
     """Swap the module's class for one that can carry adapters; a layer stays as it is."""
     if isinstance(module, AdaptedLayer):
-        if (
-            module.layer_type is AdaptedLayer and layer_type is not AdaptedLayer
-        ):  # it has trained copies only
+        has_copies_only = module.layer_type is AdaptedLayer
+        if has_copies_only and layer_type is not AdaptedLayer:
             module.__class__ = adapted_class(layer_type, module.base_type)
         return
     instance_forward = module.__dict__.pop("forward", None)

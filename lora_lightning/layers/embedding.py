@@ -15,10 +15,6 @@ class AdaptedEmbedding(AdaptedLayer):
     padding_idx: int | None
     scale_grad_by_freq: bool
 
-    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
-        """{"weight": (num_embeddings, embedding_dim)}."""
-        return {"weight": tuple(self.weight.shape)}
-
     def apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
         """Rows of another table, treated as the table's own: padding, gradient scale, embed_scale.
 

@@ -161,7 +161,7 @@ class AdaptedExperts(AdaptedLayer):
         return getattr(getattr(self, "config", None), "_experts_implementation", None)
 
     def _check_rows(self) -> None:
-        for name in self.row_adapters or ():
+        for name in self._rows or ():
             if name is not None and name in self.adapters and self._enabled:
                 raise AdapterStateError(
                     f"adapters_per_row names adapter {name!r}, which sits on parameters of a "
@@ -171,18 +171,14 @@ class AdaptedExperts(AdaptedLayer):
 
 
 def check_parameter(module: nn.Module, path: str, name: str) -> None:
-    """Refuse a parameter that cannot carry an adapter, before anything is touched.
-
-    Args:
-        module: The module that owns the parameter.
-        path: Its path.
-        name: The parameter's name in it.
+    """Refuse a parameter of the module at `path` that cannot carry an adapter.
 
     Raises:
         TargetError: Naming the parameter and the reason.
 
     """
     parameter = module._parameters[name]
+    layer_type = module.layer_type if isinstance(module, AdaptedLayer) else AdaptedLayer
     if isinstance(parameter, nn.parameter.UninitializedParameter):
         reason = "is lazy and has no size yet. Run one batch through the model first"
     elif parameter is None or parameter.dim() not in (2, 3):
@@ -196,11 +192,8 @@ def check_parameter(module: nn.Module, path: str, name: str) -> None:
         reason = "belongs to an attention, which target_modules adapts: name it there"
     elif isinstance(module, nn.RNNBase):
         reason = "is read past its name by its module: an adapter there would have no effect"
-    elif isinstance(module, AdaptedLayer) and module.layer_type not in (
-        AdaptedLayer,
-        AdaptedExperts,
-    ):
-        reason = f"belongs to a module that carries adapters of kind {module.kind!r} already"
+    elif layer_type not in (AdaptedLayer, AdaptedExperts):
+        reason = f"belongs to a module that carries adapters of kind {layer_type.kind!r} already"
     else:
         return
     kind = (module.base_type if isinstance(module, AdaptedLayer) else type(module)).__name__

@@ -87,15 +87,10 @@ def fused_lora(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Sequence[L
 
 
 def add_lora(x: Tensor, y: Tensor, terms: Sequence[LoraTerm], *, inplace: bool = False) -> Tensor:
-    """`y` plus the shares of `terms`, in y's dtype, for a base that computes y in its own way.
+    """`y` plus the shares of `terms`, in y's dtype, for a base that made y of x in its own way.
 
-    Args:
-        x: What the base read.
-        y: What it answered.
-        terms: The adapters' shares.
-        inplace: Write the sum into the memory of `y`, if that is contiguous. Only for a base known
-            to need its y no more, neither in its backward nor as a buffer of its own.
-
+    `inplace` writes the sum into the memory of `y`, if that is contiguous: only for a base known to
+    need its y no more, neither in its backward nor as a buffer of its own.
     """
     return _apply(x, y, None, None, terms, inplace)
 

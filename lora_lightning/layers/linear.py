@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from lora_lightning.adapters.base import Adapter
 from lora_lightning.adapters.modules_to_save import ModulesToSaveCopy
 from lora_lightning.layers.autocast_cache import autocast_input
-from lora_lightning.layers.base import AdaptedLayer, WeightView
-from lora_lightning.layers.composition import compose
+from lora_lightning.layers.base import AdaptedLayer, WeightView, compose
 from lora_lightning.layers.fused_lora import add_lora, can_fuse, fused_lora, lora_terms
 
 
@@ -19,10 +18,6 @@ class AdaptedLinear(AdaptedLayer):
     """y = W x + b, weight (out_features, in_features)."""
 
     kind = "linear"
-
-    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
-        """{"weight": (out_features, in_features)}."""
-        return {"weight": tuple(self.dense_weight().shape)}
 
     def apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
         """The product x weight^T."""

@@ -105,10 +105,9 @@ class LowRankWeight:
         if name in _DESCRIPTION:
             return getattr(self.weight, name)
         if name in _CONVERSION:
+            parts = (self.weight, self.left, self.right)
             return lambda *args, **kwargs: LowRankWeight(
-                getattr(self.weight, name)(*args, **kwargs),
-                getattr(self.left, name)(*args, **kwargs),
-                getattr(self.right, name)(*args, **kwargs),
+                *(getattr(part, name)(*args, **kwargs) for part in parts)
             )
         return getattr(self.dense(), name)
 
@@ -124,11 +123,7 @@ for _name in _OPERATORS:
     setattr(LowRankWeight, f"__{_name}__", _operator(f"__{_name}__"))
 
 _PRODUCTS = (torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.mm, Tensor.bmm)
-_GROUPED = tuple(
-    getattr(room, name)
-    for room, name in ((torch, "_grouped_mm"), (F, "grouped_mm"))
-    if hasattr(room, name)
-)
+_GROUPED = (getattr(torch, "_grouped_mm", None), getattr(F, "grouped_mm", None))
 
 
 def _linear(input: Any, weight: Any, bias: Any = None) -> Any:

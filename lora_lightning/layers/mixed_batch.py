@@ -17,15 +17,9 @@ def forward_by_row(
     forward: Callable[[str | None, Tensor], Any],
     layer_name: str,
 ) -> Any:
-    """The output of a layer whose row i goes through adapter `names[i]` alone.
+    """The output of a layer whose row i of `x` goes through adapter `names[i]` alone (None: base).
 
-    Rows of one adapter are computed together, just as a batch of their own would be.
-
-    Args:
-        names: The name of an adapter of the layer for each row; None: the base.
-        x: The layer's input, rows first.
-        forward: The output for rows that all go through the adapter of that name.
-        layer_name: What errors call the layer.
+    Rows of one adapter are computed together by `forward`, just as a batch of their own would be.
 
     Raises:
         AdapterStateError: If `x` has another number of rows, or the output has none.
@@ -34,9 +28,9 @@ def forward_by_row(
     if not isinstance(x, Tensor) or x.shape[0] != len(names):
         found = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise AdapterStateError(
-            f"adapters_per_row names an adapter for each of {len(names)} rows, but a "
-            f"{layer_name} was called with {found}, whose first dimension is "
-            "not the batch. Adapters per row need the batch first everywhere."
+            f"adapters_per_row names an adapter for each of {len(names)} rows, but a {layer_name} "
+            f"was called with {found}, whose first dimension is not the batch. Adapters per row "
+            "need the batch first everywhere."
         )
     groups = dict.fromkeys(names)
     if len(groups) < 2:
@@ -47,8 +41,8 @@ def forward_by_row(
         rows = forward(name, x.index_select(0, index))
         if not isinstance(rows, Tensor):
             raise AdapterStateError(
-                f"A {layer_name} answers with a {type(rows).__name__}, not a "
-                "tensor: its rows cannot be put together. Run one batch per adapter."
+                f"A {layer_name} answers with a {type(rows).__name__}, not a tensor: its rows "
+                "cannot be put together. Run one batch per adapter."
             )
         if y is None:
             y = rows.new_zeros((len(names), *rows.shape[1:]))

@@ -30,8 +30,7 @@ from lora_lightning.adapters.modules_to_save import ModulesToSaveCopy
 from lora_lightning.errors import AdapterStateError
 from lora_lightning.layers.attention_heads import Masks, attend
 from lora_lightning.layers.autocast_cache import autocast_input
-from lora_lightning.layers.base import AdaptedLayer, WeightView, adapted_class
-from lora_lightning.layers.composition import compose
+from lora_lightning.layers.base import AdaptedLayer, WeightView, adapted_class, compose
 from lora_lightning.layers.conversion import convert_back, convert_to_adapted
 from lora_lightning.layers.traversal import walk
 
@@ -61,20 +60,10 @@ class AdaptedMultiheadAttention(AdaptedLayer):
         """All of `in_proj_bias`, or the third of it that goes with a separate weight."""
         return name.replace("weight", "bias")
 
-    @property
-    def q_proj_bias(self) -> Tensor | None:
-        """The first third of in_proj_bias, a view."""
-        return self._third(0)
-
-    @property
-    def k_proj_bias(self) -> Tensor | None:
-        """The second third of in_proj_bias, a view."""
-        return self._third(1)
-
-    @property
-    def v_proj_bias(self) -> Tensor | None:
-        """The last third of in_proj_bias, a view."""
-        return self._third(2)
+    # Views of in_proj_bias, by the names of the separate weights.
+    q_proj_bias = property(lambda self: self._third(0))
+    k_proj_bias = property(lambda self: self._third(1))
+    v_proj_bias = property(lambda self: self._third(2))
 
     def _third(self, index: int) -> Tensor | None:
         return None if self.in_proj_bias is None else self.in_proj_bias.chunk(3)[index]
@@ -118,16 +107,9 @@ class AdaptedMultiheadAttention(AdaptedLayer):
         copy = self.trained_copy()
         if not self._has_applied_adapters():
             base_map = self.base_forward if copy is None else copy
-            output: tuple[Tensor, Tensor | None] = base_map(
-                query,
-                key,
-                value,
-                key_padding_mask=key_padding_mask,
-                need_weights=need_weights,
-                attn_mask=attn_mask,
-                average_attn_weights=average_attn_weights,
-                is_causal=is_causal,
-            )
+            options = (need_weights, attn_mask, average_attn_weights, is_causal)
+            output: tuple[Tensor, Tensor | None]
+            output = base_map(query, key, value, key_padding_mask, *options)
             return output
         self._check_inputs(query, key, value)
         masks = Masks(key_padding_mask, attn_mask, is_causal)
@@ -159,7 +141,7 @@ class AdaptedMultiheadAttention(AdaptedLayer):
         return self._project_out(copy, y), weights
 
     def _has_applied_adapters(self) -> bool:
-        if self.row_adapters is not None:
+        if self._rows is not None:
             return True
         if isinstance(self.out_proj, AdaptedLayer) and self.out_proj.applied_adapters():
             return True
@@ -226,7 +208,7 @@ class AdaptedMultiheadAttention(AdaptedLayer):
         base_map: Callable[[Tensor], Tensor],
         base: BaseWeight,
     ) -> Tensor:
-        names, dim = self.row_adapters, 0 if self.batch_first else 1
+        names, dim = self._rows, 0 if self.batch_first else 1
         if names is None:
             return cast(Tensor, compose(chains[None], x, base_map, base))
         if x.dim() != 3 or x.shape[dim] != len(names):
@@ -245,9 +227,9 @@ class AdaptedMultiheadAttention(AdaptedLayer):
 
     def _chains(self, weight_name: str) -> dict[str | None, list[Adapter]]:
         """The adapters on one weight, for each name in `row_adapters`; None: for all, or none."""
-        if self.row_adapters is None:
+        if self._rows is None:
             return {None: self.applied_adapters(weight_name)}
-        chains: dict[str | None, list[Adapter]] = {name: [] for name in self.row_adapters}
+        chains: dict[str | None, list[Adapter]] = {name: [] for name in self._rows}
         for name, chain in chains.items():
             if name is None or name not in self.adapters or not self._enabled:
                 continue
@@ -261,7 +243,7 @@ class AdaptedMultiheadAttention(AdaptedLayer):
         return chains
 
     def _project_out(self, copy: ModulesToSaveCopy | None, y: Tensor) -> Tensor:
-        if self.row_adapters is not None:  # which want the batch first
+        if self._rows is not None:  # which want the batch first
             return cast(Tensor, self.out_proj(y.transpose(0, 1))).transpose(0, 1)
         if copy is None:
             return cast(Tensor, self.out_proj(y))
@@ -306,7 +288,6 @@ def route_out_projections(model: nn.Module) -> None:
         elif (
             isinstance(module, AdaptedMultiheadAttention)
             and not module.adapters
-            and type(module)
-            is adapted_class(AdaptedMultiheadAttention, module.base_type)  # not swapped again
+            and type(module) is adapted_class(module.layer_type, module.base_type)  # not wrapped
         ):
             convert_back(module)

@@ -18,7 +18,6 @@ from lora_lightning.layers.quantized.torchao import is_torchao_linear
 
 SUPPORTED = "Linear, Conv1D (transformers), Embedding, Conv1d, Conv2d, Conv3d, MultiheadAttention"
 
-
 # Each layer class with a test of the modules that it fits; the first that fits is taken.
 LAYER_TYPES: list[tuple[Callable[[nn.Module], bool], type[AdaptedLayer]]] = [
     (lambda m: is_linear4bit(m) or is_linear8bit(m), AdaptedBitsandbytesLinear),
@@ -29,10 +28,7 @@ LAYER_TYPES: list[tuple[Callable[[nn.Module], bool], type[AdaptedLayer]]] = [
         AdaptedMultiheadAttention,
     ),
     (lambda m: isinstance(m, nn.Embedding), AdaptedEmbedding),
-    (
-        lambda m: isinstance(m, tuple(CONVOLUTIONS)) and not getattr(m, "transposed", False),
-        AdaptedConv,
-    ),
+    (lambda m: isinstance(m, CONVOLUTIONS) and not getattr(m, "transposed", False), AdaptedConv),
     (is_conv1d, AdaptedConv1D),
 ]
 

@@ -13,11 +13,7 @@ from lora_lightning.adapters.config import (
     check_positive,
     check_probability,
 )
-from lora_lightning.adapters.lora.init_weights import (
-    START_FROM_WEIGHT,
-    EvaConfig,
-    LoftqConfig,
-)
+from lora_lightning.adapters.lora.init_weights import START_FROM_WEIGHT, EvaConfig, LoftqConfig
 from lora_lightning.errors import ConfigError
 
 
@@ -151,15 +147,14 @@ class LoraConfig(RankedConfig):
                     "(lora.init_lora_weights)"
                 )
             start = True
-        options = {**options, "init_lora_weights": start}
-        options |= {"eva_config": None, "loftq_config": None}
-        return super().from_file_options(options)
+        history = {"init_lora_weights": start, "eva_config": None, "loftq_config": None}
+        return super().from_file_options({**options, **history})
 
     def file_options(self) -> dict[str, Any]:
         """Return PEFT's adapter_config.json: a rank twice as large where A and B are of 2 r."""
         # The start is history: a file says how to compute with what there is.
-        options = {**super().file_options(), "init_lora_weights": True}
-        options |= {"eva_config": None, "loftq_config": None}
+        history = {"init_lora_weights": True, "eva_config": None, "loftq_config": None}
+        options = {**super().file_options(), **history}
         if self.starts_from_base:
             factor = math.sqrt(2) if self.use_rslora else 2  # so that the scaling stays the same
             options["r"] = 2 * self.r

@@ -12,13 +12,11 @@ Source: Hu et al. 2021, arXiv:2106.09685; names, shapes and start values are PEF
 from __future__ import annotations
 
 import math
-from typing import cast
 
 import torch
 from torch import Tensor
 
-from lora_lightning.adapters.base import AdapterSpec, BaseWeight, Convolution
-from lora_lightning.adapters.initialization import kaiming_uniform_, normal_, zeros_
+from lora_lightning.adapters.base import AdapterSpec, BaseWeight
 from lora_lightning.adapters.lora.embedding import check_plain_start
 from lora_lightning.adapters.lora.linear import LowRankAdapter
 from lora_lightning.errors import AdapterStateError, RankError
@@ -35,37 +33,21 @@ class LoraConvAdapter(LowRankAdapter):
     """
 
     def __init__(self, spec: AdapterSpec) -> None:
-        check_plain_start(spec, "conv")
-        conv = cast(Convolution, spec.conv)
+        check_plain_start(spec)
+        groups = self.groups = spec.groups
         out_channels, in_channels, *kernel = spec.shape
-        in_channels *= conv.groups
+        in_channels *= groups
         super().__init__(spec, min(out_channels, in_channels * math.prod(kernel)))
-        if self.r % conv.groups:
+        if self.r % groups:
             raise RankError(
-                f"r={self.r} cannot be shared out over the {conv.groups} groups of "
+                f"r={self.r} cannot be shared out over the {groups} groups of "
                 f"{spec.path!r}: it must be a multiple of them. Give this layer a rank of its own "
                 "with rank_pattern, or leave it out with exclude_modules. (lora.r)"
             )
-        self.groups = conv.groups
         self.lora_A = spec.parameter(self.r, in_channels, *kernel)
-        self.lora_B = spec.parameter(out_channels, self.r // conv.groups, *(1 for _ in kernel))
+        self.lora_B = spec.parameter(out_channels, self.r // groups, *(1 for _ in kernel))
         self.lora_B_bias = spec.parameter(out_channels) if spec.config.lora_bias else None
         self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """A and B as `init_lora_weights` says; B A = 0 unless it is false."""
-        super().reset_parameters()
-        config = self.config
-        if config.init_lora_weights == "gaussian":
-            normal_(self.lora_A, 1 / self.r, self.spec.generator("lora_A"))
-        else:
-            kaiming_uniform_(self.lora_A, self.spec.generator("lora_A"))
-        if config.init_lora_weights is False:
-            kaiming_uniform_(self.lora_B, self.spec.generator("lora_B"))
-        else:
-            zeros_(self.lora_B)
-        if self.lora_B_bias is not None:
-            zeros_(self.lora_B_bias)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A (r, in * kernel) and B (out, r), flat."""
@@ -103,9 +85,3 @@ class LoraConvAdapter(LowRankAdapter):
             )
         a, b = self.factors()
         return self.scale() * (b @ a).view(-1, *self.lora_A.shape[1:])
-
-    def transform_bias(self, bias: Tensor, base: BaseWeight) -> Tensor:
-        """Base bias + scaling * b."""
-        if self.lora_B_bias is None:
-            return bias
-        return bias + self.scaling * self.lora_B_bias.to(bias.dtype)

@@ -30,10 +30,14 @@ class _Dora(LowRankAdapter):
     needs_weight = True
     additive = False
     lora_magnitude_vector: nn.Parameter
-    magnitude_shape: tuple[int, ...] = (-1,)  # how m is laid along the output
+    magnitude_shape: tuple[int, ...]  # how m is laid along the output
 
-    def _add_magnitude(self, *shape: int) -> None:
-        self.lora_magnitude_vector = self.spec.parameter(*shape)
+    def __init__(self, spec: AdapterSpec) -> None:
+        super().__init__(spec)
+        outputs, ones = len(self.factors()[1]), [1 for _ in spec.shape[2:]]
+        self.magnitude_shape = (-1, *ones)
+        batch = ones[:1]  # PEFT's magnitude of a convolution is laid out as its output
+        self.lora_magnitude_vector = spec.parameter(*batch, outputs, *ones)
         with torch.no_grad():
             self.lora_magnitude_vector.fill_(1)
 
@@ -85,37 +89,19 @@ class _Dora(LowRankAdapter):
 class DoraAdapter(_Dora, LoraAdapter):
     """DoRA on a linear map; lora_magnitude_vector (out)."""
 
-    def __init__(self, spec: AdapterSpec) -> None:
-        super().__init__(spec)
-        self._add_magnitude(spec.shape[0])
-
-    def start_from_weight(self, weight: Tensor) -> None:
-        """A and B where they come from the weight, then the magnitude."""
-        if self.lora_A_start is not None:
-            LoraAdapter.start_from_weight(self, weight)
-        with torch.no_grad():
-            self.lora_magnitude_vector.copy_(self._norm(weight))
-
 
 class DoraEmbeddingAdapter(_Dora, LoraEmbeddingAdapter):
     """DoRA on an embedding table; lora_magnitude_vector (embedding_dim)."""
-
-    def __init__(self, spec: AdapterSpec) -> None:
-        super().__init__(spec)
-        self._add_magnitude(spec.shape[1])
 
 
 class DoraConvAdapter(_Dora, LoraConvAdapter):
     """DoRA on a convolution; lora_magnitude_vector (1, out, 1, ...)."""
 
     def __init__(self, spec: AdapterSpec) -> None:
-        if spec.conv is not None and spec.conv.groups > 1:
+        if spec.groups > 1:
             raise ConfigError(
-                f"use_dora is not defined on {spec.path!r}, a convolution of {spec.conv.groups} "
+                f"use_dora is not defined on {spec.path!r}, a convolution of {spec.groups} "
                 "groups: its update is no kernel of the base's shape. Leave it out with "
                 "exclude_modules. (lora.use_dora)"
             )
         super().__init__(spec)
-        ones = [1 for _ in spec.shape[2:]]
-        self.magnitude_shape = (-1, *ones)
-        self._add_magnitude(1, spec.shape[0], *ones)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_lightning.adapters.base import AdapterSpec, BaseWeight
+from lora_lightning.adapters.base import AdapterSpec, BaseWeight, DeltaAdapter
 from lora_lightning.adapters.initialization import normal_, zeros_
 from lora_lightning.adapters.lora.config import LoraConfig
 from lora_lightning.adapters.lora.linear import LowRankAdapter
@@ -30,16 +30,16 @@ class LoraEmbeddingAdapter(LowRankAdapter):
     """
 
     def __init__(self, spec: AdapterSpec) -> None:
-        check_plain_start(spec, "embedding")
+        check_plain_start(spec)
         num_embeddings, embedding_dim = spec.shape
-        super().__init__(spec, min(spec.shape))
+        super().__init__(spec)
         self.lora_embedding_A = spec.parameter(self.r, num_embeddings)
         self.lora_embedding_B = spec.parameter(embedding_dim, self.r)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """A zero and B ~ N(0, 1); both random where `init_lora_weights` is false."""
-        super().reset_parameters()
+        DeltaAdapter.reset_parameters(self)
         if self.config.init_lora_weights is False:
             normal_(self.lora_embedding_A, 1.0, self.spec.generator("lora_embedding_A"))
         else:
@@ -61,16 +61,12 @@ class LoraEmbeddingAdapter(LowRankAdapter):
         with without_autocast(x):
             return F.linear(rows, self.lora_embedding_B) * self.scale()
 
-    def forward(self, x: Tensor, y: Tensor, base: BaseWeight) -> Tensor:
-        """y + scaling * (B A)^T[ids], in y's dtype."""
-        return y + self.update(x, base).to(y.dtype)
-
     def delta_weight(self) -> Tensor:
         """scaling * (B A)^T, (num_embeddings, embedding_dim)."""
         return self.scale() * (self.lora_embedding_B @ self.lora_embedding_A).t()
 
 
-def check_plain_start(spec: AdapterSpec, kind: str) -> None:
+def check_plain_start(spec: AdapterSpec) -> None:
     """Refuse options that are defined for linear maps only.
 
     Raises:
@@ -78,11 +74,12 @@ def check_plain_start(spec: AdapterSpec, kind: str) -> None:
 
     """
     config: LoraConfig = spec.config
+    path, kind = spec.path, spec.kind
     if config.lora_bias and kind == "embedding":
-        raise ConfigError(f"lora_bias has no meaning on the {kind} {spec.path!r}. (lora.lora_bias)")
+        raise ConfigError(f"lora_bias has no meaning on the {kind} {path!r}. (lora.lora_bias)")
     if config.init_lora_weights not in (True, False, "gaussian"):
         raise ConfigError(
             f"init_lora_weights={config.init_lora_weights!r} is defined for Linear modules, but "
-            f"{spec.path!r} is of kind {kind!r}. Leave it out (lora.exclude_modules), or use true "
+            f"{path!r} is of kind {kind!r}. Leave it out (lora.exclude_modules), or use true "
             "or 'gaussian'. (lora.init_lora_weights)"
         )

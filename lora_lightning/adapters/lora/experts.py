@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from lora_lightning.adapters.base import AdapterSpec
-from lora_lightning.adapters.initialization import kaiming_uniform_, normal_, zeros_
 from lora_lightning.adapters.lora.config import LoraConfig
 from lora_lightning.adapters.lora.embedding import check_plain_start
 from lora_lightning.adapters.lora.linear import LowRankAdapter
@@ -35,24 +34,11 @@ class LoraExpertsAdapter(LowRankAdapter):
         self.experts = experts[0] if experts else None
         self.transposed = spec.transposed and bool(experts)
         out_features, in_features = (columns, rows) if self.transposed else (rows, columns)
-        super().__init__(spec, min(out_features, in_features))
+        super().__init__(spec)
         ranks = self.r * (self.experts or 1)
         self.lora_A = spec.parameter(ranks, in_features)
         self.lora_B = spec.parameter(out_features, ranks)
         self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """A and B as `init_lora_weights` says; B A = 0 unless it is false."""
-        super().reset_parameters()
-        start = self.config.init_lora_weights
-        if start == "gaussian":
-            normal_(self.lora_A, 1 / self.r, self.spec.generator("lora_A"))
-        else:
-            kaiming_uniform_(self.lora_A, self.spec.generator("lora_A"))
-        if start is False:
-            kaiming_uniform_(self.lora_B, self.spec.generator("lora_B"))
-        else:
-            zeros_(self.lora_B)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A_e and B_e of all experts, (experts, r, in) and (experts, out, r); of a matrix A, B."""
@@ -75,7 +61,7 @@ class LoraExpertsAdapter(LowRankAdapter):
 
 
 def _check_options(spec: AdapterSpec) -> None:
-    check_plain_start(spec, "experts")
+    check_plain_start(spec)
     config: LoraConfig = spec.config
     for option in ("lora_dropout", "use_dora", "lora_bias"):
         if getattr(config, option):

@@ -10,7 +10,7 @@ arXiv:2312.03732). Tensor names and shapes are those of PEFT's files.
 from __future__ import annotations
 
 import math
-from typing import ClassVar, cast
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -19,19 +19,19 @@ from torch import Tensor, nn
 from lora_lightning.adapters.base import AdapterSpec, BaseWeight, Convolution, DeltaAdapter
 from lora_lightning.adapters.initialization import kaiming_uniform_, normal_, zeros_
 from lora_lightning.adapters.lora.config import LoraConfig
-from lora_lightning.adapters.lora.init_weights import (
-    START_FROM_WEIGHT,
-    orthogonal_factors,
-)
+from lora_lightning.adapters.lora.init_weights import START_FROM_WEIGHT, orthogonal_factors
 from lora_lightning.errors import AdapterStateError
 from lora_lightning.utilities.autocast import is_autocast
 from lora_lightning.utilities.dtensor import copy_full
 
 
 class LowRankAdapter(DeltaAdapter):
-    """Common part of LoRA on a linear map, a convolution and an embedding table."""
+    """Common part of LoRA on every kind of weight; its `update` is without dropout and bias."""
 
     config: LoraConfig
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    lora_B_bias: nn.Parameter | None
 
     file_names: ClassVar[dict[str, str]] = {
         "lora_A": "lora_A.weight",
@@ -39,18 +39,40 @@ class LowRankAdapter(DeltaAdapter):
         "lora_B_bias": "lora_B.bias",
     }
 
-    def __init__(self, spec: AdapterSpec, largest: int) -> None:
+    def __init__(self, spec: AdapterSpec, largest: int | None = None) -> None:
         config: LoraConfig = spec.config
-        self.r = spec.rank(largest)
+        self.r = spec.rank(largest or min(spec.shape[-2:]))
         self.lora_alpha = spec.alpha(config.lora_alpha)
         root = math.sqrt(self.r) if config.use_rslora else self.r
         super().__init__(spec, self.lora_alpha / root)
         dropout = config.lora_dropout
         self.lora_dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.lora_B_bias = None
 
-    def update(self, x: Tensor, base: BaseWeight) -> Tensor:
-        """The adapter's share of the output alone, scaling * B A x, without dropout and bias."""
-        raise NotImplementedError
+    def reset_parameters(self) -> None:
+        """A and B as `init_lora_weights` says, unless they start from the base weight."""
+        super().reset_parameters()
+        start = self.config.init_lora_weights
+        generator = self.spec.generator("lora_A")
+        if start == "gaussian":
+            normal_(self.lora_A, 1 / self.r, generator)
+        else:
+            kaiming_uniform_(self.lora_A, generator)
+        if start is False:
+            kaiming_uniform_(self.lora_B, self.spec.generator("lora_B"))
+        else:
+            zeros_(self.lora_B)
+        if start == "orthogonal":
+            self._start_with(
+                *orthogonal_factors(self.r, self.spec.shape, self.spec.path, generator)
+            )
+        if self.lora_B_bias is not None:
+            zeros_(self.lora_B_bias)
+
+    @torch.no_grad()
+    def _start_with(self, a: Tensor, b: Tensor) -> None:
+        copy_full(self.lora_A, a)
+        copy_full(self.lora_B, b)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A (k, in) and B (out, k) of the update scaling * B A, as matrices."""
@@ -59,6 +81,12 @@ class LowRankAdapter(DeltaAdapter):
     def as_matrix(self, weight: Tensor) -> Tensor:
         """A weight in the canonical layout as the matrix (out, in) that B A is added to."""
         return weight
+
+    def transform_bias(self, bias: Tensor, base: BaseWeight) -> Tensor:
+        """Base bias + scaling * b."""
+        if self.lora_B_bias is None:
+            return bias
+        return bias + self.scaling * self.lora_B_bias.to(bias.dtype)
 
     def peft_supports(self, conv: Convolution, kernel: tuple[int, ...]) -> bool:
         """Not where it dilates either: PEFT's A does not."""
@@ -91,7 +119,7 @@ class LoraAdapter(LowRankAdapter):
 
     def __init__(self, spec: AdapterSpec) -> None:
         out_features, in_features = spec.shape
-        super().__init__(spec, min(spec.shape))
+        super().__init__(spec)
         self.lora_A = spec.parameter(self.r, in_features)
         self.lora_B = spec.parameter(out_features, self.r)
         self.lora_B_bias = spec.parameter(out_features) if spec.config.lora_bias else None
@@ -99,26 +127,6 @@ class LoraAdapter(LowRankAdapter):
         for name, tensor in (("lora_A_start", self.lora_A), ("lora_B_start", self.lora_B)):
             self.register_buffer(name, torch.zeros_like(tensor.detach()) if starts else None)
         self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """A and B as `init_lora_weights` says, unless they start from the base weight."""
-        super().reset_parameters()
-        start = self.config.init_lora_weights
-        generator = self.spec.generator("lora_A")
-        if start == "gaussian":
-            normal_(self.lora_A, 1 / self.r, generator)
-        else:
-            kaiming_uniform_(self.lora_A, generator)
-        if start is False:
-            kaiming_uniform_(self.lora_B, self.spec.generator("lora_B"))
-        else:
-            zeros_(self.lora_B)
-        if start == "orthogonal":
-            self._start_with(
-                *orthogonal_factors(self.r, self.spec.shape, self.spec.path, generator)
-            )
-        if self.lora_B_bias is not None:
-            zeros_(self.lora_B_bias)
 
     @property
     def needs_weight(self) -> bool:  # type: ignore[override]
@@ -128,17 +136,14 @@ class LoraAdapter(LowRankAdapter):
     @torch.no_grad()
     def start_from_weight(self, weight: Tensor) -> None:
         """A and B from the base weight (PiSSA, OLoRA), and what they start with beside them."""
+        if self.lora_A_start is None or self.lora_B_start is None:  # DoRA's magnitude alone
+            return
         start = str(self.config.init_lora_weights)
         factors = START_FROM_WEIGHT[start.partition("_")[0]]
         generator = self.spec.generator("lora_A")
         self._start_with(*factors(weight, self.r, self.scaling, start, generator))
-        cast(Tensor, self.lora_A_start).copy_(self.lora_A)
-        cast(Tensor, self.lora_B_start).copy_(self.lora_B)
-
-    @torch.no_grad()
-    def _start_with(self, a: Tensor, b: Tensor) -> None:
-        copy_full(self.lora_A, a)
-        copy_full(self.lora_B, b)
+        self.lora_A_start.copy_(self.lora_A)
+        self.lora_B_start.copy_(self.lora_B)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A (k, in) and B (out, k); k = 2 r where what they started with is subtracted."""
@@ -199,9 +204,3 @@ class LoraAdapter(LowRankAdapter):
                 "merged into. Keep the adapter unmerged. (lora.lora_bias)"
             )
         return super().transform_weight(weight, base)
-
-    def transform_bias(self, bias: Tensor, base: BaseWeight) -> Tensor:
-        """Base bias + scaling * b."""
-        if self.lora_B_bias is None:
-            return bias
-        return bias + self.scaling * self.lora_B_bias.to(bias.dtype)

@@ -100,7 +100,9 @@ class AdaptedQuantizedLinear(AdaptedLinear):
     def base_weight(self, name: str = "weight") -> Tensor:
         """The weight as it was before any merge, dequantised to float32."""
         kept = self._kept.get(name)
-        return super().base_weight(name) if kept is None or _is_dense(kept) else kept.dense()
+        return (
+            super().base_weight(name) if kept is None or isinstance(kept, Tensor) else kept.dense()
+        )
 
     def is_plain(self) -> bool:
         """False: it is for the base to say what it reads under autocast."""
@@ -113,7 +115,7 @@ class AdaptedQuantizedLinear(AdaptedLinear):
 
     def restore(self, kept: Any, name: str) -> None:
         """Put back what `keep` gave."""
-        if _is_dense(kept):
+        if isinstance(kept, Tensor):
             super().restore(kept, name)
         else:
             kept.write(self)
@@ -130,7 +132,7 @@ class AdaptedQuantizedLinear(AdaptedLinear):
         """The originals, as plain tensors by name."""
         tensors: dict[str, Tensor] = {}
         for name, kept in self._kept.items():
-            tensors |= {name: kept} if _is_dense(kept) else kept.tensors()
+            tensors |= {name: kept} if isinstance(kept, Tensor) else kept.tensors()
         return tensors
 
 
@@ -166,7 +168,3 @@ class AdaptedBitsandbytesLinear(AdaptedQuantizedLinear):
         if chosen is None or (first and x.dtype in (torch.float32, torch.bfloat16)):
             return x.dtype  # which the first input decides
         return chosen
-
-
-def _is_dense(kept: Any) -> bool:
-    return isinstance(kept, Tensor)

@@ -20,10 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.errors import AdapterStateError
+from lora_lightning.layers.base import AdaptedLayer
 from lora_lightning.utilities.dtensor import full_tensor, is_sharded
 from lora_lightning.utilities.is_a import is_a
 
 _MODULES = "bitsandbytes.nn.modules"
+_PACKS = "support_avx512bf16_for_cpu"  # of a Linear4bit, and what that was before its adapters
+_PACKED_BEFORE = "_cpu_packing_before_adapters"
 
 
 def is_linear4bit(module: nn.Module) -> bool:
@@ -46,11 +49,7 @@ def settle_rounding_table(quant_type: str) -> None:
 
     It makes it once per process, in the default dtype of that moment, which under `bf16-true` is
     bfloat16: every model after that would be rounded to other indices than in another process, and
-    a checkpoint's base would not be known again.
-
-    Args:
-        quant_type: `nf4` or `fp4`.
-
+    a checkpoint's base would not be known again. `quant_type` is `nf4` or `fp4`.
     """
     from bitsandbytes.functional import quantize_4bit
 
@@ -195,3 +194,29 @@ def unpack_from_cpu_layout(module: Any) -> None:
         module.weight.data, _ = _convert_weight_packed_for_cpu_inverse(module.weight.data, state)
     if state.absmax.dim() == 2:  # (blocks of a row, out): bitsandbytes' inverse forgets these
         state.absmax = state.absmax.t().reshape(-1).float()
+
+
+def close_cpu_packing(model: nn.Module) -> None:
+    """Keep bitsandbytes from packing 4-bit weights for inference while a model carries adapters.
+
+    On a CPU with AVX512-BF16 the first forward of a `Linear4bit` in eval mode packs its weight
+    anew, for a product through which no gradient goes: after one validation batch, training on
+    would leave everything below that layer without gradients. It also rounds the scales of the base
+    to bfloat16, and fails where the sizes are no multiples of 32 and 64. (bitsandbytes 0.50.2,
+    `Linear4bit.forward` and `matmul_4bit`.) Layers without adapters stand in the way of gradients
+    too, so all are seen to.
+    """
+    if not any(isinstance(module, AdaptedLayer) for module in model.modules()):
+        return
+    for module in filter(is_linear4bit, model.modules()):
+        if _PACKED_BEFORE not in module.__dict__:
+            module.__dict__[_PACKED_BEFORE] = getattr(module, _PACKS, False)
+            setattr(module, _PACKS, False)
+            Packed4bit.of(module)  # which unpacks it
+
+
+def reopen_cpu_packing(model: nn.Module) -> None:
+    """Undo `close_cpu_packing`; the layout changes at the next forward in eval mode."""
+    for module in filter(is_linear4bit, model.modules()):
+        if _PACKED_BEFORE in module.__dict__:
+            setattr(module, _PACKS, module.__dict__.pop(_PACKED_BEFORE))
