@@ -82,10 +82,7 @@ FOUND = (*SELECTION, "rank_pattern", "alpha_pattern")
 
 
 def eva_start(
-    model: nn.Module,
-    config: LoraConfig,
-    batches: Iterable[Any],
-    forward: Callable[[Any], Any],
+    model: nn.Module, config: LoraConfig, batches: Iterable[Any], forward: Callable[[Any], Any]
 ) -> tuple[LoraConfig, dict[str, Tensor]]:
     """Ranks and start values of A from what goes through `model`.
 

@@ -129,11 +129,7 @@ def _load_folder(
         config = content.config
         # On the meta device first: a config can ask for any size.
         context = BuildContext(
-            config,
-            name,
-            low_cpu_mem_usage=True,
-            check_rank=False,
-            autocast_adapter_dtype=autocast,
+            config, name, low_cpu_mem_usage=True, check_rank=False, autocast_adapter_dtype=autocast
         )
         _inject(model, context, folder)
         own = tensors_to_load(model, name)

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save as to_safetensors
 from torch import nn
 
+from lora_lightning.checkpoint.peft import keys
 from lora_lightning.checkpoint.peft.config import (
     CONFIG,
     MIX,
@@ -24,13 +25,6 @@ from lora_lightning.checkpoint.peft.config import (
     TWICE_UP_TO,
     describe,
     is_folder_name,
-)
-from lora_lightning.checkpoint.peft.keys import (
-    OUT_PROJ_B,
-    also_saved_by_peft,
-    rows_alone,
-    tensors_of_base,
-    tensors_to_save,
 )
 from lora_lightning.engine.switching import check_known
 from lora_lightning.errors import AdapterStateError, CheckpointError
@@ -87,17 +81,17 @@ def save_adapter(
 def _files(model: nn.Module, folder: Path, adapter_name: str) -> dict[Path, bytes]:
     check_known(model, adapter_name)
     config = describe(model, adapter_name)
-    own = tensors_to_save(model, adapter_name)
+    own = keys.tensors_to_save(model, adapter_name)
     if config["peft_type"] == TOKENS:
-        own = rows_alone(model, adapter_name)
+        own = keys.rows_alone(model, adapter_name)
     if not config["peft_type"].startswith(OWN):
-        own |= tensors_of_base(
-            model, also_saved_by_peft(model, config.get("modules_to_save") or [])
-        )
-        if doubled := [key for key in own if key.endswith(OUT_PROJ_B)]:
+        copied = keys.also_saved_by_peft(model, config.get("modules_to_save") or [])
+        own |= keys.tensors_of_base(model, copied)
+        if doubled := [key for key in own if key.endswith(keys.OUT_PROJ_B)]:
             config["peft_version"] = TWICE_UP_TO
-            # Halved without rounding: float16 has too few bits for small numbers.
-            own |= {key: own[key].to(_wide(own[key].dtype)) / 2 for key in doubled}
+            for key in doubled:
+                # Halved without rounding: float16 has too few bits for small numbers.
+                own[key] = (own[key].float() if own[key].dtype == torch.float16 else own[key]) / 2
     tensors = {}
     for key, tensor in sorted(own.items()):
         if tensor.is_meta:
@@ -113,10 +107,6 @@ def _files(model: nn.Module, folder: Path, adapter_name: str) -> dict[Path, byte
         tensors[key] = tensor.detach().to("cpu", copy=True).contiguous()
     content = to_safetensors(tensors, metadata={"format": "pt"})
     return {folder / TENSORS: content, folder / CONFIG: _json(config)}
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def _json(content: dict[str, Any]) -> bytes:

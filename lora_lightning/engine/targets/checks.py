@@ -138,11 +138,8 @@ def check_every_exclusion_matched(modules: dict[str, nn.Module], config: Adapter
 
 def check_every_layer_matched(targets: dict[str, nn.Module], config: AdapterConfig) -> None:
     """Refuse indices in layers_to_transform that have no target."""
-    wanted = wanted_layers(config)
-    if not wanted:
-        return
     found = {layer_index(config, path) for path in targets}
-    missing = [index for index in wanted if index not in found]
+    missing = [index for index in wanted_layers(config) if index not in found]
     if missing:
         raise TargetError(
             f"layers_to_transform {config.layers_to_transform}: no target in layer "

@@ -27,14 +27,10 @@ def matches_target(config: AdapterConfig, path: str) -> bool:
 
 def layer_index(config: AdapterConfig, path: str) -> int | None:
     """The index that `layers_to_transform` counts: the first number in `path` after a name."""
-    if not config.layers_pattern:
-        expressions = [r".*?\.[^.]*\.(?P<index>\d+)\."]
-    else:
-        patterns = config.layers_pattern
-        patterns = [patterns] if isinstance(patterns, str) else patterns
-        expressions = [rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\." for pattern in patterns]
-    for expression in expressions:
-        match = re.match(expression, path)
+    names = config.layers_pattern or []
+    lists = [rf"(?:^|.*?\.){name}" for name in ([names] if isinstance(names, str) else names)]
+    for expression in lists or [r".*?\.[^.]*"]:
+        match = re.match(rf"{expression}\.(?P<index>\d+)\.", path)
         if match:
             return int(match["index"])
     return None

@@ -14,14 +14,7 @@ from torch import nn
 
 from lora_lightning.adapters.config import ALL_LINEAR, AdapterConfig
 from lora_lightning.adapters.registry import classes_for
-from lora_lightning.engine.targets.checks import (
-    check_every_exclusion_matched,
-    check_every_layer_matched,
-    check_every_pattern_matched,
-    check_every_target_matched,
-    check_not_of_peft,
-    check_something_is_left,
-)
+from lora_lightning.engine.targets import checks
 from lora_lightning.engine.targets.embeddings import input_embeddings, output_heads
 from lora_lightning.engine.targets.hints import kinds_in, linear_names, near
 from lora_lightning.engine.targets.matching import is_excluded, matches_name, matches_target
@@ -86,7 +79,7 @@ def select_modules(model: nn.Module, config: AdapterConfig) -> Selection:
             if not is_excluded(config, path):
                 selection.targets[path] = module
         if not selection.targets:
-            check_something_is_left(candidates, config)
+            checks.check_something_is_left(candidates, config)
             raise TargetError(
                 f"target_modules 'all-linear' matched nothing: {kinds_in(modules)}. "
                 f"Adaptable kinds: {SUPPORTED}; name modules explicitly. (lora.target_modules)"
@@ -97,14 +90,14 @@ def select_modules(model: nn.Module, config: AdapterConfig) -> Selection:
             for path, module in modules.items()
             if not is_excluded(config, path) and matches_target(config, path)
         }
-        check_every_target_matched(modules, selection.targets, config)
+        checks.check_every_target_matched(modules, selection.targets, config)
         _add_output_projections(modules, config, selection)
-    check_every_exclusion_matched(modules, config)
-    check_every_layer_matched(selection.targets, config)
+    checks.check_every_exclusion_matched(modules, config)
+    checks.check_every_layer_matched(selection.targets, config)
     wanted = getattr(config, "target_parameters", None) or []
     selection.parameters = select_parameters(modules, wanted, selection.targets, selection.saved)
     parameters = [f"{path}.{n}" for path, names in selection.parameters.items() for n in names]
-    check_every_pattern_matched([*selection.targets, *parameters], config)
+    checks.check_every_pattern_matched([*selection.targets, *parameters], config)
     for path in selection.targets.keys() & {*selection.tokens, *selection.tied}:
         raise TargetError(
             f"{path!r} is adapted as a whole (target_modules) and single rows of its weight train "
@@ -203,7 +196,7 @@ def _check_adaptable(
     obstacles: dict[str, str],
 ) -> None:
     _check_attention("target_modules", path, obstacles)
-    check_not_of_peft(path, modules)
+    checks.check_not_of_peft(path, modules)
     if isinstance(module, torch.jit.ScriptModule):
         check_convertible(module, path)
     layer_type = layer_type_for(module)
