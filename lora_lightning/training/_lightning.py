@@ -267,7 +267,7 @@ def setup_model(strategy: Strategy, model: nn.Module) -> nn.Module:
 
 
 def setup_model_and_optimizer(
-    strategy: Strategy, model: nn.Module, optimizer: Optimizer | None, lr_scheduler: Any
+    strategy: Strategy, model: nn.Module, optimizer: Optimizer | None, lr_scheduler: object
 ) -> tuple[Any, Any]:
     """Make the engine and its optimizer as the class of this DeepSpeed strategy does. Since 1.6."""
     setup = getattr(type(strategy), SETUP_MODEL_AND_OPTIMIZER)

@@ -97,7 +97,7 @@ class RankSchedule:
             scale = scaler.get_scale() if scaler is not None and fused else 1.0
             self.allocator.add_orthogonality(among, scale)
 
-    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _after_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
         found_inf = getattr(optimizer, "found_inf", None)  # what makes a fused one skip its step
         if self.allocator is not None and self._stepping and not found_inf:
             self.allocator.measure(_held(optimizer))

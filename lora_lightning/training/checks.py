@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from types import MethodType
-from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -16,6 +15,7 @@ from lora_lightning.engine.switching import adapter_names
 from lora_lightning.engine.targets.selection import Selection
 from lora_lightning.errors import AdapterStateError, ConfigError, first_few
 from lora_lightning.layers.traversal import named_adapted_layers
+from lora_lightning.training._lightning import all_callbacks
 from lora_lightning.training.adapter_callback import AdapterCallback
 from lora_lightning.training.eva import starts_from_data
 from lora_lightning.training.module_state import callbacks_of, module_state
@@ -46,7 +46,7 @@ def check_run(callback: AdapterCallback, trainer: Trainer, module: LightningModu
     check_same_policy({c.adapter_name: c.nonfinite for c in callbacks})
 
 
-def check_strategy(trainer: Any) -> None:
+def check_strategy(trainer: Trainer) -> None:
     """Refuse (ConfigError) strategies under which adapters may not train, save and resume."""
     name = type(trainer.strategy).__name__
     if not is_a(trainer.strategy, *_STRATEGIES):
@@ -57,9 +57,9 @@ def check_strategy(trainer: Any) -> None:
         )
 
 
-def check_callbacks(trainer: Any) -> None:
+def check_callbacks(trainer: Trainer) -> None:
     """Refuse (ConfigError) callbacks that change base weights, which checkpoints do not hold."""
-    for callback in trainer.callbacks:
+    for callback in all_callbacks(trainer):
         if is_a(callback, *_BASE_CHANGERS):
             raise ConfigError(
                 f"{type(callback).__name__} changes base weights, but with LoraCallback the base "
@@ -95,7 +95,7 @@ def check_base_has_values(module: LightningModule) -> None:
         )
 
 
-def check_hyperparameters(owner: Any) -> None:
+def check_hyperparameters(owner: object) -> None:
     """Warn of hyperparameters that a checkpoint could be written with, but not read.
 
     torch loads checkpoints with weights_only=True: plain values and tensors, no classes. `owner` is
@@ -112,7 +112,7 @@ def check_hyperparameters(owner: Any) -> None:
         )
 
 
-def _can_be_loaded(value: Any) -> bool:
+def _can_be_loaded(value: object) -> bool:
     if isinstance(value, nn.Module):  # told without writing a base that may not fit twice
         return False
     buffer = io.BytesIO()
@@ -125,9 +125,10 @@ def _can_be_loaded(value: Any) -> bool:
     return True
 
 
-def cpu(self: Any) -> Any:
+def cpu(self: nn.Module) -> nn.Module:
     """`Module.cpu`, which leaves meta tensors where they are; of its name, for pickle."""
-    return self._apply(lambda tensor: tensor if tensor.is_meta else tensor.cpu())
+    moved: nn.Module = self._apply(lambda tensor: tensor if tensor.is_meta else tensor.cpu())
+    return moved
 
 
 def check_before_fit(trainer: Trainer, module: LightningModule, adapter_name: str) -> None:

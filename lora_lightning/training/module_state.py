@@ -88,6 +88,6 @@ def _set_by_user(module: LightningModule, hook: str) -> Any:
     return None if _is_override(module, hook, current) or from_class else current
 
 
-def _is_override(module: LightningModule, hook: str, method: Any) -> bool:
+def _is_override(module: LightningModule, hook: str, method: object) -> bool:
     override = module_state(module).overrides.get(hook)
     return override is not None and getattr(method, "__func__", None) is override

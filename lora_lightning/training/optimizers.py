@@ -147,7 +147,7 @@ def may_be_fused(trainer: Trainer) -> bool:
     return trainer.precision != "16-mixed" and not clips_in_bfloat16
 
 
-def find_optimizers(configured: Any) -> list[Optimizer]:
+def find_optimizers(configured: object) -> list[Optimizer]:
     """The optimizers in whatever `configure_optimizers` returned."""
     if isinstance(configured, Optimizer):
         return [configured]

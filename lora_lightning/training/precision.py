@@ -13,7 +13,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
 from lora_lightning.engine.switching import adapter_names
@@ -25,7 +25,7 @@ from lora_lightning.utilities.is_a import is_a
 _LIGHTNING = ("lightning.", "pytorch_lightning.", "lightning_fabric.")
 
 
-def check_precision(trainer: Any) -> None:
+def check_precision(trainer: Trainer) -> None:
     """Refuse (ConfigError) precision plugins that replace modules, but for bitsandbytes'."""
     plugin = type(trainer.precision_plugin)
     name = plugin.__name__
@@ -50,8 +50,7 @@ def convert_before_attaching(module: LightningModule) -> None:
     Doing it again changes nothing. AdapterStateError if adapters sit on layers that it would
     replace.
     """
-    trainer: Any = module.trainer
-    plugin = trainer.precision_plugin
+    plugin = module.trainer.precision_plugin
     if is_a(plugin, "DoublePrecision"):
         plugin.convert_module(module)
     if not is_a(plugin, "BitsandbytesPrecision"):
@@ -69,7 +68,7 @@ def convert_before_attaching(module: LightningModule) -> None:
     for layer in filter(_is_quantized, module.modules()):
         _quantize_base_only(layer)
     # Here layers are quantised: adapters may start from the weights, as they act from now on.
-    module.to(trainer.strategy.root_device)
+    module.to(module.trainer.strategy.root_device)
 
 
 def _is_quantized(module: nn.Module) -> bool:

@@ -143,7 +143,7 @@ def batch_line(trainer: Trainer) -> str:
     return f"effective batch {size * accumulate * devices} = {size} x {factors}"
 
 
-def _batch_size(loader: Any) -> int | None:
+def _batch_size(loader: object) -> int | None:
     """The batch size of a loader that has one."""
     size = getattr(loader, "batch_size", None)
     if size is None:

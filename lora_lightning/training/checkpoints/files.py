@@ -23,6 +23,7 @@ from fsspec.implementations.local import LocalFileSystem
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lora_lightning.checkpoint.integrity import HASHES, damaged_parts, with_hashes
@@ -54,7 +55,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
         self._newest: Path | None = None
 
     def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
         """Write it; where that fails (CheckpointError), a file of that name is as it was."""
         if KEY in checkpoint:  # absent where a run failed before adapters were attached
@@ -73,14 +74,14 @@ class DurableCheckpointIO(TorchCheckpointIO):
             raise _unwritten(file, buffer.getbuffer().nbytes, error) from error
         self._failed, self._newest = False, file
 
-    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Read it; CheckpointError says what is damaged, and names the newest good one."""
         with damage_explained(path):
             checkpoint = super().load_checkpoint(path, *args, **kwargs)
             check_content(path, checkpoint)
         return checkpoint
 
-    def remove_checkpoint(self, path: Any) -> None:
+    def remove_checkpoint(self, path: str | Path) -> None:
         """Delete `path`, as soon as all that was to be saved before is on disk."""
         self.in_order(lambda: self._remove(path))
 
@@ -102,7 +103,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
                 raise
             _lightning.fail_in_background(self.background, error)
 
-    def _remove(self, path: Any) -> None:
+    def _remove(self, path: str | Path) -> None:
         file = _local(path)
         newest = self._newest
         if file is not None and newest is not None and newest != file:
@@ -143,7 +144,9 @@ def protect_checkpoints(trainer: Trainer) -> None:
     strategy.save_checkpoint = MethodType(_save_checkpoint, strategy)  # type: ignore[method-assign]
 
 
-def _save_checkpoint(self: Any, checkpoint: Any, filepath: Any, *args: Any, **kwargs: Any) -> None:
+def _save_checkpoint(
+    self: Strategy, checkpoint: dict[str, Any], filepath: str | Path, *args: Any, **kwargs: Any
+) -> None:
     save = type(self).save_checkpoint
     all_or_none(self, lambda: save(self, checkpoint, filepath, *args, **kwargs), filepath)
 
@@ -188,7 +191,7 @@ def check_checkpoint_file(path: str) -> None:
 
 
 @contextmanager
-def damage_explained(path: Any) -> Iterator[None]:
+def damage_explained(path: str | Path) -> Iterator[None]:
     """Turn what a damaged file makes the reader raise into one clear CheckpointError."""
     try:
         yield
@@ -204,7 +207,7 @@ def damage_explained(path: Any) -> Iterator[None]:
         raise _damaged(file, found) from error
 
 
-def check_content(path: Any, checkpoint: dict[str, Any]) -> None:
+def check_content(path: str | Path, checkpoint: dict[str, Any]) -> None:
     """Raise CheckpointError if `checkpoint`, read from `path`, is not what was written."""
     file = _local(path)
     found = damage(file) if file is not None and _is_archive(file) else None
@@ -221,7 +224,7 @@ def check_content(path: Any, checkpoint: dict[str, Any]) -> None:
         raise _damaged(file if file is not None else Path(str(path)), found)
 
 
-def _check_kind(path: Any, content: Any) -> None:
+def _check_kind(path: str | Path, content: object) -> None:
     if isinstance(content, dict) and _VERSION in content:
         return
     hint = "Name a file that a Trainer wrote (.ckpt)."
@@ -272,7 +275,9 @@ def newest_good(folder: Path, but: Path | None = None) -> Path | None:
     return None
 
 
-def _load_checkpoint(self: Any, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
+def _load_checkpoint(
+    self: Strategy, checkpoint_path: str | Path, *args: Any, **kwargs: Any
+) -> dict[str, Any]:
     checkpoint_path = self.broadcast(checkpoint_path)
     check_checkpoint_file(str(checkpoint_path))
     with damage_explained(checkpoint_path):
@@ -282,7 +287,7 @@ def _load_checkpoint(self: Any, checkpoint_path: Any, *args: Any, **kwargs: Any)
         return checkpoint
 
 
-def _local(path: Any) -> Path | None:
+def _local(path: str | Path) -> Path | None:
     """`path` where it is one of a local disk."""
     files = get_filesystem(path)
     if not isinstance(files, LocalFileSystem):

@@ -6,16 +6,15 @@ Optimizers and schedulers go on with what their states say, as they must for an 
 
 from __future__ import annotations
 
-from typing import Any
-
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lora_lightning.errors import ConfigError
+from lora_lightning.training._lightning import all_callbacks
 
 
-def check_no_search(trainer: Any) -> None:
+def check_no_search(trainer: Trainer) -> None:
     """Raise ConfigError if a resumed fit would search: Lightning then forgets the progress."""
     for callback in searching(trainer):
         raise ConfigError(
@@ -26,10 +25,10 @@ def check_no_search(trainer: Any) -> None:
         )
 
 
-def searching(trainer: Any) -> list[Any]:
+def searching(trainer: Trainer) -> list[Callback]:
     """The callbacks that search for a learning rate or a batch size at the head of a fit."""
     searches = (LearningRateFinder.on_fit_start, BatchSizeFinder.on_fit_start)
-    return [c for c in trainer.callbacks if type(c).on_fit_start in searches]
+    return [c for c in all_callbacks(trainer) if type(c).on_fit_start in searches]
 
 
 def configured_rates(trainer: Trainer) -> list[float]:

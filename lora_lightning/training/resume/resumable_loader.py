@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from functools import cache
 from itertools import islice
 from types import MethodType
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from lightning.fabric.utilities.data import sized_len
@@ -77,7 +77,7 @@ class LazyLoader(DataLoader[Any]):
         super().load_state_dict(state)  # type: ignore[misc]
         self._loaded, self._next_goes_on = state, True
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
         state = {key: value for key, value in self.__dict__.items() if key not in _OURS}
         return _plain_loader, (self.base_type, state)
 

@@ -245,7 +245,7 @@ def setup_engine(
     module: LightningModule,
     model: nn.Module,
     optimizer: Optimizer,
-    lr_scheduler: Any = None,
+    lr_scheduler: object = None,
 ) -> tuple[Any, Any]:
     """Check the optimizer in the last place where its groups are not flat, and make the engine."""
     check_coverage([optimizer], module)
@@ -268,14 +268,14 @@ def save_whole_checkpoint(
     module: LightningModule,
     checkpoint: dict[str, Any],
     filepath: str | Path,
-    storage_options: Any = None,
+    storage_options: object = None,
 ) -> None:
     """Write one file by rank 0 through the CheckpointIO, as under DDP."""
     save = Strategy.save_checkpoint
     all_or_none(self, lambda: save(self, checkpoint, filepath, storage_options), filepath)
 
 
-def _drop_empty_groups(optimizer: Optimizer, lr_scheduler: Any) -> None:
+def _drop_empty_groups(optimizer: Optimizer, lr_scheduler: object) -> None:
     """Take out the groups that nothing trains in, as the engine does, from the schedule as well."""
     kept = [index for index, group in enumerate(optimizer.param_groups) if group["params"]]
     count = len(optimizer.param_groups)

@@ -30,7 +30,7 @@ def save_sharded_checkpoint(
     module: LightningModule,
     checkpoint: dict[str, Any],
     filepath: str | Path,
-    storage_options: Any = None,
+    storage_options: object = None,
 ) -> None:
     """Write a checkpoint in the strategy's form: a folder, or a file by rank 0.
 
