@@ -69,11 +69,8 @@ def base_fingerprint(model: nn.Module) -> Fingerprint:
                 f"The base model's {name!r} is on the meta device and holds no values: load the "
                 "base before training adapters on it."
             )
-        fingerprint[name] = [
-            list(tensor.shape),
-            str(tensor.dtype).removeprefix("torch."),
-            digest(tensor),
-        ]
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        fingerprint[name] = [list(tensor.shape), dtype, digest(tensor)]
     return fingerprint
 
 

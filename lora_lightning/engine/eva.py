@@ -41,9 +41,7 @@ class PrincipalComponents:
         self.k = k
         self.count = 0
         self.total = 0.0  # sum of squared distances from the mean
-        self.mean: Tensor | None = None
-        self.components: Tensor | None = None
-        self.singular_values: Tensor | None = None
+        self.mean = self.components = self.singular_values = torch.empty(0)  # until an update
         self.converged = torch.zeros(k, dtype=torch.bool)
 
     def update(self, rows: Tensor, tau: float) -> None:
@@ -51,10 +49,10 @@ class PrincipalComponents:
         rows = rows.to(torch.float64 if rows.dtype == torch.float64 else torch.float32)
         mean = rows.mean(0)
         centred = rows - mean
-        previous = self.components
+        seen_before, previous = self.count > 0, self.components
         n = rows.shape[0]
         self.total += float(centred.square().sum())
-        if previous is None or self.mean is None or self.singular_values is None:
+        if not seen_before:
             stack, self.mean = centred, mean
         else:
             shift = self.mean - mean
@@ -68,12 +66,11 @@ class PrincipalComponents:
         vectors, self.singular_values = vectors[: self.k], values[: self.k]
         largest = vectors.abs().argmax(1, keepdim=True)  # the sign is a convention: make it one
         self.components = vectors * vectors.gather(1, largest).sign()
-        if previous is not None:
+        if seen_before:
             self.converged = torch.cosine_similarity(self.components, previous).cpu() >= tau
 
     def explained(self) -> Tensor:
         """The part of the variance along each component."""
-        assert self.singular_values is not None
         return (self.singular_values.double().square() / max(self.total, 1e-30)).cpu()
 
 
@@ -114,8 +111,6 @@ def eva_start(
         if not share:
             continue
         components, values = found[path].components, found[path].singular_values
-        assert components is not None
-        assert values is not None
         a = components[:share]
         start[path] = a / values[:share, None].sqrt() if options.whiten else a
         alpha = pattern_value(config.alpha_pattern, path, config.lora_alpha)
@@ -167,7 +162,7 @@ def _components(
             handle.remove()
         for module, mode in modes:
             module.training = mode
-    empty = [path for path, c in inputs.components.items() if c.components is None]
+    empty = [path for path, c in inputs.components.items() if not c.count]
     if empty:
         raise ConfigError(
             f"EVA saw no batch with enough rows for {first_few(empty, 3)}: a batch must bring at "

@@ -97,7 +97,12 @@ def inject_adapter(
 
 def extend_adapter(model: nn.Module, context: BuildContext) -> Selection:
     """`inject_adapter` for a model that grows: modules that carry the adapter already keep it."""
-    _check_name(context.adapter_name)
+    name = context.adapter_name
+    if not name or "." in name or hasattr(AdapterDict(), name):
+        raise ConfigError(
+            f"adapter_name {name!r} cannot be used: a name is not empty, has no '.', and is no "
+            "attribute of a torch ModuleDict (such as 'keys'). (lora.adapter_name)"
+        )
     needs_start = getattr(context.config, "init_lora_weights", True) == "eva"
     if needs_start and context.start is None and not context.low_cpu_mem_usage:
         raise ConfigError(
@@ -215,14 +220,6 @@ def freeze(model: nn.Module) -> None:
             if id(parameter) not in kept:
                 parameter.requires_grad_(False)
     freeze_norm_stats(model)
-
-
-def _check_name(name: str) -> None:
-    if not name or "." in name or hasattr(AdapterDict(), name):
-        raise ConfigError(
-            f"adapter_name {name!r} cannot be used: a name is not empty, has no '.', and is no "
-            "attribute of a torch ModuleDict (such as 'keys'). (lora.adapter_name)"
-        )
 
 
 def check_new_name(model: nn.Module, adapter_name: str) -> None:

@@ -213,11 +213,9 @@ def _check_not_disabled(model: nn.Module) -> None:
 @contextmanager
 def disable_adapter(model: nn.Module) -> Iterator[None]:
     """Inside, the model is its base model bit for bit; afterwards everything is as it was."""
-    layers = [layer for _, layer in named_adapted_layers(model)]
-    enabled = [layer.adapters_enabled for layer in layers]
-    merged = [list(layer.merged_adapters) for layer in layers]
+    layers = [(m, m.adapters_enabled, [*m.merged_adapters]) for _, m in named_adapted_layers(model)]
     biases = [(module, record, record.shown) for _, module, record in trained_biases(model)]
-    for layer in layers:
+    for layer, _, _ in layers:
         layer.unmerge()
         layer.adapters_enabled = False
     for module, record, _ in biases:
@@ -226,7 +224,7 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for layer, was_enabled, names in zip(layers, enabled, merged, strict=True):
+        for layer, was_enabled, names in layers:
             layer.adapters_enabled = was_enabled
             layer.merge(names)
         for module, record, shown in biases:

@@ -116,7 +116,6 @@ def _saved_modules(
     config: AdapterConfig,
     unchanged: Callable[[str, str], bool],
 ) -> set[str]:
-    """Paths of the modules that were saved in full."""
     saved = set()
     for key, (_, path, tensor) in places.items():
         if tensor in _own_tensors(modules[path]):
@@ -128,7 +127,6 @@ def _saved_modules(
 
 
 def _selecting(modules: dict[str, nn.Module], targets: set[str]) -> dict[str, Any]:
-    """The options that select exactly `targets`."""
     # An attention stands for its out_proj too, unless the file has nothing for that.
     outs = {f"{p}.out_proj" for p in targets if isinstance(modules[p], nn.MultiheadAttention)}
     return {
