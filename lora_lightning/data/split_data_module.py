@@ -27,11 +27,7 @@ STAGE_SPLITS = {
 
 @dataclass(frozen=True)
 class SplitOptions:
-    """Options of every data module, which each documents.
-
-    Raises:
-        ConfigError: Naming the option.
-    """
+    """Options of every data module, which each documents, checked when they are given."""
 
     train: str | None
     val: float | str

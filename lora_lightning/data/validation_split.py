@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from operator import attrgetter
+from typing import TypeVar
 
 from lora_lightning.data.samples.sample import Document, PromptCompletion, Sample
 
@@ -28,12 +29,8 @@ def is_held_out(content: str, fraction: float) -> bool:
     return int.from_bytes(digest[:8], "big") / 2**64 < fraction
 
 
-def _text(record: Any) -> str:
-    return str(record.text)
-
-
 def split_records(
-    records: Iterable[T], fraction: float, content: Callable[[T], str] = _text
+    records: Iterable[T], fraction: float, content: Callable[[T], str] = attrgetter("text")
 ) -> tuple[list[T], list[T]]:
     """Training and validation records, about `fraction` of the contents in the latter.
 

@@ -54,29 +54,18 @@ class EncodingReport:
             f"{split}: {self.examples:,} examples, {self.tokens:,} tokens, {share:.0f} % of them "
             "learned"
         ]
-        if self.truncated:
-            parts.append(f"{self.truncated:,} cut to {limit} (data.max_length)")
-        if self.split_documents:
-            parts.append(
-                f"{self.split_documents:,} documents, longer than {limit}, go on in further "
-                "examples (data.too_long)"
-            )
-        if self.too_long:
-            parts.append(f"{self.too_long:,} dropped, longer than {limit} (data.too_long)")
-        if self.untrainable:
-            parts.append(
-                f"{self.untrainable:,} dropped, nothing of them would be learned (data.untrainable)"
-            )
-        if self.split_chats:
-            parts.append(
-                f"{self.split_chats:,} chats became several examples, because the chat template "
-                "rewrites earlier turns"
-            )
-        if self.unended_chats:
-            parts.append(
-                f"{self.unended_chats:,} chats end in no special token, so the model does not "
-                "learn to stop (data.chat_template)"
-            )
+        notes = {
+            f"cut to {limit} (data.max_length)": self.truncated,
+            f"documents, longer than {limit}, go on in further examples "
+            "(data.too_long)": self.split_documents,
+            f"dropped, longer than {limit} (data.too_long)": self.too_long,
+            "dropped, nothing of them would be learned (data.untrainable)": self.untrainable,
+            "chats became several examples, because the chat template rewrites earlier "
+            "turns": self.split_chats,
+            "chats end in no special token, so the model does not learn to stop "
+            "(data.chat_template)": self.unended_chats,
+        }
+        parts += [f"{count:,} {what}" for what, count in notes.items() if count]
         return "; ".join(parts)
 
 

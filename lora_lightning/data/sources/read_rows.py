@@ -80,7 +80,10 @@ def _files(path: Path, key: str) -> list[Path]:
         return [path]
     if glob.has_magic(str(path)):
         return _files_of_pattern(path, key)
-    raise RecordError(_missing_file(path, key))
+    missing = f"{path}: no such file"
+    if not path.parent.is_dir():
+        raise RecordError(f"{missing}; the folder {path.parent} does not exist either. ({key})")
+    raise RecordError(f"{missing}.{nearest_file(path)} ({key})")
 
 
 def _files_of_folder(folder: Path, key: str) -> list[Path]:
@@ -102,17 +105,14 @@ def _files_of_folder(folder: Path, key: str) -> list[Path]:
             f"{folder}: holds files of several kinds ({', '.join(kinds)}). Name one kind by a "
             f"pattern, such as '{folder / f'*{kinds[0]}'}'. ({key})"
         )
-    splits = {SPLITS[word] for file in files for word in _words(file) if word in SPLITS}
+    words = {word for file in files for word in re.split(r"[^a-z]+", file.name.lower())}
+    splits = {SPLITS[word] for word in words & SPLITS.keys()}
     if len(splits) > 1:
         raise RecordError(
             f"{folder}: holds files of several splits ({first_few(file.name for file in files)}). "
             f"Name the files of one, such as '{files[-1]}' or a pattern. ({key})"
         )
     return files
-
-
-def _words(file: Path) -> list[str]:
-    return re.split(r"[^a-z]+", file.name.lower())
 
 
 def _files_of_pattern(pattern: Path, key: str) -> list[Path]:
@@ -134,10 +134,3 @@ def _kind(path: Path) -> str:
     suffixes = path.suffixes
     compressed = suffixes[-1:] == [".gz"] and suffixes[-2:-1] not in ([], [".parquet"])
     return (suffixes[-2:-1] if compressed else suffixes[-1:] or [""])[0].lower()
-
-
-def _missing_file(source: Path, key: str) -> str:
-    folder = source.parent
-    if not folder.is_dir():
-        return f"{source}: no such file; the folder {folder} does not exist either. ({key})"
-    return f"{source}: no such file.{nearest_file(source)} ({key})"
