@@ -21,13 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_lightning.adapters.base import AdapterSpec, BaseWeight, Convolution, DeltaAdapter
-from lora_lightning.adapters.config import (
-    AdapterConfig,
-    check_positive,
-    check_probability,
-    check_rank,
-    pattern_value,
-)
+from lora_lightning.adapters.config import AdapterConfig, Positive, Probability, Rank, pattern_value
 from lora_lightning.adapters.initialization import normal_, zeros_
 from lora_lightning.errors import ConfigError, RankError
 from lora_lightning.utilities.autocast import is_autocast
@@ -65,23 +59,15 @@ class AdaLoraConfig(AdapterConfig):
 
     peft_type = "ADALORA"
     free_to_change = AdapterConfig.free_to_change | {
-        "target_r",
-        "tinit",
-        "tfinal",
-        "deltaT",
-        "beta1",
-        "beta2",
-        "orth_reg_weight",
-        "total_step",
-        "lora_dropout",
-        "init_lora_weights",
-    }
+        "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step",
+        "lora_dropout", "init_lora_weights",
+    }  # fmt: skip
 
     # Options of PEFT's LoRA that it writes into these files too, but does not look at.
     file_only = frozenset({"r", "alpha_pattern", "use_rslora"})
 
-    target_r: int = 8
-    init_r: int = 12
+    target_r: Rank = 8
+    init_r: Rank = 12
     tinit: int = 0
     tfinal: int = 0
     deltaT: int = 1
@@ -89,14 +75,13 @@ class AdaLoraConfig(AdapterConfig):
     beta2: float = 0.85
     orth_reg_weight: float = 0.5
     total_step: int | None = None
-    lora_alpha: float = 8
-    lora_dropout: float = 0.0
+    lora_alpha: Positive = 8
+    lora_dropout: Probability = 0.0
     init_lora_weights: bool = True
     rank_pattern: dict[str, list[bool]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_rank("target_r", self.target_r)
-        check_rank("init_r", self.init_r)
+        super().__post_init__()
         if self.target_r > self.init_r:
             raise RankError(
                 f"target_r={self.target_r} is more than init_r={self.init_r}: ranks only fall. "
@@ -117,10 +102,7 @@ class AdaLoraConfig(AdapterConfig):
         if self.total_step is not None:
             _check_steps("total_step", self.total_step, 1)
             self.check_schedule(self.total_step)
-        check_positive("lora_alpha", self.lora_alpha)
-        check_probability("lora_dropout", self.lora_dropout)
         object.__setattr__(self, "rank_pattern", self._checked_pattern())
-        super().__post_init__()
 
     def _checked_pattern(self) -> dict[str, list[bool]]:
         pattern = {}

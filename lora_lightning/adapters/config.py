@@ -22,6 +22,11 @@ SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers
 
 Config = TypeVar("Config", bound="AdapterConfig")
 
+# Types of options that say what is checked of a value (`_CHECKS`).
+Rank = int
+Positive = float
+Probability = float
+
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
@@ -71,9 +76,10 @@ class AdapterConfig:
 
     def __post_init__(self) -> None:
         check_choice("bias", self.bias, ("none", "lora_only", "all"))
-        for spec in dataclasses.fields(self):  # "no" and "false" would count as true
-            if spec.type == "bool":
-                check_choice(spec.name, getattr(self, spec.name), (True, False))
+        for spec in dataclasses.fields(self):
+            check = _CHECKS.get(str(spec.type))
+            if check is not None:
+                check(spec.name, getattr(self, spec.name))
         self._check_names()
         self._check_layers()
         # The caller's lists stay the caller's: ours are copies that nobody else can change.
@@ -184,12 +190,11 @@ class RankedConfig(AdapterConfig):
 
     """
 
-    r: int = 8
+    r: Rank = 8
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_rank("r", self.r)
         for option in ("rank_pattern", "alpha_pattern"):
             if getattr(self, option) is None:  # an empty entry in a YAML file
                 object.__setattr__(self, option, {})
@@ -234,6 +239,18 @@ def check_choice(key: str, value: object, choices: tuple[object, ...]) -> None:
         listed = ", ".join(repr(choice) for choice in choices)
         hint = nearest_hint(str(value), [c for c in choices if isinstance(c, str)])
         raise ConfigError(f"{key} is {value!r}; known values: {listed}.{hint} (lora.{key})")
+
+
+def _check_bool(key: str, value: object) -> None:
+    check_choice(key, value, (True, False))  # "no" and "false" would count as true
+
+
+_CHECKS = {
+    "bool": _check_bool,
+    "Rank": check_rank,
+    "Positive": check_positive,
+    "Probability": check_probability,
+}
 
 
 def pattern_value(pattern: dict[str, Any], path: str, default: Any) -> Any:

@@ -17,12 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.adapters.base import AdapterSpec, DeltaAdapter
-from lora_lightning.adapters.config import (
-    RankedConfig,
-    check_choice,
-    check_positive,
-    check_probability,
-)
+from lora_lightning.adapters.config import Positive, Probability, RankedConfig, check_choice
 from lora_lightning.adapters.initialization import kaiming_uniform_, zeros_
 from lora_lightning.utilities.autocast import without_autocast
 from lora_lightning.utilities.tracing import is_traced
@@ -57,16 +52,13 @@ class LycorisConfig(RankedConfig):
     }
     starts: ClassVar[tuple[bool | str, ...]] = (True, False)  # values of init_weights
 
-    alpha: float = 8
-    rank_dropout: float = 0.0
-    module_dropout: float = 0.0
+    alpha: Positive = 8
+    rank_dropout: Probability = 0.0
+    module_dropout: Probability = 0.0
     use_effective_conv2d: bool = False
     init_weights: bool | str = True
 
     def __post_init__(self) -> None:
-        check_positive("alpha", self.alpha)
-        check_probability("rank_dropout", self.rank_dropout)
-        check_probability("module_dropout", self.module_dropout)
         check_choice("init_weights", self.init_weights, self.starts)
         super().__post_init__()
 

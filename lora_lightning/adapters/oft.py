@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from lora_lightning.adapters.base import Adapter, AdapterSpec, BaseWeight, Convolution
-from lora_lightning.adapters.config import AdapterConfig, check_positive, check_probability
+from lora_lightning.adapters.config import AdapterConfig, Positive, Probability
 from lora_lightning.adapters.initialization import normal_, zeros_
 from lora_lightning.errors import ConfigError, RankError
 from lora_lightning.utilities.autocast import is_autocast, without_autocast
@@ -56,9 +56,9 @@ class OftConfig(AdapterConfig):
 
     r: int = 0
     oft_block_size: int = 32
-    module_dropout: float = 0.0
+    module_dropout: Probability = 0.0
     coft: bool = False
-    eps: float = 6e-5
+    eps: Positive = 6e-5
     block_share: bool = False
     use_cayley_neumann: bool = True
     num_cayley_neumann_terms: int = 5
@@ -78,8 +78,6 @@ class OftConfig(AdapterConfig):
                 f"num_cayley_neumann_terms is {terms!r}; it is an integer of at least 2: the first "
                 "term alone, I, rotates nothing. (lora.num_cayley_neumann_terms)"
             )
-        check_probability("module_dropout", self.module_dropout)
-        check_positive("eps", self.eps)
         super().__post_init__()
 
     def blocks(self, width: int) -> tuple[int, int]:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_lightning.adapters.base import AdapterSpec, BaseWeight, DeltaAdapter
-from lora_lightning.adapters.config import AdapterConfig, check_rank
+from lora_lightning.adapters.config import AdapterConfig, Rank
 from lora_lightning.adapters.initialization import normal_, zeros_
 from lora_lightning.errors import ConfigError, RankError
 
@@ -52,14 +52,13 @@ class ShiraConfig(AdapterConfig):
         "init_weights",
     }
 
-    r: int = 32
+    r: Rank = 32
     mask_type: str = "random"
     mask_fn: Callable[..., Any] | None = None
     random_seed: int | None = None
     init_weights: bool = True
 
     def __post_init__(self) -> None:
-        check_rank("r", self.r)
         if (self.mask_type == "random") == (self.mask_fn is not None):
             raise ConfigError(
                 f"mask_type={self.mask_type!r} with mask_fn={self.mask_fn!r}: a random choice "

@@ -22,12 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_lightning.adapters.base import AdapterSpec, BaseWeight, DeltaAdapter
-from lora_lightning.adapters.config import (
-    AdapterConfig,
-    check_positive,
-    check_probability,
-    check_rank,
-)
+from lora_lightning.adapters.config import AdapterConfig, Positive, Probability, Rank
 from lora_lightning.adapters.initialization import normal_
 from lora_lightning.errors import AdapterStateError, ConfigError
 from lora_lightning.utilities.autocast import is_autocast
@@ -54,17 +49,14 @@ class VeraConfig(AdapterConfig):
     shared_file_keys = frozenset({"base_model.vera_A", "base_model.vera_B"})
     file_bias = "vera_only"
 
-    r: int = 256
+    r: Rank = 256
     projection_prng_key: int = 0
     save_projection: bool = True
-    vera_dropout: float = 0.0
-    d_initial: float = 0.1
+    vera_dropout: Probability = 0.0
+    d_initial: Positive = 0.1
     init_weights: bool = True
 
     def __post_init__(self) -> None:
-        check_rank("r", self.r)
-        check_probability("vera_dropout", self.vera_dropout)
-        check_positive("d_initial", self.d_initial)
         if type(self.projection_prng_key) is not int:
             raise ConfigError(
                 f"projection_prng_key is {self.projection_prng_key!r}; it is an integer, the seed "

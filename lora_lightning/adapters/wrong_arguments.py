@@ -9,6 +9,10 @@ from torch import nn
 
 from lora_lightning.errors import ConfigError, did_you_mean
 
+_VARIANTS = (
+    "alora_invocation_tokens", "arrow_config", "corda_config", "kasa_config", "lora_ga_config",
+    "monteclora_config", "qalora_group_size", "use_bdlora", "use_qalora", "velora_config",
+)  # fmt: skip
 # Options of PEFT's configs that have no counterpart here, and what to do instead.
 _NOT_NEEDED = {
     "task_type": "An adapter sits on any module, whatever its task: leave it out, and name a new "
@@ -27,18 +31,7 @@ _NOT_NEEDED = {
     "runtime_config": "An adapter lives where its layer does: leave it out",
     "ensure_weight_tying": "Tied weights are followed without it: leave it out",
 } | dict.fromkeys(
-    (
-        "alora_invocation_tokens",
-        "arrow_config",
-        "corda_config",
-        "kasa_config",
-        "lora_ga_config",
-        "monteclora_config",
-        "qalora_group_size",
-        "use_bdlora",
-        "use_qalora",
-        "velora_config",
-    ),
+    _VARIANTS,
     "This variant of PEFT's LoRA is not offered; use_rslora, use_dora and init_lora_weights are",
 )
 # Names that other libraries and papers give to an option.

@@ -7,12 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from lora_lightning.adapters.config import (
-    RankedConfig,
-    check_choice,
-    check_positive,
-    check_probability,
-)
+from lora_lightning.adapters.config import Positive, Probability, RankedConfig, check_choice
 from lora_lightning.adapters.lora.init_weights import START_FROM_WEIGHT, EvaConfig, LoftqConfig
 from lora_lightning.errors import ConfigError
 
@@ -60,8 +55,8 @@ class LoraConfig(RankedConfig):
         "loftq_config",
     }
 
-    lora_alpha: float = 8
-    lora_dropout: float = 0.0
+    lora_alpha: Positive = 8
+    lora_dropout: Probability = 0.0
     use_rslora: bool = False
     use_dora: bool = False
     lora_bias: bool = False
@@ -78,8 +73,6 @@ class LoraConfig(RankedConfig):
                 f"target_parameters is the string {self.target_parameters!r}; it is a list of "
                 f"names: [{self.target_parameters!r}]. (lora.target_parameters)"
             )
-        check_positive("lora_alpha", self.lora_alpha)
-        check_probability("lora_dropout", self.lora_dropout)
         start = self.init_lora_weights
         if not (isinstance(start, str) and re.fullmatch(r"pissa_niter_\d+", start)):
             known = ("gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora", "eva", "loftq")

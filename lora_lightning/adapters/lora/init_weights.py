@@ -6,7 +6,6 @@ scaling * B A of its start, so that the model begins as the base model.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -103,10 +102,7 @@ def olora_factors(
     return upper[:r], q[:, :r]
 
 
-START_FROM_WEIGHT: dict[str, Callable[..., Factors]] = {
-    "pissa": pissa_factors,
-    "olora": olora_factors,
-}
+START_FROM_WEIGHT = {"pissa": pissa_factors, "olora": olora_factors}
 
 
 def orthogonal_factors(

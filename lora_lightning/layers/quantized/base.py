@@ -18,19 +18,7 @@ from torch import Tensor, nn
 
 from lora_lightning.layers.base import AdaptedLayer, first_argument
 from lora_lightning.layers.linear import AdaptedLinear
-from lora_lightning.layers.quantized.bitsandbytes import (
-    Packed4bit,
-    Packed8bit,
-    is_linear4bit,
-    is_linear8bit,
-    is_quantized_embedding,
-)
-from lora_lightning.layers.quantized.torchao import (
-    PackedInt8,
-    has_torchao_weight,
-    is_torchao_linear,
-    why_not_int8,
-)
+from lora_lightning.layers.quantized import bitsandbytes, torchao
 
 
 class Packed(Protocol):
@@ -51,18 +39,18 @@ class Packed(Protocol):
 
 def packed_weight(module: nn.Module) -> Packed | None:
     """The weight of a quantised module, or None where it is dense."""
-    if is_linear4bit(module):
-        return Packed4bit.of(module)
-    if is_linear8bit(module):
-        return Packed8bit.of(module)
-    return PackedInt8.of(module) if has_torchao_weight(module) else None
+    if bitsandbytes.is_linear4bit(module):
+        return bitsandbytes.Packed4bit.of(module)
+    if bitsandbytes.is_linear8bit(module):
+        return bitsandbytes.Packed8bit.of(module)
+    return torchao.PackedInt8.of(module) if torchao.has_torchao_weight(module) else None
 
 
 def why_not_adaptable(module: nn.Module) -> str | None:
     """Why the quantised weight of a module cannot carry adapters; None where nothing is amiss."""
-    if is_torchao_linear(module):
-        return why_not_int8(module)
-    if is_quantized_embedding(module) or has_torchao_weight(module):
+    if torchao.is_torchao_linear(module):
+        return torchao.why_not_int8(module)
+    if bitsandbytes.is_quantized_embedding(module) or torchao.has_torchao_weight(module):
         return (
             "has a quantised weight, which can carry adapters in a Linear only. Leave this module "
             "unquantised"

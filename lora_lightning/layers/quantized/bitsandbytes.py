@@ -84,17 +84,8 @@ class Packed4bit:
         """W in float32, whatever dtype the layer computes in."""
         from bitsandbytes.functional import QuantState, dequantize_4bit
 
-        state = self.state
-        wide = QuantState(
-            absmax=state.absmax,
-            shape=state.shape,
-            code=state.code,
-            blocksize=state.blocksize,
-            quant_type=state.quant_type,
-            dtype=torch.float32,
-            offset=state.offset,
-            state2=state.state2,
-        )
+        kept = ("absmax", "shape", "code", "blocksize", "quant_type", "offset", "state2")
+        wide = QuantState(**{k: getattr(self.state, k) for k in kept}, dtype=torch.float32)
         return dequantize_4bit(full_tensor(self.data), wide)
 
     def like(self, dense: Tensor) -> Packed4bit:
