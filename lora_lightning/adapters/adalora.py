@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lora_lightning.adapters.base import AdapterSpec, BaseWeight, Convolution, DeltaAdapter
 from lora_lightning.adapters.config import AdapterConfig, Positive, Probability, Rank, pattern_value
-from lora_lightning.adapters.initialization import normal_, zeros_
+from lora_lightning.adapters.initialization import constant_, normal_
 from lora_lightning.errors import ConfigError, RankError
 from lora_lightning.utilities.autocast import is_autocast
 
@@ -175,7 +175,7 @@ class AdaLoraAdapter(DeltaAdapter):
         for name in ("lora_A", "lora_B", "lora_E"):
             normal_(getattr(self, name), 0.02 if start else 1, self.spec.generator(name))
         if start:
-            zeros_(self.lora_E)
+            constant_(self.lora_E, 0)
 
     def forward(self, x: Tensor, y: Tensor, base: BaseWeight) -> Tensor:
         """y + s * B (E * (A dropout(x))), in y's dtype."""

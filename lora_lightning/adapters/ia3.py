@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lora_lightning.adapters.base import Adapter, AdapterSpec, BaseWeight, Convolution
 from lora_lightning.adapters.config import AdapterConfig, check_expression
-from lora_lightning.adapters.initialization import normal_
+from lora_lightning.adapters.initialization import constant_, normal_
 from lora_lightning.errors import TargetError, did_you_mean, first_few
 
 
@@ -116,8 +116,7 @@ class Ia3Adapter(Adapter):
         """All factors 1, or random with `init_ia3_weights: false`."""
         super().reset_parameters()
         if self.config.init_ia3_weights:
-            with torch.no_grad():
-                self.ia3_l.fill_(1)
+            constant_(self.ia3_l, 1)
         else:
             normal_(self.ia3_l, 1, self.spec.generator("ia3_l"))
 

@@ -24,9 +24,9 @@ def generator_for(seed: int, name: str) -> torch.Generator:
 
 
 @torch.no_grad()
-def zeros_(tensor: Tensor) -> None:
-    """Zero in place, also under Lightning's `empty_init`, which skips `nn.init.zeros_`."""
-    tensor.zero_()
+def constant_(tensor: Tensor, value: float) -> None:
+    """One value in place, also under Lightning's `empty_init`, which skips `nn.init`."""
+    tensor.fill_(value)
 
 
 @torch.no_grad()

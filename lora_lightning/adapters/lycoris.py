@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lora_lightning.adapters.base import AdapterSpec, DeltaAdapter
 from lora_lightning.adapters.config import Positive, Probability, RankedConfig, check_choice
-from lora_lightning.adapters.initialization import kaiming_uniform_, zeros_
+from lora_lightning.adapters.initialization import constant_, kaiming_uniform_
 from lora_lightning.utilities.autocast import without_autocast
 from lora_lightning.utilities.tracing import is_traced
 
@@ -85,7 +85,7 @@ class LycorisAdapter(DeltaAdapter):
         """Start values: the tensors `zero` are 0, all others Kaiming-uniform."""
         for name, tensor in self.named_parameters(recurse=False):
             if name in zero:
-                zeros_(tensor)
+                constant_(tensor, 0)
             else:  # fan_in is the product of all dimensions but the first
                 kaiming_uniform_(tensor.flatten(1), self.spec.generator(name))
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from lora_lightning.adapters.base import Adapter, AdapterSpec, BaseWeight, Convolution
 from lora_lightning.adapters.config import AdapterConfig, Positive, Probability
-from lora_lightning.adapters.initialization import normal_, zeros_
+from lora_lightning.adapters.initialization import constant_, normal_
 from lora_lightning.errors import ConfigError, RankError
 from lora_lightning.utilities.autocast import is_autocast, without_autocast
 
@@ -140,7 +140,7 @@ class OftAdapter(Adapter):
         """Set no rotation, or a random one with `init_weights: false`."""
         super().reset_parameters()
         if self.config.init_weights:
-            zeros_(self.oft_R)
+            constant_(self.oft_R, 0)
         else:
             normal_(self.oft_R, 0.1, self.spec.generator("oft_R"))
 

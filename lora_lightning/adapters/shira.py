@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lora_lightning.adapters.base import AdapterSpec, BaseWeight, DeltaAdapter
 from lora_lightning.adapters.config import AdapterConfig, Rank
-from lora_lightning.adapters.initialization import normal_, zeros_
+from lora_lightning.adapters.initialization import constant_, normal_
 from lora_lightning.errors import ConfigError, RankError
 
 # Up to this share of entries that are not zero, the sparse product is the faster one on a CPU.
@@ -114,7 +114,7 @@ class ShiraAdapter(DeltaAdapter):
         super().reset_parameters()
         config = self.config
         if config.init_weights:
-            zeros_(self.shira_weight)
+            constant_(self.shira_weight, 0)
         else:
             normal_(self.shira_weight, 1, self.spec.generator("shira_weight"))
         if config.mask_type == "random" and not self.shira_indices.is_meta:

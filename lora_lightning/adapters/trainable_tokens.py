@@ -95,10 +95,9 @@ class TiedTrainableTokensAdapter(Adapter):
         if not x.is_floating_point():  # token ids: a table (T5's encoder and decoder have one each)
             return cast(Tensor, rows(x, y, base))
         delta: Tensor = rows.trainable_tokens_delta
-        bias = base.bias
         if not is_autocast(x):
             delta = delta.to(x.dtype)
-        bias = None if bias is None else bias[rows.ids]
+        bias = None if base.bias is None else base.bias[rows.ids]
         outputs = F.linear(x, delta, bias)
         return y.index_copy(-1, rows.ids, outputs.to(y.dtype))
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from lora_lightning.adapters.base import AdapterSpec, BaseWeight, DeltaAdapter
 from lora_lightning.adapters.config import AdapterConfig, Positive, Probability, Rank
-from lora_lightning.adapters.initialization import normal_
+from lora_lightning.adapters.initialization import constant_, normal_
 from lora_lightning.errors import AdapterStateError, ConfigError
 from lora_lightning.utilities.autocast import is_autocast
 
@@ -155,9 +155,8 @@ class VeraAdapter(DeltaAdapter):
         """lambda_b = 0 and lambda_d = d_initial, or as `init_weights: false` says."""
         super().reset_parameters()
         config = self.config
-        with torch.no_grad():
-            self.vera_lambda_d.fill_(config.d_initial)
-            self.vera_lambda_b.fill_(0 if config.init_weights else 1)
+        constant_(self.vera_lambda_d, config.d_initial)
+        constant_(self.vera_lambda_b, 0 if config.init_weights else 1)
         if not config.init_weights:
             normal_(self.vera_lambda_d, 1, self.spec.generator("vera_lambda_d"))
         if self.projections is not None:

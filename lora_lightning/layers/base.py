@@ -187,8 +187,7 @@ class AdaptedLayer(CarriedAdapters):
         """Put back the very weights that were there before the first merge, bit for bit."""
         for name, kept in self._kept.items():
             self.restore(kept, name)
-        self._kept = {}
-        self.merged_adapters = []
+        self.forget_originals()
 
     def keep(self, name: str) -> Any:
         """Return what brings a parameter back bit for bit, as `base_weight` gives it."""

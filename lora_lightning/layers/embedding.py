@@ -21,10 +21,6 @@ class AdaptedEmbedding(AdaptedLayer):
         `embed_scale` is what some models (Gemma) multiply their rows with. `max_norm` belongs to
         the table's own rows only.
         """
-        rows = F.embedding(
-            x,
-            weight,
-            padding_idx=self.padding_idx,
-            scale_grad_by_freq=self.scale_grad_by_freq,
-        )
+        scale_grad = self.scale_grad_by_freq
+        rows = F.embedding(x, weight, self.padding_idx, scale_grad_by_freq=scale_grad)
         return rows * getattr(self, "embed_scale", 1.0)

@@ -83,7 +83,7 @@ def can_fuse(x: Tensor, *others: Tensor | None) -> bool:
 
 def fused_lora(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Sequence[LoraTerm]) -> Tensor:
     """F.linear(x, weight, bias) plus the shares of `terms`; casts as autocast where it is on."""
-    return _apply(x, None, weight, bias, terms)
+    return _apply(terms, False, x, None, weight, bias)
 
 
 def add_lora(x: Tensor, y: Tensor, terms: Sequence[LoraTerm], *, inplace: bool = False) -> Tensor:
@@ -92,21 +92,15 @@ def add_lora(x: Tensor, y: Tensor, terms: Sequence[LoraTerm], *, inplace: bool =
     `inplace` writes the sum into the memory of `y`, if that is contiguous: only for a base known to
     need its y no more, neither in its backward nor as a buffer of its own.
     """
-    return _apply(x, y, None, None, terms, inplace)
+    return _apply(terms, inplace, x, y, None, None)
 
 
-def _apply(
-    x: Tensor,
-    y: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    terms: Sequence[LoraTerm],
-    inplace: bool = False,
-) -> Tensor:
+def _apply(terms: Sequence[LoraTerm], inplace: bool, x: Tensor, *base: Tensor | None) -> Tensor:
+    # `base` is y, weight and bias.
     factors = [factor for term in terms for factor in term[:2]]
     settings = [term[2:] for term in terms]
     output: Tensor = _Lora.apply(  # type: ignore[no-untyped-call]
-        autocast_input(x), y, weight, bias, inplace, settings, *factors
+        autocast_input(x), *base, inplace, settings, *factors
     )
     return output
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.adapters.base import AdapterSpec, BaseWeight
+from lora_lightning.adapters.initialization import constant_
 from lora_lightning.adapters.lora.conv import LoraConvAdapter
 from lora_lightning.adapters.lora.embedding import LoraEmbeddingAdapter
 from lora_lightning.adapters.lora.linear import LoraAdapter, LowRankAdapter
@@ -38,8 +39,7 @@ class _Dora(LowRankAdapter):
         self.magnitude_shape = (-1, *ones)
         batch = ones[:1]  # PEFT's magnitude of a convolution is laid out as its output
         self.lora_magnitude_vector = spec.parameter(*batch, outputs, *ones)
-        with torch.no_grad():
-            self.lora_magnitude_vector.fill_(1)
+        constant_(self.lora_magnitude_vector, 1)
 
     @torch.no_grad()
     def start_from_weight(self, weight: Tensor) -> None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_lightning.adapters.base import AdapterSpec, BaseWeight, DeltaAdapter
-from lora_lightning.adapters.initialization import normal_, zeros_
+from lora_lightning.adapters.initialization import constant_, normal_
 from lora_lightning.adapters.lora.config import LoraConfig
 from lora_lightning.adapters.lora.linear import LowRankAdapter
 from lora_lightning.errors import ConfigError
@@ -43,7 +43,7 @@ class LoraEmbeddingAdapter(LowRankAdapter):
         if self.config.init_lora_weights is False:
             normal_(self.lora_embedding_A, 1.0, self.spec.generator("lora_embedding_A"))
         else:
-            zeros_(self.lora_embedding_A)
+            constant_(self.lora_embedding_A, 0)
         normal_(self.lora_embedding_B, 1.0, self.spec.generator("lora_embedding_B"))
 
     def factors(self) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_lightning.adapters.base import AdapterSpec, BaseWeight, Convolution, DeltaAdapter
-from lora_lightning.adapters.initialization import kaiming_uniform_, normal_, zeros_
+from lora_lightning.adapters.initialization import constant_, kaiming_uniform_, normal_
 from lora_lightning.adapters.lora.config import LoraConfig
 from lora_lightning.adapters.lora.init_weights import START_FROM_WEIGHT, orthogonal_factors
 from lora_lightning.errors import AdapterStateError
@@ -61,13 +61,13 @@ class LowRankAdapter(DeltaAdapter):
         if start is False:
             kaiming_uniform_(self.lora_B, self.spec.generator("lora_B"))
         else:
-            zeros_(self.lora_B)
+            constant_(self.lora_B, 0)
         if start == "orthogonal":
             self._start_with(
                 *orthogonal_factors(self.r, self.spec.shape, self.spec.path, generator)
             )
         if self.lora_B_bias is not None:
-            zeros_(self.lora_B_bias)
+            constant_(self.lora_B_bias, 0)
 
     @torch.no_grad()
     def _start_with(self, a: Tensor, b: Tensor) -> None:
