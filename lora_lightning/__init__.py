@@ -97,7 +97,7 @@ if TYPE_CHECKING:
     from lora_lightning.tasks.token_classification import (
         TokenClassification as TokenClassification,
     )
-    from lora_lightning.training.checkpoints.loading import (
+    from lora_lightning.training.checkpoint_io.loading import (
         load_from_checkpoint as load_from_checkpoint,
     )
     from lora_lightning.training.progress import TrainingProgress as TrainingProgress

@@ -18,7 +18,7 @@ from lora_lightning.training._lightning import state_key
 from lora_lightning.training.adalora_schedule import RankSchedule
 from lora_lightning.training.adapter_callback import AdapterCallback
 from lora_lightning.training.attachment import attach
-from lora_lightning.training.checkpoints.files import protect_checkpoints
+from lora_lightning.training.checkpoint_io.files import protect_checkpoints
 from lora_lightning.training.module_hooks import bind
 from lora_lightning.training.module_state import callbacks_of, defines_hook, module_state
 from lora_lightning.training.nonfinite import NonfiniteGuard
@@ -27,7 +27,7 @@ from lora_lightning.training.preemption import Preemption, lines_without_checkpo
 from lora_lightning.training.resume.checks import configured_rates
 from lora_lightning.training.resume.resumable_loader import make_loaders_resumable
 from lora_lightning.training.strategies.launchers import hand_back_adapters
-from lora_lightning.training.strategies.state import override_state_methods
+from lora_lightning.training.strategies.state_overrides import override_state_methods
 from lora_lightning.training.weight_averaging import average_what_trains
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
-from lora_lightning.adapters.wrong_arguments import check_arguments
+from lora_lightning.adapters.config_errors import check_arguments
 from lora_lightning.errors import ConfigError, RankError, nearest_hint
 
 ALL_LINEAR = "all-linear"

@@ -29,8 +29,8 @@ from lora_lightning.tasks.pretrained_task import PretrainedTask
 from lora_lightning.training import summary
 from lora_lightning.training.progress import left_out
 from lora_lightning.utilities.dtensor import is_sharded
+from lora_lightning.utilities.hub import load_pretrained
 from lora_lightning.utilities.is_a import is_a
-from lora_lightning.utilities.pretrained import load_pretrained
 
 Prompt = str | list[dict[str, Any]] | Sample
 

@@ -14,7 +14,7 @@ from lora_lightning.data.batches.epoch_sampler import EpochSampler
 from lora_lightning.data.validation_split import split_records
 from lora_lightning.errors import ConfigError
 from lora_lightning.tasks.pretrained_task import PretrainedTask
-from lora_lightning.utilities.pretrained import load_pretrained
+from lora_lightning.utilities.hub import load_pretrained
 
 # The splits that each Trainer stage reads.
 STAGE_SPLITS = {

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from lora_lightning.adapters.base import AdapterDict, AdapterModule
 from lora_lightning.adapters.config import AdapterConfig
+from lora_lightning.adapters.config_errors import explain_no_config
 from lora_lightning.adapters.modules_to_save import ModulesToSaveCopy
 from lora_lightning.adapters.trainable_tokens import check_token_ids
-from lora_lightning.adapters.wrong_arguments import explain_no_config
 from lora_lightning.engine.bias import biases_to_train, forget_bias, train_bias, trained_biases
 from lora_lightning.engine.construction import BuildContext, make_adapters, train_tokens
 from lora_lightning.engine.loftq import original_weights, start_from_rounding_error

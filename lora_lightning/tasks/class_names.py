@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lora_lightning.errors import ConfigError, first_few, nearest_hint
-from lora_lightning.utilities.pretrained import load_pretrained
+from lora_lightning.utilities.hub import load_pretrained
 
 
 def agreed_label_names(ours: list[str] | None, trainer: Trainer | None) -> list[str]:

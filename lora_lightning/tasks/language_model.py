@@ -15,7 +15,7 @@ from lora_lightning.tasks.pretrained_task import Batch, PretrainedTask
 from lora_lightning.training._lightning import trainer_of
 from lora_lightning.utilities.constants import IGNORE_INDEX
 from lora_lightning.utilities.dtensor import is_sharded
-from lora_lightning.utilities.pretrained import load_pretrained
+from lora_lightning.utilities.hub import load_pretrained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from lightning.pytorch import Trainer
 
 from lora_lightning.errors import ConfigError, nearest_hint
-from lora_lightning.training.strategies.model_parallel import is_fsdp, is_model_parallel
+from lora_lightning.training.strategies.fsdp2 import is_fsdp, is_model_parallel
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Quantization = Literal["nf4", "fp4", "int8"]

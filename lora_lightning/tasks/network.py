@@ -16,7 +16,7 @@ from lora_lightning.errors import ConfigError, ModelError
 from lora_lightning.layers.quantized.bitsandbytes import settle_rounding_table
 from lora_lightning.tasks.model_options import ModelOptions
 from lora_lightning.tasks.sharding import repeated_layers, shard
-from lora_lightning.utilities.pretrained import load_pretrained, resolve_model_path
+from lora_lightning.utilities.hub import load_pretrained, resolve_model_path
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

@@ -31,15 +31,15 @@ from lora_lightning.engine.construction import BuildContext
 from lora_lightning.errors import ConfigError, TargetError
 from lora_lightning.layers.traversal import named_adapted_layers
 from lora_lightning.training.adapter_callback import AdapterCallback
-from lora_lightning.training.checkpoints.metadata import remember_base
+from lora_lightning.training.checkpoint_io.metadata import remember_base
 from lora_lightning.training.checks import check_base_has_values, check_no_unmanaged_adapters
 from lora_lightning.training.eva import ranks_of_checkpoint, start_values, take_over_ranks
 from lora_lightning.training.module_state import callbacks_of, module_state
 from lora_lightning.training.options import check_same_adapter
 from lora_lightning.training.precision import convert_before_attaching
-from lora_lightning.training.strategies.fsdp import check_not_wrapped
-from lora_lightning.training.strategies.meta_base import expect_base, load_base_at_once
-from lora_lightning.training.strategies.model_parallel import is_fsdp, is_model_parallel, reshard
+from lora_lightning.training.strategies.fsdp1 import check_not_wrapped
+from lora_lightning.training.strategies.fsdp2 import is_fsdp, is_model_parallel, reshard
+from lora_lightning.training.strategies.meta_device import expect_base, load_base_at_once
 from lora_lightning.utilities.wrappers import under_own_names
 
 

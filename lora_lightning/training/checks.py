@@ -22,7 +22,7 @@ from lora_lightning.training.module_state import callbacks_of, module_state
 from lora_lightning.training.nonfinite import check_same_policy
 from lora_lightning.training.optimizers import check_coverage, trainable_parameters
 from lora_lightning.training.precision import check_precision
-from lora_lightning.training.strategies import deepspeed, model_parallel
+from lora_lightning.training.strategies import deepspeed, fsdp2
 from lora_lightning.training.weight_averaging import averaged_models
 from lora_lightning.utilities.is_a import is_a
 
@@ -37,7 +37,7 @@ def check_run(callback: AdapterCallback, trainer: Trainer, module: LightningModu
     check_callbacks(trainer)
     check_strategy(trainer)
     deepspeed.check_deepspeed(trainer, [c._requested_config for c in callbacks])
-    model_parallel.check_model_parallel(trainer, starts_from_data(callback))
+    fsdp2.check_model_parallel(trainer, starts_from_data(callback))
     check_precision(trainer)
     if trainer.state.fn == "fit" and not any(c.trainable for c in callbacks):
         raise ConfigError(
@@ -146,7 +146,7 @@ def check_before_fit(trainer: Trainer, module: LightningModule, adapter_name: st
                 "would not be averaged. List LoraCallback before it. (trainer.callbacks)"
             )
     check_coverage(deepspeed.whole_optimizers(trainer.optimizers), module)
-    model_parallel.check_dtypes(module)
+    fsdp2.check_dtypes(module)
 
 
 def check_still_there(module: LightningModule, selection: Selection) -> None:
@@ -163,7 +163,7 @@ def check_still_there(module: LightningModule, selection: Selection) -> None:
 
 def check_what_trains(trainer: Trainer, module: LightningModule) -> None:
     """Raise AdapterStateError or OptimizerError if something trains that is not saved."""
-    model_parallel.reshard(module)  # validation may have left it gathered
+    fsdp2.reshard(module)  # validation may have left it gathered
     check_coverage(deepspeed.whole_optimizers(trainer.optimizers), module)
     owned = {key for callback in callbacks_of(module) for key in callback._saved_keys(module)}
     others = [name for name in trainable_parameters(module) if name not in owned]

@@ -20,7 +20,7 @@ from lora_lightning.checkpoint.state_dict import KEY
 from lora_lightning.engine.switching import adapter_names
 from lora_lightning.errors import CheckpointError
 from lora_lightning.training import attachment
-from lora_lightning.training.checkpoints.metadata import check_checkpoint, reduce_checkpoint
+from lora_lightning.training.checkpoint_io.metadata import check_checkpoint, reduce_checkpoint
 from lora_lightning.training.module_state import (
     callbacks_of,
     defines_hook,
@@ -36,8 +36,8 @@ from lora_lightning.training.optimizers import (
     may_be_fused,
 )
 from lora_lightning.training.resume.run_state import continue_run, prepare_run_state
-from lora_lightning.training.strategies.fsdp import leave_out_adapters
-from lora_lightning.training.strategies.model_parallel import shard_adapters
+from lora_lightning.training.strategies.fsdp1 import leave_out_adapters
+from lora_lightning.training.strategies.fsdp2 import shard_adapters
 from lora_lightning.utilities.wrappers import under_own_names
 
 

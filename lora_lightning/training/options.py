@@ -11,9 +11,9 @@ from lightning.pytorch import Trainer
 from torch import nn
 
 from lora_lightning.adapters.config import AdapterConfig
+from lora_lightning.adapters.config_errors import explain_no_config, explain_unknown
 from lora_lightning.adapters.lora.config import LoraConfig
 from lora_lightning.adapters.lora.init_weights import EvaConfig, LoftqConfig
-from lora_lightning.adapters.wrong_arguments import explain_no_config, explain_unknown
 from lora_lightning.engine.injection import adapters_named
 from lora_lightning.errors import AdapterMismatchError, ConfigError
 from lora_lightning.training.adapter_callback import AdapterCallback

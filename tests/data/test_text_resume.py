@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, seed_everything
 
 from lora_lightning import LoraCallback, TextDataModule
 from lora_lightning.data.batches.stream import StreamPass
-from lora_lightning.utilities.pretrained import load_pretrained
+from lora_lightning.utilities.hub import load_pretrained
 from tests.helpers.lightning_modules import make_trainer
 from tests.helpers.tiny_lm import tiny_llama
 

@@ -13,7 +13,7 @@ import torch
 import yaml
 from lightning.pytorch.plugins import AsyncCheckpointIO
 
-from lora_lightning.training.checkpoints.files import DurableCheckpointIO
+from lora_lightning.training.checkpoint_io.files import DurableCheckpointIO
 from tests.helpers.killable_process import KillableProcess, command, fit
 from tests.helpers.tensors import assert_same_state, same_state
 

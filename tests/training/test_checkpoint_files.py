@@ -32,8 +32,8 @@ from lora_lightning.checkpoint.integrity import (
     with_hashes,
 )
 from lora_lightning.errors import CheckpointError
-from lora_lightning.training.checkpoints import files as checkpoint_files
-from lora_lightning.training.checkpoints.files import DurableCheckpointIO, newest_good
+from lora_lightning.training.checkpoint_io import files as checkpoint_files
+from lora_lightning.training.checkpoint_io.files import DurableCheckpointIO, newest_good
 from lora_lightning.utilities import atomic_write
 from lora_lightning.utilities.atomic_write import link_atomically, write_atomically
 from tests.helpers.lightning_modules import Data, Net, make_trainer

@@ -34,7 +34,7 @@ from lora_lightning.training.strategies.deepspeed import (
     whole_optimizers,
 )
 from lora_lightning.training.strategies.optimizer_names import with_names, with_numbers
-from lora_lightning.training.strategies.state import _DEEPSPEED
+from lora_lightning.training.strategies.state_overrides import _DEEPSPEED
 from tests.helpers.fsdp2_modules import Quiet, WithDropout
 from tests.helpers.lightning_modules import Data, make_trainer
 from tests.helpers.processes import on_processes

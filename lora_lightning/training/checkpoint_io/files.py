@@ -33,7 +33,7 @@ from lora_lightning.checkpoint.state_dict import KEY
 from lora_lightning.errors import CheckpointError, LoraError, did_you_mean, first_few
 from lora_lightning.training import _lightning
 from lora_lightning.training.collectives import all_or_none
-from lora_lightning.training.strategies.state import read_checkpoint
+from lora_lightning.training.strategies.state_overrides import read_checkpoint
 from lora_lightning.training.summary import readable_bytes
 from lora_lightning.utilities.atomic_write import link_atomically, write_atomically
 from lora_lightning.utilities.is_a import is_a

@@ -32,12 +32,12 @@ from torch.optim import Optimizer
 from lora_lightning.checkpoint.sharded_folder import is_checkpoint_folder, read_checkpoint_folder
 from lora_lightning.errors import CheckpointError, first_few
 from lora_lightning.training import _lightning
-from lora_lightning.training.checkpoints.metadata import expect_only_adapters, kept_state
+from lora_lightning.training.checkpoint_io.metadata import expect_only_adapters, kept_state
 from lora_lightning.training.module_state import callbacks_of
 from lora_lightning.training.optimizers import plain_optimizer
-from lora_lightning.training.strategies import deepspeed, fsdp
-from lora_lightning.training.strategies.meta_base import load_base
-from lora_lightning.training.strategies.model_parallel import is_fsdp, is_model_parallel, reshard
+from lora_lightning.training.strategies import deepspeed, fsdp1
+from lora_lightning.training.strategies.fsdp2 import is_fsdp, is_model_parallel, reshard
+from lora_lightning.training.strategies.meta_device import load_base
 from lora_lightning.training.strategies.optimizer_names import with_names, with_numbers
 from lora_lightning.training.strategies.sharded_files import save_sharded_checkpoint
 from lora_lightning.training.weight_averaging import averaged_models
@@ -52,7 +52,7 @@ def override_state_methods(strategy: Strategy) -> None:
     if is_model_parallel(strategy):
         overrides = _SHARDED
     if is_fsdp(strategy):
-        fsdp.check_fsdp(strategy)
+        fsdp1.check_fsdp(strategy)
         overrides = _FSDP
     if deepspeed.is_deepspeed(strategy):
         overrides = _DEEPSPEED
@@ -132,7 +132,7 @@ def load_after_setup(
     self: Strategy, module: LightningModule, checkpoint: State, strict: bool = True
 ) -> None:
     """Load adapters and, in fit, optimizers: the strategy restores after it has set them up."""
-    load = fsdp.load_fsdp_module_state if is_fsdp(self) else load_adapters
+    load = fsdp1.load_fsdp_module_state if is_fsdp(self) else load_adapters
     load(module, checkpoint["state_dict"])
     if "optimizer_states" in checkpoint and module.trainer.state.fn == "fit":
         optimizers = deepspeed.whole_optimizers(self.optimizers)
@@ -143,7 +143,7 @@ def load_after_setup(
 
 def fsdp_module_state_dict(self: Strategy, module: LightningModule) -> State:
     """The tensors that are saved, from the process or the processes that write."""
-    return _to_be_written(self, fsdp.fsdp_module_state(module))
+    return _to_be_written(self, fsdp1.fsdp_module_state(module))
 
 
 def zero_optimizer_state(self: Strategy, module: LightningModule, optimizer: Optimizer) -> State:
@@ -172,7 +172,7 @@ _SHARDED: dict[str, Callable[..., Any]] = {
     "model_to_device": place_and_load_base,
 }
 _FSDP: dict[str, Callable[..., Any]] = {
-    _lightning.SETUP_MODEL: fsdp.setup_fsdp,
+    _lightning.SETUP_MODEL: fsdp1.setup_fsdp,
     "lightning_module_state_dict": fsdp_module_state_dict,
     "optimizer_state": sharded_optimizer_state,
     "load_model_state_dict": load_after_setup,

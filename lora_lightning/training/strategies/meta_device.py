@@ -26,9 +26,9 @@ from lora_lightning.engine.bias import trained_biases
 from lora_lightning.engine.switching import adapter_names
 from lora_lightning.errors import AdapterMismatchError, ConfigError, first_few
 from lora_lightning.layers.traversal import named_adapted_layers, walk
-from lora_lightning.training.checkpoints.metadata import remember_base
+from lora_lightning.training.checkpoint_io.metadata import remember_base
 from lora_lightning.training.module_state import callbacks_of, module_state
-from lora_lightning.training.strategies.model_parallel import is_model_parallel
+from lora_lightning.training.strategies.fsdp2 import is_model_parallel
 from lora_lightning.utilities.dtensor import copy_full, full_tensor
 
 HOOK = "base_state_dict"

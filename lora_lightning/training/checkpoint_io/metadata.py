@@ -24,7 +24,7 @@ from lora_lightning.layers.traversal import walk
 from lora_lightning.training.adapter_callback import AdapterCallback
 from lora_lightning.training.module_state import ModuleState, module_state
 from lora_lightning.training.resume.run_state import add_run_state
-from lora_lightning.training.strategies.model_parallel import is_fsdp, is_model_parallel
+from lora_lightning.training.strategies.fsdp2 import is_fsdp, is_model_parallel
 from lora_lightning.utilities._torch import is_flattened
 from lora_lightning.utilities.wrappers import plain_name
 
