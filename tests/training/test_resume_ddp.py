@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-import lora_lightning.training.resume.run_state
+import lora_lightning.training.module_hooks
 from tests.helpers.fsdp2_modules import ShardedLater, strategy
 from tests.helpers.lightning_modules import Data, Net
 from tests.helpers.processes import on_processes
@@ -64,14 +64,14 @@ def go(folder: Path) -> dict[str, list[str]]:
         again = in_workers.fit(folder / f"workers{spot}", folder / f"workers/{spot}.ckpt")
         found[f"workers {spot}"] = differences(loaded, again)
 
-    state: Any = lora_lightning.training.resume.run_state
+    state: Any = lora_lightning.training.module_hooks
     found["broken"] = _with_rank_zero_only(state, lambda: differences(
         straight, both.fit(folder / "broken", folder / "batch2.ckpt")
     ))  # fmt: skip
     return found
 
 
-def _with_rank_zero_only(state: Any, broken: Callable[[], list[str]]) -> list[str]:
+def _with_rank_zero_only(state: Any, compared: Callable[[], list[str]]) -> list[str]:
     prepare = state.prepare_run_state
 
     def broken(checkpoint: dict[str, Any], module: Any) -> None:
@@ -81,7 +81,7 @@ def _with_rank_zero_only(state: Any, broken: Callable[[], list[str]]) -> list[st
 
     state.prepare_run_state = broken
     try:
-        return broken()
+        return compared()
     finally:
         state.prepare_run_state = prepare
 
