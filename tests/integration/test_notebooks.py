@@ -112,7 +112,7 @@ def test_language_model(jupyter, tmp_path, monkeypatch):
         pytest.skip(f"the E2E data are not here: no {E2E.name} in E2E_FILE or beside the project")
     monkeypatch.setenv("E2E_FILE", str(E2E))
     notebook = nbformat.read(LANGUAGE_MODEL, as_version=4)
-    comparison = {key: f"comparison.{key}" for key in ("base", "tuned", "noise", "helped")}
+    comparison = {key: f"comparison.{key}" for key in ("base", "tuned", "standard_error", "helped")}
     curves = {name: f"losses({name})[1]" for name in ("pretraining", "tuning")}
     found = execute(notebook, tmp_path, [*comparison.values(), *curves.values()])
 
