@@ -30,20 +30,27 @@ def _seeded() -> None:
     os.environ.pop("PL_GLOBAL_SEED", None)  # seed_everything's, which processes started here obey
 
 
+_PATCHED = ("__setattr__", "__delattr__", "__init__")
+
+
+def _with_subclasses(kind: type) -> set[type]:
+    return {kind}.union(*map(_with_subclasses, kind.__subclasses__()))
+
+
 @pytest.fixture(autouse=True)
 def _data_loaders_as_torch_has_them() -> Iterator[None]:
     """Take back what Lightning leaves patched for the whole process where a loader's hook raises.
 
     Its `_replace_dunder_methods` restores the methods of DataLoader and BatchSampler only where
-    nothing goes wrong in between.
+    nothing goes wrong in between; where that happens twice, what it keeps is patched itself.
     """
+    kinds = _with_subclasses(DataLoader) | _with_subclasses(BatchSampler)
+    before = {kind: {m: vars(kind)[m] for m in _PATCHED if m in vars(kind)} for kind in kinds}
     yield
-    # Not before pytest handles what is logged: Lightning's loggers would then not propagate.
-    from lightning.fabric.utilities.data import get_all_subclasses
-
-    for base in (DataLoader, BatchSampler):
-        for cls in get_all_subclasses(base) | {base}:
-            for method in ("__setattr__", "__delattr__", "__init__"):
-                if f"__old{method}" in vars(cls):
-                    setattr(cls, method, getattr(cls, f"__old{method}"))
-                    delattr(cls, f"__old{method}")
+    for kind, methods in before.items():
+        for name in _PATCHED:
+            if f"__old{name}" in vars(kind):
+                delattr(kind, f"__old{name}")
+                delattr(kind, name)
+                if name in methods:
+                    setattr(kind, name, methods[name])
