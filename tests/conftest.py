@@ -31,10 +31,10 @@ def _seeded() -> None:
 
 
 _PATCHED = ("__setattr__", "__delattr__", "__init__")
-
-
-def _with_subclasses(kind: type) -> set[type]:
-    return {kind}.union(*map(_with_subclasses, kind.__subclasses__()))
+_ORIGINALS = {
+    kind: {name: vars(kind)[name] for name in _PATCHED if name in vars(kind)}
+    for kind in (DataLoader, BatchSampler)
+}
 
 
 @pytest.fixture(autouse=True)
@@ -44,13 +44,12 @@ def _data_loaders_as_torch_has_them() -> Iterator[None]:
     Its `_replace_dunder_methods` restores the methods of DataLoader and BatchSampler only where
     nothing goes wrong in between; where that happens twice, what it keeps is patched itself.
     """
-    kinds = _with_subclasses(DataLoader) | _with_subclasses(BatchSampler)
-    before = {kind: {m: vars(kind)[m] for m in _PATCHED if m in vars(kind)} for kind in kinds}
     yield
-    for kind, methods in before.items():
+    for kind, methods in _ORIGINALS.items():
         for name in _PATCHED:
             if f"__old{name}" in vars(kind):
                 delattr(kind, f"__old{name}")
+            if vars(kind).get(name) is not methods.get(name):
                 delattr(kind, name)
                 if name in methods:
                     setattr(kind, name, methods[name])
