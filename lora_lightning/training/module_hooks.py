@@ -20,6 +20,7 @@ from lora_lightning.checkpoint.state_dict import KEY
 from lora_lightning.engine.switching import adapter_names
 from lora_lightning.errors import CheckpointError
 from lora_lightning.training import attachment
+from lora_lightning.training._lightning import trainer_of
 from lora_lightning.training.checkpoint_io.metadata import check_checkpoint, reduce_checkpoint
 from lora_lightning.training.module_state import (
     callbacks_of,
@@ -52,18 +53,20 @@ def bind(module: LightningModule) -> None:
 # -- the overrides, under the names of the hooks (pickle looks bound methods up by name) -----------
 
 
-def setup(self: LightningModule, stage: str) -> None:
+def setup(self: LightningModule, *args: Any, **kwargs: Any) -> None:
     """The module's own `setup`; adapters after it, unless `configure_model` is still to build."""
     module_state(self).resumed_from = None  # of a run that never came to train
     module_state(self).had_gradient = set()
-    if stage == "fit" and adapter_names(self) and not callbacks_of(self):
+    trainer = trainer_of(self)
+    fits = trainer is not None and trainer.state.fn == "fit"
+    if fits and adapter_names(self) and not callbacks_of(self):
         rank_zero_warn(
             f"The module carries the adapters {adapter_names(self)} of an earlier run, but this "
             "Trainer has no LoraCallback: its checkpoints will hold the whole model, and nothing "
             "checks what trains. Add the LoraCallback again, or make the adapters part of the "
             "model with merge_and_unload(module). (trainer.callbacks)"
         )
-    original_hook(self, "setup")(stage)
+    original_hook(self, "setup")(*args, **kwargs)
     if not defines_hook(self, "configure_model"):
         attachment.attach_all(self)
 
@@ -89,11 +92,12 @@ def configure_optimizers(self: LightningModule) -> Any:
     with frozen_left_out() as meant_for:
         if defines_hook(self, "configure_optimizers"):
             configured = original_hook(self, "configure_optimizers")()
-    optimizers = find_optimizers(configured)
-    if not optimizers:
+    if configured is None:
         return default_optimizer(self, callbacks[0].lr, may_be_fused(self.trainer))
-    cover_trainable(optimizers, self, meant_for)
-    return configured
+    optimizers = find_optimizers(configured)
+    if optimizers:
+        cover_trainable(optimizers, self, meant_for)
+    return configured  # whatever it is: Lightning judges it
 
 
 def configure_gradient_clipping(self: LightningModule, *args: Any, **kwargs: Any) -> None:

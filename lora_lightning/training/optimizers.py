@@ -7,13 +7,14 @@ one group, and groups stay where they are, because schedulers count them.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from threading import RLock, get_ident
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.types import Optimizable
 from lightning.pytorch import Trainer
 from torch import nn
 from torch.optim import Optimizer
@@ -23,8 +24,8 @@ from lora_lightning.layers.traversal import adapter_owners
 from lora_lightning.utilities.is_a import is_a
 from lora_lightning.utilities.wrappers import named_parameters
 
-# id of a frozen parameter -> the group that it was in or was meant for
-Groups = dict[int, dict[str, Any]]
+# id of a parameter -> the groups that it was in or was meant for; of several optimizers perhaps
+Groups = dict[int, list[dict[str, Any]]]
 
 _one_at_a_time = RLock()  # a method of torch's class is exchanged for a while
 
@@ -36,7 +37,7 @@ def frozen_left_out() -> Iterator[Groups]:
     Some look at their parameters at once: Adagrad makes a state for each, Muon refuses what is
     not a matrix. Yields the groups that the frozen ones were meant for.
     """
-    meant_for: Groups = {}
+    meant_for: Groups = defaultdict(list)
     thread = get_ident()
 
     def add_param_group(self: Optimizer, param_group: dict[str, Any]) -> None:
@@ -48,7 +49,7 @@ def frozen_left_out() -> Iterator[Groups]:
         original(self, {**param_group, "params": kept})
         for p in params:
             if not _trains(p):
-                meant_for[id(_tensor(p))] = self.param_groups[-1]
+                meant_for[id(_tensor(p))].append(self.param_groups[-1])
         return None
 
     with _one_at_a_time:
@@ -63,15 +64,17 @@ def frozen_left_out() -> Iterator[Groups]:
 def cover_trainable(optimizers: list[Optimizer], model: nn.Module, meant_for: Groups) -> None:
     """Drop frozen parameters and add missing trainable ones, in place.
 
-    A missing one joins the group of a base weight of the module that it adapts, else the first
-    group of the first optimizer; one that is no matrix a group that is not Muon's. OptimizerError
-    if an optimizer is left without a parameter, or takes none of this shape.
+    A missing one joins the group of a base weight of the module that it adapts, in every optimizer
+    that holds that weight, else the first group of the first optimizer; one that is no matrix a
+    group that is not Muon's. OptimizerError if an optimizer is left without a parameter, or takes
+    none of this shape.
     """
-    group_of = dict(meant_for)
+    groups_of: Groups = defaultdict(list, {i: list(groups) for i, groups in meant_for.items()})
     covered: set[int] = set()
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group_of.update({id(p): group for p in group["params"]})
+            for p in group["params"]:
+                groups_of[id(p)].append(group)
             # In place: some optimizers (LBFGS) keep a reference to this very list.
             group["params"][:] = [p for p in group["params"] if p.requires_grad]
             covered.update(id(p) for p in group["params"])
@@ -80,25 +83,11 @@ def cover_trainable(optimizers: list[Optimizer], model: nn.Module, meant_for: Gr
                 del optimizer.state[p]
     base = {name: p for name, p in named_parameters(model) if not p.requires_grad}
     owners = adapter_owners(model)
-    muon = getattr(torch.optim, "Muon", ())  # of torch 2.9
-    matrices_only = {id(g) for o in optimizers if isinstance(o, muon) for g in o.param_groups}
     for name, p in trainable_parameters(model).items():
         if id(p) not in covered:
             owner = owners.get(id(p), name) + "."
-            homes = [
-                group_of[id(q)]
-                for n, q in base.items()
-                if n.startswith(owner) and id(q) in group_of
-            ]
-            homes += [group for optimizer in optimizers for group in optimizer.param_groups]
-            fitting = [group for group in homes if p.ndim == 2 or id(group) not in matrices_only]
-            if not fitting:
-                raise OptimizerError(
-                    f"{name} {list(p.shape)} trains and is no matrix, but Muon, the only optimizer "
-                    "that configure_optimizers returned, takes nothing else. Return another one, "
-                    "or let only matrices train. (lora.target_modules, lora.modules_to_save)"
-                )
-            fitting[0]["params"].append(p)
+            of_owner = [groups_of[id(q)] for n, q in base.items() if n.startswith(owner)]
+            _join(name, p, _groups_for(p, optimizers, of_owner))
     for index, optimizer in enumerate(optimizers):
         if not any(group["params"] for group in optimizer.param_groups):
             raise OptimizerError(
@@ -108,17 +97,49 @@ def cover_trainable(optimizers: list[Optimizer], model: nn.Module, meant_for: Gr
             )
 
 
+def _groups_for(
+    p: nn.Parameter, optimizers: list[Optimizer], wished: list[list[dict[str, Any]]]
+) -> list[dict[str, Any]]:
+    """The first of the `wished` that optimizers have which take `p`; else their first group."""
+    muon = getattr(torch.optim, "Muon", ())  # of torch 2.9
+    fitting = [
+        group
+        for optimizer in optimizers
+        if p.ndim == 2 or not isinstance(optimizer, muon)
+        for group in optimizer.param_groups
+    ]
+    known = {id(group) for group in fitting}
+    found = ([group for group in groups if id(group) in known] for groups in wished)
+    return next(filter(None, found), fitting[:1])
+
+
+def _join(name: str, p: nn.Parameter, groups: list[dict[str, Any]]) -> None:
+    if not groups:
+        raise OptimizerError(
+            f"{name} {list(p.shape)} trains and is no matrix, but Muon, the only optimizer "
+            "that configure_optimizers returned, takes nothing else. Return another one, "
+            "or let only matrices train. (lora.target_modules, lora.modules_to_save)"
+        )
+    for group in groups:
+        group["params"].append(p)
+
+
 def check_coverage(optimizers: Iterable[Optimizer], model: nn.Module) -> None:
-    """Raise OptimizerError unless just the trainable tensors are held, each in one group."""
-    held = Counter(id(p) for o in optimizers for group in o.param_groups for p in group["params"])
+    """Raise OptimizerError unless just the trainable tensors are held, once in an optimizer.
+
+    Several optimizers may share some: each makes steps of its own.
+    """
+    counts = [Counter(id(p) for g in o.param_groups for p in g["params"]) for o in optimizers]
+    held = {i for count in counts for i in count}
+    twice = {i for count in counts for i, number in count.items() if number > 1}
     trainable = trainable_parameters(model)
     names = {id(p): name for name, p in named_parameters(model)}
-    foreign = held.keys() - {id(p) for p in trainable.values()}
+    foreign = held - {id(p) for p in trainable.values()}
     found = {
         "in no optimizer": [name for name, p in trainable.items() if id(p) not in held],
-        "in more than one group": [names.get(i, "?") for i, count in held.items() if count > 1],
+        "in more than one group": [names.get(i, "?") for i in twice],
         "in an optimizer but not trainable": [
-            names.get(i, "a tensor that is not the module's") for i in held if i in foreign
+            names.get(i, "a tensor that is not the module's") for i in foreign
         ],
     }
     problems = [f"{what}: {first_few(tensors)}" for what, tensors in found.items() if tensors]
@@ -148,9 +169,13 @@ def may_be_fused(trainer: Trainer) -> bool:
 
 
 def find_optimizers(configured: object) -> list[Optimizer]:
-    """The optimizers in whatever `configure_optimizers` returned."""
-    if isinstance(configured, Optimizer):
-        return [configured]
+    """The optimizers in whatever `configure_optimizers` returned.
+
+    Lightning takes for one whatever has the methods and attributes of torch's.
+    """
+    if isinstance(configured, Optimizable):
+        found: Any = configured
+        return [found]
     if isinstance(configured, Mapping):
         return find_optimizers(list(configured.values()))
     if isinstance(configured, (list, tuple)):
