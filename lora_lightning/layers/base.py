@@ -82,6 +82,7 @@ class AdaptedLayer(CarriedAdapters):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the base's output with the adapters that are applied."""
+        self.check_recomputation(self.base_type.__name__)
         if self._rows is not None:
             x, args, kwargs = first_argument(self, args, kwargs)
             known = [*self.adapters] if self._enabled else []

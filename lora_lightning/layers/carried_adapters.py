@@ -11,6 +11,7 @@ from torch import nn
 from lora_lightning.adapters.base import Adapter, AdapterDict
 from lora_lightning.adapters.modules_to_save import ModulesToSaveCopy
 from lora_lightning.errors import AdapterStateError
+from lora_lightning.layers.recomputation import Acting, SwitchLog
 
 
 def _told(name: str) -> Any:
@@ -44,6 +45,7 @@ class CarriedAdapters(nn.Module):
     _rows: list[str | None] | None
     _enabled: bool
     _merged: list[str]
+    _switches: SwitchLog
 
     def applied_names(self) -> list[str]:
         """Return the adapters that take part in forward, in the order in which they were added.
@@ -59,6 +61,18 @@ class CarriedAdapters(nn.Module):
         applied = {*self.applied_names(), *of_rows}
         for name, adapter in self.adapters.items():
             adapter.set_applied(name in applied)
+        rows = None if self._rows is None or not self._enabled else tuple(self._rows)
+        self._switches.add(Acting(tuple(self.applied_names()), tuple(self._merged), rows))
+
+    def check_recomputation(self, layer_name: str) -> None:
+        """Refuse to be computed again in backward with other adapters than forward had.
+
+        Raises:
+            AdapterStateError: Under activation checkpointing, after a switch.
+
+        """
+        if not torch.compiler.is_compiling():
+            self._switches.check(layer_name)
 
     def applied_adapters(self, name: str = "weight") -> list[Adapter]:
         """Return the adapters on a weight that take part in forward now.

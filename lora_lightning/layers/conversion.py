@@ -12,9 +12,10 @@ from lora_lightning.errors import AdapterStateError, TargetError
 from lora_lightning.layers.base import AdaptedLayer, adapted_class
 from lora_lightning.layers.carried_adapters import CarriedAdapters
 from lora_lightning.layers.quantized.base import why_not_adaptable, why_not_trainable
+from lora_lightning.layers.recomputation import SwitchLog
 
 # What a layer has in its dictionary beside what the module had.
-_STATE = ("_rows", "_active", "_enabled", "_merged", "_kept", "_instance_forward")
+_STATE = ("_rows", "_active", "_enabled", "_merged", "_kept", "_instance_forward", "_switches")
 # All that a layer would hide, or overwrite, of a module.
 _NAMES = {*vars(CarriedAdapters), *vars(AdaptedLayer)}
 _NEEDED = {"adapters", *_STATE, *(name for name in _NAMES if name[:2] != "__")}
@@ -76,6 +77,7 @@ def convert_to_adapted(module: nn.Module, layer_type: type[AdaptedLayer]) -> Non
     layer = cast(AdaptedLayer, module)
     layer.adapters = AdapterDict()
     layer._rows = None
+    layer._switches = SwitchLog()
     layer._active, layer._merged, layer._kept = [], [], {}
     layer._enabled = True
     layer._instance_forward = instance_forward

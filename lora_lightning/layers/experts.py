@@ -74,6 +74,7 @@ class AdaptedExperts(AdaptedLayer):
         return self._forward(*args, **kwargs)
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.check_recomputation(self.base_type.__name__)
         self._check_rows()
         copy = self.trained_copy()
         module = self if copy is None else copy.module

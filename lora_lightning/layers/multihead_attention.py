@@ -104,6 +104,7 @@ class AdaptedMultiheadAttention(AdaptedLayer):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """As `nn.MultiheadAttention.forward`, with the adapters that are applied."""
+        self.check_recomputation(self.base_type.__name__)
         copy = self.trained_copy()
         if not self._has_applied_adapters():
             base_map = self.base_forward if copy is None else copy

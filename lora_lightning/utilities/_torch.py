@@ -43,6 +43,18 @@ def call_when_backward_ends(function: Callable[[], None]) -> None:
     torch.autograd.Variable._execution_engine.queue_callback(function)
 
 
+def next_operation_number() -> int:
+    """The number that autograd gives to the next operation that this thread records."""
+    number: int = torch._C._autograd._get_sequence_nr()
+    return number
+
+
+def number_of_running_backward() -> int | None:
+    """The number of the recorded operation whose backward is running, or None outside of one."""
+    node = torch._C._current_autograd_node()
+    return None if node is None else node._sequence_nr()
+
+
 def version_kept(tensor: Tensor) -> AbstractContextManager[None]:
     """Allow writing to `tensor` inside, although a graph has saved it."""
     from torch.autograd.grad_mode import _unsafe_preserve_version_counter

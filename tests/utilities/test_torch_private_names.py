@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 from torch.optim import SGD, AdamW, lr_scheduler
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from lora_lightning.utilities import _torch as private
@@ -41,6 +42,29 @@ def test_call_when_backward_ends() -> None:
     (first * 2 * last.exp()).backward()
     assert sorted(order) == ["end", "first"]
     assert order[-1] == "end"
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_numbers_of_operations_tell_when_forward_was(reentrant: bool) -> None:
+    seen: list[int] = []
+
+    def ask(x: torch.Tensor) -> torch.Tensor:
+        number = private.number_of_running_backward()
+        if number is not None:
+            seen.append(number)
+        return x.sin() * x
+
+    x = torch.ones(2, requires_grad=True)
+    before = private.next_operation_number()
+    first = checkpoint(ask, x, use_reentrant=reentrant)
+    between = private.next_operation_number()
+    second = checkpoint(ask, x, use_reentrant=reentrant)
+    after = private.next_operation_number()
+    assert private.number_of_running_backward() is None
+    first.sum().backward()
+    second.sum().backward()
+    assert before <= seen[0] < between <= seen[1] < after
+    assert len(seen) == 2
 
 
 def test_version_kept() -> None:
