@@ -13,7 +13,7 @@ from lora_lightning.adapters.lora.config import LoraConfig
 from lora_lightning.checkpoint.state_dict import KEY
 from lora_lightning.engine.injection import adapters_named
 from lora_lightning.engine.targets.selection import Selection
-from lora_lightning.training import checks, summary
+from lora_lightning.training import checks, messages, summary
 from lora_lightning.training._lightning import state_key
 from lora_lightning.training.adalora_schedule import RankSchedule
 from lora_lightning.training.adapter_callback import AdapterCallback
@@ -161,7 +161,7 @@ class LoraCallback(AdapterCallback):
             checks.check_hyperparameters(pl_module)
             checks.check_hyperparameters(trainer.datamodule)  # type: ignore[attr-defined]
             log_options(trainer, callbacks_of(pl_module))
-            summary.show(summary.batch_line(trainer))
+            messages.show(summary.batch_line(trainer))
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -209,7 +209,7 @@ class LoraCallback(AdapterCallback):
         if isinstance(exception, KeyboardInterrupt) and trainer.state.fn == "fit":
             self.on_fit_end(trainer, pl_module)
             if self._is_last(pl_module) and trainer.is_global_zero:
-                summary.show(*lines_without_checkpoint(trainer))
+                messages.show(*lines_without_checkpoint(trainer))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tell which steps were left out, how ranks were shared out and where checkpoints are."""
@@ -217,7 +217,7 @@ class LoraCallback(AdapterCallback):
         if self.enabled and trainer.is_global_zero:
             if self._is_last(pl_module):
                 lines += summary.end_lines(trainer, pl_module)
-            summary.show(*lines)
+            messages.show(*lines)
 
     # -- resuming ------------------------------------------------------------------------------
 

@@ -7,12 +7,33 @@ config key to change. All of them derive from `LoraError`, so one `except` catch
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
+# What a terminal obeys instead of showing it, or shows nothing of: control characters but line
+# break and tab, marks that turn the order of a line around, what has no width (but for the joiners
+# within words and emoji), halves of surrogate pairs, which cannot even be written.
+_UNSEEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff"
+    "\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]"
+)
+
+
+def printable(text: str) -> str:
+    r"""`text` for a terminal: what it would obey or hide is spelled out, as ``\x1b`` or ``\u202e``.
+
+    All that is read from files, folders and models may hold such characters, and all that is shown
+    goes through here: every `LoraError`, and what `training/messages.py` prints and warns of.
+    """
+    return _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
 
 class LoraError(Exception):
-    """Base of every error that lora_lightning raises on purpose."""
+    """Base of every error that lora_lightning raises on purpose; its message is `printable`."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(printable(part) if isinstance(part, str) else part for part in args))
 
 
 class ConfigError(LoraError, ValueError):

@@ -18,7 +18,7 @@ from rich.table import Table
 from lora_lightning.engine.switching import adapter_names, disable_adapter
 from lora_lightning.errors import ConfigError, first_few
 from lora_lightning.layers.traversal import named_adapted_layers
-from lora_lightning.training import _lightning, summary
+from lora_lightning.training import _lightning, messages
 from lora_lightning.training.module_state import callbacks_of
 from lora_lightning.utilities.rng import random_state, seed_all, set_random_state
 
@@ -105,7 +105,7 @@ class Comparison:
 
     def show(self) -> None:
         """Print `lines`."""
-        summary.show(*self.lines())
+        messages.show(*self.lines())
 
 
 def compare_with_base(

@@ -7,9 +7,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from lora_lightning.callbacks.generation import TextGenerator, generating_network
 from lora_lightning.callbacks.text_loggers import Row, log_texts
@@ -24,9 +22,9 @@ from lora_lightning.data.samples.sample import (
     prompt_and_answer,
 )
 from lora_lightning.engine.switching import adapter_names, disable_adapter
-from lora_lightning.errors import ConfigError
+from lora_lightning.errors import ConfigError, printable
 from lora_lightning.tasks.pretrained_task import PretrainedTask
-from lora_lightning.training import summary
+from lora_lightning.training import messages
 from lora_lightning.training.progress import left_out
 from lora_lightning.utilities.dtensor import is_sharded
 from lora_lightning.utilities.hub import load_pretrained
@@ -158,7 +156,7 @@ class TextSamples(Callback):
             for number, (row, _) in enumerate(self._asked):
                 base = {} if self._base is None else {"base": self._base[number]}
                 rows.append({**row, **base, "tuned": tuned[number]})
-            summary.show(as_table(rows, f"samples at step {step}"))
+            messages.show(as_table(rows, f"samples at step {step}"))
             for logger in trainer.loggers:
                 log_texts(logger, "samples", rows, step)
 
@@ -206,24 +204,22 @@ class TextSamples(Callback):
         return encoder.encode_prompts(samples)
 
 
-def as_table(rows: Sequence[Row], title: str) -> str:
-    """Rows of texts as wide as the console, at most 100 characters, a block for each row."""
-    console = Console()
-    width = min(console.width, 100)
+def as_table(rows: Sequence[Row], title: str) -> Table:
+    """Rows of texts as wide as the terminal, at most 100 characters, a block for each row."""
+    width = min(messages.console_of_terminal().width, 100)
     table = Table(title=title, title_justify="left", show_header=False, width=width)
     table.add_column(no_wrap=True)
-    table.add_column(ratio=1)
+    table.add_column(ratio=1, overflow="fold")
     for row in rows:
         for column, text in row.items():
             if column == "prompt" and len(text) > _SHOWN:
                 text = f"[...]{text[-_SHOWN:]}"
             elif column == "expected" and len(text) > _SHOWN:
                 text = f"{text[:_SHOWN]}[...]"
-            table.add_row(column, Text(text or "(nothing)", overflow="fold"))
+            # Spelled out before the lines are laid out, so that the frame stays straight.
+            table.add_row(column, printable(text) or "(nothing)")
         table.add_section()
-    with console.capture() as captured:
-        console.print(table, highlight=False)
-    return "\n".join(line.rstrip() for line in captured.get().splitlines())
+    return table
 
 
 def _as_sample(prompt: Prompt) -> tuple[Sample, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -72,6 +72,20 @@ def check_values(values: Mapping[str, Tensor], own: Mapping[str, Tensor], where:
                 f"{where} holds values that are not finite (NaN or infinity) in {name!r}: the "
                 "adapter has diverged, or the file is damaged."
             )
+
+
+def not_finite(state: Mapping[str, Tensor], trained: Collection[str]) -> list[str]:
+    """The names of the tensors in `state` with values that no sound run leaves.
+
+    That is NaN, and in what is `trained` infinity: a metric's least value so far starts out there.
+    """
+    return [
+        name
+        for name, value in state.items()
+        if isinstance(value, Tensor)
+        and value.is_floating_point()
+        and not (torch.isfinite(value) if name in trained else ~torch.isnan(value)).all()
+    ]
 
 
 def _kind(dtype: torch.dtype) -> str | None:

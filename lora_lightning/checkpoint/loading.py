@@ -71,14 +71,15 @@ def load_adapter(
     """
     place = Path(path)
     with unchanged_on_error(model):
-        if is_checkpoint_folder(place) or (place.is_file() and place.name not in (CONFIG, TENSORS)):
+        is_file = place.exists() and not place.is_dir()
+        if is_checkpoint_folder(place) or (is_file and place.name not in (CONFIG, TENSORS)):
             if place.suffix == ".safetensors":
                 raise CheckpointError(
                     f"{str(place)!r} holds tensors, but does not say how they act: a PEFT adapter "
                     f"is loaded from a folder that holds them as {TENSORS} beside {CONFIG}."
                 )
             return _load_checkpoint(model, place, adapter_name, autocast_adapter_dtype)
-        folder = place.parent if place.is_file() else place
+        folder = place.parent if is_file else place
         return load_folders(model, folder, adapter_name, autocast_adapter_dtype)
 
 

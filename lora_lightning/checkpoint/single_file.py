@@ -18,6 +18,11 @@ from lora_lightning.errors import CheckpointError, first_few
 def read_adapter_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The content of an adapter-only Lightning checkpoint; a damaged or other file is refused."""
     file = Path(path)
+    if file.exists() and not (file.is_file() or file.is_dir()):
+        raise CheckpointError(
+            f"{str(file)!r} is no ordinary file but a device, a pipe or the like, which may never "
+            "end. Write what it gives into a file, and name that."
+        )
     try:
         if is_checkpoint_folder(file):
             checkpoint = read_checkpoint_folder(file)

@@ -31,7 +31,7 @@ from lora_lightning.cli.parser import PROGRAM, LoraParser
 from lora_lightning.cli.predictions import save_predictions
 from lora_lightning.errors import CheckpointError, ConfigError, LoraError, first_few
 from lora_lightning.training.checkpoint_io import files
-from lora_lightning.training.summary import show
+from lora_lightning.training.messages import show
 
 set_parsing_settings(subclasses_enabled=[AdapterConfig])  # lora.config takes any adapter type
 

@@ -12,7 +12,7 @@ from typing import Any
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lora_lightning.adapters.registry import config_types
-from lora_lightning.errors import did_you_mean, nearest_hint
+from lora_lightning.errors import did_you_mean, nearest_hint, printable
 
 PROGRAM = "lora-lightning"
 
@@ -28,7 +28,7 @@ class LoraParser(LightningArgumentParser):
         """Say what is wrong in one piece, without the usage of all options, and exit with 2."""
         if not self.exit_on_error:
             return super().error(message, ex)
-        text = _with_suggestion(message, self._known_keys())
+        text = printable(_with_suggestion(message, self._known_keys()))
         inner = re.match(r"([\w.]+) does not accept option '\w+' \((model|data)\)", text)
         listed = f"--{inner.group(2)}.help {inner.group(1)}" if inner else "--help"
         sys.stderr.write(f"{PROGRAM}: error: {text}\nAll options: {PROGRAM} fit {listed}\n")

@@ -8,7 +8,6 @@ from functools import cached_property
 from typing import Any, cast
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -19,6 +18,7 @@ from lora_lightning.data.sources.labelled_images import read_images
 from lora_lightning.data.split_data_module import SplitOptions
 from lora_lightning.data.validation_split import split_records
 from lora_lightning.errors import ConfigError
+from lora_lightning.training.messages import rank_zero_info
 
 Example = dict[str, Any]
 

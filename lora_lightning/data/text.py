@@ -8,7 +8,6 @@ from functools import cached_property
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
-from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
 from lora_lightning.data.batches.collate import PackRows, PadPrompts, PadRows
@@ -28,6 +27,7 @@ from lora_lightning.data.samples.sample import Sample
 from lora_lightning.data.split_data_module import SplitDataModule, SplitOptions
 from lora_lightning.data.validation_split import sample_content, split_records
 from lora_lightning.errors import ConfigError, ModelError, RecordError
+from lora_lightning.training.messages import rank_zero_info
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

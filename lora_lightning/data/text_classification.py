@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lightning.pytorch.utilities import rank_zero_info
-
 from lora_lightning.data.labelled_text_data_module import Example, LabelledTextDataModule
 from lora_lightning.data.sources.labelled_texts import Record, read_records
 from lora_lightning.data.split_data_module import SplitOptions
+from lora_lightning.training.messages import rank_zero_info
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding

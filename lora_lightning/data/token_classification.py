@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -17,6 +16,7 @@ from lora_lightning.data.sources import labelled_words
 from lora_lightning.data.sources.labelled_words import Sentence
 from lora_lightning.data.split_data_module import SplitOptions
 from lora_lightning.errors import ConfigError
+from lora_lightning.training.messages import rank_zero_info
 from lora_lightning.utilities.constants import IGNORE_INDEX
 
 if TYPE_CHECKING:

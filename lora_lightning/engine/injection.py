@@ -98,10 +98,11 @@ def inject_adapter(
 def extend_adapter(model: nn.Module, context: BuildContext) -> Selection:
     """`inject_adapter` for a model that grows: modules that carry the adapter already keep it."""
     name = context.adapter_name
-    if not name or "." in name or hasattr(AdapterDict(), name):
+    if not name or not name.isprintable() or "." in name or hasattr(AdapterDict(), name):
         raise ConfigError(
-            f"adapter_name {name!r} cannot be used: a name is not empty, has no '.', and is no "
-            "attribute of a torch ModuleDict (such as 'keys'). (lora.adapter_name)"
+            f"adapter_name {name!r} cannot be used: a name is not empty, can be printed, has "
+            "no '.', and is no attribute of a torch ModuleDict (such as 'keys'). "
+            "(lora.adapter_name)"
         )
     needs_start = getattr(context.config, "init_lora_weights", True) == "eva"
     if needs_start and context.start is None and not context.low_cpu_mem_usage:

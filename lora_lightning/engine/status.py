@@ -9,7 +9,7 @@ from torch import nn
 
 from lora_lightning.engine.bias import trained_biases
 from lora_lightning.engine.switching import active_adapters, adapter_names
-from lora_lightning.errors import first_few
+from lora_lightning.errors import first_few, printable
 from lora_lightning.layers.traversal import named_adapted_layers
 
 
@@ -88,7 +88,7 @@ class AdapterStatus:
         lines.append(
             f"trainable {self.trainable_parameters:,} of {self.total_parameters:,} parameters"
         )
-        return "\n".join([*lines, *self.irregular])
+        return printable("\n".join([*lines, *self.irregular]))
 
 
 def adapter_status(model: nn.Module) -> AdapterStatus:

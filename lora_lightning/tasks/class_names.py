@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lora_lightning.errors import ConfigError, first_few, nearest_hint
+from lora_lightning.training.messages import rank_zero_warn
 from lora_lightning.utilities.hub import load_pretrained
 
 

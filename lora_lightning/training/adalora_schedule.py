@@ -17,7 +17,6 @@ from collections import defaultdict
 from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -26,6 +25,7 @@ from lora_lightning.adapters.adalora import AdaLoraConfig
 from lora_lightning.adapters.config import AdapterConfig
 from lora_lightning.engine.rank_allocation import RankAllocator, adalora_adapters
 from lora_lightning.errors import ConfigError
+from lora_lightning.training.messages import rank_zero_warn
 from lora_lightning.training.summary import shown_name
 from lora_lightning.utilities._torch import unscales_in_step
 

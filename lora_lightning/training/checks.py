@@ -7,7 +7,6 @@ from types import MethodType
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lora_lightning.checkpoint.fingerprint import base_tensors
@@ -18,6 +17,7 @@ from lora_lightning.layers.traversal import named_adapted_layers
 from lora_lightning.training._lightning import all_callbacks
 from lora_lightning.training.adapter_callback import AdapterCallback
 from lora_lightning.training.eva import starts_from_data
+from lora_lightning.training.messages import rank_zero_warn
 from lora_lightning.training.module_state import callbacks_of, module_state
 from lora_lightning.training.nonfinite import check_same_policy
 from lora_lightning.training.optimizers import check_coverage, trainable_parameters

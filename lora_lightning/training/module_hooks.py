@@ -14,7 +14,6 @@ from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities import rank_zero_warn
 
 from lora_lightning.checkpoint.state_dict import KEY
 from lora_lightning.engine.switching import adapter_names
@@ -22,6 +21,7 @@ from lora_lightning.errors import CheckpointError
 from lora_lightning.training import attachment
 from lora_lightning.training._lightning import trainer_of
 from lora_lightning.training.checkpoint_io.metadata import check_checkpoint, reduce_checkpoint
+from lora_lightning.training.messages import rank_zero_warn
 from lora_lightning.training.module_state import (
     callbacks_of,
     defines_hook,

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.nn.utils import get_total_norm
@@ -24,6 +23,7 @@ from torch.optim import LBFGS, Optimizer
 
 from lora_lightning.errors import ConfigError, NonfiniteError, first_few, nearest_hint
 from lora_lightning.layers.traversal import named_adapted_layers
+from lora_lightning.training.messages import rank_zero_warn
 from lora_lightning.training.strategies.deepspeed import partitioned_gradients
 from lora_lightning.utilities._torch import stored_values, unscales_in_step
 from lora_lightning.utilities.dtensor import local_part

@@ -21,7 +21,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from lora_lightning.training import _lightning, summary
+from lora_lightning.training import _lightning, messages
 from lora_lightning.training.collectives import any_process
 from lora_lightning.utilities.is_a import is_a
 
@@ -72,7 +72,7 @@ class Preemption:
             saved = f"saved {path}; go on with ckpt_path='last'"
             nothing = "nothing was saved, as this Trainer writes no checkpoints"
             if trainer.is_global_zero:
-                summary.show(f"SIGTERM: {saved if path else nothing}")
+                messages.show(f"SIGTERM: {saved if path else nothing}")
             raise SIGTERMException
 
 

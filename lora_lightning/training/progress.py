@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
 from lightning.pytorch.utilities.data import extract_batch_size
 
-from lora_lightning.training import summary
+from lora_lightning.training import messages, summary
 from lora_lightning.training._lightning import accumulates, all_callbacks, logs_this_batch
 from lora_lightning.training.stopwatch import Stopwatch
 
@@ -136,7 +136,7 @@ class TrainingProgress(Callback):
                 on_gpu = trainer.strategy.root_device.type == "cuda"
                 where = "allocated on the GPU" if on_gpu else "of the process"
                 lines.append(f"peak memory {where}: {summary.readable_bytes(self._peak)}")
-            summary.show(*lines)
+            messages.show(*lines)
 
     def _count(self, pl_module: LightningModule, batch: Any) -> None:
         if self._unit == "tokens":

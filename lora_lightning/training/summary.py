@@ -9,9 +9,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 from torch import nn
 
 from lora_lightning.checkpoint.fingerprint import base_tensors
@@ -23,6 +21,7 @@ from lora_lightning.layers.base import AdaptedLayer
 from lora_lightning.layers.registry import layer_type_for
 from lora_lightning.layers.traversal import walk
 from lora_lightning.training.adapter_callback import AdapterCallback
+from lora_lightning.training.messages import show
 from lora_lightning.training.optimizers import trainable_parameters
 
 
@@ -73,18 +72,17 @@ def show_without_adapters(trainer: Trainer, module: LightningModule) -> None:
 
 def start_table(model: nn.Module, adapter_name: str, left_out: list[str]) -> Table:
     """A table of target names: modules matched of possible, r, parameters."""
-    # Text, not str: rich would take "[...]" in a name for markup.
     adapters = list(adapters_named(model, adapter_name).values())
     kind = type(adapters[0].config).__name__.removesuffix("Config").replace("Lora", "LoRA")
     frozen = not any(p.requires_grad for adapter in adapters for p in adapter.parameters())
     title = f"{kind} adapter '{adapter_name}'{' (frozen)' if frozen else ''}"
-    table = Table(title=Text(title), title_justify="left")
+    table = Table(title=title, title_justify="left")
     table.add_column("target")
     for column in ("modules", "r", "parameters"):
         table.add_column(column, justify="right")
     for name, row in target_rows(model, adapter_name):
         ranks = "full" if row.full else ", ".join(map(str, sorted(row.ranks))) or "-"
-        table.add_row(Text(name), f"{row.matched} of {row.possible}", ranks, f"{row.parameters:,}")
+        table.add_row(name, f"{row.matched} of {row.possible}", ranks, f"{row.parameters:,}")
     biases = [
         record.parameter(module).numel()
         for _, module, record in trained_biases(model, adapter_name)
@@ -92,7 +90,7 @@ def start_table(model: nn.Module, adapter_name: str, left_out: list[str]) -> Tab
     if biases:
         table.add_row("bias", str(len(biases)), "full", f"{sum(biases):,}")
     for path in left_out:
-        table.add_row(Text(f"{path} (output head, frozen and not saved)"), "0 of 1", "-", "0")
+        table.add_row(f"{path} (output head, frozen and not saved)", "0 of 1", "-", "0")
     return table
 
 
@@ -184,17 +182,6 @@ def readable_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} GB"
-
-
-def show(*items: object) -> None:
-    """Print tables and lines."""
-    # By way of print(), which a live progress bar knows to keep above itself; a rich console of
-    # our own would write over it.
-    console = Console(soft_wrap=True)
-    with console.capture() as captured:
-        for item in items:
-            console.print(item, highlight=False, markup=False)
-    print(captured.get(), end="", flush=True)
 
 
 def _ranks(adapter: nn.Module) -> set[int]:

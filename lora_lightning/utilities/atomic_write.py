@@ -5,10 +5,13 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import secrets
 import shutil
+import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
 
 Content = bytes | memoryview
 
@@ -33,7 +36,7 @@ def write_atomically(files: Mapping[Path, Content]) -> None:
     replaced = []
     try:
         for path, content in files.items():
-            with open(drafts[path], "wb") as file:
+            with _created(drafts[path]) as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
@@ -116,7 +119,14 @@ def _stem(path: Path) -> str:
 
 
 def _beside(path: Path, ending: str) -> Path:
-    return path.with_name(f"{_stem(path)}-{os.getpid()}.{ending}")
+    # A name that nobody who may write into the folder, too, can take before us.
+    return path.with_name(f"{_stem(path)}-{secrets.token_hex(8)}.{ending}")
+
+
+def _created(path: Path) -> BinaryIO:
+    """A new file to write; FileExistsError if anything is there, were it a link to a file."""
+    no_follow = 0 if sys.platform == "win32" else os.O_NOFOLLOW
+    return open(path, "xb", opener=lambda name, flags: os.open(name, flags | no_follow, 0o666))
 
 
 def _holds(path: Path, content: Content) -> bool:
@@ -133,7 +143,8 @@ def _keep(path: Path, place: Path) -> None:
     try:
         os.link(path, place)
     except OSError:  # not every file system has links
-        shutil.copyfile(path, place)
+        with path.open("rb") as file, _created(place) as copy:
+            shutil.copyfileobj(file, copy)
 
 
 def _remove(path: Path) -> None:

@@ -118,7 +118,17 @@ def _package_folder(name: str, key: str) -> Path:
             f"Model {name!r}: {package!r} is no import name of a package; "
             f"write '{PACKAGE_PREFIX}import_name/sub/folder'. ({key})"
         )
-    spec = importlib.util.find_spec(package)
+    try:
+        spec = importlib.util.find_spec(package)
+        is_module = spec is not None and not spec.submodule_search_locations
+    except ValueError:  # of __main__, where it is a script
+        is_module = True
+    if is_module:
+        raise ModelError(
+            f"Model {name!r}: {package!r} is a module, a single file without folders in it, and no "
+            f"package. Name a package that holds a model, as '{PACKAGE_PREFIX}import_name/sub/"
+            f"folder', or a folder. ({key})"
+        )
     if spec is None or not spec.submodule_search_locations:
         extra = EXTRAS.get(package)
         requirement = f'"lora_lightning[{extra}]"' if extra else package.replace("_", "-")

@@ -21,6 +21,7 @@ from lora_lightning.callbacks import TextSamples, generation
 from lora_lightning.callbacks.text_loggers import log_texts
 from lora_lightning.callbacks.text_samples import as_table
 from lora_lightning.errors import ConfigError
+from lora_lightning.training.messages import rendered
 from tests.helpers.lightning_modules import Net, make_trainer
 from tests.helpers.processes import on_processes
 from tests.helpers.tiny_lm import tiny_llama, tiny_tokenizer
@@ -396,7 +397,7 @@ def test_loggers_of_lightning_have_these_names() -> None:
 def test_a_table_in_80_columns(monkeypatch: Any) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     rows = [{"prompt": "x" * 500, "base": "one two [bold] " * 20, "tuned": "ja\nnein"}]
-    lines = as_table(rows, "samples at step 3").splitlines()
+    lines = rendered(as_table(rows, "samples at step 3")).splitlines()
     assert max(map(len, lines)) == 80
     assert any("[bold]" in line for line in lines)
     assert "│ prompt │ [...]xxx" in lines[2]

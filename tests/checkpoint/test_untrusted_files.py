@@ -571,7 +571,7 @@ class FullDisk:
 
     def __call__(self, path: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
         file = open(path, mode, *args, **kwargs)  # noqa: SIM115
-        if "w" in mode:
+        if "x" in mode:
             self.left -= 1
             if self.left < 0:
                 file.write(b"half of")

@@ -372,3 +372,38 @@ def test_a_file_that_is_no_text(tmp_path):
     text = refusal(str(tmp_path / "model.safetensors"), TALK, error=ConfigError)
     assert text.startswith(f"{tmp_path / 'model.safetensors'}: cannot be read as a chat template, ")
     assert text.endswith("(data.chat_template)")
+
+
+RUINOUS = {
+    "a range": "{% for i in range(10 ** 9) %}x{% endfor %}",
+    "a string": "{{ 'x' * 10 ** 15 }}",
+    "a number": "{{ 10 ** 6000 }}",
+    "a division": "{{ 1 // 0 }}",
+    "brackets": "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
+    "a call of itself": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "loops": "{% for a in [1] %}" * 30 + "{% endfor %}" * 30,
+    "another's text": "{{ raise_exception('\x1b]52;c;aGk=\x07') }}",
+}
+
+
+@pytest.mark.parametrize("marked_turns", [False, True])
+@pytest.mark.parametrize("code", RUINOUS.values(), ids=RUINOUS)
+def test_a_template_without_end_names_the_record(code, marked_turns):
+    turn = "{% generation %}{{ message.content }}{% endgeneration %}"
+    whole = code + (marked(turn) if marked_turns else "{{ messages[0].content }}")
+    text = refusal(whole, TALK)
+    assert text.startswith(f"{WHERE}: the chat template refuses this chat: ")
+    assert text.endswith("(data.chat_template)")
+    assert "\x1b" not in text
+
+
+@pytest.mark.parametrize("marked_turns", [False, True])
+def test_a_template_that_writes_without_end(marked_turns, monkeypatch):
+    monkeypatch.setattr("lora_lightning.data.encoding.chat_template.LONGEST_LINE", 1000)
+    turn = "{% generation %}{{ message.content }}{% endgeneration %}"
+    whole = "{{ 'x' * 2000 }}" + (marked(turn) if marked_turns else "{{ messages[0].content }}")
+    text = refusal(whole, TALK)
+    assert text.startswith(f"{WHERE}, as the chat template writes it: has 2,")
+    assert text.endswith(
+        "characters, and at most 1,000 are taken. Correct the template. (data.chat_template)"
+    )

@@ -1,6 +1,7 @@
 """Images: where they come from, what is refused, how they become pixels, what is random."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -11,7 +12,7 @@ from PIL import Image
 
 from lora_lightning.data.batches.image_augmentation import Augmentation
 from lora_lightning.data.images import ImageDataModule, collate_images
-from lora_lightning.data.sources.image_record import ImageRecord, checked, load_image
+from lora_lightning.data.sources.image_record import ImageRecord, StoredImage, checked, load_image
 from lora_lightning.data.sources.labelled_images import read_images
 from lora_lightning.data.validation_split import split_records
 from lora_lightning.errors import ConfigError, ModelError, RecordError
@@ -183,8 +184,8 @@ def test_the_leak_check_can_fail(model, own):
 def test_a_broken_image_is_named_before_training(model, own):
     (own / "green" / "003.png").write_bytes(b"no image")
     assert message(model, "fit", train=str(own)) == (
-        f"{own / 'green' / '003.png'}: the image cannot be read: is not of a known format. "
-        "Replace or remove it."
+        f"{own / 'green' / '003.png'}: the image cannot be read: is not of a known format "
+        "(AVIF, BMP, GIF, JPEG, JPEG2000, PNG, PPM, TIFF, WEBP). Replace or remove it."
     )
 
 
@@ -394,3 +395,49 @@ def test_a_dataset_saved_as_tensors(own):
     (record,) = read_images(str(own / "saved"), key="data.train")
     assert record.label == "r"
     assert load_image(record).size == image_of("red", 0).size
+
+
+@pytest.mark.parametrize("kind", ["PCX", "TGA", "ICO", "EPS"])
+def test_formats_that_are_not_on_the_list(kind, own):
+    image = image_of("green", 3).convert("RGB")
+    path = own / "green" / "zzz.png"  # whatever it is called
+    image.save(path, format=kind)
+    with Image.open(path) as opened:
+        assert opened.format == kind  # PIL would read it
+    for read in (checked, load_image):
+        assert message_of(RecordError, read, ImageRecord(path, "green", "here")) == (
+            "here: the image cannot be read: is not of a known format (AVIF, BMP, GIF, JPEG, "
+            "JPEG2000, PNG, PPM, TIFF, WEBP). Replace or remove it."
+        )
+
+
+def test_an_image_of_another_format_is_not_passed_over(own):
+    image_of("green", 3).convert("RGB").save(own / "green" / "a.tga")
+    (own / "green" / "notes.md").write_text("not an image")
+    assert message_of(RecordError, read_images, str(own), key="data.train") == (
+        f"{own / 'green' / 'a.tga'}: images of the format TGA are not read. Convert it to one of "
+        "AVIF, BMP, GIF, JPEG, JPEG2000, PNG, PPM, TIFF, WEBP, or remove it."
+    )
+    (own / "green" / "a.tga").unlink()
+    assert len(read_images(str(own), key="data.train")) == 30
+
+
+@pytest.mark.parametrize("kind", ["BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP", "JPEG2000"])
+def test_formats_on_the_list(kind, tmp_path):
+    image = Image.linear_gradient("L").resize((40, 40)).convert("RGB")
+    image.save(tmp_path / "a", format=kind)
+    record = checked(ImageRecord(tmp_path / "a", "green", "here"))
+    difference = np.asarray(load_image(record), int) - np.asarray(image, int)
+    assert np.abs(difference).mean() < 4  # some formats lose a little
+
+
+def test_a_dataset_whose_image_is_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    rows = [{"image": {"path": str(tmp_path / "pipe.png"), "bytes": None}}]
+    for read in (checked, load_image):
+        text = message_of(
+            RecordError, read, ImageRecord(StoredImage(rows, "image", 0), None, "here")
+        )
+        assert text.startswith(
+            "here: the image cannot be read: it is no ordinary file but a device"
+        )

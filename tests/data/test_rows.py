@@ -454,3 +454,85 @@ def test_saved_datasets_that_are_empty_or_damaged(tmp_path):
         text = message(tmp_path / name)
         assert f"{tmp_path / name}: this dataset has no rows, or its folder is damaged (" in text
         assert text.endswith("Save it again, with rows. (data.train)")
+
+
+# -- files that were made to do harm ---------------------------------------------------------------
+
+
+PIPE = "is no ordinary file but a device, a pipe or the like, which may never end."
+
+
+def test_what_may_never_end_is_no_file(tmp_path):
+    (tmp_path / "folder").mkdir()
+    for name in ("pipe.jsonl", "pipe", "folder/pipe.csv", "pipe.parquet", "pipe.json.gz"):
+        os.mkfifo(tmp_path / name)
+        assert message(tmp_path / name) == (
+            f"{tmp_path / name}: {PIPE} Write what it gives into a file, and name that. (data.train)"
+        )
+    assert PIPE in message(tmp_path / "folder")
+    assert PIPE in message(tmp_path / "folder" / "*.csv")
+    (tmp_path / "zeros.txt").symlink_to("/dev/zero")
+    assert PIPE in message(tmp_path / "zeros.txt")
+    assert PIPE in message("/dev/zero")
+
+
+def test_a_link_to_a_file_is_a_file(write, tmp_path):
+    (tmp_path / "link.jsonl").symlink_to(write("a.jsonl", CONTENTS["a.jsonl"]))
+    assert values(tmp_path / "link.jsonl") == VALUES
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv", "a.json", "a.txt.gz", "a.csv.gz"])
+def test_a_line_without_end(name, write, monkeypatch):
+    monkeypatch.setattr("lora_lightning.data.sources.files.LONGEST_LINE", 1000)
+    start = "a\n" if "csv" in name else "\n"
+    assert message(write(name, start + "x" * 5_000_000)).endswith(
+        f"{name}, line 2: is longer than 1,000 bytes. Break it up: of JSON, one object a line "
+        "(.jsonl)."
+    )
+    as_long_as_may_be = write(name, f"text\n{'x' * 999}\n" if "csv" in name else '["' + "x" * 900)
+    if "csv" in name or "txt" in name:
+        assert values(as_long_as_may_be)
+
+
+def test_a_csv_field_without_end(write, monkeypatch):
+    monkeypatch.setattr("lora_lightning.data.sources.files.LONGEST_LINE", 1000)
+    path = write("a.csv", 'text\n"' + "x\n" * 5000)
+    assert message(path) == f"{path}, line 2: broken CSV: field larger than field limit (1000)."
+
+
+DEEP = {
+    "lists": "[" * 200_000 + "]" * 200_000,
+    "objects": '{"a":' * 200_000 + "1" + "}" * 200_000,
+    "that do not end": "[" * 200_000,
+    "that Python's reader takes": "[" * 200 + "]" * 200,
+}
+
+
+@pytest.mark.parametrize("nested", DEEP.values(), ids=DEEP)
+def test_a_row_nested_without_end(nested, write):
+    good = '{"text": "a"}'
+    assert "a.jsonl, line 2: lists" in message(write("a.jsonl", f'{good}\n{{"text": {nested}}}\n'))
+    array = write("a.json", f'[{good},\n{good},\n{{"text": {nested}}}]')
+    assert "a.json, line 3: lists" in message(array)
+
+
+def test_what_is_deep_enough_for_anybody_is_a_row(write):
+    tools = '{"text": ' + '{"a": [' * 45 + "]}" * 45 + "}"
+    assert len(values(write("a.jsonl", tools))) == 1
+
+
+def test_a_number_of_a_hundred_thousand_digits(write):
+    row = '{"text": "a", "id": ' + "9" * 100_000 + "}"
+    for name, content in (("a.jsonl", f"\n{row}\n"), ("a.json", f"[\n{row}]")):
+        assert f"{name}, line 2: holds a number of too many digits" in message(write(name, content))
+
+
+@pytest.mark.parametrize(
+    "noted", [b"{", b"[" * 100_000, b"[]", b'{"info": ' + b"[" * 300 + b"]" * 300 + b"}"]
+)
+def test_a_parquet_file_with_other_metadata(noted, tmp_path):
+    pyarrow = pytest.importorskip("pyarrow", reason="Parquet is read by pyarrow (extra `data`)")
+    table = pyarrow.Table.from_pylist(VALUES).replace_schema_metadata({b"huggingface": noted})
+    assert message(write_parquet(tmp_path / "a.parquet", table)).startswith(
+        f"{tmp_path / 'a.parquet'}: "
+    )

@@ -155,3 +155,13 @@ def test_damaged_models(tmp_path, damage):
     text = str(error.value)
     assert f"AutoModelForSequenceClassification cannot load {str(folder)!r}: " in text
     assert "Check that the folder holds a complete model. (model.model)" in text
+
+
+@pytest.mark.parametrize("module", ["os", "sys", "this", "_ctypes", "__main__"])
+def test_a_module_is_no_package(module):
+    for name in (f"package:{module}", f"package:{module}/model"):
+        text = message(name)
+        assert f"Model {name!r}: {module!r} is a module, a single file without folders" in text
+        assert "not installed" not in text
+        assert "Did you mean" not in text
+        assert text.endswith("(model.model)")

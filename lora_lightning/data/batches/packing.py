@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lora_lightning.errors import ConfigError
 from lora_lightning.training._lightning import call_inside_wrapper
+from lora_lightning.training.messages import rank_zero_warn
 from lora_lightning.utilities.rng import random_state_kept
 
 # Tokens of the two sequences; longer than the window of no model in use.

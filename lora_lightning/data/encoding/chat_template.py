@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_lightning.data.samples.sample import Chat
-from lora_lightning.data.sources.row import check_characters
+from lora_lightning.data.sources.row import LONGEST_LINE, check_characters
 from lora_lightning.errors import ConfigError, RecordError, nearest_hint
 
 if TYPE_CHECKING:
@@ -61,9 +61,7 @@ class ChatTemplate:
                 tokenize=False,
                 **self._options,
             )
-        text = str(rendered)
-        check_characters(text, f"{chat.where}, as the chat template writes it")
-        return text
+        return _checked(str(rendered), chat)
 
     def render_blocks(self, chat: Chat, messages: list[Message]) -> tuple[str, list[Span]]:
         """`messages` as text, and where in it are `{% generation %}` blocks."""
@@ -79,8 +77,7 @@ class ChatTemplate:
                 **{**self._tokenizer.special_tokens_map, **self._options},
             )
         texts, blocks = rendered
-        check_characters(texts[0], f"{chat.where}, as the chat template writes it")
-        return texts[0], [(start, end) for start, end in blocks[0] if start < end]
+        return _checked(texts[0], chat), [(start, end) for start, end in blocks[0] if start < end]
 
     def _source(self, chat: Chat) -> str:
         try:
@@ -96,7 +93,7 @@ class ChatTemplate:
 
 @contextmanager
 def _template_errors(where: str) -> Iterator[None]:
-    from jinja2 import TemplateError, TemplateSyntaxError
+    from jinja2 import TemplateSyntaxError
 
     try:
         yield
@@ -105,14 +102,28 @@ def _template_errors(where: str) -> Iterator[None]:
             f"the chat template is no valid Jinja, line {error.lineno}: {error.message}. "
             "(data.chat_template)"
         ) from error
-    except (TemplateError, TypeError, ValueError, KeyError) as error:
+    except Exception as error:  # a template is a program, and raises what it wants
+        reason = str(error) or type(error).__name__
+        if isinstance(error, (MemoryError, RecursionError)):
+            reason = "what it writes, or its own nesting, is without end"
         advice = "Change the messages"
         if "system" in str(error).lower():
             advice = "Write the system message's text at the start of the first user message"
         raise RecordError(
-            f"{where}: the chat template refuses this chat: {error}. {advice}, or give a template "
+            f"{where}: the chat template refuses this chat: {reason}. {advice}, or give a template "
             "that takes it. (data.chat_template)"
         ) from error
+
+
+def _checked(text: str, chat: Chat) -> str:
+    place = f"{chat.where}, as the chat template writes it"
+    if len(text) > LONGEST_LINE:
+        raise RecordError(
+            f"{place}: has {len(text):,} characters, and at most {LONGEST_LINE:,} are taken. "
+            "Correct the template. (data.chat_template)"
+        )
+    check_characters(text, place)
+    return text
 
 
 def _read(template: str, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import get_worker_info
 
 from lora_lightning.data.samples import messages
@@ -23,6 +22,7 @@ from lora_lightning.data.samples.sample import Chat, Document, PromptCompletion,
 from lora_lightning.data.sources.read_rows import read_rows
 from lora_lightning.data.sources.row import Row, check_characters, described
 from lora_lightning.errors import ConfigError, RecordError, first_few, nearest_hint
+from lora_lightning.training.messages import rank_zero_info
 
 # The layout of the Alpaca release (github.com/tatsu-lab/stanford_alpaca), to the line break after
 # "Response:", as in the `text` column of the data set.

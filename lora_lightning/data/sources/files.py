@@ -11,15 +11,18 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from lora_lightning.data.sources.row import Row, Skip, require_columns, with_label_names
+from lora_lightning.data.sources.row import (
+    LONGEST_LINE,
+    Row,
+    Skip,
+    check_depth,
+    require_columns,
+    with_label_names,
+)
 from lora_lightning.errors import RecordError, first_few
 
 # Rows of a Parquet file that are in memory at a time as Python objects.
 PARQUET_BATCH = 1024
-# Python's own limit, 131,072 characters, is too short for documents; this is the largest C long
-# of every platform.
-LONGEST_CSV_FIELD = 2**31 - 1
-
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 # Columns that every row must have, each with the config key that names it.
@@ -41,6 +44,8 @@ def jsonl_rows(path: Path, skip: Skip, columns: Columns) -> Iterator[Row]:
                 "Each line must be one complete JSON object."
                 + (" (Or the file one array of them.)" if ".json" in path.suffixes else "")
             ) from error
+        except (RecursionError, ValueError) as error:
+            raise _beyond_limits(error, where) from error
         yield _json_row(values, where, columns)
 
 
@@ -60,7 +65,7 @@ def json_rows(path: Path, skip: Skip, columns: Columns) -> Iterator[Row]:
 
 def csv_rows(path: Path, skip: Skip, columns: Columns) -> Iterator[Row]:
     """Comma-separated fields below a header; every value is a string."""
-    csv.field_size_limit(LONGEST_CSV_FIELD)
+    csv.field_size_limit(LONGEST_LINE)  # Python's 131,072 are too few for documents
     # strict: an unclosed quote is an error, not a field that swallows the rest of the file
     reader = csv.reader(_lines(path), strict=True)
     start = 1  # a quoted field may span lines: name the line where the row begins
@@ -110,7 +115,7 @@ def parquet_rows(path: Path, skip: Skip, columns: Columns) -> Iterator[Row]:
     try:
         with ParquetFile(path) as file:
             require_columns(file.schema_arrow.names, columns, str(path))
-            named = with_label_names(_features(file.schema_arrow))
+            named = with_label_names(_features(file.schema_arrow, path))
             first = skip.take(file.metadata.num_rows)
             number = 0
             for group in range(file.num_row_groups):
@@ -145,8 +150,22 @@ def _json_row(values: object, where: str, columns: Columns) -> Row:
             f"{where}: expected a JSON object, found {type(values).__name__}. "
             'Each row must be one object such as {"text": "...", "label": "..."}.'
         )
+    check_depth(values, where)
     require_columns(values, columns, where)
     return Row(values, where)
+
+
+def _beyond_limits(error: Exception, where: str) -> RecordError:
+    """What Python's JSON cannot take, though it may be well-formed."""
+    if isinstance(error, RecursionError):
+        return RecordError(
+            f"{where}: lists or objects lie within each other too deep to be read. Remove the row "
+            "or write it flatter."
+        )
+    return RecordError(
+        f"{where}: holds a number of too many digits ({str(error).partition(';')[0]}). Remove it "
+        "or write it as a string."
+    )
 
 
 def _array_elements(text: str, path: Path) -> Iterator[tuple[int, Any]]:
@@ -173,13 +192,23 @@ def _array_elements(text: str, path: Path) -> Iterator[tuple[int, Any]]:
             f"{path}, line {error.lineno}, column {error.colno}: broken JSON: {error.msg}. "
             "The file must be one complete JSON array of objects."
         ) from error
+    except (RecursionError, ValueError) as error:
+        line = text.count("\n", 0, position) + 1
+        raise _beyond_limits(error, f"{path}, line {line}") from error
 
 
-def _features(schema: Any) -> dict[str, Any]:
+def _features(schema: Any, path: Path) -> dict[str, Any]:
     """Features of the columns that Hugging Face `datasets` wrote into a Parquet file."""
     noted = (schema.metadata or {}).get(b"huggingface")
-    info = json.loads(noted).get("info", {}) if noted else {}
-    return info.get("features") or {}
+    try:
+        info = json.loads(noted).get("info", {}) if noted else {}
+        check_depth(info, str(path))
+        return info.get("features") or {}
+    except (ValueError, RecursionError, AttributeError) as error:  # no JSON, or no objects
+        raise RecordError(
+            f"{path}: what its metadata say of its columns (b'huggingface') cannot be read. Write "
+            "the file again."
+        ) from error
 
 
 def _lines(path: Path) -> Iterator[str]:
@@ -187,7 +216,12 @@ def _lines(path: Path) -> Iterator[str]:
     number = 0
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
+            for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE + 1), b""), 1):
+                if len(line) > LONGEST_LINE:
+                    raise RecordError(
+                        f"{path}, line {number}: is longer than {LONGEST_LINE:,} bytes. Break it "
+                        "up: of JSON, one object a line (.jsonl)."
+                    )
                 yield line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
         raise RecordError(

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 # Enough of a file to tell it from others: its size counts as well.
 FINGERPRINT_BYTES = 65536
+# PIL's names of what is read. Of its other decoders some are old and little used, and one starts
+# another program (EPS).
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 # Pixels of more than 8 bits, which PIL cuts off at 255 where they become RGB.
 DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
 
@@ -47,12 +50,12 @@ class ImageRecord:
     def open(self) -> IO[bytes]:
         """The bytes of the image's file."""
         if isinstance(self.image, Path):
-            return self.image.open("rb")
+            return _opened(self.image)
         stored = self.image.dataset[self.image.row][self.image.column]
         if stored is None:
             raise OSError("there is no image in this row")
         if stored["bytes"] is None:
-            return Path(stored["path"]).open("rb")
+            return _opened(Path(stored["path"]))
         return BytesIO(stored["bytes"])
 
 
@@ -69,7 +72,7 @@ def checked(record: ImageRecord) -> ImageRecord:
         file.seek(0)
         digest = hashlib.sha256(file.read(FINGERPRINT_BYTES)).hexdigest()
         file.seek(0)
-        image = _pil().open(file)
+        image = _decoder(file)
         if image.mode in DEEP_MODES:
             raise RecordError(
                 f"{record.where}: the image has pixels of more than 8 bits (mode {image.mode}), "
@@ -87,7 +90,7 @@ def load_image(record: ImageRecord) -> Image:
     from PIL import ImageOps
 
     with _named(record), record.open() as file:
-        image = ImageOps.exif_transpose(_pil().open(file))
+        image = ImageOps.exif_transpose(_decoder(file))
         if "transparency" in image.info:  # of a palette: PIL warns where it is dropped at once
             image = image.convert("RGBA")
         return image.convert("RGB")
@@ -102,10 +105,24 @@ def _named(record: ImageRecord) -> Iterator[None]:
     except RecordError:
         raise
     except (OSError, SyntaxError, ValueError, bomb) as error:  # all that PIL raises on bad files
-        reason = "is not of a known format" if "cannot identify" in str(error) else f"{error}"
+        reason = f"{error}"
+        if "cannot identify" in reason:
+            reason = f"is not of a known format ({', '.join(FORMATS)})"
         raise RecordError(
             f"{record.where}: the image cannot be read: {reason}. Replace or remove it."
         ) from error
+
+
+def _opened(path: Path) -> IO[bytes]:
+    if path.exists() and not path.is_file():
+        raise OSError("it is no ordinary file but a device, a pipe or a folder")
+    return path.open("rb")
+
+
+def _decoder(file: IO[bytes]) -> Any:
+    pil = _pil()
+    pil.init()
+    return pil.open(file, formats=[kind for kind in FORMATS if kind in pil.OPEN])
 
 
 def _pil() -> Any:
@@ -120,7 +137,23 @@ def _pil() -> Any:
 
 
 def image_suffixes() -> set[str]:
-    """Suffixes of files that PIL can read, such as `.png`."""
+    """Suffixes of the files that are read, such as `.png`."""
+    return {suffix for suffix, kind in _suffixes().items() if kind in FORMATS}
+
+
+def check_suffix(path: Path) -> None:
+    """Refuse an image that would be passed over: of another format that PIL knows."""
+    kind = _suffixes().get(path.suffix.lower())
+    if kind is not None and kind not in FORMATS:
+        raise RecordError(
+            f"{path}: images of the format {kind} are not read. Convert it to one of "
+            f"{', '.join(FORMATS)}, or remove it."
+        )
+
+
+def _suffixes() -> dict[str, str]:
     pil = _pil()
     pil.init()
-    return {suffix for suffix, kind in pil.registered_extensions().items() if kind in pil.OPEN}
+    return {
+        suffix: kind for suffix, kind in pil.registered_extensions().items() if kind in pil.OPEN
+    }

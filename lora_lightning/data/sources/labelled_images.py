@@ -79,13 +79,15 @@ def _of_folder(root: Path, key: str, labelled: bool) -> Iterator[ImageRecord]:
 
 def _images_below(folder: Path, suffixes: set[str]) -> list[Path]:
     """In order of their paths; what is hidden (macOS's `._x.jpg`, `.thumbnails/x.jpg`) is none."""
-    return sorted(
+    files = sorted(
         path
         for path in folder.rglob("*")
-        if path.suffix.lower() in suffixes
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
         and path.is_file()
     )
+    for path in files:
+        image_record.check_suffix(path)
+    return [path for path in files if path.suffix.lower() in suffixes]
 
 
 def _of_rows(path: Path, key: str, columns: dict[str, str]) -> Iterator[ImageRecord]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from lora_lightning.data.sources import hf_datasets
 from lora_lightning.data.sources.files import READERS, Columns
 from lora_lightning.data.sources.row import Row as Row
-from lora_lightning.data.sources.row import Skip
+from lora_lightning.data.sources.row import Skip, check_ordinary
 from lora_lightning.errors import RecordError, first_few, nearest_file
 
 # Names of splits, also as words in the names of files.
@@ -59,7 +59,10 @@ def read_rows(
     if not path.exists() and _kind(path) not in READERS and hf_datasets.is_hub_name(source):
         dataset = hf_datasets.hub_dataset(source, key, streaming, hint=nearest_file(path))
         return hf_datasets.dataset_rows(dataset, source, Skip(skip), columns)
-    return _file_rows(_files(path, key), Skip(skip), columns)
+    files = _files(path, key)
+    for file in files:
+        check_ordinary(file, key)
+    return _file_rows(files, Skip(skip), columns)
 
 
 def _file_rows(files: list[Path], skip: Skip, columns: Columns) -> Iterator[Row]:
@@ -72,6 +75,7 @@ def _files(path: Path, key: str) -> list[Path]:
     if path.is_dir():
         return _files_of_folder(path, key)
     if path.exists():
+        check_ordinary(path, key)  # before its name is looked at: /dev/fd/63 has no suffix
         if _kind(path) not in READERS:
             raise RecordError(
                 f"{path}: unknown file type {path.suffix!r}. Known: {KNOWN}, a folder of such "

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lora_lightning.errors import RecordError, first_few, nearest_hint
 
 Values = dict[str, Any]
+
+# Of one line of a file, in bytes, and of what a chat template makes of one row, in characters.
+LONGEST_LINE = 2**28
+# Levels of lists and objects in a row. Python's own limit depends on its version and on the call.
+DEEPEST_ROW = 100
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,33 @@ def require_columns(found: Iterable[str], columns: Mapping[str, str], where: str
                 f"{where}: no column {column!r}. Columns found: {first_few(found, 20)}.{hint} "
                 f"({key})"
             )
+
+
+def check_ordinary(path: Path, key: str) -> None:
+    """Refuse what can be opened but may never end: a device, a pipe, a socket."""
+    if path.exists() and not path.is_file():
+        raise RecordError(
+            f"{path}: is no ordinary file but a device, a pipe or the like, which may never end. "
+            f"Write what it gives into a file, and name that. ({key})"
+        )
+
+
+def check_depth(values: object, where: str) -> None:
+    """Refuse a row of lists or objects within each other without end."""
+    level = [values]
+    for _ in range(DEEPEST_ROW):
+        level = [
+            part
+            for value in level
+            if isinstance(value, (dict, list))
+            for part in (value.values() if isinstance(value, dict) else value)
+        ]
+        if not level:
+            return
+    raise RecordError(
+        f"{where}: lists and objects lie within each other more than {DEEPEST_ROW} levels deep. "
+        "Remove the row or write it flatter."
+    )
 
 
 def check_characters(text: str, place: str) -> None:
@@ -87,6 +120,6 @@ def _name(value: Any, names: Mapping[int, str]) -> Any:
 def _names(feature: Any) -> dict[int, str] | None:
     if not isinstance(feature, dict):
         return None
-    if feature.get("_type") == "ClassLabel":
+    if feature.get("_type") == "ClassLabel" and isinstance(feature.get("names"), list):
         return dict(enumerate(feature["names"]))
     return _names(feature.get("feature"))  # of a list

@@ -24,7 +24,6 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import Strategy
-from lightning.pytorch.utilities import rank_zero_warn
 
 from lora_lightning.checkpoint.integrity import HASHES, damaged_parts, with_hashes
 from lora_lightning.checkpoint.peft.config import CONFIG
@@ -33,6 +32,7 @@ from lora_lightning.checkpoint.state_dict import KEY
 from lora_lightning.errors import CheckpointError, LoraError, did_you_mean, first_few
 from lora_lightning.training import _lightning
 from lora_lightning.training.collectives import all_or_none
+from lora_lightning.training.messages import rank_zero_warn
 from lora_lightning.training.strategies.state_overrides import read_checkpoint
 from lora_lightning.training.summary import readable_bytes
 from lora_lightning.utilities.atomic_write import link_atomically, write_atomically
@@ -179,6 +179,11 @@ def check_checkpoint_file(path: str) -> None:
         raise CheckpointError(
             f"Checkpoint {path!r} is a folder; name a file. It holds "
             f"{first_few(inside) or 'no checkpoint'}. (ckpt_path)"
+        )
+    if os.path.exists(path):
+        raise CheckpointError(
+            f"Checkpoint {path!r} is no ordinary file but a device, a pipe or the like, which may "
+            "never end. (ckpt_path)"
         )
     folder = os.path.dirname(path) or "."
     files = sorted(os.listdir(folder)) if os.path.isdir(folder) else []

@@ -9,7 +9,11 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 import lora_lightning
-from lora_lightning.checkpoint.compatibility import config_differences, tensor_differences
+from lora_lightning.checkpoint.compatibility import (
+    config_differences,
+    not_finite,
+    tensor_differences,
+)
 from lora_lightning.checkpoint.fingerprint import (
     Fingerprint,
     base_fingerprint,
@@ -22,6 +26,7 @@ from lora_lightning.engine.bias import trained_biases
 from lora_lightning.errors import AdapterMismatchError, CheckpointError, first_few
 from lora_lightning.layers.traversal import walk
 from lora_lightning.training.adapter_callback import AdapterCallback
+from lora_lightning.training.messages import rank_zero_warn
 from lora_lightning.training.module_state import ModuleState, module_state
 from lora_lightning.training.resume.run_state import add_run_state
 from lora_lightning.training.strategies.fsdp2 import is_fsdp, is_model_parallel
@@ -129,6 +134,13 @@ def check_checkpoint(
             "ckpt_path."
         )
     _check_base(saved_base, own_base)
+    trained = {key for entry in metadata["adapters"].values() for key in entry["tensors"]}
+    if diverged := not_finite(state, trained):
+        rank_zero_warn(
+            f"This checkpoint holds values that are not finite (NaN or infinity) in "
+            f"{first_few(diverged)}: the run that wrote it had diverged, and what is computed with "
+            "it will not be finite either. Take an earlier checkpoint. (ckpt_path)"
+        )
 
 
 def _check_base(saved: Fingerprint, own: Fingerprint) -> None:

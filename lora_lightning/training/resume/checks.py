@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
-from lightning.pytorch.utilities import rank_zero_warn
 
 from lora_lightning.errors import ConfigError
 from lora_lightning.training._lightning import all_callbacks
+from lora_lightning.training.messages import rank_zero_warn
 
 
 def check_no_search(trainer: Trainer) -> None:

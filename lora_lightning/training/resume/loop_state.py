@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lora_lightning.training import _lightning
+from lora_lightning.training.messages import rank_zero_info, rank_zero_warn
 
 
 def complete_loops(loops: dict[str, Any], trainer: Trainer) -> None:

@@ -23,11 +23,11 @@ from typing import Any, SupportsIndex
 import torch
 from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.strategies import Strategy
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from lora_lightning.errors import CheckpointError
 from lora_lightning.training._lightning import WRAPPED_SAMPLER, trainer_of
+from lora_lightning.training.messages import rank_zero_info, rank_zero_warn
 from lora_lightning.utilities import rng
 from lora_lightning.utilities._torch import has_workers, index_iterator
 

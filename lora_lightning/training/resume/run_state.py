@@ -12,10 +12,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
+from lightning.pytorch.utilities import CombinedLoader
 
 from lora_lightning.checkpoint.state_dict import KEY
 from lora_lightning.training import _lightning
+from lora_lightning.training.messages import rank_zero_warn
 from lora_lightning.training.module_state import module_state
 from lora_lightning.training.optimizers import trainable_parameters
 from lora_lightning.training.resume.checks import check_no_search, searching, warn_of_changed_rates

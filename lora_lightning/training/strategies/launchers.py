@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
 
 from lora_lightning.checkpoint.state_dict import KEY
 from lora_lightning.engine.switching import adapter_names
@@ -33,6 +32,7 @@ from lora_lightning.layers.traversal import walk
 from lora_lightning.training._lightning import starts_processes
 from lora_lightning.training.attachment import attach_all
 from lora_lightning.training.checkpoint_io.metadata import reduce_checkpoint
+from lora_lightning.training.messages import rank_zero_warn
 from lora_lightning.training.module_state import callbacks_of, module_state
 
 _METHODS = ("get_extra_results", "update_main_process_results")
