@@ -42,21 +42,32 @@ LARGEST_NUMBER = 2**31  # of any option; float32 can hold what is computed from 
 # merged (huggingface/peft#3774).
 TWICE_UP_TO = "0.21.2"
 
-# Keys that say nothing about what the adapter computes from its tensors.
-_IGNORED = {
+# Keys that cannot change what is computed from the tensors of a file.
+_BOOKKEEPING = {
     "auto_mapping",
     "base_model_name_or_path",
-    "ensure_weight_tying",
-    "fan_in_fan_out",
     "inference_mode",
-    "megatron_core",
     "peft_type",
     "peft_version",
-    "qalora_group_size",
     "revision",
-    "runtime_config",
+    "swift_type",
     "task_type",
 }
+# How the adapter started. Where a start changed the base, init_lora_weights says so until PEFT has
+# converted the tensors; its options stay behind.
+_START = {"corda_config", "eva_config", "loftq_config", "lora_ga_config"}
+# How it was trained: in which dtype, by which step, with which layers of Megatron-LM.
+_TRAINING = {
+    "ensure_weight_tying",
+    "lora_dtype",
+    "lorap_lr_ratio",
+    "megatron_config",
+    "megatron_core",
+    "merge_weights",
+}
+# Of how PEFT holds the base, or of an option that is off.
+_STORAGE = {"fan_in_fan_out", "qalora_group_size", "runtime_config"}
+_IGNORED = _BOOKKEEPING | _START | _TRAINING | _STORAGE
 
 
 def describe(model: nn.Module, adapter_name: str) -> dict[str, Any]:
@@ -147,7 +158,7 @@ def parse(options: dict[str, Any], where: str) -> AdapterConfig:
     foreign = {
         key: value
         for key, value in options.items()
-        if key not in known | _IGNORED and value not in (None, False, "none", [], {}, "")
+        if key not in known | _IGNORED and not _is_off(value)
     }
     if foreign:
         listed = ", ".join(f"{key}={value!r}" for key, value in sorted(foreign.items()))
@@ -158,6 +169,13 @@ def parse(options: dict[str, Any], where: str) -> AdapterConfig:
         )
     given = {key: value for key, value in options.items() if key in known - {*SELECTION}}
     return made_from(config_type, config_type.from_file_options, given, where)
+
+
+def _is_off(value: Any) -> bool:
+    """True if a value asks for nothing; an option of options, if none of them asks for anything."""
+    if isinstance(value, dict):
+        return all(map(_is_off, value.values()))
+    return value in (None, False, [], "") or (isinstance(value, str) and value.lower() == "none")
 
 
 def made_from(
