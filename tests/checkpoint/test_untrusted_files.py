@@ -532,12 +532,12 @@ def test_values(folder: Folder) -> None:
 
 
 def test_tensors_for_another_model(folder: Folder) -> None:
-    named = {key.removeprefix("base_model.model."): t for key, t in folder.tensors.items()}
-    refused(folder.with_tensors(named).path, "modules that this model does not have")
-    inside = {
-        key.replace("model.model.", "model.model.net."): t for key, t in folder.tensors.items()
+    others = {
+        key.replace("model.model.", "model.model.net.1."): t for key, t in folder.tensors.items()
     }
-    refused(folder.with_tensors(inside).path, "of one around or inside this one")
+    refused(folder.with_tensors(others).path, r"begin with 'net.1.', which is in the way")
+    others = {key.replace("proj", "norm.proj"): t for key, t in folder.tensors.items()}
+    refused(folder.with_tensors(others).path, "Is it an adapter of another model")
     refused(folder.with_tensors({}).path, "holds no tensors of an adapter")
     head = {key: t for key, t in folder.tensors.items() if "head" in key}
     refused(folder.with_tensors(head).path, "holds no tensors of an adapter")

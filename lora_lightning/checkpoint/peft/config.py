@@ -1,32 +1,21 @@
-"""`adapter_config.json` of a PEFT folder: what it says, and what of it this library has."""
+"""`adapter_config.json` of a PEFT folder as it is read, and what of it this library has."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
 import reprlib
-from collections import Counter
 from collections.abc import Callable
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from torch import nn
-
 from lora_lightning.adapters.config import SELECTION, AdapterConfig
 from lora_lightning.adapters.registry import config_type_of
-from lora_lightning.adapters.trainable_tokens import (
-    TiedTrainableTokensAdapter,
-    TrainableTokensAdapter,
-)
-from lora_lightning.checkpoint.peft.file_content import exact_names
-from lora_lightning.checkpoint.peft.keys import also_saved_by_peft
-from lora_lightning.engine.injection import adapters_named
 from lora_lightning.errors import AdapterMismatchError, LoraError
-from lora_lightning.layers.conv1d import is_conv1d
-from lora_lightning.layers.traversal import named_adapted_layers, walk
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
+MADE_FOR = "lora_lightning.module"  # in the metadata of TENSORS: a path in what it was saved from
 
 # What PEFT calls these types; PEFT refuses other names, as it must.
 PEFT_TYPES = ("LORA", "LOHA", "LOKR", "ADALORA", "OFT", "SHIRA", "IA3", "VERA")
@@ -70,62 +59,10 @@ _STORAGE = {"fan_in_fan_out", "qalora_group_size", "runtime_config"}
 _IGNORED = _BOOKKEEPING | _START | _TRAINING | _STORAGE
 
 
-def describe(model: nn.Module, adapter_name: str) -> dict[str, Any]:
-    """The content of adapter_config.json for an adapter that is on `model`."""
-    adapters = adapters_named(model, adapter_name)
-    config = next(iter(adapters.values())).config
-    layers = dict(named_adapted_layers(model))
-    saved = [path for path in adapters if adapter_name in layers[path].trained_copies()]
-    # Trained rows have an option of their own, too.
-    rows_of = (TrainableTokensAdapter, TiedTrainableTokensAdapter)
-    targets = [p for p, a in adapters.items() if p not in saved and not isinstance(a, rows_of)]
-    base_config = getattr(model, "config", None)
-    base_name = getattr(base_config, "name_or_path", None)
-    common = {
-        "task_type": None,
-        "inference_mode": True,
-        "base_model_name_or_path": base_name if base_name and isinstance(base_name, str) else None,
-    }
-    # PEFT adapts a module in the first of the places that it has.
-    places = Counter(id(child) for module in model.modules() for child in module._modules.values())
-    known = all(places[id(layers[path])] <= 1 for path in adapters)
-    for path in also_saved_by_peft(model, saved):  # which must have no adapter inside
-        known &= not any(target == path or target.startswith(f"{path}.") for target in targets)
-    if config.peft_type in PEFT_TYPES:
-        known = known and all(layers[path].peft_supports(adapters[path]) for path in targets)
-        if not targets:  # PEFT has a type of its own for that
-            rows = {
-                p: a.token_ids for p, a in adapters.items() if isinstance(a, TrainableTokensAdapter)
-            }
-            ids = next(iter(rows.values()), None)
-            alike = all(other == ids for other in rows.values())
-            if known and alike and not saved and config.bias == "none":
-                tokens = {"token_indices": ids, "target_modules": sorted(rows)}
-                return {**common, **tokens, "peft_type": TOKENS, "init_weights": True}
-            known = False
-    options = config.file_options()
-    # What was selected, in so many words: PEFT's rules for "all-linear" depend on the model.
-    options |= dict.fromkeys(SELECTION)
-    attentions = [path for path in targets if isinstance(layers[path], nn.MultiheadAttention)]
-    outs = {f"{path}.out_proj" for path in attentions}  # which PEFT adapts along with them
-    by_module = {p for p in targets if layers[p].kind != "experts" and p not in outs}
-    for path in targets:  # PEFT adapts an out_proj without its attention, but it has no effect
-        outer = path.rpartition(".")[0]
-        known &= not isinstance(layers.get(outer), nn.MultiheadAttention) or outer in attentions
-    options["target_modules"] = exact_names([path for path, _ in walk(model)], by_module)
-    options["modules_to_save"] = sorted(saved) or None
-    if options.get("bias") == "none" and config.peft_type not in WITH_BIAS:
-        del options["bias"]
-    return {
-        **options,
-        **common,
-        "peft_type": config.peft_type if known else OWN + config.peft_type,
-        "fan_in_fan_out": bool(targets) and all(is_conv1d(layers[path]) for path in targets),
-    }
-
-
 def adds_twice(options: dict[str, Any]) -> bool:
     """True if the PEFT that a folder was written by, or for, adds the update of out_proj twice."""
+    if str(options.get("peft_type")).startswith(OWN):
+        return False
     version = options.get("peft_version")
     if not isinstance(version, str):
         return "auto_mapping" in options  # PEFT's own, of before it said its version

@@ -11,16 +11,18 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import nn
 
 from lora_lightning.adapters.config import SELECTION, AdapterConfig
+from lora_lightning.checkpoint.peft.key_reading import Place, own_tensors, read_keys
 from lora_lightning.checkpoint.peft.keys import PREFIX, TOKEN_ROWS
+from lora_lightning.checkpoint.peft.relocation import moved_config
 from lora_lightning.engine.targets.embeddings import input_embeddings
 from lora_lightning.engine.targets.matching import matches_name
 from lora_lightning.engine.targets.parameters import matching_parameters
-from lora_lightning.errors import AdapterMismatchError, did_you_mean, first_few
+from lora_lightning.errors import AdapterMismatchError
 from lora_lightning.layers.registry import layer_type_for
 from lora_lightning.layers.traversal import walk
 
@@ -44,17 +46,12 @@ class FileContent:
     adds_twice: bool = False
 
 
-class _Place(NamedTuple):
-    key: str  # in the file, and with the first name of every module
-    path: str  # of the module
-    tensor: str  # its name in the module
-
-
 def content_of_file(
     model: nn.Module,
     config: AdapterConfig,
     keys: Collection[str],
     unchanged: Callable[[str, str], bool],
+    made_for: str,
     where: str,
 ) -> FileContent:
     """Find the place of every tensor of a file with these keys.
@@ -62,63 +59,70 @@ def content_of_file(
     Args:
         model, config, keys: The model that the file is for, its options, its tensors' names.
         unchanged: Whether what the file has under a key is the base's tensor of a name.
+        made_for: Path of the model that the file is for, where the one that it was saved from is a
+            module around that.
         where: The file, for messages.
 
     Raises:
         AdapterMismatchError: If a tensor belongs to no module of `model`, or none to an adapter.
 
     """
-    modules = {path: module for path, module in walk(model) if path}
-    shared = config.shared_file_keys.intersection(keys)
-    places = _places(model, modules, [key for key in keys if key not in shared], where)
+    reading = read_keys(model, keys, config.shared_file_keys, made_for, where)
+    modules, prefix = reading.modules, reading.target.prefix
+    places = reading.places
     tables = {
         place.path
         for place in places.values()
         if _is_rows(place.tensor)
         and isinstance(modules[place.path], nn.Embedding)
-        and place.tensor not in _own_tensors(modules[place.path])
+        and place.tensor not in own_tensors(modules[place.path])
     }
-    saved = _saved_modules(modules, places, config, unchanged)
-    content = FileContent(config, {key: key for key in shared})
+    saved = _saved_modules(modules, places, config, lambda key, name: unchanged(key, prefix + name))
+    content = FileContent(config, dict(reading.shared))
     targets: set[str] = set()
     for key, (name, path, tensor) in places.items():
         copied = _saved_module(path, config)[0] in saved
+        own = PREFIX + prefix + name.removeprefix(PREFIX)
         if _is_rows(tensor):
             table = path if path in tables else _tied(modules, path, tables)
-            content.own[key] = f"{PREFIX}{table or path}.{TOKEN_ROWS}"
-        elif tensor not in _own_tensors(modules[path]):
-            content.own[key] = name
+            content.own[key] = f"{PREFIX}{prefix}{table or path}.{TOKEN_ROWS}"
+        elif tensor not in own_tensors(modules[path]):
+            content.own[key] = own
             if layer_type_for(modules[path]) is not None and not copied:
                 targets.add(path)
         elif copied or (config.bias != "none" and tensor == "bias"):
-            content.own[key] = name
+            content.own[key] = own
         elif ".base_layer." not in key and _tied(modules, path, saved):
-            content.own[key] = name  # PEFT's ensure_weight_tying saves the copies of both
+            content.own[key] = own  # PEFT's ensure_weight_tying saves the copies of both
             saved.add(path)
         else:
-            content.of_base[key] = f"{path}.{tensor}"
+            content.of_base[key] = f"{prefix}{path}.{tensor}"
     parameters = matching_parameters(modules, getattr(config, "target_parameters", None) or ())
     targets -= {path for path, _ in parameters.values()}
     if not (targets or tables or parameters):
         raise AdapterMismatchError(f"{where} holds no tensors of an adapter.")
-    changes = {**_selecting(modules, targets), "modules_to_save": sorted(saved) or None}
+    config = dataclasses.replace(config, **_fitting_patterns(config, [*targets, *parameters]))
+    config = moved_config(config, {p: prefix + p for p in (*targets, *parameters, *tables)})
+    around = {path: module for path, module in walk(model) if path}
+    changes = _selecting(around, {prefix + path for path in targets})
+    changes["modules_to_save"] = sorted(prefix + path for path in saved) or None
     ids = getattr(config, "trainable_token_indices", None)
-    if isinstance(ids, list) and tables != set(input_embeddings(model)):
-        changes["trainable_token_indices"] = dict.fromkeys(sorted(tables), ids) or None
-    changes |= _fitting_patterns(config, [*targets, *parameters])
+    rows = sorted(prefix + path for path in tables)
+    if isinstance(ids, list) and set(rows) != set(input_embeddings(model)):
+        changes["trainable_token_indices"] = dict.fromkeys(rows, ids) or None
     content.config = dataclasses.replace(config, **changes)
     return content
 
 
 def _saved_modules(
     modules: dict[str, nn.Module],
-    places: dict[str, _Place],
+    places: dict[str, Place],
     config: AdapterConfig,
     unchanged: Callable[[str, str], bool],
 ) -> set[str]:
     saved = set()
     for key, (_, path, tensor) in places.items():
-        if tensor in _own_tensors(modules[path]):
+        if tensor in own_tensors(modules[path]):
             outer, named = _saved_module(path, config)
             # PEFT copies more than what has the name, and may not have trained it.
             if outer and (named or not unchanged(key, f"{path}.{tensor}")):
@@ -155,74 +159,6 @@ def exact_names(paths: Iterable[str], wanted: set[str]) -> list[str] | str:
     if any(path.endswith(endings) for path in others):
         return "|".join(re.escape(path) for path in sorted(wanted))
     return sorted(names)
-
-
-def _places(
-    model: nn.Module, modules: dict[str, nn.Module], keys: Iterable[str], where: str
-) -> dict[str, _Place]:
-    first_names = {id(module): path for path, module in modules.items()}
-    aliases = {
-        alias: first_names[id(module)]
-        for alias, module in model.named_modules(remove_duplicate=False)
-        if first_names.get(id(module), alias) != alias
-    }
-    places: dict[str, _Place] = {}
-    lost: list[str] = []
-    for key in keys:
-        name = _with_first_names(key.removeprefix(PREFIX), aliases)
-        path, tensor = _owner(name, modules)
-        here = path in modules and _may_hold(modules[path], tensor)
-        if here and key.startswith(PREFIX):
-            places[key] = _Place(PREFIX + name, path, tensor)
-        else:
-            lost.append(key)
-    if lost:
-        name = lost[0].removeprefix(PREFIX)
-        near = did_you_mean(name.rpartition(".lora")[0] or name, modules)
-        hint = f" Nearest module: {near!r}." if near else ""
-        raise AdapterMismatchError(
-            f"{where} holds tensors for modules that this model does not have: "
-            f"{first_few(lost, 3)}.{hint} Is it an adapter of another model, or of one around or "
-            "inside this one?"
-        )
-    return places
-
-
-def _with_first_names(name: str, aliases: dict[str, str]) -> str:
-    """`name` with the path that `walk` gives to a module that has several."""
-    parts = name.split(".")
-    for length in range(len(parts) if aliases else 0, 0, -1):
-        path = aliases.get(".".join(parts[:length]))
-        if path is not None:
-            return ".".join([path, *parts[length:]])
-    return name
-
-
-def _owner(name: str, modules: dict[str, nn.Module]) -> tuple[str, str]:
-    """(the deepest module whose path begins `name`, the rest of it); PEFT's wrappers left out."""
-    parts = name.split(".")
-    path = ""
-    for i, part in enumerate(parts):
-        inner = f"{path}.{part}" if path else part
-        if inner in modules:
-            path = inner
-        elif part != "base_layer":
-            return path, ".".join(parts[i:])
-    return path, ""
-
-
-def _may_hold(module: nn.Module, tensor: str) -> bool:
-    """True if `tensor` can be a name below `module` itself, and not below a child that is missing.
-
-    Adapters' tensors have names of one or two parts, behind that of one of several weights.
-    """
-    first, _, rest = tensor.partition(".")
-    name = rest if rest and first in _own_tensors(module) else tensor
-    return bool(name) and name.count(".") < 2
-
-
-def _own_tensors(module: nn.Module) -> set[str]:
-    return {*module._parameters, *module._buffers}
 
 
 def _is_rows(tensor: str) -> bool:

@@ -59,16 +59,18 @@ def rows_alone(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     return found
 
 
-def also_saved_by_peft(model: nn.Module, saved: Sequence[str]) -> list[str]:
+def also_saved_by_peft(
+    model: nn.Module, saved: Sequence[str], heads: Sequence[str] = ()
+) -> list[str]:
     """Modules that PEFT takes for trained copies as well: all that merely end with a saved path.
 
-    DistilBERT's `pre_classifier` is one, beside its `classifier`. PEFT cannot load a file without
-    tensors for them.
+    DistilBERT's `pre_classifier` is one, beside its `classifier`. Likewise those that end with one
+    of `heads`, which it adds for a task. PEFT cannot load a file without tensors for them.
     """
     return [
         path
         for path, _ in walk(model)
-        if path.endswith(tuple(saved))
+        if path.endswith((*saved, *heads))
         and not any(path == outer or path.startswith(outer + ".") for outer in saved)
     ]
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lora_lightning.checkpoint.compatibility import check_values, tensor_differences
 from lora_lightning.checkpoint.peft.config import (
     CONFIG,
+    MADE_FOR,
     MIX,
     TENSORS,
     adds_twice,
@@ -89,7 +90,8 @@ def opened_folder(
         def unchanged(key: str, name: str) -> bool:
             return _same(base.get(name), opened.get_tensor(key))
 
-        content = content_of_file(model, config, shapes, unchanged, repr(str(file)))
+        made_for = (opened.metadata() or {}).get(MADE_FOR, "")
+        content = content_of_file(model, config, shapes, unchanged, made_for, repr(str(file)))
         content.adds_twice = adds_twice(options)
         yield content, shapes, opened
 

@@ -16,20 +16,29 @@ from safetensors.torch import save as to_safetensors
 from torch import nn
 
 from lora_lightning.checkpoint.peft import keys
+from lora_lightning.checkpoint.peft.base_model import (
+    folder_target,
+    head_names,
+    plain_class,
+    pretrained_inside,
+)
 from lora_lightning.checkpoint.peft.config import (
     CONFIG,
+    MADE_FOR,
     MIX,
     OWN,
     TENSORS,
     TOKENS,
     TWICE_UP_TO,
-    describe,
     is_folder_name,
 )
+from lora_lightning.checkpoint.peft.description import Description, describe
 from lora_lightning.engine.switching import check_known
 from lora_lightning.errors import AdapterStateError, CheckpointError
 from lora_lightning.utilities.atomic_write import write_atomically
 from lora_lightning.utilities.dtensor import is_sharded
+from lora_lightning.utilities.is_a import is_a
+from lora_lightning.utilities.notice import say_once
 
 
 def save_adapter(
@@ -43,8 +52,12 @@ def save_adapter(
     from it (PiSSA, OLoRA) is written as the plain LoRA of twice the rank that it is. PEFT adds the
     update of an attention's out_proj twice, so that its B is written as half of what it is.
 
+    The folder of a LightningModule whose adapter lies in one pretrained model inside is for that
+    model, as if it had been given; the names are its own, and so is `base_model_name_or_path`.
+    What PEFT would compute otherwise gets a type that PEFT refuses, and is said.
+
     Args:
-        model: The model that PEFT would load the adapter onto.
+        model: The model that PEFT would load the adapter onto, or a LightningModule around it.
         directory: Made if need be; files of these names in it are replaced.
         adapter_name: Which adapter; several names give a folder with one folder for each, which
             `load_adapter` reads back in this order.
@@ -80,12 +93,16 @@ def save_adapter(
 
 def _files(model: nn.Module, folder: Path, adapter_name: str) -> dict[Path, bytes]:
     check_known(model, adapter_name)
-    config = describe(model, adapter_name)
+    given, (model, prefix) = model, folder_target(model, adapter_name)
+    description = describe(model, adapter_name)
+    config = description.options
+    _say_who_can_load(given, model, adapter_name, description)
     own = keys.tensors_to_save(model, adapter_name)
     if config["peft_type"] == TOKENS:
         own = keys.rows_alone(model, adapter_name)
     if not config["peft_type"].startswith(OWN):
-        copied = keys.also_saved_by_peft(model, config.get("modules_to_save") or [])
+        saved = config.get("modules_to_save") or []
+        copied = keys.also_saved_by_peft(model, saved, head_names(config["task_type"]))
         own |= keys.tensors_of_base(model, copied)
         if doubled := [key for key in own if key.endswith(keys.OUT_PROJ_B)]:
             config["peft_version"] = TWICE_UP_TO
@@ -105,8 +122,35 @@ def _files(model: nn.Module, folder: Path, adapter_name: str) -> dict[Path, byte
                 "process, load_adapter(model, 'last.ckpt'), and save it from there."
             )
         tensors[key] = tensor.detach().to("cpu", copy=True).contiguous()
-    content = to_safetensors(tensors, metadata={"format": "pt"})
+    made_for = {MADE_FOR: prefix.rstrip(".")} if prefix else {}
+    content = to_safetensors(tensors, metadata={"format": "pt", **made_for})
     return {folder / TENSORS: content, folder / CONFIG: _json(config)}
+
+
+def _say_who_can_load(
+    given: nn.Module, model: nn.Module, adapter_name: str, description: Description
+) -> None:
+    """Say it where that is less than all who know PEFT's folders and the base's name."""
+    kind = plain_class(model).__name__
+    if description.obstacles:
+        say_once(
+            f"Adapter {adapter_name!r} is saved as a {description.options['peft_type']}, which "
+            f"load_adapter reads and PEFT refuses: {'; '.join(description.obstacles)}. For a "
+            "folder that PEFT loads, train without that (exclude_modules leaves modules out); or "
+            "hand the model on with the adapter merged into it (merge_and_unload)."
+        )
+    if given is model and is_a(model, "LightningModule"):
+        inside = [target.prefix[:-1] for target in pretrained_inside(model)]
+        reason = (
+            f"the adapter is not inside one of the pretrained models in it ({', '.join(inside)})"
+            if inside
+            else "it holds no pretrained model of Hugging Face, whose names others have"
+        )
+        say_once(
+            f"The folder of adapter {adapter_name!r} is for a {kind} and has its names: {reason}. "
+            f"It is loaded by load_adapter({kind}(...), folder); in another model PEFT would find "
+            "none of its modules, and only warn."
+        )
 
 
 def _json(content: dict[str, Any]) -> bytes:

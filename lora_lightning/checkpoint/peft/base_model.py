@@ -1,0 +1,108 @@
+"""The model that a PEFT folder is for, and how its adapter_config.json names it."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from lora_lightning.checkpoint.peft.keys import PREFIX, tensors_to_load
+from lora_lightning.layers.carried_adapters import CarriedAdapters
+from lora_lightning.layers.traversal import walk
+from lora_lightning.utilities.is_a import is_a
+
+# PEFT's task types: transformers' mapping from configs to the classes of the task, and the modules
+# that PEFT takes for trained copies in such a model, whatever the file says.
+_TASKS = {
+    "CAUSAL_LM": ("MODEL_FOR_CAUSAL_LM_MAPPING", ()),
+    "SEQ_2_SEQ_LM": ("MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING", ()),
+    "SEQ_CLS": ("MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING", ("classifier", "score")),
+    "TOKEN_CLS": ("MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING", ("classifier", "score")),
+    "QUESTION_ANS": ("MODEL_FOR_QUESTION_ANSWERING_MAPPING", ("qa_outputs",)),
+    "FEATURE_EXTRACTION": ("MODEL_MAPPING", ()),
+}
+
+
+class Target(NamedTuple):
+    """The model that a folder is for.
+
+    Attributes:
+        model: It itself; every name in the folder is one below it.
+        prefix: Its path in the model that was given, with a dot at the end; "" for that one.
+
+    """
+
+    model: nn.Module
+    prefix: str
+
+
+def is_pretrained(module: nn.Module) -> bool:
+    """True for a model of transformers or diffusers, which its users load by a name."""
+    return is_a(module, "PreTrainedModel", module="transformers.modeling_utils") or is_a(
+        module, "ModelMixin", module="diffusers.models.modeling_utils"
+    )
+
+
+def pretrained_inside(model: nn.Module) -> list[Target]:
+    """The pretrained models in `model`, without those that are a part of another one or `model`."""
+    found: list[Target] = []
+    for path, module in walk(model):
+        known = any(f"{path}.".startswith(target.prefix) for target in found)
+        if not known and is_pretrained(module):
+            if not path:
+                return []
+            found.append(Target(module, f"{path}."))
+    return found
+
+
+def folder_target(model: nn.Module, adapter_name: str) -> Target:
+    """The model that a folder with this adapter is for.
+
+    A LightningModule is nothing that others have: where all of the adapter lies in one pretrained
+    model inside, it is for that one. Else it is for `model` as it is.
+    """
+    if is_a(model, "LightningModule"):
+        keys = [key for key in tensors_to_load(model, adapter_name) if key.startswith(PREFIX)]
+        for target in pretrained_inside(model):
+            if keys and all(key.startswith(PREFIX + target.prefix) for key in keys):
+                return target
+    return Target(model, "")
+
+
+def head_names(task_type: str | None) -> tuple[str, ...]:
+    """Ends of the paths of modules that PEFT takes for trained copies in a model of this task."""
+    return _TASKS[task_type][1] if task_type else ()
+
+
+def task_type(model: nn.Module) -> str | None:
+    """PEFT's task type of a model whose class transformers has for that task; else None."""
+    if not is_a(model, "PreTrainedModel", module="transformers.modeling_utils"):
+        return None
+    from transformers.models.auto import modeling_auto
+
+    pretrained: Any = model
+    if pretrained.main_input_name != "input_ids":  # which PEFT would call it with
+        return None
+    for task, (mapping, _) in _TASKS.items():
+        classes = getattr(modeling_auto, mapping).get(type(pretrained.config), ())
+        known = classes if isinstance(classes, (tuple, list)) else [classes]
+        if plain_class(model) in known:
+            return task
+    return None
+
+
+def auto_mapping(model: nn.Module) -> dict[str, str]:
+    """What PEFT writes where there is no task type: the class, and where it is imported from."""
+    found = plain_class(model)
+    return {"base_model_class": found.__name__, "parent_library": found.__module__}
+
+
+def plain_class(model: nn.Module) -> type[nn.Module]:
+    """The first class of `model` that can be imported, not one that FSDP or this library made."""
+    for found in type(model).__mro__:
+        if issubclass(found, CarriedAdapters):
+            continue
+        if vars(sys.modules.get(found.__module__, object)).get(found.__name__) is found:
+            return found
+    return type(model)
