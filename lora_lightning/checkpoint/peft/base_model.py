@@ -98,11 +98,12 @@ def auto_mapping(model: nn.Module) -> dict[str, str]:
     return {"base_model_class": found.__name__, "parent_library": found.__module__}
 
 
-def plain_class(model: nn.Module) -> type[nn.Module]:
+def plain_class(model: nn.Module) -> type:
     """The first class of `model` that can be imported, not one that FSDP or this library made."""
     for found in type(model).__mro__:
         if issubclass(found, CarriedAdapters):
             continue
-        if vars(sys.modules.get(found.__module__, object)).get(found.__name__) is found:
+        home = sys.modules.get(found.__module__)
+        if home is not None and vars(home).get(found.__name__) is found:
             return found
     return type(model)

@@ -186,7 +186,7 @@ def _tied(modules: dict[str, nn.Module], path: str, others: Iterable[str]) -> st
     return next(shared, None) if weight is not None else None
 
 
-def _fitting_patterns(config: AdapterConfig, paths: list[str]) -> dict[str, dict[str, float]]:
+def _fitting_patterns(config: AdapterConfig, paths: list[str]) -> dict[str, Any]:
     """Rank and alpha patterns without the entries for modules that are not in the file."""
     fitting: dict[str, dict[str, float]] = {}
     for option in ("rank_pattern", "alpha_pattern"):
