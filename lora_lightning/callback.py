@@ -19,12 +19,14 @@ from lora_lightning.training.adalora_schedule import RankSchedule
 from lora_lightning.training.adapter_callback import AdapterCallback
 from lora_lightning.training.attachment import attach
 from lora_lightning.training.checkpoint_io.files import protect_checkpoints
+from lora_lightning.training.frozen_base import freeze_again, settle_what_trains
 from lora_lightning.training.module_hooks import bind
 from lora_lightning.training.module_state import callbacks_of, defines_hook, module_state
 from lora_lightning.training.nonfinite import NonfiniteGuard
 from lora_lightning.training.options import LoraOptions, check_options, log_options
 from lora_lightning.training.preemption import Preemption, lines_without_checkpoint, set_exit_code
 from lora_lightning.training.resume.checks import configured_rates
+from lora_lightning.training.resume.hook_turns import follow_hooks
 from lora_lightning.training.resume.resumable_loader import make_loaders_resumable
 from lora_lightning.training.strategies.launchers import hand_back_adapters
 from lora_lightning.training.strategies.state_overrides import override_state_methods
@@ -128,6 +130,7 @@ class LoraCallback(AdapterCallback):
         checks.check_run(self, trainer, pl_module)
         hand_back_adapters(trainer, pl_module, self.adapter_name)
         protect_checkpoints(trainer)
+        follow_hooks(trainer)
         override_state_methods(trainer.strategy)
         make_loaders_resumable(trainer.strategy)
         if not (defines_hook(pl_module, "configure_model") or defines_hook(pl_module, "setup")):
@@ -141,6 +144,7 @@ class LoraCallback(AdapterCallback):
             return
         checks.check_still_there(pl_module, self._selection)
         checks.check_before_fit(trainer, pl_module, self.adapter_name)
+        settle_what_trains(pl_module)
         average_what_trains(trainer)
         self._nonfinite_guard.start(trainer, pl_module)
         module_state(pl_module).learning_rates = configured_rates(trainer)
@@ -177,6 +181,7 @@ class LoraCallback(AdapterCallback):
     ) -> None:
         """Check that the loss depends on an adapter; remember it for the check of NaN and inf."""
         if self._is_first(pl_module):
+            freeze_again(trainer, pl_module)
             checks.check_loss(loss)
             self._nonfinite_guard.before_backward(trainer, loss)
 
@@ -192,13 +197,16 @@ class LoraCallback(AdapterCallback):
     ) -> None:
         """Stop at NaN and inf; add the gradient of AdaLoRA's orthogonality term."""
         if self._is_first(pl_module):
+            freeze_again(trainer, pl_module)
             self._nonfinite_guard.before_step(trainer, pl_module, optimizer)
         self._rank_schedule.before_step(trainer, optimizer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Allocate AdaLoRA's ranks."""
+        """Freeze the base again; allocate AdaLoRA's ranks."""
+        if self._is_first(pl_module):
+            freeze_again(trainer, pl_module)
         self._rank_schedule.after_batch()
 
     def on_exception(

@@ -17,6 +17,7 @@ from lora_lightning.layers.traversal import named_adapted_layers
 from lora_lightning.training._lightning import all_callbacks
 from lora_lightning.training.adapter_callback import AdapterCallback
 from lora_lightning.training.eva import starts_from_data
+from lora_lightning.training.frozen_base import freeze_again, trained_parameters
 from lora_lightning.training.messages import rank_zero_warn
 from lora_lightning.training.module_state import callbacks_of, module_state
 from lora_lightning.training.nonfinite import check_same_policy
@@ -164,9 +165,11 @@ def check_still_there(module: LightningModule, selection: Selection) -> None:
 def check_what_trains(trainer: Trainer, module: LightningModule) -> None:
     """Raise AdapterStateError or OptimizerError if something trains that is not saved."""
     fsdp2.reshard(module)  # validation may have left it gathered
-    check_coverage(deepspeed.whole_optimizers(trainer.optimizers), module)
+    freeze_again(trainer, module)
+    trained = trained_parameters(module)
+    check_coverage(deepspeed.whole_optimizers(trainer.optimizers), module, trained)
     owned = {key for callback in callbacks_of(module) for key in callback._saved_keys(module)}
-    others = [name for name in trainable_parameters(module) if name not in owned]
+    others = [name for name in trained if name not in owned]
     if others:
         raise AdapterStateError(
             f"{first_few(others)} began to train, but belong to no adapter: they would not be "

@@ -36,6 +36,8 @@ from lora_lightning.training.optimizers import (
     frozen_left_out,
     may_be_fused,
 )
+from lora_lightning.training.resume.hook_turns import run_in_turn
+from lora_lightning.training.resume.loop_state import end_resumed_epoch
 from lora_lightning.training.resume.run_state import continue_run, prepare_run_state
 from lora_lightning.training.strategies.fsdp1 import leave_out_adapters
 from lora_lightning.training.strategies.fsdp2 import shard_adapters
@@ -106,11 +108,23 @@ def configure_gradient_clipping(self: LightningModule, *args: Any, **kwargs: Any
         original_hook(self, "configure_gradient_clipping")(*args, **kwargs)
 
 
-def on_train_batch_end(self: LightningModule, *args: Any, **kwargs: Any) -> None:
+def on_train_batch_end(self: LightningModule, *args: Any) -> None:
     """The last hook of a batch, after those of all callbacks: stop here if the machine is taken."""
-    original_hook(self, "on_train_batch_end")(*args, **kwargs)
+    run_in_turn(self, "on_train_batch_end", *args)
     for callback in callbacks_of(self)[:1]:
         callback._stop_if_asked(self.trainer)
+
+
+def on_validation_end(self: LightningModule) -> None:
+    """The module's own hook, before the checkpoint that is written after a validation."""
+    run_in_turn(self, "on_validation_end")
+
+
+def on_train_epoch_end(self: LightningModule) -> None:
+    """The module's own hook; an epoch that was resumed ends as any other."""
+    run_in_turn(self, "on_train_epoch_end")
+    if callbacks_of(self):
+        end_resumed_epoch(self.trainer)
 
 
 def on_save_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -157,6 +171,8 @@ _OVERRIDES: dict[str, Callable[..., Any]] = {
     "configure_optimizers": configure_optimizers,
     "configure_gradient_clipping": configure_gradient_clipping,
     "on_train_batch_end": on_train_batch_end,
+    "on_validation_end": on_validation_end,
+    "on_train_epoch_end": on_train_epoch_end,
     "on_save_checkpoint": on_save_checkpoint,
     "on_load_checkpoint": on_load_checkpoint,
     "on_train_start": on_train_start,

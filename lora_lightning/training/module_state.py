@@ -11,6 +11,7 @@ from types import MethodType
 from typing import Any
 
 from lightning.pytorch import LightningModule
+from torch import nn
 
 from lora_lightning.checkpoint.fingerprint import Fingerprint
 from lora_lightning.training._lightning import trainer_of
@@ -38,6 +39,10 @@ class ModuleState:
     had_gradient: set[int] = field(default_factory=set)  # ids, where gradients do not stay
     resumed_from: dict[str, Any] | None = None  # of this process, until training starts
     learning_rates: list[float] = field(default_factory=list)  # as configured in this run
+    trained: list[nn.Parameter] = field(default_factory=list)  # of this run, see frozen_base.py
+    frozen: list[nn.Parameter] = field(default_factory=list)
+    refrozen: bool = False  # True once that was said
+    turn: Any = None  # the hook that is under way, of resume/hook_turns.py
 
 
 def module_state(module: LightningModule) -> ModuleState:

@@ -124,15 +124,20 @@ def _join(name: str, p: nn.Parameter, groups: list[dict[str, Any]]) -> None:
         group["params"].append(p)
 
 
-def check_coverage(optimizers: Iterable[Optimizer], model: nn.Module) -> None:
+def check_coverage(
+    optimizers: Iterable[Optimizer],
+    model: nn.Module,
+    trainable: Mapping[str, nn.Parameter] | None = None,
+) -> None:
     """Raise OptimizerError unless just the trainable tensors are held, once in an optimizer.
 
-    Several optimizers may share some: each makes steps of its own.
+    Several optimizers may share some: each makes steps of its own. `trainable`: default is what
+    requires gradients now.
     """
     counts = [Counter(id(p) for g in o.param_groups for p in g["params"]) for o in optimizers]
     held = {i for count in counts for i in count}
     twice = {i for count in counts for i, number in count.items() if number > 1}
-    trainable = trainable_parameters(model)
+    trainable = trainable_parameters(model) if trainable is None else trainable
     names = {id(p): name for name, p in named_parameters(model)}
     foreign = held - {id(p) for p in trainable.values()}
     found = {

@@ -110,7 +110,6 @@ def continue_loops(trainer: Trainer, metrics: dict[str, torch.Tensor]) -> None:
         if last and fetcher is not None:  # there is no other batch in this epoch
             fetcher.done = True
             _lightning.fetched_ahead(fetcher).clear()
-    _lightning.stop_restarting(fit_loop)  # else the epoch would end without plateau schedulers
     for callback in _lightning.all_callbacks(trainer):
         if isinstance(callback, EarlyStopping) and _has_stopped(callback):
             trainer.should_stop = True
@@ -118,6 +117,15 @@ def continue_loops(trainer: Trainer, metrics: dict[str, torch.Tensor]) -> None:
                 f"EarlyStopping had stopped this run by {callback.monitor}, and it ends here. To "
                 "go on, leave it out: what it has seen, and its patience, come from the checkpoint."
             )
+
+
+def end_resumed_epoch(trainer: Trainer) -> None:
+    """Have the first epoch of a resumed run end as any other, after its hooks.
+
+    Until then `trainer.fit_loop.restarting` says what Lightning says. It would leave out schedulers
+    of the kind ReduceLROnPlateau.
+    """
+    _lightning.stop_restarting(trainer.fit_loop)
 
 
 def _has_stopped(callback: EarlyStopping) -> bool:

@@ -16,9 +16,9 @@ from lightning.pytorch.utilities import CombinedLoader
 
 from lora_lightning.checkpoint.state_dict import KEY
 from lora_lightning.training import _lightning
+from lora_lightning.training.frozen_base import trained_parameters, waiting_parameters
 from lora_lightning.training.messages import rank_zero_warn
 from lora_lightning.training.module_state import module_state
-from lora_lightning.training.optimizers import trainable_parameters
 from lora_lightning.training.resume.checks import check_no_search, searching, warn_of_changed_rates
 from lora_lightning.training.resume.loop_state import (
     complete_loops,
@@ -50,6 +50,7 @@ def add_run_state(checkpoint: dict[str, Any], module: LightningModule) -> None:
         "gradients": _gradients(module),
     }
     checkpoint[KEY]["processes"] = _gather(own, trainer.world_size)
+    checkpoint[KEY]["waiting"] = waiting_parameters(module)
     checkpoint[KEY]["metrics"] = monitored(trainer)
     checkpoint[KEY]["epoch_averages"] = epoch_averages(trainer)
     checkpoint[KEY]["learning_rates"] = module_state(module).learning_rates
@@ -66,6 +67,7 @@ def prepare_run_state(checkpoint: dict[str, Any], module: LightningModule) -> No
     shared = {key: checkpoint[KEY][key] for key in ("metrics", "epoch_averages")}
     own = {**processes[rank % before], **shared}
     own["learning_rates"] = checkpoint[KEY].get("learning_rates")  # older checkpoints: none
+    own["waiting"] = checkpoint[KEY].get("waiting", [])  # likewise
     if before != now:
         lost = "; gradients accumulated so far are lost" if own["gradients"] else ""
         rank_zero_warn(
@@ -120,6 +122,8 @@ def _continue(module: LightningModule, own: dict[str, Any]) -> None:
     for name, gradient in own["gradients"].items():
         parameter = parameters[name]
         parameter.grad = part_like(gradient.to(parameter.device, copy=True), parameter)
+    for name in own["waiting"]:
+        parameters[name].requires_grad_(False)
     set_random_state(own["random_state"])
     if own.get("rank_seed") is not None:
         seed_all(int(torch.randint(2**62, ())) + own["rank_seed"])
@@ -180,7 +184,7 @@ def _gradients(module: LightningModule) -> dict[str, torch.Tensor]:
         return {}
     return {
         name: local_part(p.grad).detach().cpu().clone()
-        for name, p in trainable_parameters(module).items()
+        for name, p in trained_parameters(module).items()
         if p.grad is not None
     }
 

@@ -35,6 +35,7 @@ from lora_lightning.training import _lightning
 from lora_lightning.training.checkpoint_io.metadata import expect_only_adapters, kept_state
 from lora_lightning.training.module_state import callbacks_of
 from lora_lightning.training.optimizers import plain_optimizer
+from lora_lightning.training.resume.hook_turns import finish_turn
 from lora_lightning.training.strategies import deepspeed, fsdp1
 from lora_lightning.training.strategies.fsdp2 import is_fsdp, is_model_parallel, reshard
 from lora_lightning.training.strategies.meta_device import load_base
@@ -91,6 +92,12 @@ def read_checkpoint(
 # -- the overrides ---------------------------------------------------------------------------------
 
 
+def module_state_dict(self: Strategy, module: LightningModule) -> State:
+    """The module's tensors, once the hooks have run that a resumed run would miss."""
+    finish_turn(module)
+    return type(self).lightning_module_state_dict(self)
+
+
 def optimizer_state(self: Strategy, module: LightningModule, optimizer: Optimizer) -> State:
     """The state of an optimizer by names; empty on ranks that do not write."""
     state: State = type(self).optimizer_state(self, optimizer)
@@ -116,6 +123,7 @@ def load_optimizer_state_dict(self: Strategy, module: LightningModule, checkpoin
 
 def sharded_module_state_dict(self: Strategy, module: LightningModule) -> State:
     """The tensors that are saved: this process's parts, or on rank 0 all of them."""
+    finish_turn(module)
     reshard(module)
     state = kept_state(module.state_dict(), module, callbacks_of(module))
     return _to_be_written(self, state)
@@ -143,6 +151,7 @@ def load_after_setup(
 
 def fsdp_module_state_dict(self: Strategy, module: LightningModule) -> State:
     """The tensors that are saved, from the process or the processes that write."""
+    finish_turn(module)
     return _to_be_written(self, fsdp1.fsdp_module_state(module))
 
 
@@ -160,6 +169,7 @@ def place_and_load_base(self: Strategy, module: LightningModule) -> None:
 
 
 _WHOLE: dict[str, Callable[..., Any]] = {
+    "lightning_module_state_dict": module_state_dict,
     "optimizer_state": optimizer_state,
     "load_model_state_dict": load_model_state_dict,
     "load_optimizer_state_dict": load_optimizer_state_dict,
@@ -181,6 +191,7 @@ _FSDP: dict[str, Callable[..., Any]] = {
 _DEEPSPEED: dict[str, Callable[..., Any]] = {
     _lightning.SETUP_MODEL: deepspeed.setup_deepspeed,
     _lightning.SETUP_MODEL_AND_OPTIMIZER: deepspeed.setup_engine,
+    "lightning_module_state_dict": module_state_dict,
     "optimizer_state": zero_optimizer_state,
     "load_model_state_dict": load_after_setup,
     "save_checkpoint": deepspeed.save_whole_checkpoint,

@@ -1,0 +1,65 @@
+"""What trains in a run is settled at its start, whatever the module does to `requires_grad` later.
+
+Modules freeze and unfreeze whole networks between steps (the critic of a GAN) or from an epoch on.
+What did not train at the start is frozen again before it gets a gradient. Adapters go on as the
+module means it: frozen they wait, and train again when it says so.
+"""
+
+from __future__ import annotations
+
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+
+from lora_lightning.errors import AdapterStateError, first_few
+from lora_lightning.training.messages import rank_zero_warn
+from lora_lightning.training.module_state import module_state
+from lora_lightning.utilities.wrappers import named_parameters
+
+
+def settle_what_trains(module: LightningModule) -> None:
+    """Remember what trains, and what does not, at the start of a fit."""
+    state = module_state(module)
+    parameters = [p for _, p in named_parameters(module)]
+    state.trained = [p for p in parameters if p.requires_grad]
+    state.frozen = [p for p in parameters if not p.requires_grad]
+    state.refrozen = False
+
+
+def trained_parameters(module: LightningModule) -> dict[str, nn.Parameter]:
+    """What trains in this run, by name: also what waits just now, or has come since."""
+    trained = {id(p) for p in module_state(module).trained}
+    return {n: p for n, p in named_parameters(module) if p.requires_grad or id(p) in trained}
+
+
+def waiting_parameters(module: LightningModule) -> list[str]:
+    """Names of what trains in this run, but is frozen just now."""
+    return [name for name, p in trained_parameters(module).items() if not p.requires_grad]
+
+
+def freeze_again(trainer: Trainer, module: LightningModule) -> None:
+    """Freeze what did not train at the start; said once.
+
+    AdapterStateError, before the step, if an optimizer was given such a tensor as well.
+    """
+    state = module_state(module)
+    woken = {id(p): p for p in state.frozen if p.requires_grad or p.grad is not None}
+    if not woken:
+        return
+    names = [name for name, p in named_parameters(module) if id(p) in woken]
+    held = {id(p) for o in trainer.optimizers for g in o.param_groups for p in g["params"]}
+    if held & woken.keys():
+        raise AdapterStateError(
+            f"{first_few(names)} began to train, but belong to no adapter: they would not be "
+            "saved. Train them as a copy instead: lora.modules_to_save. (lora.modules_to_save)"
+        )
+    for p in woken.values():
+        p.requires_grad_(False)
+        p.grad = None
+    if not state.refrozen:
+        state.refrozen = True
+        rank_zero_warn(
+            f"requires_grad was set on {len(names)} tensors of the base while it trains "
+            f"({first_few(names, 3)}). The base stays frozen: from now on they are frozen again in "
+            "every step, without a word. Adapters train and wait as the module says. To train "
+            "these modules themselves, list them in modules_to_save. (lora.modules_to_save)"
+        )
