@@ -21,6 +21,7 @@ from lora_lightning.engine.switching import (
 from lora_lightning.errors import AdapterStateError
 from lora_lightning.layers.base import AdaptedLayer, WeightView
 from lora_lightning.layers.conversion import check_detachable
+from lora_lightning.layers.instance_forward import why_not_run
 from lora_lightning.layers.traversal import named_adapted_layers
 from lora_lightning.utilities._torch import is_flattened
 
@@ -143,6 +144,11 @@ def _check_weights(model: nn.Module, names: Sequence[str], copies_too: bool = Fa
                 owners[id(layer.weight)] -= 1  # it asks for the very rows that its table gets
             del merging[path]
     for path, (layer, adapters) in merging.items():
+        if adapters and (reason := why_not_run(layer)) is not None:
+            raise AdapterStateError(
+                f"Nothing can be merged into {path!r} ({layer.base_type.__name__}): {reason}. Run "
+                "a batch, or put back the forward that was there before."
+            )
         written = _written(path, layer, adapters)
         if copies_too and any(name in layer.trained_copies() for name in names):
             own = {id(parameter) for parameter in layer.adapters.parameters()}

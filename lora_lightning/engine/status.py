@@ -10,6 +10,7 @@ from torch import nn
 from lora_lightning.engine.bias import trained_biases
 from lora_lightning.engine.switching import active_adapters, adapter_names
 from lora_lightning.errors import first_few, printable
+from lora_lightning.layers.instance_forward import why_not_run
 from lora_lightning.layers.traversal import named_adapted_layers
 
 
@@ -50,7 +51,8 @@ class AdapterStatus:
         adapters, active: Names of all adapters, and of those that act somewhere.
         biases: By name of the adapter, the biases of the base that train with it.
         trainable_parameters, total_parameters: Counted over the whole model.
-        irregular: What differs from layer to layer though it is set for the whole model at once.
+        irregular: What differs from layer to layer though it is set for the whole model at once,
+            and layers that may not run their adapters.
 
     """
 
@@ -97,7 +99,10 @@ def adapter_status(model: nn.Module) -> AdapterStatus:
     biases: dict[str, list[str]] = {}
     for path, _, record in trained_biases(model):
         biases.setdefault(record.adapter_name, []).append(path)
+    shadowed = []
     for path, layer in named_adapted_layers(model):
+        if layer.adapters and (reason := why_not_run(layer)) is not None:
+            shadowed.append(f"{path!r} ({layer.base_type.__name__}): {reason}")
         entry = LayerStatus(
             path,
             layer.base_type.__name__,
@@ -121,7 +126,7 @@ def adapter_status(model: nn.Module) -> AdapterStatus:
         biases=biases,
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         total_parameters=sum(p.numel() for p in model.parameters()),
-        irregular=_irregular(entries),
+        irregular=[*_irregular(entries), *shadowed],
     )
 
 

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from lora_lightning.adapters.base import Adapter, AdapterModule, BaseWeight, Convolution
 from lora_lightning.adapters.modules_to_save import ModulesToSaveCopy
 from lora_lightning.errors import AdapterStateError
-from lora_lightning.layers.carried_adapters import CarriedAdapters
+from lora_lightning.layers.instance_forward import LayerForward, PatchableLayer
 from lora_lightning.layers.mixed_batch import forward_by_row
 from lora_lightning.utilities.autocast import without_autocast
 
 
-class AdaptedLayer(CarriedAdapters):
+class AdaptedLayer(PatchableLayer):
     """Mixin of the dynamic subclass.
 
     The map of a layer is composed of the adapters that are applied, in the order in which they were
@@ -33,12 +33,10 @@ class AdaptedLayer(CarriedAdapters):
     """
 
     kind = "module"  # which adapter classes fit
-    layer_type: type[AdaptedLayer]  # these two: what the dynamic class is made of
-    base_type: type[nn.Module]
+    layer_type: type[AdaptedLayer]  # and base_type: what the dynamic class is made of
     weight: Tensor
     bias: Tensor | None
     _kept: dict[str, Any]  # what restores each written parameter, by its name
-    _instance_forward: Any
 
     # -- what a kind of module says about itself -------------------------------------------------
 
@@ -83,6 +81,7 @@ class AdaptedLayer(CarriedAdapters):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the base's output with the adapters that are applied."""
         self.check_recomputation(self.base_type.__name__)
+        self.note_reached()
         if self._rows is not None:
             x, args, kwargs = first_argument(self, args, kwargs)
             known = [*self.adapters] if self._enabled else []
@@ -297,6 +296,8 @@ def adapted_class(layer_type: type[AdaptedLayer], base_type: type[nn.Module]) ->
         "__doc__": base_type.__doc__,
         "layer_type": layer_type,
         "base_type": base_type,
+        "forward": LayerForward(layer_type.forward),
+        "forward_with_adapters": layer_type.forward,
     }
     bases = (layer_type, base_type)
     return _CLASSES.setdefault(bases, type(f"Adapted{base_type.__name__}", bases, namespace))

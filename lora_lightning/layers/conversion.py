@@ -11,13 +11,23 @@ from lora_lightning.adapters.base import AdapterDict, AdapterModule
 from lora_lightning.errors import AdapterStateError, TargetError
 from lora_lightning.layers.base import AdaptedLayer, adapted_class
 from lora_lightning.layers.carried_adapters import CarriedAdapters
+from lora_lightning.layers.instance_forward import (
+    PatchableLayer,
+    instance_patch,
+    is_patched,
+    put_adapters_inside,
+    put_patches_back,
+)
 from lora_lightning.layers.quantized.base import why_not_adaptable, why_not_trainable
 from lora_lightning.layers.recomputation import SwitchLog
 
 # What a layer has in its dictionary beside what the module had.
-_STATE = ("_rows", "_active", "_enabled", "_merged", "_kept", "_instance_forward", "_switches")
+_STATE = (
+    "_rows", "_active", "_enabled", "_merged", "_kept", "_switches",
+    "_instance_forward", "_outer_forward", "_reached",
+)  # fmt: skip
 # All that a layer would hide, or overwrite, of a module.
-_NAMES = {*vars(CarriedAdapters), *vars(AdaptedLayer)}
+_NAMES = {*vars(CarriedAdapters), *vars(PatchableLayer), *vars(AdaptedLayer)}
 _NEEDED = {"adapters", *_STATE, *(name for name in _NAMES if name[:2] != "__")}
 _NEEDED -= {"forward", "active_adapters"}  # the latter transformers' models have, for peft
 
@@ -72,7 +82,7 @@ def convert_to_adapted(module: nn.Module, layer_type: type[AdaptedLayer]) -> Non
         if has_copies_only and layer_type is not AdaptedLayer:
             module.__class__ = adapted_class(layer_type, module.base_type)
         return
-    instance_forward = module.__dict__.pop("forward", None)
+    patch = instance_patch(module)
     module.__class__ = adapted_class(layer_type, type(module))
     layer = cast(AdaptedLayer, module)
     layer.adapters = AdapterDict()
@@ -80,22 +90,21 @@ def convert_to_adapted(module: nn.Module, layer_type: type[AdaptedLayer]) -> Non
     layer._switches = SwitchLog()
     layer._active, layer._merged, layer._kept = [], [], {}
     layer._enabled = True
-    layer._instance_forward = instance_forward
+    put_adapters_inside(layer, patch)
 
 
 def convert_back(module: AdaptedLayer) -> None:
     """Give a layer without adapters the class back that it had."""
-    base_type, instance_forward = module.base_type, module._instance_forward
+    base_type, patches = module.base_type, (module._instance_forward, module._outer_forward)
     for attribute in _STATE:
         del module.__dict__[attribute]
     del module.adapters
     module.__class__ = base_type  # type: ignore[assignment]
-    if instance_forward is not None:
-        module.forward = instance_forward  # type: ignore[method-assign]
+    put_patches_back(module, *patches)
 
 
 def check_detachable(module: AdaptedLayer, path: str) -> None:
-    """Refuse modules whose class was swapped again on top of ours, before anything is touched.
+    """Refuse modules that other code wrapped on top of ours, before anything is touched.
 
     Raises:
         AdapterStateError: Naming `path`.
@@ -105,4 +114,10 @@ def check_detachable(module: AdaptedLayer, path: str) -> None:
         raise AdapterStateError(
             f"{path!r} ({type(module).__name__}) was wrapped by other code after its adapters "
             "were added; take that wrapping off first, then the adapters."
+        )
+    if is_patched(module):
+        raise AdapterStateError(
+            f"The forward of {path!r} ({module.base_type.__name__}) was replaced after its adapters "
+            "were added, and may call them; put back what was there before, then take the adapters "
+            "off."
         )

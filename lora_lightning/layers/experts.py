@@ -69,6 +69,7 @@ class AdaptedExperts(AdaptedLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward, which reads W + delta."""
+        self.note_reached()
         if torch.compiler.is_compiling() and self._breaks_graph():
             return self._forward_uncompiled(*args, **kwargs)
         return self._forward(*args, **kwargs)

@@ -32,6 +32,7 @@ from lora_lightning.layers.attention_heads import Masks, attend
 from lora_lightning.layers.autocast_cache import autocast_input
 from lora_lightning.layers.base import AdaptedLayer, WeightView, adapted_class, compose
 from lora_lightning.layers.conversion import convert_back, convert_to_adapted
+from lora_lightning.layers.instance_forward import instance_patch
 from lora_lightning.layers.traversal import walk
 
 PACKED = "in_proj_weight"
@@ -105,6 +106,7 @@ class AdaptedMultiheadAttention(AdaptedLayer):
     ) -> tuple[Tensor, Tensor | None]:
         """As `nn.MultiheadAttention.forward`, with the adapters that are applied."""
         self.check_recomputation(self.base_type.__name__)
+        self.note_reached()
         copy = self.trained_copy()
         if not self._has_applied_adapters():
             base_map = self.base_forward if copy is None else copy
@@ -265,8 +267,8 @@ def attention_obstacle(module: nn.MultiheadAttention) -> str | None:
             f"{kind.__name__} has a forward of its own, of which it is not known whether it reads "
             "the projections' weights past their adapters"
         )
-    own = module.__dict__.get("forward") if layer is None else layer._instance_forward
-    if own is not None:
+    patch = instance_patch(module) if layer is None else layer._instance_forward
+    if patch is not None:
         return "its forward was replaced on the instance, and adapters would pass that by"
     if layer is not None and layer.layer_type not in (AdaptedLayer, AdaptedMultiheadAttention):
         return "single parameters of the attention carry adapters already (target_parameters)"
