@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lora_lightning.engine.bias import trained_biases
 from lora_lightning.errors import AdapterMismatchError
 from lora_lightning.layers.base import AdaptedLayer
+from lora_lightning.layers.offloading import weights_in_place
 from lora_lightning.layers.quantized.base import packed_weight
 from lora_lightning.layers.traversal import named_adapted_layers, walk
 from lora_lightning.utilities.dtensor import full_tensor
@@ -50,7 +51,8 @@ def base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         prefix = path + "." if path else ""
         if any(prefix.startswith(outer) for outer in replaced):
             continue
-        tensors = dict([*module.named_parameters(recurse=False), *persistent_buffers(module)])
+        with weights_in_place(module):
+            tensors = dict([*module.named_parameters(recurse=False), *persistent_buffers(module)])
         packed = packed_weight(module)
         if packed is not None:  # with its scales: the same indices stand for W and for 2 W
             del tensors["weight"]

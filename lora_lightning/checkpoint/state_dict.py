@@ -70,8 +70,7 @@ def materialize(model: nn.Module, adapter_name: str) -> None:
         adapter = layer.adapters[adapter_name]
         if not any(t.is_meta for t in (*adapter.parameters(), *adapter.buffers())):
             continue
-        own = {id(p) for p in layer.adapters.parameters()}
-        device = next(p.device for p in layer.parameters() if id(p) not in own)
+        device = layer.compute_device()
         if device.type == "meta":
             raise AdapterMismatchError(
                 f"The base weight of {path!r} is on the meta device: load the base model before "

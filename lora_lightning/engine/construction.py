@@ -21,6 +21,7 @@ from lora_lightning.errors import AdapterMismatchError, ConfigError
 from lora_lightning.layers.base import AdaptedLayer
 from lora_lightning.layers.conversion import attach_adapter, convert_back, convert_to_adapted
 from lora_lightning.layers.experts import AdaptedExperts
+from lora_lightning.layers.offloading import compute_device, weights_in_place
 from lora_lightning.layers.registry import layer_type_for
 from lora_lightning.utilities.dtensor import full_tensor
 from lora_lightning.utilities.wrappers import unwrapped
@@ -105,7 +106,8 @@ def _make_adapter(
                     f"The adapter of {path!r} starts from the base weight, which is on the meta "
                     "device and has no values yet: load the base first. (lora.init_lora_weights)"
                 )
-            adapter.start_from_weight(full_tensor(layer.base_weight(weight_name).detach()))
+            with weights_in_place(layer):
+                adapter.start_from_weight(full_tensor(layer.base_weight(weight_name).detach()))
         parts[weight_name] = adapter
     if parts.keys() == {"weight"} and not isinstance(layer, AdaptedExperts):
         return parts["weight"]
@@ -138,7 +140,7 @@ def make_spec(
         path=full_name if isinstance(layer, AdaptedExperts) else path,
         name=f"{name}.{context.adapter_name}",
         seed=torch.initial_seed() if context.seed is None else context.seed,
-        device=context.device or weight.device,
+        device=context.device or compute_device(layer, weight),
         base_dtype=layer.weight_dtype(weight_name),
         conv=layer.convolution(),
         transposed=bool(getattr(layer, "is_transposed", False)),
@@ -156,7 +158,8 @@ def train_tokens(
     layer = cast(AdaptedLayer, module)
     rows = TrainableTokensAdapter(make_spec(context, path, layer), selection.tokens[path])
     if not context.low_cpu_mem_usage:
-        rows.start_from_weight(full_tensor(layer.base_weight().detach()))
+        with weights_in_place(layer):
+            rows.start_from_weight(full_tensor(layer.base_weight().detach()))
     attach_adapter(layer, AdaptedLayer, context.adapter_name, rows)
     for other, owner in selection.tied.items():
         if owner == path:

@@ -37,6 +37,7 @@ from lora_lightning.layers.conversion import (
     detach_adapter,
 )
 from lora_lightning.layers.multihead_attention import route_out_projections
+from lora_lightning.layers.offloading import offloaded_as_a_whole, offloading_hook
 from lora_lightning.layers.quantized.bitsandbytes import close_cpu_packing, reopen_cpu_packing
 from lora_lightning.layers.registry import layer_type_for
 from lora_lightning.layers.sequential import AdaptedSequential
@@ -140,14 +141,32 @@ def _new_modules(model: nn.Module, context: BuildContext, selection: Selection) 
     )
     for path, module in {**new.targets, **_modules(model, selection.tied)}.items():
         check_convertible(module, path)
+        if (outer := offloaded_as_a_whole(model, path)) is not None:
+            raise TargetError(
+                f"{path!r} ({type(module).__name__}) is offloaded (accelerate) together with all "
+                f"that is inside {outer!r}, and an adapter would be, too. Load the model without "
+                "preload_module_classes, or without offloading. (lora.target_modules)"
+            )
     for path, module in new.tokens.items():
         check_convertible(module, path, "trainable_token_indices")
         rows = cast(Tensor, module.weight).shape[0]
         check_token_ids(selection.tokens[path], rows, path)
     for path, module in new.saved.items():
         check_convertible(module, path, "modules_to_save")
+        _check_not_offloaded(module, path, "modules_to_save")
     new.biases = _new_biases(model, context, selection)
+    for module in new.biases:
+        _check_not_offloaded(module, f"the bias of a {type(module).__name__}", "bias")
     return new
+
+
+def _check_not_offloaded(module: nn.Module, what: str, option: str) -> None:
+    if any(offloading_hook(part) is not None for part in module.modules()):
+        raise TargetError(
+            f"{option} would train {what!r} itself, but it is offloaded (accelerate): what it "
+            "learns would be lost after the next forward. Give it an adapter, or load the model "
+            f"without offloading. (lora.{option})"
+        )
 
 
 def _put_on(

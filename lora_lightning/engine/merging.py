@@ -22,6 +22,7 @@ from lora_lightning.errors import AdapterStateError
 from lora_lightning.layers.base import AdaptedLayer, WeightView
 from lora_lightning.layers.conversion import check_detachable
 from lora_lightning.layers.instance_forward import why_not_run
+from lora_lightning.layers.offloading import offloading_hook
 from lora_lightning.layers.traversal import named_adapted_layers
 from lora_lightning.utilities._torch import is_flattened
 
@@ -154,6 +155,12 @@ def _check_weights(model: nn.Module, names: Sequence[str], copies_too: bool = Fa
             own = {id(parameter) for parameter in layer.adapters.parameters()}
             written += [(n, p) for n, p in layer.named_parameters() if id(p) not in own]
         for name, parameter in written:
+            if offloading_hook(layer) is not None:
+                raise AdapterStateError(
+                    f"{path!r} is offloaded (accelerate): what is merged into it would be lost "
+                    "after the next forward. Take the hooks off first: accelerate.hooks."
+                    "remove_hook_from_module(model, recurse=True)."
+                )
             _check_writable(path, name, parameter, owners[id(parameter)])
 
 

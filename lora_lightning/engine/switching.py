@@ -29,8 +29,11 @@ def active_adapters(model: nn.Module) -> list[str]:
 
 
 def layers_with(model: nn.Module, adapter_name: str) -> list[tuple[str, AdaptedLayer]]:
-    """(path, layer) of every module that carries the adapter."""
-    return [(p, m) for p, m in named_adapted_layers(model) if adapter_name in m.adapters]
+    """(path, layer) of every module that carries the adapter, whose tensors are in place."""
+    found = [(p, m) for p, m in named_adapted_layers(model) if adapter_name in m.adapters]
+    for _, layer in found:
+        layer.bring_adapters_back()
+    return found
 
 
 def set_adapter(model: nn.Module, names: str | Sequence[str], *, trainable: bool = True) -> None:

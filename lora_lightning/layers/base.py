@@ -21,6 +21,7 @@ from lora_lightning.adapters.modules_to_save import ModulesToSaveCopy
 from lora_lightning.errors import AdapterStateError
 from lora_lightning.layers.instance_forward import LayerForward, PatchableLayer
 from lora_lightning.layers.mixed_batch import forward_by_row
+from lora_lightning.layers.offloading import offloading_hook
 from lora_lightning.utilities.autocast import without_autocast
 
 
@@ -185,6 +186,12 @@ class AdaptedLayer(PatchableLayer):
     @torch.no_grad()
     def unmerge(self) -> None:
         """Put back the very weights that were there before the first merge, bit for bit."""
+        if self._kept and offloading_hook(self) is not None:
+            raise AdapterStateError(
+                f"A {self.base_type.__name__} was offloaded (accelerate) after adapters had been "
+                "merged into it, and what was there before cannot be put back. Take the hooks off "
+                "first: accelerate.hooks.remove_hook_from_module(model, recurse=True)."
+            )
         for name, kept in self._kept.items():
             self.restore(kept, name)
         self.forget_originals()

@@ -11,6 +11,7 @@ from torch import nn
 from lora_lightning.adapters.base import Adapter, AdapterDict
 from lora_lightning.adapters.modules_to_save import ModulesToSaveCopy
 from lora_lightning.errors import AdapterStateError
+from lora_lightning.layers.offloading import bring_back, compute_device
 from lora_lightning.layers.recomputation import Acting, SwitchLog
 
 
@@ -85,12 +86,26 @@ class CarriedAdapters(nn.Module):
             adapter = self.adapters[adapter_name].by_weight().get(name)
             if adapter is None:
                 continue
+            if "_hf_hook" in adapter.__dict__:
+                self.bring_adapters_back()
             if adapter.applied.is_meta:
                 if adapter_name not in self.applied_names():
                     continue
                 self.check_filled(adapter_name)
             found.append(adapter)
         return found
+
+    def compute_device(self) -> torch.device:
+        """The device on which the module computes, offloaded or not."""
+        own = {id(p) for p in self.adapters.parameters()}
+        weight = next(p for p in self.parameters() if id(p) not in own)
+        return compute_device(self, weight)
+
+    def bring_adapters_back(self) -> None:
+        """Undo what accelerate did to adapters when it offloaded the model around them."""
+        for adapter in self.adapters.values():
+            if adapter.by_weight():  # a trained copy is called, as accelerate expects
+                bring_back(adapter, self.compute_device())
 
     def trained_copy(self) -> ModulesToSaveCopy | None:
         """Return the copy (`modules_to_save`) that is applied in the module's place, if one is.

@@ -117,7 +117,7 @@ def check_detachable(module: AdaptedLayer, path: str) -> None:
         )
     if is_patched(module):
         raise AdapterStateError(
-            f"The forward of {path!r} ({module.base_type.__name__}) was replaced after its adapters "
-            "were added, and may call them; put back what was there before, then take the adapters "
-            "off."
+            f"The forward of {path!r} ({module.base_type.__name__}) was replaced after its "
+            "adapters were added, and may call them; put back what was there before (del "
+            "module.forward), then take the adapters off."
         )

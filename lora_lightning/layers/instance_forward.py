@@ -85,11 +85,10 @@ def run_patch(layer: PatchableLayer, patch: Forward, *args: Any, **kwargs: Any) 
     layer._reached = False
     output = patch(*args, **kwargs)
     if not layer._reached:
-        _check_not_applied(layer)
+        _check_uncompiled(layer)
     return output
 
 
-@torch.compiler.disable
 def _check_not_applied(layer: PatchableLayer) -> None:
     if any(adapter.is_applied for adapter in layer.adapters.values()):
         raise AdapterStateError(
@@ -98,6 +97,10 @@ def _check_not_applied(layer: PatchableLayer) -> None:
             "them. Patch modules before adapters are added, let the patch call the forward that "
             "it replaces, or take it off: del module.forward."
         )
+
+
+# What raises inside a graph may be lost with it.
+_check_uncompiled = torch.compiler.disable(_check_not_applied)
 
 
 def is_patched(layer: PatchableLayer) -> bool:
@@ -139,7 +142,7 @@ def put_patches_back(module: nn.Module, patch: Forward | None, outer: Forward | 
         module.__dict__[_INNER] = patch or MethodType(type(module).forward, module)
     patch = outer or patch
     if patch is not None:
-        module.forward = patch  # type: ignore[method-assign]
+        module.forward = patch
 
 
 def _is_hook(layer: PatchableLayer) -> bool:
@@ -148,14 +151,16 @@ def _is_hook(layer: PatchableLayer) -> bool:
 
 
 def _is_adapted(layer: PatchableLayer, forward: object) -> bool:
-    own = isinstance(forward, MethodType) and forward.__self__ is layer
-    return own and forward.__func__ is type(layer).forward_with_adapters
+    if not isinstance(forward, MethodType) or forward.__self__ is not layer:
+        return False
+    return forward.__func__ is type(layer).forward_with_adapters
 
 
 def _is_method(module: nn.Module, forward: object, owner: type[nn.Module]) -> bool:
     """True if `forward` is that of the class `owner`, bound to the module."""
-    own = isinstance(forward, MethodType) and forward.__self__ is module
-    return own and forward.__func__ is owner.forward
+    if not isinstance(forward, MethodType) or forward.__self__ is not module:
+        return False
+    return forward.__func__ is owner.forward
 
 
 def _is_checked(forward: object) -> bool:

@@ -13,6 +13,8 @@ from lora_lightning.layers.autocast_cache import autocast_input
 from lora_lightning.layers.base import AdaptedLayer, WeightView, compose
 from lora_lightning.layers.fused_lora import add_lora, can_fuse, fused_lora, lora_terms
 
+_FORWARD = nn.Linear.forward  # torch's: others exchange it on the class, too
+
 
 class AdaptedLinear(AdaptedLayer):
     """y = W x + b, weight (out_features, in_features)."""
@@ -58,4 +60,4 @@ class AdaptedLinear(AdaptedLayer):
 
     def is_plain(self) -> bool:
         """Tell whether the base's forward is that of nn.Linear itself."""
-        return self.base_type.forward is nn.Linear.forward and self._instance_forward is None
+        return self.base_type.forward is _FORWARD and self._instance_forward is None
