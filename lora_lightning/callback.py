@@ -227,6 +227,11 @@ class LoraCallback(AdapterCallback):
                 lines += summary.end_lines(trainer, pl_module)
             messages.show(*lines)
 
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Note what the module has moved of its base: at the next run that is no other base."""
+        if self._is_last(pl_module):
+            module_state(pl_module).baseline.changed(pl_module)
+
     # -- resuming ------------------------------------------------------------------------------
 
     @property

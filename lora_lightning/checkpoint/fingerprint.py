@@ -31,11 +31,12 @@ SAMPLE = 65_536
 Fingerprint = dict[str, list[Any]]
 
 
-def base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def base_tensors(model: nn.Module, quantized: bool = True) -> Iterator[tuple[str, Tensor]]:
     """Parameters and persistent buffers of the base model as it was before any adapter.
 
     Merged weights and trained biases give their original values. What a trained copy replaces
-    (a new head) is left out: it does not take part in the model any more.
+    (a new head) is left out: it does not take part in the model any more. `quantized` tells whether
+    weights in few bits are wanted, too.
     """
     # By identity: a weight can be shared, and a bias have several names.
     originals: dict[int, Tensor] = {}
@@ -56,7 +57,7 @@ def base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         packed = packed_weight(module)
         if packed is not None:  # with its scales: the same indices stand for W and for 2 W
             del tensors["weight"]
-            tensors |= packed.tensors()
+            tensors |= packed.tensors() if quantized else {}
         kept = module.kept_tensors() if isinstance(module, AdaptedLayer) else {}
         for name, tensor in tensors.items():
             yield prefix + name, originals.get(id(tensor), kept.get(name, tensor))

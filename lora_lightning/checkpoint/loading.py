@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import warnings
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from lora_lightning.adapters.config import SELECTION, AdapterConfig
 from lora_lightning.adapters.registry import config_type_of
 from lora_lightning.checkpoint.compatibility import check_values, tensor_differences
 from lora_lightning.checkpoint.fingerprint import base_fingerprint, fingerprint_difference
+from lora_lightning.checkpoint.moved_state import load_moved, moved_differences, without_place
 from lora_lightning.checkpoint.peft.config import CONFIG, TENSORS, made_from
 from lora_lightning.checkpoint.peft.file_content import exact_names
 from lora_lightning.checkpoint.peft.reading import load_folders
@@ -51,6 +54,9 @@ def load_adapter(
     neither. Nothing is fetched from a hub. Everything is checked first: on any error the model is
     as it was before.
 
+    What the run of a checkpoint has moved of its base (the teacher of BYOL, a centre, the states of
+    metrics) is loaded, too; a warning names what `model` has no place for.
+
     Args:
         model: The model that the adapter was made for.
         path: The folder, or a checkpoint that a run with `LoraCallback` wrote.
@@ -69,23 +75,40 @@ def load_adapter(
         AdapterStateError: If the model already has an adapter of that name.
 
     """
-    place = Path(path)
     with unchanged_on_error(model):
-        is_file = place.exists() and not place.is_dir()
-        if is_checkpoint_folder(place) or (is_file and place.name not in (CONFIG, TENSORS)):
-            if place.suffix == ".safetensors":
-                raise CheckpointError(
-                    f"{str(place)!r} holds tensors, but does not say how they act: a PEFT adapter "
-                    f"is loaded from a folder that holds them as {TENSORS} beside {CONFIG}."
-                )
-            return _load_checkpoint(model, place, adapter_name, autocast_adapter_dtype)
-        folder = place.parent if is_file else place
-        return load_folders(model, folder, adapter_name, autocast_adapter_dtype)
+        found = put_adapter_on(model, Path(path), adapter_name, autocast_adapter_dtype)
+    if found.moved:
+        load_moved(model, found.moved)
+    return found.names
+
+
+@dataclass(frozen=True)
+class FromFile:
+    """What was put on a model, and what is still to be loaded: entries of `load_moved`."""
+
+    names: list[str]
+    moved: dict[str, Any] = field(default_factory=dict)
+
+
+def put_adapter_on(
+    model: nn.Module, place: Path, adapter_name: str | None, autocast_adapter_dtype: bool
+) -> FromFile:
+    """`load_adapter` without the base that a checkpoint's run has moved."""
+    is_file = place.exists() and not place.is_dir()
+    if is_checkpoint_folder(place) or (is_file and place.name not in (CONFIG, TENSORS)):
+        if place.suffix == ".safetensors":
+            raise CheckpointError(
+                f"{str(place)!r} holds tensors, but does not say how they act: a PEFT adapter "
+                f"is loaded from a folder that holds them as {TENSORS} beside {CONFIG}."
+            )
+        return _load_checkpoint(model, place, adapter_name, autocast_adapter_dtype)
+    folder = place.parent if is_file else place
+    return FromFile(load_folders(model, folder, adapter_name, autocast_adapter_dtype))
 
 
 def _load_checkpoint(
     model: nn.Module, file: Path, adapter_name: str | None, autocast_adapter_dtype: bool
-) -> list[str]:
+) -> FromFile:
     """Put the adapters of a Lightning checkpoint on `model`, the LightningModule or its inside."""
     checkpoint = read_adapter_checkpoint(file)
     entries: dict[str, Any] = checkpoint[KEY]["adapters"]
@@ -103,18 +126,44 @@ def _load_checkpoint(
     prefix = _prefix(model, owners)
     for saved_name, name in wanted.items():
         _load_one(model, file, checkpoint, prefix, saved_name, name, autocast_adapter_dtype)
+    moved = _moved(model, checkpoint, prefix, file)
     base = checkpoint[KEY]["base"]
     saved = {k.removeprefix(prefix): v for k, v in base.items() if k.startswith(prefix)}
     found = base_fingerprint(model)
     shared = saved.keys() & found.keys()
-    lines = fingerprint_difference({k: saved[k] for k in shared}, {k: found[k] for k in shared})
+    same = shared - moved.keys()
+    lines = fingerprint_difference({k: saved[k] for k in same}, {k: found[k] for k in same})
     if lines or not shared:
         raise AdapterMismatchError(
             f"The adapters of {str(file)!r} were trained on another base model; nothing was "
             f"loaded. {len(lines) or 'All'} of {len(saved)} base tensors differ:\n  "
             + "\n  ".join(lines[:4])
         )
-    return list(wanted.values())
+    return FromFile(list(wanted.values()), moved)
+
+
+def _moved(model: nn.Module, checkpoint: dict[str, Any], prefix: str, file: Path) -> dict[str, Any]:
+    """What the run of a checkpoint has moved of `model`, by its names; a warning names the rest."""
+    owned = {key for entry in checkpoint[KEY]["adapters"].values() for key in entry["tensors"]}
+    moved = {key: v for key, v in checkpoint["state_dict"].items() if key not in owned}
+    inside = {k.removeprefix(prefix): v for k, v in moved.items() if k.startswith(prefix)}
+    homeless = without_place(model, inside)
+    left_out = [*(k for k in moved if not k.startswith(prefix)), *(prefix + k for k in homeless)]
+    if left_out:
+        warnings.warn(
+            f"The run of {str(file)!r} has moved {first_few(left_out)} of its base, for which this "
+            f"{type(model).__name__} has no place: left out. Give the module that was trained to "
+            "load all of it.",
+            stacklevel=5,
+        )
+    found = {key: value for key, value in inside.items() if key not in homeless}
+    differences = moved_differences(model, found)
+    if differences:
+        raise AdapterMismatchError(
+            f"{str(file)!r} holds what its run has moved of the base, and here that is of another "
+            "kind; nothing was loaded:\n  " + "\n  ".join(differences[:4])
+        )
+    return found
 
 
 def _load_one(

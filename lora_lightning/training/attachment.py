@@ -17,6 +17,7 @@ An adapter that is there already stays: to come by more than once does no harm.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +25,8 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from lora_lightning.adapters.registry import config_type_of
-from lora_lightning.checkpoint.loading import load_adapter
+from lora_lightning.checkpoint.loading import put_adapter_on
+from lora_lightning.checkpoint.moved_state import load_moved
 from lora_lightning.checkpoint.state_dict import materialize
 from lora_lightning.engine import injection, switching
 from lora_lightning.engine.construction import BuildContext
@@ -32,6 +34,7 @@ from lora_lightning.errors import ConfigError, TargetError
 from lora_lightning.layers.traversal import named_adapted_layers
 from lora_lightning.training.adapter_callback import AdapterCallback
 from lora_lightning.training.checkpoint_io.metadata import remember_base
+from lora_lightning.training.checkpoint_io.trained_state import load_trained_state
 from lora_lightning.training.checks import check_base_has_values, check_no_unmanaged_adapters
 from lora_lightning.training.eva import ranks_of_checkpoint, start_values, take_over_ranks
 from lora_lightning.training.module_state import callbacks_of, module_state
@@ -40,7 +43,6 @@ from lora_lightning.training.precision import convert_before_attaching
 from lora_lightning.training.strategies.fsdp1 import check_not_wrapped
 from lora_lightning.training.strategies.fsdp2 import is_fsdp, is_model_parallel, reshard
 from lora_lightning.training.strategies.meta_device import expect_base, load_base_at_once
-from lora_lightning.utilities.wrappers import under_own_names
 
 
 def attach(callback: AdapterCallback, module: LightningModule) -> None:
@@ -54,8 +56,9 @@ def attach(callback: AdapterCallback, module: LightningModule) -> None:
     check_base_has_values(module)
     root = callback._root(module)
     _attach_what_children_trained(callback, module, root)
+    moved: dict[str, Any] = {}
     if callback.init_from is not None:
-        _attach_from_file(callback, root, callback.init_from)
+        moved = _attach_from_file(callback, root, callback.init_from)
     else:
         take_over_ranks(callback, module, root)
     check_same_adapter(callback, module, root)
@@ -67,6 +70,8 @@ def attach(callback: AdapterCallback, module: LightningModule) -> None:
     _make_and_activate(callback, module, root, seed, start)
     expect_base(module)
     remember_base(module, first)
+    if moved:  # the base is what the module brought
+        load_moved(root, moved)
 
 
 def attach_all(module: LightningModule) -> None:
@@ -134,17 +139,20 @@ def _make_and_activate(
             switching.set_trainable(root, other.adapter_name, other.trainable)
 
 
-def _attach_from_file(callback: AdapterCallback, root: nn.Module, path: str) -> None:
-    """Attach the adapter of a file, unless it is there already, and take its options over."""
-    if callback.adapter_name not in switching.adapter_names(root):
-        load_adapter(
-            root,
-            path,
-            callback.adapter_name,
-            autocast_adapter_dtype=callback.autocast_adapter_dtype,
-        )
-    (adapter, *_) = injection.adapters_named(root, callback.adapter_name).values()
+def _attach_from_file(callback: AdapterCallback, root: nn.Module, path: str) -> dict[str, Any]:
+    """Attach the adapter of a file, unless it is there already, and take its options over.
+
+    Returns:
+        What the file's run has moved of the base, still to be loaded.
+
+    """
+    name, moved = callback.adapter_name, {}
+    if name not in switching.adapter_names(root):
+        with injection.unchanged_on_error(root):
+            moved = put_adapter_on(root, Path(path), name, callback.autocast_adapter_dtype).moved
+    (adapter, *_) = injection.adapters_named(root, name).values()
     callback.config = adapter.config
+    return moved
 
 
 def _attach_what_children_trained(
@@ -165,4 +173,4 @@ def _attach_what_children_trained(
         )
         materialize(root, callback.adapter_name)
     own = {key: returned["state_dict"].pop(key) for key in entry["tensors"]}
-    module.load_state_dict(under_own_names(module, {**own, **returned["moved"]}), strict=False)
+    load_trained_state(module, {**own, **returned["moved"]})

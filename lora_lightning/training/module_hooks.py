@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch import LightningModule
+from torch import nn
 
 from lora_lightning.checkpoint.state_dict import KEY
 from lora_lightning.engine.switching import adapter_names
@@ -41,7 +42,7 @@ from lora_lightning.training.resume.loop_state import end_resumed_epoch
 from lora_lightning.training.resume.run_state import continue_run, prepare_run_state
 from lora_lightning.training.strategies.fsdp1 import leave_out_adapters
 from lora_lightning.training.strategies.fsdp2 import shard_adapters
-from lora_lightning.utilities.wrappers import under_own_names
+from lora_lightning.utilities.wrappers import plain_name, under_own_names
 
 
 def bind(module: LightningModule) -> None:
@@ -129,17 +130,23 @@ def on_train_epoch_end(self: LightningModule) -> None:
 
 def on_save_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> None:
     """The last hook before a checkpoint is written, of whatever kind: drop the base."""
+    before = dict(checkpoint)
+    if "state_dict" in before:  # the hook may change what is in it
+        before["state_dict"] = dict(before["state_dict"])
     original_hook(self, "on_save_checkpoint")(checkpoint)
     callbacks = callbacks_of(self)
     # Without a fingerprint no adapter is attached yet: a run that failed in setup is being saved.
     if callbacks and module_state(self).base_fingerprint is not None:
-        reduce_checkpoint(checkpoint, self, callbacks)
+        reduce_checkpoint(checkpoint, self, callbacks, before)
 
 
 def on_load_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> None:
     """The last hook before weights are loaded: refuse what does not fit."""
-    original_hook(self, "on_load_checkpoint")(checkpoint)
     callbacks = callbacks_of(self)
+    if callbacks and KEY in checkpoint:
+        _show_whole_state(self, checkpoint, original_hook(self, "on_load_checkpoint"))
+    else:
+        original_hook(self, "on_load_checkpoint")(checkpoint)
     if not callbacks and KEY in checkpoint:
         raise CheckpointError(
             "This is an adapter checkpoint, but no LoraCallback is at work in this Trainer. Add "
@@ -151,11 +158,37 @@ def on_load_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> Non
             if saved is not None:
                 attachment.attach_with_saved_ranks(callback, self, saved)
         check_checkpoint(checkpoint, self, callbacks)
+        _go_back_to_base(self, checkpoint)
         for part in checkpoint.keys() & {"state_dict", "current_model_state"}:
             if module_state(self).fsdp is not None:
                 continue  # goes by plain names, and a unit's state dict would gather the base
             checkpoint[part] = under_own_names(self, checkpoint[part])
         prepare_run_state(checkpoint, self)
+
+
+def _show_whole_state(
+    module: LightningModule, checkpoint: dict[str, Any], hook: Callable[..., Any]
+) -> None:
+    """Call the module's hook with the base in the state dict, as it knows it.
+
+    What is loaded is what the file has: the hook cannot take it away.
+    """
+    saved = checkpoint["state_dict"]
+    if module.trainer.strategy.restore_checkpoint_after_setup:
+        checkpoint["state_dict"] = dict(saved)  # to show the base would gather it
+    else:
+        checkpoint["state_dict"] = {**nn.Module.state_dict(module), **saved}
+    hook(checkpoint)
+    checkpoint["state_dict"] = saved
+
+
+def _go_back_to_base(module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    """Add to a checkpoint what has moved since, but had not when it was written."""
+    saved, baseline = checkpoint["state_dict"], module_state(module).baseline
+    owned = {key for entry in checkpoint[KEY]["adapters"].values() for key in entry["tensors"]}
+    names = [key for key in map(plain_name, saved) if key not in owned]
+    checkpoint["state_dict"] = {**saved, **baseline.start_from(module, names)}
+    baseline.loaded(names)
 
 
 def on_train_start(self: LightningModule) -> None:

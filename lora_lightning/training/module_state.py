@@ -16,9 +16,21 @@ from torch import nn
 from lora_lightning.checkpoint.fingerprint import Fingerprint
 from lora_lightning.training._lightning import trainer_of
 from lora_lightning.training.adapter_callback import AdapterCallback
+from lora_lightning.training.checkpoint_io.baseline import Baseline
 
 _ATTRIBUTE = "_lora_state"
 _LIGHTNING_CORE = ("lightning.pytorch.core.", "pytorch_lightning.core.")
+
+
+@dataclass(frozen=True)
+class Handed:
+    """What the strategy gave of the module for a checkpoint that is put together.
+
+    `trained` tells whether it is only what training changed, collected already.
+    """
+
+    state: dict[str, Any]
+    trained: bool
 
 
 @dataclass
@@ -28,9 +40,10 @@ class ModuleState:
     # The hooks that are overridden on the instance, and what was in its dictionary before, or None
     overrides: dict[str, Callable[..., Any]] = field(default_factory=dict)
     original_hooks: dict[str, Any] = field(default_factory=dict)
-    # Of the base and its persistent buffers, taken when the adapters were attached
+    # Of the base, taken when the adapters were attached
     base_fingerprint: Fingerprint | None = None
-    buffer_digests: dict[str, list[str]] = field(default_factory=dict)
+    baseline: Baseline = field(default_factory=Baseline)
+    handed: Handed | None = None  # while a checkpoint is put together
     base_on_meta: bool = False  # until the strategy has loaded it
     # What child processes trained, until the module has the layers for it
     from_children: dict[str, Any] = field(default_factory=dict)

@@ -22,6 +22,7 @@ from lora_lightning.layers.registry import layer_type_for
 from lora_lightning.layers.traversal import walk
 from lora_lightning.training.adapter_callback import AdapterCallback
 from lora_lightning.training.messages import show
+from lora_lightning.training.module_state import module_state
 from lora_lightning.training.optimizers import trainable_parameters
 
 
@@ -103,6 +104,7 @@ def start_lines(model: nn.Module, root: nn.Module, adapter_name: str) -> list[st
         f"adapter on disk {readable_bytes(on_disk)}; the base "
         f"({readable_bytes(base_bytes(model))}) is not saved",
     ]
+    lines += moved_lines(model)
     narrow = _trained_in_16_bits(root, adapter_name)
     if narrow:
         lines.append(
@@ -110,6 +112,21 @@ def start_lines(model: nn.Module, root: nn.Module, adapter_name: str) -> list[st
             "'-mixed' precision they train in 32"
         )
     return lines
+
+
+def moved_lines(model: nn.Module) -> list[str]:
+    """What the module itself has moved of its base so far, if anything, with its size."""
+    if not isinstance(model, LightningModule):
+        return []
+    entries = module_state(model).baseline.changed(model)
+    tensors = {name: t for name, t in entries.items() if isinstance(t, torch.Tensor)}
+    size = sum(t.numel() * t.element_size() for t in tensors.values())
+    if not tensors:
+        return []
+    return [
+        f"the module itself has moved {len(tensors)} tensors of its base ({readable_bytes(size)}): "
+        f"{first_few(tensors)}; they are in every checkpoint"
+    ]
 
 
 def trainable_line(model: nn.Module) -> str:
@@ -153,7 +170,8 @@ def end_lines(trainer: Trainer, model: nn.Module) -> list[str]:
     """Paths and sizes of the checkpoints of the Trainer's ModelCheckpoint."""
     saver: Any = trainer.checkpoint_callback
     best, last = (getattr(saver, f"{which}_model_path", "") for which in ("best", "last"))
-    return checkpoint_lines(model, best, last, getattr(saver, "save_weights_only", False))
+    only_weights = getattr(saver, "save_weights_only", False)
+    return [*moved_lines(model), *checkpoint_lines(model, best, last, only_weights)]
 
 
 def checkpoint_lines(model: nn.Module, best: str, last: str, weights_only: bool) -> list[str]:

@@ -1,4 +1,4 @@
-"""`WeightAveraging` averages what trains, and nothing else.
+"""`WeightAveraging` averages what trains, and what else moves.
 
 It averages every tensor. Of a frozen one that is d w + (1 - d) w, which differs from w by rounding:
 the base would drift away from what the adapters were trained on, and the codes of a quantised base
@@ -14,7 +14,9 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from lora_lightning.checkpoint.fingerprint import base_tensors
 from lora_lightning.training._lightning import all_callbacks, averaged_model
+from lora_lightning.utilities.wrappers import plain_name
 
 
 def averaged_models(trainer: Trainer) -> list[nn.Module]:
@@ -44,7 +46,13 @@ class _Part(nn.Module):
 def _update_parameters(self: AveragedModel, model: nn.Module) -> None:
     whole = self.module
     averages = dict(whole.named_parameters())
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    own = dict(model.named_parameters())
+    dense = {name for name, _ in base_tensors(model, quantized=False)}
+    moving = [n for n, p in own.items() if not p.requires_grad and plain_name(n) in dense]
+    # The module may move parameters of its base by its own hand (a teacher).
+    differ = _differ([(averages[name], own[name]) for name in moving])
+    moved = {name for name, differs in zip(moving, differ, strict=True) if differs}
+    trained = {n: p for n, p in own.items() if p.requires_grad or n in moved}
     pairs = list(zip(whole.buffers(), model.buffers(), strict=True))
     buffers = [pair for pair, differs in zip(pairs, _differ(pairs), strict=True) if differs]
     self.module = _Part([averages[name] for name in trained], [mine for mine, _ in buffers])

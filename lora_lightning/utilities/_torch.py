@@ -113,3 +113,18 @@ def stored_values(tensor: Tensor) -> Tensor:
     `Tensor.values` does so for coalesced ones only.
     """
     return tensor._values() if tensor.is_sparse else tensor
+
+
+def own_state(module: nn.Module, prefix: str) -> dict[str, Any]:
+    """What a module alone, without its children, puts into a state dict: extra state, too."""
+    found: dict[str, Any] = {}
+    module._save_to_state_dict(found, prefix, False)
+    return found
+
+
+def load_own_state(module: nn.Module, state: dict[str, Any], prefix: str) -> None:
+    """Load what `own_state` gave; RuntimeError if a tensor has another shape."""
+    errors: list[str] = []
+    module._load_from_state_dict(state, prefix, {}, False, [], [], errors)
+    if errors:
+        raise RuntimeError("; ".join(errors))

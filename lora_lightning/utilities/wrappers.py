@@ -43,5 +43,6 @@ def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 def under_own_names(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
     """`state` under the names that `model.state_dict()` has, as `load_state_dict` needs it."""
-    own = {plain_name(name): name for name in model.state_dict()}
+    # Not the model's own `state_dict`, which may leave out or rename what it likes.
+    own = {plain_name(name): name for name in nn.Module.state_dict(model)}
     return {own.get(plain_name(name), name): value for name, value in state.items()}

@@ -171,3 +171,23 @@ def test_a_test_for_each() -> None:
     names = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
     own = Path(__file__).read_text()
     assert [name for name in names if f"private.{name}" not in own] == []
+
+
+def test_own_state() -> None:
+    class Counting(nn.Linear):
+        count = 3
+
+        def get_extra_state(self) -> Any:
+            return self.count
+
+        def set_extra_state(self, state: Any) -> None:
+            self.count = state
+
+    module = nn.Sequential(Counting(2, 1))
+    own = private.own_state(module[0], "0.")
+    assert list(own) == ["0.weight", "0.bias", "0._extra_state"]
+    assert private.own_state(module, "") == {}  # without its children
+    private.load_own_state(module[0], {**own, "0._extra_state": 5}, "0.")
+    assert module[0].count == 5
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        private.load_own_state(module[0], {"0.bias": torch.zeros(2)}, "0.")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
-from torch import Tensor, nn
+from torch import nn
 
 import lora_lightning
 from lora_lightning.checkpoint.compatibility import (
@@ -17,29 +18,40 @@ from lora_lightning.checkpoint.compatibility import (
 from lora_lightning.checkpoint.fingerprint import (
     Fingerprint,
     base_fingerprint,
-    digest,
     fingerprint_difference,
-    persistent_buffers,
 )
+from lora_lightning.checkpoint.moved_state import moved_differences, tensor_places, without_place
 from lora_lightning.checkpoint.state_dict import FORMAT, KEY
 from lora_lightning.engine.bias import trained_biases
+from lora_lightning.engine.injection import check_unmerged
 from lora_lightning.errors import AdapterMismatchError, CheckpointError, first_few
-from lora_lightning.layers.traversal import walk
 from lora_lightning.training.adapter_callback import AdapterCallback
+from lora_lightning.training.checkpoint_io.baseline import Baseline
+from lora_lightning.training.checkpoint_io.trained_state import trained_state
 from lora_lightning.training.messages import rank_zero_warn
-from lora_lightning.training.module_state import ModuleState, module_state
+from lora_lightning.training.module_state import module_state
 from lora_lightning.training.resume.run_state import add_run_state
 from lora_lightning.training.strategies.fsdp2 import is_fsdp, is_model_parallel
 from lora_lightning.utilities._torch import is_flattened
 from lora_lightning.utilities.wrappers import plain_name
 
-_EXTRA_STATE = "_extra_state"  # what a user's module keeps by get_extra_state
+# Of a checkpoint: what Lightning goes on from
+_NEEDED = {"state_dict", "optimizer_states", "lr_schedulers", "loops", "callbacks"}
+_NEEDED |= {"epoch", "global_step", "pytorch-lightning_version"}
 
 
 def reduce_checkpoint(
-    checkpoint: dict[str, Any], module: LightningModule, callbacks: list[AdapterCallback]
+    checkpoint: dict[str, Any],
+    module: LightningModule,
+    callbacks: list[AdapterCallback],
+    before: Mapping[str, Any] | None = None,
 ) -> None:
-    """Leave only what training changed in `checkpoint["state_dict"]`, and add the metadata."""
+    """Leave only what training changed in `checkpoint["state_dict"]`, and add the metadata.
+
+    `before` is the checkpoint as it was before the module's own hook, which can take nothing away
+    that a run goes on from.
+    """
+    before = checkpoint if before is None else before
     adapters: dict[str, dict[str, Any]] = {
         callback.adapter_name: {
             "peft_type": callback.config.peft_type,
@@ -50,9 +62,8 @@ def reduce_checkpoint(
         }
         for callback in callbacks
     }
-    for part in ("state_dict", "current_model_state"):  # the latter is WeightAveraging's
-        if part in checkpoint:
-            checkpoint[part] = kept_state(checkpoint[part], module, callbacks)
+    checkpoint |= {key: before[key] for key in _NEEDED & before.keys() - checkpoint.keys()}
+    checkpoint |= _states(module, before)
     checkpoint[KEY] = {
         "format": FORMAT,
         "version": lora_lightning.__version__,
@@ -65,22 +76,29 @@ def reduce_checkpoint(
             adapters[callback.adapter_name]["rank_allocation"] = callback._rank_allocation()
 
 
-def kept_state(
-    state: dict[str, Any], module: LightningModule, callbacks: list[AdapterCallback]
-) -> dict[str, Any]:
-    """The part of the module's state dict that training changed: adapters, and buffers that moved.
-
-    Under plain names, as if nothing had been compiled.
-    """
-    keep = {key for callback in callbacks for key in callback._saved_keys(module)}
-    keep.update(_changed_buffers(module, module_state(module)))
+def _states(module: LightningModule, before: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The states of the module in a checkpoint, with what callbacks have put in their place."""
+    handed, module_state(module).handed = module_state(module).handed, None
+    state = trained_state(module) if handed is None or not handed.trained else handed.state
+    exchanged: dict[str, Any] = {}
+    if handed is not None:
+        # By identity: the module's hook, which may cast or copy all of it, comes later.
+        exchanged = {
+            plain_name(key): value
+            for key, value in before["state_dict"].items()
+            if value is not handed.state.get(key)
+        }
     # Biases of adapters that do not act: the module shows the base's own.
-    hidden = {n: r.hidden for n, _, r in trained_biases(module) if n in keep and not r.shown}
-    return {
-        key: hidden.get(key, value)
-        for key, value in ((plain_name(name), value) for name, value in state.items())
-        if key in keep or key.endswith(_EXTRA_STATE)
+    hidden = {name for name, _, record in trained_biases(module) if not record.shown}
+    states = {
+        "state_dict": {
+            key: exchanged.get(key, value) if key not in hidden else value
+            for key, value in state.items()
+        }
     }
+    if "current_model_state" in before:  # WeightAveraging, whose averages are in "state_dict"
+        states["current_model_state"] = state
+    return states
 
 
 def check_checkpoint(
@@ -95,7 +113,7 @@ def check_checkpoint(
     state = {plain_name(k): v for k, v in checkpoint.get("state_dict", {}).items()}
     if metadata is None:
         own = {key for callback in callbacks for key in callback._saved_keys(module)}
-        base = [key for key in map(plain_name, module.state_dict()) if key not in own]
+        base = [key for key in tensor_places(module) if key not in own]
         if base and all(key in state for key in base):
             raise CheckpointError(
                 "This is a full-model checkpoint (it holds the base model's "
@@ -121,7 +139,14 @@ def check_checkpoint(
             f"{metadata['version']}; this is {lora_lightning.__version__}, which reads up to "
             f"format {FORMAT}. Update lora_lightning. (ckpt_path)"
         )
-    saved_base, own_base = metadata["base"], module_state(module).base_fingerprint or {}
+    check_unmerged(module)
+    # What has moved in the file's run is in the file.
+    owned = {key for entry in metadata["adapters"].values() for key in entry["tensors"]}
+    moved = {key: value for key, value in state.items() if key not in owned}
+    saved_base, own_base = (
+        {name: entry for name, entry in base.items() if name not in moved}
+        for base in (metadata["base"], module_state(module).base_fingerprint or {})
+    )
     # First what both bases have: where that differs, adapters differ as a consequence only.
     shared = saved_base.keys() & own_base.keys()
     _check_base({k: saved_base[k] for k in shared}, {k: own_base[k] for k in shared})
@@ -134,12 +159,30 @@ def check_checkpoint(
             "ckpt_path."
         )
     _check_base(saved_base, own_base)
-    trained = {key for entry in metadata["adapters"].values() for key in entry["tensors"]}
-    if diverged := not_finite(state, trained):
+    _check_moved(module, moved)
+    if diverged := not_finite(state, owned):
         rank_zero_warn(
             f"This checkpoint holds values that are not finite (NaN or infinity) in "
             f"{first_few(diverged)}: the run that wrote it had diverged, and what is computed with "
             "it will not be finite either. Take an earlier checkpoint. (ckpt_path)"
+        )
+
+
+def _check_moved(module: LightningModule, moved: Mapping[str, Any]) -> None:
+    """Raise AdapterMismatchError where what a checkpoint's run has moved has no place here."""
+    lines = moved_differences(module, moved)
+    if lines:
+        raise AdapterMismatchError(
+            "The checkpoint holds what the module has moved of its base, and here that is of "
+            "another kind; nothing was loaded:\n  " + "\n  ".join(lines[:4]) + "\nMake the "
+            "module as it was made for that run. (model)"
+        )
+    lost = module_state(module).baseline.cannot_restore(module, moved)
+    if lost:
+        raise AdapterMismatchError(
+            f"The module has moved {first_few(lost)} of its base since the checkpoint was written, "
+            "and nobody has kept what was there: the checkpoint does not hold what had not moved "
+            "yet. Make the module anew, and load the checkpoint into that. (ckpt_path)"
         )
 
 
@@ -182,11 +225,10 @@ def remember_base(module: LightningModule, fresh: bool) -> None:
     found = base_fingerprint(module)
     known = {} if fresh else remembered.base_fingerprint or {}
     if not known:
-        remembered.buffer_digests = {n: _digests(buffer) for n, buffer in base_buffers(module)}
-    for name in known.keys() & found.keys():
-        # Buffers may have moved in training; another dtype is the Trainer's own cast of the base.
-        if name in remembered.buffer_digests or known[name][1] != found[name][1]:
-            found[name] = known[name]
+        remembered.baseline = Baseline()
+    exchanged = remembered.baseline.remember(module)
+    # What has moved is what training made of it, and another dtype is the Trainer's own cast.
+    found |= {n: known[n] for n in known.keys() & found.keys() if n not in exchanged}
     remembered.base_fingerprint = _agreed(found, module)
 
 
@@ -213,30 +255,6 @@ def _agreed(own: Fingerprint, module: LightningModule) -> Fingerprint:
     return first
 
 
-def base_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
-    """Persistent buffers by name, without those of adapters."""
-    return [
-        (f"{path}.{name}" if path else name, buffer)
-        for path, child in walk(module)
-        for name, buffer in persistent_buffers(child)
-    ]
-
-
-def _digests(buffer: Tensor) -> list[str]:
-    # As it is, and as the half-precision plugins cast it: a cast is not training.
-    casts = [torch.bfloat16, torch.float16] if buffer.is_floating_point() else []
-    return [digest(b, limit=None) for b in (buffer, *(buffer.to(cast) for cast in casts))]
-
-
-def _changed_buffers(module: nn.Module, remembered: ModuleState) -> list[str]:
-    # A base buffer that training moves (a codebook, an EMA) would be lost with the base.
-    return [
-        name
-        for name, buffer in base_buffers(module)
-        if digest(buffer, limit=None) not in remembered.buffer_digests.get(name, [])
-    ]
-
-
 def _adapter_differences(
     saved: dict[str, Any],
     state: dict[str, Any],
@@ -245,7 +263,6 @@ def _adapter_differences(
 ) -> list[str]:
     names = [callback.adapter_name for callback in callbacks]
     lines = [f"adapter {name!r}: only in the checkpoint" for name in saved if name not in names]
-    buffers = module_state(module).buffer_digests
     for callback in callbacks:
         name = callback.adapter_name
         if name not in saved:
@@ -269,8 +286,8 @@ def _adapter_differences(
             present = {key: list(state[key].shape) for key in stated if key in state}
             found += tensor_differences(present, expected)
         lines += [f"adapter {name!r}: {line}" for line in found]
-    known = {key for entry in saved.values() for key in entry["tensors"]} | buffers.keys()
-    unowned = [key for key in state if key not in known and not key.endswith(_EXTRA_STATE)]
+    owned = {key for entry in saved.values() for key in entry["tensors"]}
+    unowned = without_place(module, state.keys() - owned)
     if unowned and not lines:
         lines.append(f"tensors that no adapter owns: {first_few(unowned)}")
     return lines

@@ -23,13 +23,13 @@ from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 
 from lora_lightning.checkpoint.fingerprint import persistent_buffers
-from lora_lightning.checkpoint.state_dict import adapter_state_dict
+from lora_lightning.checkpoint.state_entries import load_entries, owner_of, writes_entries
 from lora_lightning.engine.bias import trained_biases
 from lora_lightning.engine.switching import adapter_names
 from lora_lightning.errors import CheckpointError, ConfigError, first_few
-from lora_lightning.layers.traversal import named_adapted_layers, walk
+from lora_lightning.layers.traversal import named_adapted_layers
 from lora_lightning.training._lightning import setup_model
-from lora_lightning.training.checkpoint_io.metadata import base_buffers, kept_state
+from lora_lightning.training.checkpoint_io.baseline import base_buffers
 from lora_lightning.training.module_state import callbacks_of, module_state
 from lora_lightning.training.strategies.fsdp2 import is_fsdp
 from lora_lightning.training.weight_averaging import averaged_models
@@ -117,6 +117,7 @@ def setup_fsdp(self: Strategy, module: LightningModule, model: nn.Module) -> nn.
             dist.broadcast(tensor.data, src=0)
         average = GradientAverage([*adapters.parameters()])
         remembered.fsdp = root, average
+        remembered.baseline.note_parts(module)
     remembered.fsdp[1].begin()
     # Gradients are whole here, so that the plain way to clip them is right.
     plugin: Any = self.precision_plugin
@@ -180,35 +181,23 @@ def _average(parameters: list[nn.Parameter]) -> None:
 # -- state -----------------------------------------------------------------------------------------
 
 
-def fsdp_module_state(module: LightningModule) -> dict[str, Any]:
-    """The state that is saved of the module, without asking FSDP for its units'."""
-    state: dict[str, Any] = dict(_own_tensors(module))
-    for path, child in walk(module):
-        if type(child).get_extra_state is not nn.Module.get_extra_state:
-            state[f"{path}._extra_state" if path else "_extra_state"] = child.get_extra_state()
-    for callback in callbacks_of(module):
-        own = adapter_state_dict(callback._root(module), callback.adapter_name)
-        state.update(zip(callback._saved_keys(module), own.values(), strict=True))
-    return kept_state(state, module, callbacks_of(module))
-
-
 def load_fsdp_module_state(module: LightningModule, state: dict[str, Any]) -> None:
-    """Load what `fsdp_module_state` gives; CheckpointError if the module lacks a tensor."""
+    """Load what `trained_state` gives; CheckpointError if the module lacks a tensor."""
     own: dict[str, Tensor] = {**dict(named_parameters(module)), **dict(_own_tensors(module))}
-    modules = dict(walk(module))
-    left = []
+    entries, left = {}, []
     for key, value in state.items():
-        if key.endswith("_extra_state"):
-            modules[key.rpartition(".")[0]].set_extra_state(value)
-        elif key in own and own[key].shape == value.shape:
+        if key in own and own[key].shape == value.shape:
             with torch.no_grad():
                 own[key].copy_(value)
+        elif key not in own and writes_entries(owner_of(module, key)):
+            entries[key] = value
         else:
             left.append(key)
     if left:
         raise CheckpointError(
             f"The module has no place for {first_few(sorted(left))} of the checkpoint. (ckpt_path)"
         )
+    load_entries(module, entries)
 
 
 def _own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:

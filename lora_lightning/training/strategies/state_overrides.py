@@ -26,14 +26,14 @@ from typing import Any
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import Strategy
-from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lora_lightning.checkpoint.sharded_folder import is_checkpoint_folder, read_checkpoint_folder
-from lora_lightning.errors import CheckpointError, first_few
+from lora_lightning.errors import CheckpointError
 from lora_lightning.training import _lightning
-from lora_lightning.training.checkpoint_io.metadata import expect_only_adapters, kept_state
-from lora_lightning.training.module_state import callbacks_of
+from lora_lightning.training.checkpoint_io.metadata import expect_only_adapters
+from lora_lightning.training.checkpoint_io.trained_state import load_trained_state, trained_state
+from lora_lightning.training.module_state import Handed, callbacks_of, module_state
 from lora_lightning.training.optimizers import plain_optimizer
 from lora_lightning.training.resume.hook_turns import finish_turn
 from lora_lightning.training.strategies import deepspeed, fsdp1
@@ -42,7 +42,7 @@ from lora_lightning.training.strategies.meta_device import load_base
 from lora_lightning.training.strategies.optimizer_names import with_names, with_numbers
 from lora_lightning.training.strategies.sharded_files import save_sharded_checkpoint
 from lora_lightning.training.weight_averaging import averaged_models
-from lora_lightning.utilities.dtensor import distribute_like, full_state
+from lora_lightning.utilities.dtensor import full_state
 
 State = dict[str, Any]
 
@@ -92,10 +92,10 @@ def read_checkpoint(
 # -- the overrides ---------------------------------------------------------------------------------
 
 
-def module_state_dict(self: Strategy, module: LightningModule) -> State:
-    """The module's tensors, once the hooks have run that a resumed run would miss."""
+def whole_module_state_dict(self: Strategy, module: LightningModule) -> State:
+    """The module's own state dict, for its hook; noted, to tell what callbacks make of it."""
     finish_turn(module)
-    return type(self).lightning_module_state_dict(self)
+    return _handed(module, type(self).lightning_module_state_dict(self), trained=False)
 
 
 def optimizer_state(self: Strategy, module: LightningModule, optimizer: Optimizer) -> State:
@@ -107,8 +107,8 @@ def optimizer_state(self: Strategy, module: LightningModule, optimizer: Optimize
 def load_model_state_dict(
     self: Strategy, module: LightningModule, checkpoint: State, strict: bool = True
 ) -> None:
-    """Load the tensors of a checkpoint, which has been compared with the module before."""
-    load_adapters(module, checkpoint["state_dict"])
+    """Load a checkpoint's state, which has been compared with the module before."""
+    load_trained_state(module, checkpoint["state_dict"])
     if "current_model_state" in checkpoint:  # WeightAveraging loads this one by itself
         for averaged in averaged_models(module.trainer):
             expect_only_adapters(module)
@@ -124,9 +124,7 @@ def load_optimizer_state_dict(self: Strategy, module: LightningModule, checkpoin
 def sharded_module_state_dict(self: Strategy, module: LightningModule) -> State:
     """The tensors that are saved: this process's parts, or on rank 0 all of them."""
     finish_turn(module)
-    reshard(module)
-    state = kept_state(module.state_dict(), module, callbacks_of(module))
-    return _to_be_written(self, state)
+    return _handed(module, _to_be_written(self, trained_state(module)), trained=True)
 
 
 def sharded_optimizer_state(self: Strategy, module: LightningModule, optimizer: Optimizer) -> State:
@@ -140,7 +138,8 @@ def load_after_setup(
     self: Strategy, module: LightningModule, checkpoint: State, strict: bool = True
 ) -> None:
     """Load adapters and, in fit, optimizers: the strategy restores after it has set them up."""
-    load = fsdp1.load_fsdp_module_state if is_fsdp(self) else load_adapters
+    reshard(module)
+    load = fsdp1.load_fsdp_module_state if is_fsdp(self) else load_trained_state
     load(module, checkpoint["state_dict"])
     if "optimizer_states" in checkpoint and module.trainer.state.fn == "fit":
         optimizers = deepspeed.whole_optimizers(self.optimizers)
@@ -152,7 +151,7 @@ def load_after_setup(
 def fsdp_module_state_dict(self: Strategy, module: LightningModule) -> State:
     """The tensors that are saved, from the process or the processes that write."""
     finish_turn(module)
-    return _to_be_written(self, fsdp1.fsdp_module_state(module))
+    return _handed(module, _to_be_written(self, trained_state(module)), trained=True)
 
 
 def zero_optimizer_state(self: Strategy, module: LightningModule, optimizer: Optimizer) -> State:
@@ -169,7 +168,7 @@ def place_and_load_base(self: Strategy, module: LightningModule) -> None:
 
 
 _WHOLE: dict[str, Callable[..., Any]] = {
-    "lightning_module_state_dict": module_state_dict,
+    "lightning_module_state_dict": whole_module_state_dict,
     "optimizer_state": optimizer_state,
     "load_model_state_dict": load_model_state_dict,
     "load_optimizer_state_dict": load_optimizer_state_dict,
@@ -191,29 +190,16 @@ _FSDP: dict[str, Callable[..., Any]] = {
 _DEEPSPEED: dict[str, Callable[..., Any]] = {
     _lightning.SETUP_MODEL: deepspeed.setup_deepspeed,
     _lightning.SETUP_MODEL_AND_OPTIMIZER: deepspeed.setup_engine,
-    "lightning_module_state_dict": module_state_dict,
+    "lightning_module_state_dict": whole_module_state_dict,
     "optimizer_state": zero_optimizer_state,
     "load_model_state_dict": load_after_setup,
     "save_checkpoint": deepspeed.save_whole_checkpoint,
 }
 
 
-def load_adapters(module: nn.Module, state: dict[str, Any]) -> None:
-    """Load whole tensors into a module that may be sharded; the base may be missing.
-
-    CheckpointError if the module has no place for a tensor.
-    """
-    reshard(module)
-    own = module.state_dict()
-    parts = {
-        key: distribute_like(value, own.get(key)) if isinstance(value, Tensor) else value
-        for key, value in state.items()
-    }
-    left = module.load_state_dict(parts, strict=False).unexpected_keys
-    if left:
-        raise CheckpointError(
-            f"The module has no place for {first_few(sorted(left))} of the checkpoint. (ckpt_path)"
-        )
+def _handed(module: LightningModule, state: State, trained: bool) -> State:
+    module_state(module).handed = Handed(dict(state), trained)
+    return state
 
 
 def _numbered(strategy: Strategy, module: LightningModule, checkpoint: State) -> list[State]:
