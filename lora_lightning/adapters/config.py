@@ -28,8 +28,24 @@ Positive = float
 Probability = float
 
 
+class KnownArguments:
+    """Names the nearest option where a config is given an argument that there is not.
+
+    It is no dataclass: jsonargparse takes subclasses (`class_path`) where a class is asked for that
+    has such a base, under any LightningCLI.
+    """
+
+    if not TYPE_CHECKING:  # which sees the options in `__init__`
+
+        def __new__(cls, *values: Any, **options: Any) -> KnownArguments:
+            """Refuse arguments that there are not in more words than `__init__` would."""
+            known = [spec.name for spec in dataclasses.fields(cls)]
+            check_arguments(cls.__name__, values, options, known)
+            return super().__new__(cls)
+
+
 @dataclass(frozen=True, kw_only=True)
-class AdapterConfig:
+class AdapterConfig(KnownArguments):
     """Which modules an adapter sits on, and what trains beside it; names as in PEFT.
 
     Args:
@@ -65,14 +81,6 @@ class AdapterConfig:
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
     bias: Literal["none", "lora_only", "all"] = "none"
-
-    if not TYPE_CHECKING:  # which sees the options in `__init__`
-
-        def __new__(cls, *values: Any, **options: Any) -> AdapterConfig:
-            """Refuse arguments that there are not in more words than `__init__` would."""
-            known = [spec.name for spec in dataclasses.fields(cls)]
-            check_arguments(cls.__name__, values, options, known)
-            return super().__new__(cls)
 
     def __post_init__(self) -> None:
         check_choice("bias", self.bias, ("none", "lora_only", "all"))

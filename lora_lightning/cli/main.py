@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import set_parsing_settings
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -23,7 +22,6 @@ from lightning.pytorch.cli import (
 )
 from lightning.pytorch.loggers import CSVLogger
 
-from lora_lightning.adapters.config import AdapterConfig
 from lora_lightning.callback import LoraCallback
 from lora_lightning.callbacks.comparison import compare_with_base
 from lora_lightning.cli.log_filter import filter_logs
@@ -32,8 +30,6 @@ from lora_lightning.cli.predictions import save_predictions
 from lora_lightning.errors import CheckpointError, ConfigError, LoraError, first_few
 from lora_lightning.training.checkpoint_io import files
 from lora_lightning.training.messages import show
-
-set_parsing_settings(subclasses_enabled=[AdapterConfig])  # lora.config takes any adapter type
 
 
 class LoraCLI(LightningCLI):

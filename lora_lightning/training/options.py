@@ -17,6 +17,7 @@ from lora_lightning.adapters.lora.init_weights import EvaConfig, LoftqConfig
 from lora_lightning.engine.injection import adapters_named
 from lora_lightning.errors import AdapterMismatchError, ConfigError
 from lora_lightning.training.adapter_callback import AdapterCallback
+from lora_lightning.utilities.is_a import is_a
 
 
 class LoraOptions(TypedDict, total=False):
@@ -53,7 +54,9 @@ def log_options(trainer: Trainer, callbacks: list[AdapterCallback]) -> None:
     if getattr(trainer, "enable_autolog_hparams", True):
         options = {c.adapter_name: options_of(c._requested_config) for c in callbacks}
         for logger in trainer.loggers:
-            logger.log_hyperparams({"lora": options})
+            # TensorBoard's would add a metric, hp_metric = -1, to a run that has no other options.
+            alone = is_a(logger, "TensorBoardLogger") and not getattr(logger, "hparams", None)
+            logger.log_hyperparams({"lora": options}, *([{}] if alone else []))
 
 
 def check_options(

@@ -8,7 +8,14 @@ from typing import Any
 import pytest
 from lightning.pytorch.cli import LightningCLI
 
-from lora_lightning import LoraCallback, LoraConfig, adapter_names
+from lora_lightning import (
+    AdapterConfig,
+    IA3Config,
+    LohaConfig,
+    LoraCallback,
+    LoraConfig,
+    adapter_names,
+)
 from lora_lightning.errors import AdapterMismatchError
 from tests.helpers.lightning_modules import (
     BuiltInConfigureModel,
@@ -61,6 +68,42 @@ def test_plain_cli_with_short_names(in_folder: Path) -> None:
     assert lora(cli("fit", *SHORT)).config.r == 2
     nested = ["--trainer.callbacks+=LoraCallback", "--trainer.callbacks.config=LoraConfig"]
     assert lora(cli("fit", *nested, "--trainer.callbacks.config.r=3")).config.r == 3
+
+
+CONFIGS: dict[str, tuple[str, AdapterConfig]] = {
+    "another type": (
+        "{class_path: lora_lightning.LohaConfig, init_args: {r: 3, target_modules: [embed]}}",
+        LohaConfig(r=3, target_modules=["embed"]),
+    ),
+    "PEFT's name": ("{class_path: lora_lightning.IA3Config}", IA3Config()),
+    "short name": ("{class_path: LohaConfig, init_args: {alpha: 4}}", LohaConfig(alpha=4)),
+    "LoRA": ("{class_path: lora_lightning.LoraConfig, init_args: {r: 3}}", LoraConfig(r=3)),
+    "LoRA's options alone": ("{r: 3, use_rslora: true}", LoraConfig(r=3, use_rslora=True)),
+}
+
+
+@pytest.mark.parametrize(("text", "config"), CONFIGS.values(), ids=CONFIGS)
+def test_plain_cli_takes_any_config(in_folder: Path, text: str, config: AdapterConfig) -> None:
+    """Without settings of its own for jsonargparse; what it saves gives the same again."""
+    entry = f"{{class_path: lora_lightning.LoraCallback, init_args: {{config: {text}}}}}"
+    (in_folder / "a.yaml").write_text(f"trainer: {{callbacks: [{entry}]}}\n")
+    made = cli("fit", "--config", "a.yaml", "--trainer.fast_dev_run=true")
+    assert lora(made).config == config
+    assert type(lora(made).config) is type(config)
+    logger = ["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=logs"]
+    arguments = ["fit", "--config", "a.yaml", *QUIET, *logger]
+    LightningCLI(Net, Data, args=arguments, seed_everything_default=0)
+    (path,) = in_folder.rglob("config.yaml")
+    assert lora(cli("fit", "--config", str(path), *QUIET)).config == config
+
+
+def test_plain_cli_names_a_wrong_option_of_a_config(in_folder: Path, capsys: Any) -> None:
+    text = "{class_path: lora_lightning.LohaConfig, init_args: {alhpa: 3}}"
+    entry = f"{{class_path: lora_lightning.LoraCallback, init_args: {{config: {text}}}}}"
+    (in_folder / "a.yaml").write_text(f"trainer: {{callbacks: [{entry}]}}\n")
+    with pytest.raises(SystemExit):
+        cli("fit", "--config", "a.yaml")
+    assert "Option 'alhpa' is not accepted" in capsys.readouterr().err
 
 
 @pytest.mark.filterwarnings("ignore:.*will be overridden by .LightningCLI")

@@ -268,6 +268,31 @@ def test_options_are_logged(tmp_path: Path) -> None:
     assert "lora" not in hparams(enable_autolog_hparams=False)
 
 
+class TensorBoardLogger(CSVLogger):
+    """With the one rule of the real one, which needs another package: metrics of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.hparams: dict[str, Any] = {}
+        self.metrics: list[Any] = []
+
+    def log_hyperparams(self, params: Any, metrics: Any = None, step: Any = None) -> None:
+        super().log_hyperparams(params)
+        self.hparams.update(params)
+        metrics = {"hp_metric": -1} if metrics is None else metrics
+        self.metrics += list(metrics)
+
+
+@pytest.mark.parametrize(("kind", "metrics"), [(Net, set()), (WithHparams, {"hp_metric"})])
+def test_options_bring_no_metric(tmp_path: Path, kind: Any, metrics: set[str]) -> None:
+    """As without the callback: only a run with hyperparameters gets TensorBoard's hp_metric."""
+    logger, alone = TensorBoardLogger(tmp_path / "a"), TensorBoardLogger(tmp_path / "b")
+    trained(tmp_path, kind(), logger=logger)
+    make_trainer(tmp_path, logger=alone).fit(kind(), Data())
+    assert set(logger.metrics) == set(alone.metrics) == metrics
+    assert logger.hparams["lora"]["default"]["r"] == 2
+
+
 def test_model_summary(tmp_path: Path) -> None:
     _, module = trained(tmp_path)
     table = str(summarize(module, max_depth=-1))
