@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import copyreg
 import inspect
+import types
 from collections.abc import Callable, Iterable
-from typing import Any, cast
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,8 @@ from lora_lightning.layers.instance_forward import LayerForward, PatchableLayer
 from lora_lightning.layers.mixed_batch import forward_by_row
 from lora_lightning.layers.offloading import offloading_hook
 from lora_lightning.utilities.autocast import without_autocast
+
+_T = TypeVar("_T")
 
 
 class AdaptedLayer(PatchableLayer):
@@ -38,6 +41,11 @@ class AdaptedLayer(PatchableLayer):
     weight: Tensor
     bias: Tensor | None
     _kept: dict[str, Any]  # what restores each written parameter, by its name
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        # Not handed on: what a module's class does with its subclasses (put them on a list, ask
+        # for arguments, forbid them) is not meant for one that carries adapters.
+        del cls, kwargs
 
     # -- what a kind of module says about itself -------------------------------------------------
 
@@ -294,6 +302,14 @@ def compose(
 _CLASSES: dict[tuple[type[AdaptedLayer], type[nn.Module]], Any] = {}
 
 
+class _GenericLayout(Generic[_T]):
+    pass
+
+
+# By the parent that the classes with a `__dict__` of this layout have in common.
+_LAYOUTS: dict[type, type] = {cast(type, Generic): _GenericLayout}
+
+
 def adapted_class(layer_type: type[AdaptedLayer], base_type: type[nn.Module]) -> Any:
     """The subclass of `base_type` that carries adapters; the same one every time."""
     if (layer_type, base_type) in _CLASSES:
@@ -306,8 +322,29 @@ def adapted_class(layer_type: type[AdaptedLayer], base_type: type[nn.Module]) ->
         "forward": LayerForward(layer_type.forward),
         "forward_with_adapters": layer_type.forward,
     }
-    bases = (layer_type, base_type)
-    return _CLASSES.setdefault(bases, type(f"Adapted{base_type.__name__}", bases, namespace))
+    bases = (*_layout_of(base_type), layer_type, base_type)
+    made = types.new_class(
+        f"Adapted{base_type.__name__}", bases, exec_body=lambda body: body.update(namespace)
+    )
+    return _CLASSES.setdefault((layer_type, base_type), made)
+
+
+def _layout_of(base_type: type[nn.Module]) -> tuple[type, ...]:
+    """What stands first among the bases, so that instances of `base_type` can take the new class.
+
+    Python compares the classes that gave the instances their `__dict__`: for most modules that is
+    nn.Module, which a layer has, too. Where it is another one (a class with ABC or Generic in front
+    of the module, whose parents have no `__dict__`), the new class needs one that is made alike.
+    """
+    giver: type = base_type
+    while giver.__base__ is not None and giver.__base__.__dictoffset__:
+        giver = giver.__base__
+    parent = giver.__base__
+    if parent is None or parent is object:
+        return ()
+    if parent not in _LAYOUTS:
+        _LAYOUTS[parent] = types.new_class(f"{parent.__name__}Layout", (parent,))
+    return (_LAYOUTS[parent],)
 
 
 def _new_adapted_layer(layer_type: type[AdaptedLayer], base_type: type[nn.Module]) -> Any:

@@ -53,9 +53,23 @@ def check_convertible(module: nn.Module, path: str, option: str = "target_module
         reason = f"already has an attribute `{min(taken)}` of its own, where adapters would live"
     elif isinstance(getattr(module, "weight", None), nn.parameter.UninitializedParameter):
         reason = "is lazy and has no size yet. Run one batch through the model first"
+    elif (obstacle := _why_no_subclass(type(module))) is not None:
+        reason = (
+            f"is of a class that cannot be extended ({obstacle}), which is how it would carry "
+            "adapters. Leave it out, or let its metaclass take a class without arguments of its own"
+        )
     else:
         return
     raise TargetError(f"{path!r} ({type(module).__name__}) {reason}. (lora.{option})")
+
+
+def _why_no_subclass(base_type: type[nn.Module]) -> str | None:
+    """What a class, or its metaclass, says against a subclass; None where nothing is amiss."""
+    try:
+        adapted_class(AdaptedLayer, base_type)
+    except Exception as error:  # of a stranger's code: anything
+        return f"{type(error).__name__}: {error}"
+    return None
 
 
 def attach_adapter(
