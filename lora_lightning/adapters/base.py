@@ -228,6 +228,10 @@ class Adapter(AdapterModule):
         """Tell whether PEFT computes the same from this type on such a convolution."""
         return conv.padding_mode == "zeros"  # others it leaves out
 
+    def why_no_weight(self, has_bias: bool) -> str | None:
+        """Why what it does is no other weight and bias; None where it is, so that it can merge."""
+        return None
+
     def file_state(self) -> dict[str, Tensor]:
         """Return the tensors under the names, and in the form, that PEFT's files give them."""
         return {self.file_names.get(k, k): tensor for k, tensor in self.state_dict().items()}

@@ -19,6 +19,7 @@ from lora_lightning.adapters.trainable_tokens import (
 from lora_lightning.engine.targets.selection import Selection
 from lora_lightning.errors import AdapterMismatchError, ConfigError
 from lora_lightning.layers.base import AdaptedLayer
+from lora_lightning.layers.by_weight import AdaptedByWeight
 from lora_lightning.layers.conversion import attach_adapter, convert_back, convert_to_adapted
 from lora_lightning.layers.experts import AdaptedExperts
 from lora_lightning.layers.offloading import compute_device, weights_in_place
@@ -100,6 +101,8 @@ def _make_adapter(
         spec = make_spec(context, path, layer, weight_name)
         spec = replace(spec, attention=selection.attentions.get(path))
         adapter = classes_for(context.config)[layer.kind](spec)
+        if isinstance(layer, AdaptedByWeight):
+            layer.check_adapter(adapter, path)
         if adapter.needs_weight and not context.low_cpu_mem_usage:
             if spec.device.type == "meta":
                 raise ConfigError(

@@ -12,6 +12,7 @@ from lora_lightning.adapters.base import Adapter, AdapterModule
 from lora_lightning.adapters.trainable_tokens import TiedTrainableTokensAdapter
 from lora_lightning.engine.bias import trained_biases
 from lora_lightning.engine.injection import delete_adapter
+from lora_lightning.engine.merge_check import checks_before_merge
 from lora_lightning.engine.switching import (
     active_adapters,
     adapter_names,
@@ -41,7 +42,8 @@ def merge_adapter(model: nn.Module, names: str | Sequence[str] | None = None) ->
     Raises:
         AdapterStateError: If a name is not active, if a weight to be written is shared with
             another module (tied), is on the meta device, is computed from other tensors or has a
-            trained copy in its place, or if a result is not finite. Nothing is merged then.
+            trained copy in its place, if a result is not finite, or if a layer with a forward of
+            its own answers otherwise then. Nothing is merged in these cases.
 
     """
     check_enabled(model)
@@ -60,9 +62,12 @@ def merge_adapter(model: nn.Module, names: str | Sequence[str] | None = None) ->
     _check_weights(model, names)
     _check_order(model, names)
     before = [(layer, list(layer.merged_adapters)) for _, layer in named_adapted_layers(model)]
+    checks = checks_before_merge(list(named_adapted_layers(model)), names)
     try:
         for layer, _ in before:
             layer.merge(names)
+        for check in checks:
+            check.compare()
     except BaseException:
         for layer, merged in before:
             if layer.merged_adapters != merged:

@@ -77,6 +77,13 @@ class AdaptedLayer(PatchableLayer):
         """Tell whether PEFT computes the same from this adapter on this module."""
         return adapter.by_weight().keys() == {"weight"}
 
+    def is_merged_exactly(self) -> bool:
+        """Tell whether it is known that the output with merged adapters is that of before.
+
+        A forward patched onto the instance may do anything with the weight.
+        """
+        return self._instance_forward is None
+
     def apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
         """Apply the module's map to x with another weight, without bias."""
         raise NotImplementedError
@@ -178,6 +185,7 @@ class AdaptedLayer(PatchableLayer):
         start = total = weight.to(torch.promote_types(weight.dtype, torch.float32))
         with without_autocast(weight):  # which would narrow the products
             for adapter in adapters:
+                _check_is_weight(adapter, view)
                 total = adapter.transform_weight(total, view)
             if total is not start:
                 results[name] = total.to(weight.dtype)
@@ -262,6 +270,7 @@ class WeightView:
         weight = self._layer.dense_weight(self._name) if copy is None else copy.tensor(self._name)
         weight = cast(Tensor, weight)
         for other in self._below(adapter):
+            _check_is_weight(other, self)
             wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
             weight = other.if_applied(other.transform_weight(wide, self), wide)
         return weight
@@ -283,6 +292,15 @@ class WeightView:
                 break
             below.append(other)
         return below
+
+
+def _check_is_weight(adapter: Adapter, base: BaseWeight) -> None:
+    reason = adapter.why_no_weight(base.bias is not None)
+    if reason is not None:
+        raise AdapterStateError(
+            f"{adapter.spec.path!r} cannot be merged: {reason}. Keep the adapter unmerged, or "
+            "leave this layer out with exclude_modules. (lora.exclude_modules)"
+        )
 
 
 def compose(

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from lora_lightning.layers.linear import AdaptedLinear
 from lora_lightning.utilities.is_a import is_a
 
+_MODULE = "transformers.pytorch_utils"
+
 
 class AdaptedConv1D(AdaptedLinear):
     """y = x W + b, weight stored (in_features, out_features), canonical its transpose."""
@@ -18,6 +20,11 @@ class AdaptedConv1D(AdaptedLinear):
         tensor: Tensor = getattr(self, name)
         return tensor.t()
 
+    def is_merged_exactly(self) -> bool:
+        """True where the forward is that of Conv1D."""
+        own = self.base_type.forward.__module__ != _MODULE
+        return not own and self._instance_forward is None
+
     def kept_tensors(self) -> dict[str, Any]:
         """The originals in the stored layout."""
         return {name: kept.t() for name, kept in self._kept.items()}
@@ -25,4 +32,4 @@ class AdaptedConv1D(AdaptedLinear):
 
 def is_conv1d(module: nn.Module) -> bool:
     """Tell whether `module` is transformers' Conv1D, found without importing transformers."""
-    return is_a(module, "Conv1D", module="transformers.pytorch_utils")
+    return is_a(module, "Conv1D", module=_MODULE)

@@ -12,10 +12,7 @@ as a second set of weights.
 
 from __future__ import annotations
 
-import threading
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +21,7 @@ from lora_lightning.adapters.base import Adapter, AdapterModule
 from lora_lightning.adapters.lora.experts import LoraExpertsAdapter
 from lora_lightning.errors import AdapterStateError, TargetError
 from lora_lightning.layers.base import AdaptedLayer, WeightView
+from lora_lightning.layers.covered import covered
 from lora_lightning.layers.low_rank_weight import LowRankWeight
 from lora_lightning.layers.multihead_attention import attention_obstacle
 from lora_lightning.utilities.autocast import without_autocast
@@ -32,8 +30,6 @@ from lora_lightning.utilities.autocast import without_autocast
 # transformers' experts implementations that do.
 LOW_RANK_PACKAGES = ("transformers.models.", "torch.nn.modules.")
 _IMPLEMENTATIONS = (None, "eager", "batched_mm", "grouped_mm")
-
-_locks: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 
 
 class AdaptedExperts(AdaptedLayer):
@@ -89,17 +85,8 @@ class AdaptedExperts(AdaptedLayer):
         forward = self.base_forward if copy is None else copy
         if not covers:
             return forward(*args, **kwargs)
-        attributes = module.__dict__
-        with _alone(module):
-            before = {name: attributes[name] for name in covers if name in attributes}
-            try:
-                attributes.update(covers)
-                _check_seen(module, covers)
-                return forward(*args, **kwargs)
-            finally:
-                for name in covers:
-                    del attributes[name]
-                attributes.update(before)
+        with covered(module, covers):
+            return forward(*args, **kwargs)
 
     _forward_uncompiled = torch.compiler.disable(_forward)
 
@@ -200,19 +187,3 @@ def check_parameter(module: nn.Module, path: str, name: str) -> None:
         return
     kind = (module.base_type if isinstance(module, AdaptedLayer) else type(module)).__name__
     raise TargetError(f"'{path}.{name}' (of a {kind}) {reason}. (lora.target_parameters)")
-
-
-def _alone(module: nn.Module) -> AbstractContextManager[Any]:
-    # A covered parameter is covered for all threads, so they take turns.
-    if torch.compiler.is_compiling():
-        return nullcontext()
-    return cast(AbstractContextManager[Any], _locks.setdefault(module, threading.RLock()))
-
-
-def _check_seen(module: nn.Module, covers: dict[str, Any]) -> None:
-    for name, cover in covers.items():
-        if getattr(module, name) is not cover:
-            raise AdapterStateError(
-                f"The parameter {name!r} of a {type(module).__name__} was parametrized after its "
-                "adapter was added, and the parametrization hides the adapter. Take it off."
-            )

@@ -7,8 +7,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_lightning.adapters.base import Adapter
+from lora_lightning.adapters.base import Adapter, AdapterModule
 from lora_lightning.adapters.modules_to_save import ModulesToSaveCopy
+from lora_lightning.adapters.shira import ShiraAdapter
 from lora_lightning.layers.autocast_cache import autocast_input
 from lora_lightning.layers.base import AdaptedLayer, WeightView, compose
 from lora_lightning.layers.fused_lora import add_lora, can_fuse, fused_lora, lora_terms
@@ -57,6 +58,15 @@ class AdaptedLinear(AdaptedLayer):
     def gives_output_away(self) -> bool:
         """Tell whether the base needs its output no more, so that it may be written into."""
         return False
+
+    def peft_supports(self, adapter: AdapterModule) -> bool:
+        """Tell whether PEFT has it: SHiRA it computes past a forward that is not nn.Linear's."""
+        past = any(isinstance(a, ShiraAdapter) for a in adapter.by_weight().values())
+        return super().peft_supports(adapter) and not (past and not self.is_merged_exactly())
+
+    def is_merged_exactly(self) -> bool:
+        """True where the forward is that of nn.Linear; that of others has to be tried."""
+        return self.is_plain()
 
     def is_plain(self) -> bool:
         """Tell whether the base's forward is that of nn.Linear itself."""

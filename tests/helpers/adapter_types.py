@@ -24,7 +24,7 @@ TABLE = """
 lora                p        p        p        p        p        p        p        p        p        d        d        q        q        q        o
 lora_bias           p        -        p        -        p        p        p        p        p        d        d        q        q        n        o
 rslora              p        p        p        p        p        p        p        p        p        d        d        q        q        q        o
-dora                p        p        p        p        p        p        p        p        -        d        d        q        n        n        o
+dora                p        p        p        p        p        p        p        p        p        d        d        q        n        n        o
 pissa               f        f        f        -        -        -        -        -        -        -        -        n        n        n        o
 olora               f        f        d        -        -        -        -        -        -        -        -        n        n        n        o
 adalora             p        p        p        -        o        p        o        p        o        p        o        q        q        n        o

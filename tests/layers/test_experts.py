@@ -799,7 +799,7 @@ def test_rows_and_resized_parameters_are_refused() -> None:
 def test_a_parametrization_does_not_hide_an_adapter() -> None:
     ours = net("mixtral", r=3)
     nn.utils.parametrize.register_parametrization(ours.experts, "down_proj", nn.Identity())
-    with pytest.raises(AdapterStateError, match="parametrized after"):
+    with pytest.raises(AdapterStateError, match="is parametrized, and"):
         ours(*batch())
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from lora_lightning.adapters.base import AdapterSpec, BaseWeight
 from lora_lightning.adapters.lora.embedding import check_plain_start
 from lora_lightning.adapters.lora.linear import LowRankAdapter
-from lora_lightning.errors import AdapterStateError, RankError
+from lora_lightning.errors import RankError
 from lora_lightning.utilities.autocast import is_autocast
 
 
@@ -75,13 +75,16 @@ class LoraConvAdapter(LowRankAdapter):
             y = y + (self.scale() * self.lora_B_bias).view(shape).to(y.dtype)
         return y
 
+    def why_no_weight(self, has_bias: bool) -> str | None:
+        """Where the base has groups."""
+        if self.groups > 1:
+            return (
+                "its update reads all input channels, its base only those of one of "
+                f"{self.groups} groups"
+            )
+        return super().why_no_weight(has_bias)
+
     def delta_weight(self) -> Tensor:
         """scaling * B A as a kernel, (out, in, *kernel)."""
-        if self.groups > 1:
-            raise AdapterStateError(
-                f"The update of {self.spec.path!r} reads all input channels, its base only those "
-                f"of one of {self.groups} groups: it cannot be merged. Keep the adapter unmerged, "
-                "or leave this layer out with exclude_modules. (lora.exclude_modules)"
-            )
         a, b = self.factors()
         return self.scale() * (b @ a).view(-1, *self.lora_A.shape[1:])

@@ -21,7 +21,6 @@ from lora_lightning.adapters.initialization import constant_
 from lora_lightning.adapters.lora.conv import LoraConvAdapter
 from lora_lightning.adapters.lora.embedding import LoraEmbeddingAdapter
 from lora_lightning.adapters.lora.linear import LoraAdapter, LowRankAdapter
-from lora_lightning.errors import ConfigError
 from lora_lightning.utilities.autocast import without_autocast
 
 
@@ -95,13 +94,21 @@ class DoraEmbeddingAdapter(_Dora, LoraEmbeddingAdapter):
 
 
 class DoraConvAdapter(_Dora, LoraConvAdapter):
-    """DoRA on a convolution; lora_magnitude_vector (1, out, 1, ...)."""
+    """DoRA on a convolution; lora_magnitude_vector (1, out, 1, ...).
 
-    def __init__(self, spec: AdapterSpec) -> None:
-        if spec.groups > 1:
-            raise ConfigError(
-                f"use_dora is not defined on {spec.path!r}, a convolution of {spec.groups} "
-                "groups: its update is no kernel of the base's shape. Leave it out with "
-                "exclude_modules. (lora.use_dora)"
-            )
-        super().__init__(spec)
+    With groups, B A is no kernel of the base's shape. The norm n is then that of W + scaling * D,
+    D being what PEFT has there: the product of B (out / groups, r) and A (r, in * kernel), whose
+    values are laid out anew in W's shape.
+    """
+
+    @torch.no_grad()
+    def _norm(self, weight: Tensor) -> Tensor:
+        if self.groups == 1:
+            return super()._norm(weight)
+        wide = torch.promote_types(self.lora_magnitude_vector.dtype, torch.float32)
+        a, b = (factor.to(wide) for factor in self.factors())
+        with without_autocast(weight):
+            product = b.reshape(-1, self.r) @ a
+            total = weight.to(wide) + self.scale() * product.view(weight.shape)
+            square: Tensor = torch.linalg.vector_norm(total.flatten(1), dim=1).square()
+        return square.clamp_min(torch.finfo(square.dtype).tiny).sqrt()

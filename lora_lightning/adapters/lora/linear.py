@@ -20,7 +20,6 @@ from lora_lightning.adapters.base import AdapterSpec, BaseWeight, Convolution, D
 from lora_lightning.adapters.initialization import constant_, kaiming_uniform_, normal_
 from lora_lightning.adapters.lora.config import LoraConfig
 from lora_lightning.adapters.lora.init_weights import START_FROM_WEIGHT, orthogonal_factors
-from lora_lightning.errors import AdapterStateError
 from lora_lightning.utilities.autocast import is_autocast
 from lora_lightning.utilities.dtensor import copy_full
 
@@ -87,6 +86,12 @@ class LowRankAdapter(DeltaAdapter):
         if self.lora_B_bias is None:
             return bias
         return bias + self.scaling * self.lora_B_bias.to(bias.dtype)
+
+    def why_no_weight(self, has_bias: bool) -> str | None:
+        """Where the base has no bias that the adapter's own could go into."""
+        if self.lora_B_bias is not None and not has_bias:
+            return "it has no bias that the adapter's own (lora_bias) could be merged into"
+        return None
 
     def peft_supports(self, conv: Convolution, kernel: tuple[int, ...]) -> bool:
         """Not where it dilates either: PEFT's A does not."""
@@ -195,12 +200,3 @@ class LoraAdapter(LowRankAdapter):
         """scaling * B A, (out, in)."""
         a, b = self.factors()
         return self.scale() * (b @ a)
-
-    def transform_weight(self, weight: Tensor, base: BaseWeight) -> Tensor:
-        """W + scaling * B A."""
-        if self.lora_B_bias is not None and base.bias is None:
-            raise AdapterStateError(
-                f"{self.spec.path!r} has no bias that the adapter's own (lora_bias) could be "
-                "merged into. Keep the adapter unmerged. (lora.lora_bias)"
-            )
-        return super().transform_weight(weight, base)

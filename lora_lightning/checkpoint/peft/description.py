@@ -123,7 +123,8 @@ def _obstacles(
     kind = next(iter(adapters.values())).config.peft_type
     if kind not in PEFT_TYPES:
         return [*found, f"PEFT has no adapters of the type {kind}"]
-    others = [path for path in targets if not layers[path].peft_supports(adapters[path])]
+    on_weights = [path for path in adapters if path not in saved]  # targets, and tables with rows
+    others = [path for path in on_weights if not layers[path].peft_supports(adapters[path])]
     if others:
         listed = [f"{path} ({plain_class(layers[path]).__name__})" for path in others]
         found.append(f"PEFT has no such adapter, or computes it otherwise, on {first_few(listed)}")

@@ -37,6 +37,7 @@ class FileContent:
             and of modules with two names, the file may hold a tensor twice.
         of_base: Name of the base model's tensor by key in the file, where PEFT saved one along.
         adds_twice: Whether B of out_proj in an attention stands for half of it.
+        of_peft: Whether its type is one of PEFT's, so that it means what PEFT computes from it.
 
     """
 
@@ -44,6 +45,7 @@ class FileContent:
     own: dict[str, str] = field(default_factory=dict)
     of_base: dict[str, str] = field(default_factory=dict)
     adds_twice: bool = False
+    of_peft: bool = False
 
 
 def content_of_file(

@@ -21,7 +21,11 @@ from lora_lightning.adapters.trainable_tokens import TrainableTokensAdapter
 from lora_lightning.checkpoint.compatibility import config_differences
 from lora_lightning.checkpoint.peft.config import TENSORS
 from lora_lightning.checkpoint.peft.keys import parts_in_file, tensors_to_load
-from lora_lightning.checkpoint.peft.reading import opened_folder, read_values
+from lora_lightning.checkpoint.peft.reading import (
+    check_means_the_same,
+    opened_folder,
+    read_values,
+)
 from lora_lightning.engine.injection import adapters_named
 from lora_lightning.engine.targets.matching import matches_name
 from lora_lightning.errors import AdapterMismatchError, AdapterStateError, first_few
@@ -96,6 +100,7 @@ def hotswap_adapter(
                 f"The adapter in {str(path)!r} does not fit into {adapter_name!r}; nothing was "
                 "changed:\n  " + "\n  ".join(problems)
             )
+        check_means_the_same(model, content, adapters, Path(path) / TENSORS)
         values = read_values(model, content, opened, own, Path(path) / TENSORS)
     with torch.no_grad():
         for key, tensor in own.items():

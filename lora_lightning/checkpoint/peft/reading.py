@@ -7,7 +7,7 @@ checked before the model is touched.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,11 +17,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from lora_lightning.adapters.base import AdapterModule
 from lora_lightning.checkpoint.compatibility import check_values, tensor_differences
 from lora_lightning.checkpoint.peft.config import (
     CONFIG,
     MADE_FOR,
     MIX,
+    OWN,
     TENSORS,
     adds_twice,
     is_folder_name,
@@ -31,7 +33,7 @@ from lora_lightning.checkpoint.peft.file_content import FileContent, content_of_
 from lora_lightning.checkpoint.peft.keys import OUT_PROJ_B, tensors_to_load
 from lora_lightning.checkpoint.state_dict import materialize
 from lora_lightning.engine.construction import BuildContext
-from lora_lightning.engine.injection import delete_adapter, extend_adapter
+from lora_lightning.engine.injection import adapters_named, delete_adapter, extend_adapter
 from lora_lightning.engine.switching import adapter_names
 from lora_lightning.errors import (
     AdapterMismatchError,
@@ -40,6 +42,7 @@ from lora_lightning.errors import (
     LoraError,
     first_few,
 )
+from lora_lightning.layers.traversal import named_adapted_layers
 from lora_lightning.utilities.wrappers import plain_name
 
 LARGEST_CONFIG = 10_000_000  # bytes
@@ -93,6 +96,7 @@ def opened_folder(
         made_for = (opened.metadata() or {}).get(MADE_FOR, "")
         content = content_of_file(model, config, shapes, unchanged, made_for, repr(str(file)))
         content.adds_twice = adds_twice(options)
+        content.of_peft = not options["peft_type"].startswith(OWN)
         yield content, shapes, opened
 
 
@@ -117,6 +121,27 @@ def read_values(
     return values
 
 
+def check_means_the_same(
+    model: nn.Module, content: FileContent, adapters: Mapping[str, AdapterModule], file: Path
+) -> None:
+    """Refuse a file of PEFT's on a layer that PEFT computes otherwise than this library.
+
+    Raises:
+        AdapterMismatchError: Naming the layer.
+
+    """
+    layers = dict(named_adapted_layers(model)) if content.of_peft else {}
+    for path, adapter in adapters.items() if content.of_peft else ():
+        if adapter.by_weight() and not layers[path].peft_supports(adapter):
+            raise AdapterMismatchError(
+                f"{str(file)!r} is of PEFT's type {adapter.config.peft_type}, but what PEFT "
+                f"computes from it on {path!r} ({layers[path].base_type.__name__}) is not what "
+                "lora_lightning computes there: a convolution's padding mode, dilation or kernel, "
+                "or a forward of the module's own, are treated otherwise. Merge it into the base "
+                "with PEFT (merge_and_unload) and use that, or train an adapter here."
+            )
+
+
 def _load_folder(
     model: nn.Module, folder: Path, name: str, options: dict[str, Any], autocast: bool
 ) -> None:
@@ -134,6 +159,7 @@ def _load_folder(
             config, name, low_cpu_mem_usage=True, check_rank=False, autocast_adapter_dtype=autocast
         )
         _inject(model, context, folder)
+        check_means_the_same(model, content, adapters_named(model, name), file)
         own = tensors_to_load(model, name)
         loaded = {own_key: shapes[key] for key, own_key in content.own.items()}
         differences = tensor_differences(loaded, {k: list(t.shape) for k, t in own.items()})

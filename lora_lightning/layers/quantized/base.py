@@ -96,6 +96,10 @@ class AdaptedQuantizedLinear(AdaptedLinear):
         """False: it is for the base to say what it reads under autocast."""
         return False
 
+    def is_merged_exactly(self) -> bool:
+        """True: what is merged is rounded, so that the output cannot be the same."""
+        return True
+
     def keep(self, name: str) -> Any:
         """The packed weight as it is."""
         packed = packed_weight(self) if name == "weight" else None

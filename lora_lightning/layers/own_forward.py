@@ -1,0 +1,142 @@
+"""What a module's class makes of its weight, where its forward is not torch's.
+
+A subclass of `nn.Conv2d` may pad by itself, which is still the product of input and weight; or
+standardise its weight, or answer by an activation. A subclass of `nn.Embedding` may not even take
+ids. Names do not tell, so the forward is tried: on a copy of the module with small random weights,
+so that nothing of the module is touched.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lora_lightning.adapters.base import AdapterDict
+from lora_lightning.layers.covered import covered
+from lora_lightning.utilities.autocast import without_autocast
+
+_CLOSE = 1e-4  # relative, in float32: rounding is 1e-6, and a slip above it is no slip of rounding
+_POINTWISE = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}
+
+
+def has_own_forward(base_type: type[nn.Module], torch_type: type[nn.Module]) -> bool:
+    """Tell whether a class computes by code of its own, not by that of `torch_type`."""
+    names = ("forward", "_conv_forward")  # the second: what a convolution's forward calls
+    return any(getattr(base_type, n, None) is not getattr(torch_type, n, None) for n in names)
+
+
+def is_linear_in_kernel(module: nn.Module) -> bool:
+    """Tell whether a convolution's forward is that of torch's but for what it does to its input.
+
+    Then it is y = (W * x) + b with the kernel W in the module's own geometry, for kernels to any
+    number of channels: what W + B A adds is B (A * x), with groups, too.
+    """
+    conv = cast(nn.Conv2d, module)
+    generator = torch.Generator().manual_seed(0)
+    out, each, *kernel = conv.weight.shape
+    groups, ones = conv.in_channels // each, [1 for _ in kernel]
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator) / math.sqrt(math.prod(shape[1:]))
+
+    def holds() -> bool:
+        trial = _bare_copy(conv, random(out, each, *kernel), random(out))
+        dilation = conv.dilation
+        sizes = [2 * d * (k - 1) + 5 for d, k in zip(dilation, kernel, strict=True)]
+        x = torch.randn(2, conv.in_channels, *sizes, generator=generator)
+        # One channel for each group, made from its inputs alone, so that B A is a grouped kernel.
+        small, b = random(groups, each, *kernel), random(out, 1, *ones)
+        a = torch.block_diag(*small.flatten(1)).view(groups, conv.in_channels, *kernel)
+        delta = b * small.repeat_interleave(out // groups, 0)
+        y = run_with(trial, x, {})
+        without_bias = run_with(trial, x, {"bias": None})
+        sum_of_both = run_with(trial, x, {"weight": trial.weight + delta})
+        hidden = run_with(trial, x, kernel_in_place(a, conv.in_channels))
+        update = _POINTWISE[len(kernel)](hidden, b, groups=groups)
+        bias = torch.zeros(()) if trial.bias is None else trial.bias.view(-1, *ones)
+        return is_close(sum_of_both - y, update) and is_close(y, without_bias + bias)
+
+    return _tried(holds)
+
+
+def makes_the_same(conv: nn.Conv2d, base_type: type[nn.Module]) -> bool:
+    """Tell whether new modules of a convolution's class, made as PEFT makes A and B, compute B A.
+
+    Its class may know more than torch's arguments tell: that it pads so as to keep the size, say.
+    """
+    out, each, *kernel = conv.weight.shape
+    groups, ones = conv.in_channels // each, (1,) * len(kernel)
+    make = cast("Callable[..., Any]", base_type)
+
+    def holds() -> bool:
+        size, options = conv.kernel_size, (conv.stride, conv.padding)
+        first = make(conv.in_channels, groups, size, *options, bias=False).eval().float().cpu()
+        second = make(groups, out, ones, ones, groups=groups, bias=False).eval().float().cpu()
+        sizes = [2 * (k - 1) + 5 for k in kernel]
+        x = torch.randn(2, conv.in_channels, *sizes, generator=torch.Generator().manual_seed(0))
+        a, b = first.weight, second.weight
+        trial = _bare_copy(conv, torch.empty(out, each, *kernel), torch.empty(out))
+        with covered(trial, kernel_in_place(a, conv.in_channels)):
+            hidden = base_type.forward(trial, x)
+        return is_close(second(first(x)), _POINTWISE[len(kernel)](hidden, b, groups=groups))
+
+    return _tried(holds)
+
+
+def is_lookup(module: nn.Module) -> bool:
+    """Tell whether a table's forward is E[ids], times `embed_scale` where it has one."""
+    table = cast(nn.Embedding, module)
+
+    def holds() -> bool:
+        generator = torch.Generator().manual_seed(0)
+        count, width = len(table.weight), 3  # narrow: a vocabulary is long
+        trial = _bare_copy(table, torch.randn(count, width, generator=generator), None)
+        trial.embedding_dim = width
+        ids = torch.randint(count, (2, 5), generator=generator)
+        rows = trial.weight[ids] * getattr(trial, "embed_scale", 1.0)
+        return is_close(run_with(trial, ids, {}), rows)
+
+    return _tried(holds)
+
+
+def kernel_in_place(kernel: Tensor, in_channels: int) -> dict[str, Any]:
+    """What a convolution's forward reads, by its name, where another kernel is in its place."""
+    groups = in_channels // kernel.shape[1]
+    return {"weight": kernel, "bias": None, "out_channels": len(kernel), "groups": groups}
+
+
+def run_with(module: nn.Module, x: Tensor, covers: dict[str, Any]) -> Tensor:
+    """Run the forward of a module's class on x with other tensors in the place of its own."""
+    with covered(module, covers):
+        return cast(Tensor, type(module).forward(module, x))
+
+
+def is_close(found: Tensor, wanted: Tensor, close: float = _CLOSE) -> bool:
+    """Tell whether two outputs are of one shape and differ by no more than rounding does."""
+    if not isinstance(found, Tensor) or found.shape != wanted.shape:
+        return False
+    return bool((found - wanted).norm() <= close * wanted.norm())
+
+
+def _bare_copy(module: nn.Module, weight: Tensor, bias: Tensor | None) -> Any:
+    """A copy in eval mode, in float32 on the CPU, with these parameters in the place of its own."""
+    new: dict[int, Any] = {id(module.weight): nn.Parameter(weight, requires_grad=False)}
+    if isinstance(adapters := module._modules.get("adapters"), AdapterDict):
+        new[id(adapters)] = AdapterDict()
+    own = getattr(module, "bias", None)
+    if own is not None and bias is not None:
+        new[id(own)] = nn.Parameter(bias, requires_grad=False)
+    return copy.deepcopy(module, new).eval().float().cpu()
+
+
+def _tried(holds: Callable[[], bool]) -> bool:
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), without_autocast(torch.empty(0)):
+        try:
+            return holds()
+        except Exception:  # a stranger's forward: it may want other arguments, or other sizes
+            return False
