@@ -105,7 +105,7 @@ def biases_to_train(
         return []
     found: dict[int, tuple[str, nn.Module]] = {}  # a bias shared by two modules trains once
     for path, module in walk(model):
-        bias = getattr(module, "bias", None)
+        bias = module._parameters.get("bias")
         if isinstance(bias, nn.Parameter) and (option == "all" or path in targets):
             found.setdefault(id(bias), (path, module))
     return list(found.values())

@@ -23,6 +23,7 @@ from lora_lightning.layers.by_weight import AdaptedByWeight
 from lora_lightning.layers.conversion import attach_adapter, convert_back, convert_to_adapted
 from lora_lightning.layers.experts import AdaptedExperts
 from lora_lightning.layers.offloading import compute_device, weights_in_place
+from lora_lightning.layers.parametrized import value
 from lora_lightning.layers.registry import layer_type_for
 from lora_lightning.utilities.dtensor import full_tensor
 from lora_lightning.utilities.wrappers import unwrapped
@@ -133,7 +134,7 @@ def make_spec(
     context: BuildContext, path: str, layer: AdaptedLayer, weight_name: str = "weight"
 ) -> AdapterSpec:
     """Gather what an adapter on one weight of `layer` is made from."""
-    weight = cast(Tensor, getattr(layer, weight_name))
+    weight = cast(Tensor, value(layer, weight_name))
     full_name = f"{path}.{weight_name}"
     name = path if weight_name == "weight" else full_name
     return AdapterSpec(

@@ -27,6 +27,7 @@ from lora_lightning.adapters.lora.config import LoraConfig
 from lora_lightning.adapters.lora.init_weights import EvaConfig
 from lora_lightning.engine.targets.selection import select_modules
 from lora_lightning.errors import ConfigError, first_few
+from lora_lightning.layers.parametrized import value
 
 
 class PrincipalComponents:
@@ -204,13 +205,14 @@ class _Inputs:
 
 def _sizes(path: str, module: nn.Module) -> tuple[int, int]:
     features = getattr(module, "in_features", getattr(module, "nf", None))
-    if features is None or not isinstance(module.weight, Tensor) or module.weight.dim() != 2:
+    weight = value(module, "weight")
+    if features is None or not isinstance(weight, Tensor) or weight.dim() != 2:
         raise ConfigError(
             f"init_lora_weights='eva' is defined for linear maps, but {path!r} is a "
             f"{type(module).__name__}. Leave it out (lora.exclude_modules). "
             "(lora.init_lora_weights)"
         )
-    height, width = module.weight.shape
+    height, width = weight.shape
     return height, width
 
 

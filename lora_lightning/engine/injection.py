@@ -38,6 +38,7 @@ from lora_lightning.layers.conversion import (
 )
 from lora_lightning.layers.multihead_attention import route_out_projections
 from lora_lightning.layers.offloading import offloaded_as_a_whole, offloading_hook
+from lora_lightning.layers.parametrized import value
 from lora_lightning.layers.quantized.bitsandbytes import close_cpu_packing, reopen_cpu_packing
 from lora_lightning.layers.registry import layer_type_for
 from lora_lightning.layers.sequential import AdaptedSequential
@@ -149,7 +150,7 @@ def _new_modules(model: nn.Module, context: BuildContext, selection: Selection) 
             )
     for path, module in new.tokens.items():
         check_convertible(module, path, "trainable_token_indices")
-        rows = cast(Tensor, module.weight).shape[0]
+        rows = cast(Tensor, value(module, "weight")).shape[0]
         check_token_ids(selection.tokens[path], rows, path)
     for path, module in new.saved.items():
         check_convertible(module, path, "modules_to_save")

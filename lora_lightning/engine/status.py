@@ -12,6 +12,7 @@ from lora_lightning.engine.switching import active_adapters, adapter_names
 from lora_lightning.errors import first_few, printable
 from lora_lightning.layers.instance_forward import why_not_run
 from lora_lightning.layers.traversal import named_adapted_layers
+from lora_lightning.utilities.rng import random_state_kept
 
 
 @dataclass
@@ -64,6 +65,7 @@ class AdapterStatus:
     total_parameters: int
     irregular: list[str]
 
+    @random_state_kept()  # rich draws from Python's generator
     def __str__(self) -> str:
         from rich.console import Console
         from rich.table import Table

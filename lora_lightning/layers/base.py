@@ -23,6 +23,7 @@ from lora_lightning.errors import AdapterStateError
 from lora_lightning.layers.instance_forward import LayerForward, PatchableLayer
 from lora_lightning.layers.mixed_batch import forward_by_row
 from lora_lightning.layers.offloading import offloading_hook
+from lora_lightning.layers.parametrized import reads_anew, reads_once, value
 from lora_lightning.utilities.autocast import without_autocast
 
 _T = TypeVar("_T")
@@ -59,11 +60,11 @@ class AdaptedLayer(PatchableLayer):
 
     def dense_weight(self, name: str = "weight") -> Tensor:
         """A weight as it is now, dense, in the canonical layout."""
-        return cast(Tensor, getattr(self, name))
+        return cast(Tensor, value(self, name))
 
     def weight_dtype(self, name: str = "weight") -> torch.dtype:
         """The dtype that a weight's values have in the module's maths."""
-        return cast(Tensor, getattr(self, name)).dtype
+        return cast(Tensor, value(self, name)).dtype
 
     def bias_name(self, name: str = "weight") -> str:
         """The parameter that holds the bias of a weight."""
@@ -98,6 +99,9 @@ class AdaptedLayer(PatchableLayer):
         """Return the base's output with the adapters that are applied."""
         self.check_recomputation(self.base_type.__name__)
         self.note_reached()
+        if reads_anew(self):
+            with reads_once():
+                return self.forward_with_adapters(*args, **kwargs)
         if self._rows is not None:
             x, args, kwargs = first_argument(self, args, kwargs)
             known = [*self.adapters] if self._enabled else []
@@ -190,7 +194,7 @@ class AdaptedLayer(PatchableLayer):
             if total is not start:
                 results[name] = total.to(weight.dtype)
             bias_name = self.bias_name(name)
-            if getattr(self, bias_name, None) is None:
+            if view.bias is None:
                 return
             bias = self.base_weight(bias_name)
             unchanged = changed = bias.to(total.dtype)
@@ -254,7 +258,7 @@ class WeightView:
     @property
     def bias(self) -> Tensor | None:
         """The bias that goes with the weight."""
-        return cast("Tensor | None", getattr(self._layer, self._layer.bias_name(self._name), None))
+        return cast("Tensor | None", value(self._layer, self._layer.bias_name(self._name)))
 
     def apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
         """Apply the layer's map to x with another weight, without bias."""

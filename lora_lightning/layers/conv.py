@@ -33,14 +33,19 @@ class AdaptedConv(AdaptedLayer):
 
     def convolution(self) -> Convolution:
         """Stride, padding, dilation, groups and padding mode of the module."""
-        own, dims = cast(nn.Conv2d, self), self.weight.dim() - 2
+        own = cast(nn.Conv2d, self)
         return Convolution(
-            dims, own.stride, own.padding, own.dilation, own.groups, own.padding_mode
+            len(own.kernel_size),
+            own.stride,
+            own.padding,
+            own.dilation,
+            own.groups,
+            own.padding_mode,
         )
 
     def peft_supports(self, adapter: AdapterModule) -> bool:
         """Tell whether PEFT has this type of adapter on such a convolution, computing the same."""
-        conv, kernel = self.convolution(), tuple(self.weight.shape[2:])
+        conv, kernel = self.convolution(), cast(nn.Conv2d, self).kernel_size
         on_weight = adapter.by_weight().values()
         if not all(a.peft_supports(conv, kernel) for a in on_weight):
             return False

@@ -51,7 +51,7 @@ def check_convertible(module: nn.Module, path: str, option: str = "target_module
         reason = unfit
     elif taken := _NEEDED & {*dir(type(module)), *module.__dict__, *module._modules}:
         reason = f"already has an attribute `{min(taken)}` of its own, where adapters would live"
-    elif isinstance(getattr(module, "weight", None), nn.parameter.UninitializedParameter):
+    elif isinstance(module._parameters.get("weight"), nn.parameter.UninitializedParameter):
         reason = "is lazy and has no size yet. Run one batch through the model first"
     elif (obstacle := _why_no_subclass(type(module))) is not None:
         reason = (

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from lora_lightning.adapters.base import Adapter, AdapterModule, BaseWeight
 from lora_lightning.adapters.modules_to_save import ModulesToSaveCopy
 from lora_lightning.errors import AdapterStateError
+from lora_lightning.layers import parametrized
 from lora_lightning.layers.attention_heads import Masks, attend
 from lora_lightning.layers.autocast_cache import autocast_input
 from lora_lightning.layers.base import AdaptedLayer, WeightView, adapted_class, compose
@@ -54,8 +55,12 @@ class AdaptedMultiheadAttention(AdaptedLayer):
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         """{"in_proj_weight": (3 e, e)}, or the three separate weights."""
-        names = SEPARATE if self.in_proj_weight is None else (PACKED,)
-        return {name: tuple(cast(Tensor, getattr(self, name)).shape) for name in names}
+        names = (PACKED,) if self.is_packed() else SEPARATE
+        return {name: tuple(self.dense_weight(name).shape) for name in names}
+
+    def is_packed(self) -> bool:
+        """True if q, k and v have one weight, parametrized or not."""
+        return PACKED not in self._parameters or self._parameters[PACKED] is not None
 
     def bias_name(self, name: str = "weight") -> str:
         """All of `in_proj_bias`, or the third of it that goes with a separate weight."""
@@ -67,7 +72,8 @@ class AdaptedMultiheadAttention(AdaptedLayer):
     v_proj_bias = property(lambda self: self._third(2))
 
     def _third(self, index: int) -> Tensor | None:
-        return None if self.in_proj_bias is None else self.in_proj_bias.chunk(3)[index]
+        bias = cast("Tensor | None", parametrized.value(self, "in_proj_bias"))
+        return None if bias is None else bias.chunk(3)[index]
 
     def kept_tensors(self) -> dict[str, Tensor]:
         """The originals, thirds of the bias put together."""
@@ -85,7 +91,7 @@ class AdaptedMultiheadAttention(AdaptedLayer):
         """Plain LoRA on the packed weight is all that PEFT can do here."""
         options = ("use_dora", "lora_bias", "lora_dropout")
         plain = not any(getattr(adapter.config, option, None) for option in options)
-        return plain and adapter.config.peft_type == "LORA" and self.in_proj_weight is not None
+        return plain and adapter.config.peft_type == "LORA" and self.is_packed()
 
     def apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
         """The product x weight^T."""
@@ -107,6 +113,12 @@ class AdaptedMultiheadAttention(AdaptedLayer):
         """As `nn.MultiheadAttention.forward`, with the adapters that are applied."""
         self.check_recomputation(self.base_type.__name__)
         self.note_reached()
+        if parametrized.reads_anew(self):
+            with parametrized.reads_once():
+                return self.forward_with_adapters(
+                    query, key, value, key_padding_mask,
+                    need_weights, attn_mask, average_attn_weights, is_causal,
+                )  # fmt: skip
         copy = self.trained_copy()
         if not self._has_applied_adapters():
             base_map = self.base_forward if copy is None else copy
@@ -169,7 +181,7 @@ class AdaptedMultiheadAttention(AdaptedLayer):
         # tensor, and all at once where the queries are too.
         query, key, value = inputs
         starts = [0, 1, 2]
-        if self.in_proj_weight is not None and key is value:
+        if self.is_packed() and key is value:
             starts = [0] if query is key else [0, 1]
         outputs: list[Tensor] = []
         for start, stop in zip(starts, [*starts[1:], 3], strict=True):
@@ -179,7 +191,7 @@ class AdaptedMultiheadAttention(AdaptedLayer):
 
     def _project(self, module: nn.MultiheadAttention, x: Tensor, start: int, stop: int) -> Tensor:
         """Thirds `start` to `stop` of (q, k, v), all made from x."""
-        packed = self.in_proj_weight is not None
+        packed = self.is_packed()
         name = PACKED if packed else SEPARATE[start]
         weight = cast(Tensor, getattr(module, name))
         bias = cast("Tensor | None", module.in_proj_bias)

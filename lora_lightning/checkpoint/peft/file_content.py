@@ -183,8 +183,8 @@ def _saved_module(path: str, config: AdapterConfig) -> tuple[str, bool]:
 
 def _tied(modules: dict[str, nn.Module], path: str, others: Iterable[str]) -> str | None:
     """The one of `others` that shares its weight with the module at `path`."""
-    weight = getattr(modules[path], "weight", None)
-    shared = (p for p in sorted(others) if getattr(modules[p], "weight", None) is weight)
+    weight = modules[path]._parameters.get("weight")
+    shared = (p for p in sorted(others) if modules[p]._parameters.get("weight") is weight)
     return next(shared, None) if weight is not None else None
 
 

@@ -154,7 +154,7 @@ def _select_tokens(
         return
     if not isinstance(wanted, dict):
         embeddings = input_embeddings(model)
-        if len({id(modules[path].weight) for path in embeddings}) == 1:
+        if len({id(modules[path]._parameters.get("weight")) for path in embeddings}) == 1:
             embeddings = embeddings[:1]  # several tables of one weight
         if len(embeddings) != 1:
             has = f"has {first_few(embeddings)}" if embeddings else "names none"
@@ -182,9 +182,9 @@ def _select_tokens(
                 )
             if owner != path:
                 continue
-            weight = modules[path].weight
-            for other, module in modules.items():
-                if other != path and getattr(module, "weight", None) is weight:
+            weight = modules[path]._parameters.get("weight")  # None of one that is parametrized
+            for other, module in modules.items() if weight is not None else ():
+                if other != path and module._parameters.get("weight") is weight:
                     selection.tied[other] = path
 
 
