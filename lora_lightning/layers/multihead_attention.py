@@ -113,18 +113,16 @@ class AdaptedMultiheadAttention(AdaptedLayer):
         """As `nn.MultiheadAttention.forward`, with the adapters that are applied."""
         self.check_recomputation(self.base_type.__name__)
         self.note_reached()
+        options = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+        output: tuple[Tensor, Tensor | None]
         if parametrized.reads_anew(self):
             with parametrized.reads_once():
-                return self.forward_with_adapters(
-                    query, key, value, key_padding_mask,
-                    need_weights, attn_mask, average_attn_weights, is_causal,
-                )  # fmt: skip
+                output = self.forward_with_adapters(query, key, value, *options)
+            return output
         copy = self.trained_copy()
         if not self._has_applied_adapters():
             base_map = self.base_forward if copy is None else copy
-            options = (need_weights, attn_mask, average_attn_weights, is_causal)
-            output: tuple[Tensor, Tensor | None]
-            output = base_map(query, key, value, key_padding_mask, *options)
+            output = base_map(query, key, value, *options)
             return output
         self._check_inputs(query, key, value)
         masks = Masks(key_padding_mask, attn_mask, is_causal)

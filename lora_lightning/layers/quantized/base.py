@@ -55,7 +55,27 @@ def why_not_adaptable(module: nn.Module) -> str | None:
             "has a quantised weight, which can carry adapters in a Linear only. Leave this module "
             "unquantised"
         )
+    if bitsandbytes.is_linear4bit(module) or bitsandbytes.is_linear8bit(module):
+        return None
+    tensors = {**module._buffers, **module._parameters}
+    for name in ("weight", "in_proj_weight"):
+        tensor = tensors.get(name)
+        if tensor is not None and _is_code(tensor):
+            return _CODES.format(tensor.dtype)
     return None
+
+
+_CODES = (
+    "holds weights as {}, numbers that stand for others by scales of its own; nothing can be "
+    "computed from them here. Load the model in 16 bits (transformers: quantization_config="
+    "FineGrainedFP8Config(dequantize=True)), or quantise it with bitsandbytes or torchao"
+)
+
+
+def _is_code(tensor: Tensor) -> bool:
+    """True for float8, float4 and integers: numbers that are no weights by themselves."""
+    dtype = tensor.dtype
+    return not dtype.is_complex and (not dtype.is_floating_point or dtype.itemsize < 2)
 
 
 def why_not_trainable(module: nn.Module) -> str | None:
@@ -66,6 +86,9 @@ def why_not_trainable(module: nn.Module) -> str | None:
             "unquantised (BitsAndBytesConfig: llm_int8_skip_modules; BitsandbytesPrecision: "
             "ignore_modules; TorchAoConfig: modules_to_not_convert)"
         )
+    for parameter in module.parameters():
+        if parameter.is_floating_point() and _is_code(parameter):
+            return _CODES.format(parameter.dtype)
     return None
 
 
