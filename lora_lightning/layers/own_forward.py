@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lora_lightning.adapters.base import AdapterDict
 from lora_lightning.layers.covered import covered
+from lora_lightning.layers.parametrized import value
 from lora_lightning.utilities.autocast import without_autocast
 
 _CLOSE = 1e-4  # relative, in float32: rounding is 1e-6, and a slip above it is no slip of rounding
@@ -38,7 +39,7 @@ def is_linear_in_kernel(module: nn.Module) -> bool:
     """
     conv = cast(nn.Conv2d, module)
     generator = torch.Generator().manual_seed(0)
-    out, each, *kernel = conv.weight.shape
+    out, each, *kernel = value(conv, "weight").shape
     groups, ones = conv.in_channels // each, [1 for _ in kernel]
 
     def random(*shape: int) -> Tensor:
@@ -69,7 +70,7 @@ def makes_the_same(conv: nn.Conv2d, base_type: type[nn.Module]) -> bool:
 
     Its class may know more than torch's arguments tell: that it pads so as to keep the size, say.
     """
-    out, each, *kernel = conv.weight.shape
+    out, each, *kernel = value(conv, "weight").shape
     groups, ones = conv.in_channels // each, (1,) * len(kernel)
     make = cast("Callable[..., Any]", base_type)
 
@@ -94,7 +95,7 @@ def is_lookup(module: nn.Module) -> bool:
 
     def holds() -> bool:
         generator = torch.Generator().manual_seed(0)
-        count, width = len(table.weight), 3  # narrow: a vocabulary is long
+        count, width = table.num_embeddings, 3  # narrow: a vocabulary is long
         trial = _bare_copy(table, torch.randn(count, width, generator=generator), None)
         trial.embedding_dim = width
         ids = torch.randint(count, (2, 5), generator=generator)
@@ -125,12 +126,12 @@ def is_close(found: Tensor, wanted: Tensor, close: float = _CLOSE) -> bool:
 
 def _bare_copy(module: nn.Module, weight: Tensor, bias: Tensor | None) -> Any:
     """A copy in eval mode, in float32 on the CPU, with these parameters in the place of its own."""
-    new: dict[int, Any] = {id(module.weight): nn.Parameter(weight, requires_grad=False)}
+    own = module._parameters
+    new: dict[int, Any] = {id(own["weight"]): nn.Parameter(weight, requires_grad=False)}
     if isinstance(adapters := module._modules.get("adapters"), AdapterDict):
         new[id(adapters)] = AdapterDict()
-    own = getattr(module, "bias", None)
-    if own is not None and bias is not None:
-        new[id(own)] = nn.Parameter(bias, requires_grad=False)
+    if own.get("bias") is not None and bias is not None:
+        new[id(own["bias"])] = nn.Parameter(bias, requires_grad=False)
     return copy.deepcopy(module, new).eval().float().cpu()
 
 
