@@ -19,6 +19,7 @@ from lora_lightning.training.adalora_schedule import RankSchedule
 from lora_lightning.training.adapter_callback import AdapterCallback
 from lora_lightning.training.attachment import attach
 from lora_lightning.training.checkpoint_io.files import protect_checkpoints
+from lora_lightning.training.checkpoint_io.readable import check_states
 from lora_lightning.training.frozen_base import freeze_again, settle_what_trains
 from lora_lightning.training.module_hooks import bind
 from lora_lightning.training.module_state import callbacks_of, defines_hook, module_state
@@ -161,9 +162,9 @@ class LoraCallback(AdapterCallback):
             self._preemption.watch(trainer)
         self._rank_schedule.start(trainer, self._root(pl_module), self.config, self.adapter_name)
         summary.show_start(self, trainer, pl_module)
+        if self._is_last(pl_module):
+            check_states(trainer, pl_module)
         if self._is_last(pl_module) and trainer.is_global_zero:
-            checks.check_hyperparameters(pl_module)
-            checks.check_hyperparameters(trainer.datamodule)  # type: ignore[attr-defined]
             log_options(trainer, callbacks_of(pl_module))
             messages.show(summary.batch_line(trainer))
 

@@ -8,6 +8,7 @@ whether a tensor is a view, do not matter.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -105,3 +106,17 @@ def _put(sha: hashlib._Hash, *words: object) -> None:
         encoded = str(word).encode("utf-8", "surrogatepass")
         sha.update(b"%d:" % len(encoded))
         sha.update(encoded)
+
+
+def why_unreadable(error: Exception) -> str:
+    """What an error of `torch.load` says, in a line; what to do about objects of classes."""
+    text = str(error)
+    named = re.search(r"Unsupported (?:global|class)[^:]*:? (?:GLOBAL )?([\w.]+)", text)
+    if named is None:
+        return (text.splitlines() or [type(error).__name__])[0].partition(". ")[0]
+    return (
+        f"beside tensors and plain values it holds {named.group(1)}, which torch does not load "
+        "with weights_only=True. If you trust the file, give weights_only=False to "
+        "load_from_checkpoint, load_adapter or Trainer.fit; save_adapter then writes a folder that "
+        "anyone can load"
+    )

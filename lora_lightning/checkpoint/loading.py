@@ -47,6 +47,7 @@ def load_adapter(
     adapter_name: str | None = None,
     *,
     autocast_adapter_dtype: bool = True,
+    weights_only: bool = True,
 ) -> list[str]:
     """Put an adapter on `model` from a PEFT folder or an adapter-only Lightning checkpoint.
 
@@ -64,6 +65,9 @@ def load_adapter(
             have for the adapters of a checkpoint or a folder of several.
         autocast_adapter_dtype: As of `inject_adapter`; False rounds the file's values to the
             dtype of a 16-bit base.
+        weights_only: As of `torch.load`. False reads a checkpoint whose hyperparameters or states
+            hold objects of classes; it can run any code that the file names, so only where you
+            trust it.
 
     Returns:
         The names of the adapters that were loaded.
@@ -76,7 +80,9 @@ def load_adapter(
 
     """
     with unchanged_on_error(model):
-        found = put_adapter_on(model, Path(path), adapter_name, autocast_adapter_dtype)
+        found = put_adapter_on(
+            model, Path(path), adapter_name, autocast_adapter_dtype, weights_only
+        )
     if found.moved:
         load_moved(model, found.moved)
     return found.names
@@ -91,7 +97,11 @@ class FromFile:
 
 
 def put_adapter_on(
-    model: nn.Module, place: Path, adapter_name: str | None, autocast_adapter_dtype: bool
+    model: nn.Module,
+    place: Path,
+    adapter_name: str | None,
+    autocast_adapter_dtype: bool,
+    weights_only: bool = True,
 ) -> FromFile:
     """`load_adapter` without the base that a checkpoint's run has moved."""
     is_file = place.exists() and not place.is_dir()
@@ -101,16 +111,20 @@ def put_adapter_on(
                 f"{str(place)!r} holds tensors, but does not say how they act: a PEFT adapter "
                 f"is loaded from a folder that holds them as {TENSORS} beside {CONFIG}."
             )
-        return _load_checkpoint(model, place, adapter_name, autocast_adapter_dtype)
+        checkpoint = read_adapter_checkpoint(place, weights_only)
+        return _load_checkpoint(model, place, checkpoint, adapter_name, autocast_adapter_dtype)
     folder = place.parent if is_file else place
     return FromFile(load_folders(model, folder, adapter_name, autocast_adapter_dtype))
 
 
 def _load_checkpoint(
-    model: nn.Module, file: Path, adapter_name: str | None, autocast_adapter_dtype: bool
+    model: nn.Module,
+    file: Path,
+    checkpoint: dict[str, Any],
+    adapter_name: str | None,
+    autocast_adapter_dtype: bool,
 ) -> FromFile:
     """Put the adapters of a Lightning checkpoint on `model`, the LightningModule or its inside."""
-    checkpoint = read_adapter_checkpoint(file)
     entries: dict[str, Any] = checkpoint[KEY]["adapters"]
     if adapter_name is None:
         wanted = {name: name for name in entries}

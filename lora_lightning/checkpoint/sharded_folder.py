@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from lora_lightning.checkpoint.integrity import why_unreadable
 from lora_lightning.errors import CheckpointError
 
 _REST, _INDEX = "meta.pt", ".metadata"  # Lightning's name and torch's
@@ -46,7 +47,7 @@ def read_checkpoint_folder(
             Path(path, _REST), map_location="cpu", weights_only=weights_only
         )
     except Exception as error:  # damaged files raise almost anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        reason = why_unreadable(error)[:400]
         raise CheckpointError(
             f"The sharded checkpoint {str(path)!r} cannot be read: {reason}. Resume from another "
             "one. (ckpt_path)"

@@ -9,14 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_lightning.checkpoint.integrity import damaged_parts
+from lora_lightning.checkpoint.integrity import damaged_parts, why_unreadable
 from lora_lightning.checkpoint.sharded_folder import is_checkpoint_folder, read_checkpoint_folder
 from lora_lightning.checkpoint.state_dict import FORMAT, KEY
 from lora_lightning.errors import CheckpointError, first_few
 
 
-def read_adapter_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The content of an adapter-only Lightning checkpoint; a damaged or other file is refused."""
+def read_adapter_checkpoint(
+    path: str | os.PathLike[str], weights_only: bool = True
+) -> dict[str, Any]:
+    """The content of an adapter-only Lightning checkpoint; a damaged or other file is refused.
+
+    `weights_only`: as of `torch.load`.
+    """
     file = Path(path)
     if file.exists() and not (file.is_file() or file.is_dir()):
         raise CheckpointError(
@@ -25,12 +30,13 @@ def read_adapter_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         )
     try:
         if is_checkpoint_folder(file):
-            checkpoint = read_checkpoint_folder(file)
+            checkpoint = read_checkpoint_folder(file, weights_only)
         else:
-            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+            checkpoint = torch.load(file, map_location="cpu", weights_only=weights_only)
     except Exception as error:  # damaged files raise almost anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0].partition(". ")[0]
-        raise CheckpointError(f"{str(file)!r} cannot be read as a checkpoint: {reason}.") from None
+        raise CheckpointError(
+            f"{str(file)!r} cannot be read as a checkpoint: {why_unreadable(error)}."
+        ) from None
     if not isinstance(checkpoint, dict) or KEY not in checkpoint:
         raise CheckpointError(
             f"{str(file)!r} is no adapter checkpoint: it was not written by a run with "

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 from types import MethodType
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
@@ -94,36 +92,6 @@ def check_base_has_values(module: LightningModule) -> None:
             f"{first_few(empty, 3)}. Load the base model where the module builds it, as "
             "from_pretrained does, or with load_state_dict(state, assign=True). (model)"
         )
-
-
-def check_hyperparameters(owner: object) -> None:
-    """Warn of hyperparameters that a checkpoint could be written with, but not read.
-
-    torch loads checkpoints with weights_only=True: plain values and tensors, no classes. `owner` is
-    the module or data module; what it keeps goes into every checkpoint.
-    """
-    broken = [
-        name for name, value in getattr(owner, "hparams", {}).items() if not _can_be_loaded(value)
-    ]
-    if broken:
-        rank_zero_warn(
-            f"{type(owner).__name__} keeps hyperparameters that torch does not load with "
-            f"weights_only=True: {first_few(broken)}. To resume from checkpoints of this run, pass "
-            f"weights_only=False to fit, or leave them out: save_hyperparameters(ignore={broken})."
-        )
-
-
-def _can_be_loaded(value: object) -> bool:
-    if isinstance(value, nn.Module):  # told without writing a base that may not fit twice
-        return False
-    buffer = io.BytesIO()
-    try:
-        torch.save(value, buffer)
-        buffer.seek(0)
-        torch.load(buffer, weights_only=True)
-    except Exception:  # pickle calls the value's own code
-        return False
-    return True
 
 
 def cpu(self: nn.Module) -> nn.Module:

@@ -22,6 +22,7 @@ from lora_lightning.errors import CheckpointError
 from lora_lightning.training import attachment
 from lora_lightning.training._lightning import trainer_of
 from lora_lightning.training.checkpoint_io.metadata import check_checkpoint, reduce_checkpoint
+from lora_lightning.training.checkpoint_io.readable import check_content, make_plain
 from lora_lightning.training.messages import rank_zero_warn
 from lora_lightning.training.module_state import (
     callbacks_of,
@@ -138,6 +139,8 @@ def on_save_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> Non
     # Without a fingerprint no adapter is attached yet: a run that failed in setup is being saved.
     if callbacks and module_state(self).base_fingerprint is not None:
         reduce_checkpoint(checkpoint, self, callbacks, before)
+        make_plain(checkpoint)
+        check_content(checkpoint, self)
 
 
 def on_load_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ from lora_lightning import (
     load_from_checkpoint,
 )
 from lora_lightning.errors import AdapterMismatchError, CheckpointError
-from lora_lightning.training.checks import check_hyperparameters
+from lora_lightning.training.checkpoint_io.readable import check_hyperparameters
 from tests.helpers.lightning_modules import (
     KEYS,
     OPTIONS,

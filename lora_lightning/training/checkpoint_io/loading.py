@@ -13,7 +13,8 @@ from torch import nn
 from lora_lightning.checkpoint.loading import load_adapter
 from lora_lightning.checkpoint.single_file import read_adapter_checkpoint
 from lora_lightning.checkpoint.state_dict import KEY
-from lora_lightning.engine.switching import set_adapter
+from lora_lightning.engine.injection import delete_adapter
+from lora_lightning.engine.switching import adapter_names, set_adapter
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -31,7 +32,8 @@ def load_from_checkpoint(
         module_class: The LightningModule's class, unchanged.
         checkpoint_path: The file.
         **kwargs: What `LightningModule.load_from_checkpoint` takes: hyperparameters that are to
-            differ from the saved ones, or that were not saved.
+            differ from the saved ones, or that were not saved; `weights_only=False` for a file
+            that you trust, whose hyperparameters or states hold objects of classes.
 
     Returns:
         The module, in train mode, its adapters active.
@@ -41,7 +43,8 @@ def load_from_checkpoint(
         AdapterMismatchError: If adapters or base do not fit.
 
     """
-    checkpoint = read_adapter_checkpoint(checkpoint_path)
+    weights_only = kwargs.get("weights_only") is not False  # default: as torch has it
+    checkpoint = read_adapter_checkpoint(checkpoint_path, weights_only)
     # Tensors come with the adapters; a `load_state_dict` of its own may ask for its other entries.
     owned = {key for entry in checkpoint[KEY]["adapters"].values() for key in entry["tensors"]}
     tensors = owned | checkpoint[KEY]["base"].keys()
@@ -57,5 +60,8 @@ def load_from_checkpoint(
         module: Module = module_class.load_from_checkpoint(  # type: ignore[attr-defined]
             rest, map_location="cpu", strict=False, **kwargs
         )
-    set_adapter(module, load_adapter(module, checkpoint_path))
+    for name in checkpoint[KEY]["adapters"]:
+        if name in adapter_names(module):  # they came with a network that is a hyperparameter
+            delete_adapter(module, name)
+    set_adapter(module, load_adapter(module, checkpoint_path, weights_only=weights_only))
     return module
