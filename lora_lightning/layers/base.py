@@ -323,13 +323,9 @@ def compose(
 
 _CLASSES: dict[tuple[type[AdaptedLayer], type[nn.Module]], Any] = {}
 
-
-class _GenericLayout(Generic[_T]):
-    pass
-
-
-# By the parent that the classes with a `__dict__` of this layout have in common.
-_LAYOUTS: dict[type, type] = {cast(type, Generic): _GenericLayout}
+# By the parent that the classes with a `__dict__` of this layout have in common. Generic wants a
+# variable.
+_LAYOUTS: dict[type, type] = {cast(type, Generic): types.new_class("GenericLayout", (Generic[_T],))}
 
 
 def adapted_class(layer_type: type[AdaptedLayer], base_type: type[nn.Module]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -21,6 +22,13 @@ _TASKS = {
     "TOKEN_CLS": ("MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING", ("classifier", "score")),
     "QUESTION_ANS": ("MODEL_FOR_QUESTION_ANSWERING_MAPPING", ("qa_outputs",)),
     "FEATURE_EXTRACTION": ("MODEL_MAPPING", ()),
+}
+
+# Linears of old mixtures of experts. PEFT takes the names for transformers' fused experts in every
+# model that transformers converts by the same rules (peft.utils.transformers_weight_conversion).
+_FUSED = {
+    "mixtral": ("gate", "w1", "w2", "w3"),
+    "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj"),
 }
 
 
@@ -90,6 +98,18 @@ def task_type(model: nn.Module) -> str | None:
         if plain_class(model) in known:
             return task
     return None
+
+
+def taken_for_experts(model: nn.Module, paths: Iterable[str]) -> list[str]:
+    """The modules in whose place PEFT would adapt fused experts, if the model has any or not."""
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if not is_a(model, "PreTrainedModel", module="transformers.modeling_utils"):
+        return []
+    from transformers import conversion_mapping
+
+    families: dict[Any, str] = vars(conversion_mapping).get("_MODEL_TO_CONVERSION_PATTERN", {})
+    names = _FUSED.get(families.get(model_type, ""), ())
+    return [path for path in paths if path.rpartition(".")[2] in names]
 
 
 def auto_mapping(model: nn.Module) -> dict[str, str]:

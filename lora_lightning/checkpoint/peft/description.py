@@ -19,6 +19,7 @@ from lora_lightning.checkpoint.peft.base_model import (
     auto_mapping,
     head_names,
     plain_class,
+    taken_for_experts,
     task_type,
 )
 from lora_lightning.checkpoint.peft.config import OWN, PEFT_TYPES, TOKENS, WITH_BIAS
@@ -128,6 +129,12 @@ def _obstacles(
     if others:
         listed = [f"{path} ({plain_class(layers[path]).__name__})" for path in others]
         found.append(f"PEFT has no such adapter, or computes it otherwise, on {first_few(listed)}")
+    experts = taken_for_experts(model, targets) if kind == "LORA" else []
+    if experts:
+        found.append(
+            f"PEFT takes {first_few(experts, 3)} for parts of fused experts, by their names and "
+            "the model's type, and adapts those"
+        )
     attentions = [path for path in targets if isinstance(layers[path], nn.MultiheadAttention)]
     for path in targets:  # PEFT adapts an out_proj without its attention, but it has no effect
         outer = path.rpartition(".")[0]
