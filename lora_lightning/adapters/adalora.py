@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch.nn.functional as F
@@ -130,6 +131,11 @@ class AdaLoraConfig(AdapterConfig):
                 "steps in which ranks could be allocated. Lower them, or train longer. (lora.tinit)"
             )
 
+    def with_ranks(self, ranks: Mapping[str, int]) -> AdaLoraConfig:
+        """The same options with the first triplets of modules only, by path."""
+        masks = {path: [i < r for i in range(self.init_r)] for path, r in ranks.items()}
+        return replace(self, rank_pattern={**masks, **self.rank_pattern})
+
     def file_options(self) -> dict[str, Any]:
         """As PEFT needs them: it refuses a file without a number of steps."""
         options = super().file_options()
@@ -177,6 +183,10 @@ class AdaLoraAdapter(DeltaAdapter):
         if start:
             constant_(self.lora_E, 0)
 
+    def fitted_rank(self) -> int | None:
+        """Return the rank where it was lowered to what the weight allows; None: as asked."""
+        return None if self.triplets == _asked_triplets(self.spec) else self.r
+
     def forward(self, x: Tensor, y: Tensor, base: BaseWeight) -> Tensor:
         """y + s * B (E * (A dropout(x))), in y's dtype."""
         a: Tensor = self.lora_A
@@ -219,13 +229,21 @@ class AdaLoraConvAdapter(AdaLoraAdapter):
 def _triplets(spec: AdapterSpec) -> list[bool]:
     config: AdaLoraConfig = spec.config
     largest = min(spec.shape[0], math.prod(spec.shape[1:]))
-    if spec.check_rank and config.init_r > largest:
+    asked = _asked_triplets(spec)
+    if spec.fit_rank and all(asked):  # no pattern names it
+        return [i < largest for i in range(config.init_r)]
+    if spec.check_rank and sum(asked) > largest:
         last = spec.path.rpartition(".")[2]
         raise RankError(
             f"init_r={config.init_r} is larger than {spec.path!r} (weight {tuple(spec.shape)}) "
             f"allows: at most {largest}. Lower init_r, leave this layer out with exclude_modules: "
             f"[{last}], or train it in full with modules_to_save: [{last}]. (lora.init_r)"
         )
+    return asked
+
+
+def _asked_triplets(spec: AdapterSpec) -> list[bool]:
+    config: AdaLoraConfig = spec.config
     path = spec.name.rpartition(".")[0]  # of the weight, where the module has several
     pattern = config.rank_pattern
     return pattern.get(path) or pattern_value(pattern, path, [True] * config.init_r)

@@ -76,6 +76,7 @@ class AdapterSpec:
         device, base_dtype: Of the base weight; device "meta" for `low_cpu_mem_usage`.
         conv: The convolution's geometry where kind is "conv".
         check_rank: True if a rank that exceeds the weight's is an error.
+        fit_rank: True if it is lowered to the weight's instead, unless rank_pattern names it.
         transposed: True if the experts' weight is stored as (experts, in, out).
         attention: Path of the attention that an `out_proj` is adapted together with: patterns that
             name the attention hold for both, unless others name the `out_proj` itself.
@@ -94,6 +95,7 @@ class AdapterSpec:
     base_dtype: torch.dtype
     conv: Convolution | None = None
     check_rank: bool = True
+    fit_rank: bool = False
     transposed: bool = False
     attention: str | None = None
     shared: Any = None
@@ -112,14 +114,17 @@ class AdapterSpec:
         return 1 if self.conv is None else self.conv.groups
 
     def rank(self, largest: int | None = None) -> int:
-        """r of this module, `rank_pattern` applied.
+        """r of this module, `rank_pattern` applied; by `fit_rank` at most `largest`.
 
         Raises:
             RankError: If it exceeds `largest`.
 
         """
         config = cast(RankedConfig, self.config)
-        r = int(self._by_pattern(config.rank_pattern, config.r))
+        named = self._by_pattern(config.rank_pattern, None)
+        r = int(config.r if named is None else named)
+        if self.fit_rank and named is None and largest is not None:
+            return min(r, largest)
         if self.check_rank and largest is not None and r > largest:
             last = self.path.rpartition(".")[2]
             if last.isdigit():  # which YAML reads as a number, and which other modules end in, too
@@ -223,6 +228,10 @@ class Adapter(AdapterModule):
 
     def start_from_weight(self, weight: Tensor) -> None:
         """Set the start values that are computed from the dense base weight."""
+
+    def fitted_rank(self) -> int | None:
+        """Return the rank where it was lowered to what the weight allows; None: as asked."""
+        return None
 
     def peft_supports(self, conv: Convolution, kernel: tuple[int, ...]) -> bool:
         """Tell whether PEFT computes the same from this type on such a convolution."""

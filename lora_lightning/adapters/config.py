@@ -17,10 +17,13 @@ from lora_lightning.adapters.config_errors import check_arguments
 from lora_lightning.errors import ConfigError, RankError, nearest_hint
 
 ALL_LINEAR = "all-linear"
+ALL_LAYERS = "all-layers"
+DEFAULT_TARGETS = (ALL_LINEAR, ALL_LAYERS)  # values of target_modules that name no module
 # The options that say which modules are adapted; what their tensors show as facts, in a file.
 SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 
 Config = TypeVar("Config", bound="AdapterConfig")
+Ranked = TypeVar("Ranked", bound="RankedConfig")
 
 # Types of options that say what is checked of a value (`_CHECKS`).
 Rank = int
@@ -49,9 +52,12 @@ class AdapterConfig(KnownArguments):
     """Which modules an adapter sits on, and what trains beside it; names as in PEFT.
 
     Args:
-        target_modules: Which modules to adapt: "all-linear" (every Linear and Conv1D but the
-            output head), a list of names (whole path or its last part), or one regular
-            expression over whole paths.
+        target_modules: Which modules to adapt: "all-linear" (every Linear and Conv1D), "all-layers"
+            (convolutions, embeddings and attentions, too: all that the adapter's type can sit on),
+            a list of names (whole path or its last part), or one regular expression over whole
+            paths. The first two leave out the output head and what was frozen before, and lower a
+            rank to what a small layer allows. Default: "all-linear", or none if target_parameters
+            are given.
         exclude_modules: Which of those to leave out: list of names or one regular expression.
         layers_to_transform: Only adapt the layers with these indices (target_modules as a list).
         layers_pattern: Name of the module list that layers_to_transform counts in.
@@ -75,7 +81,7 @@ class AdapterConfig(KnownArguments):
     shared_file_keys: ClassVar[frozenset[str]] = frozenset()
     file_bias: ClassVar[str] = "lora_only"
 
-    target_modules: list[str] | str = ALL_LINEAR
+    target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
@@ -83,6 +89,8 @@ class AdapterConfig(KnownArguments):
     bias: Literal["none", "lora_only", "all"] = "none"
 
     def __post_init__(self) -> None:
+        if self.target_modules is None:
+            object.__setattr__(self, "target_modules", self._targets_by_default())
         check_choice("bias", self.bias, ("none", "lora_only", "all"))
         for spec in dataclasses.fields(self):
             check = _CHECKS.get(str(spec.type))
@@ -97,6 +105,9 @@ class AdapterConfig(KnownArguments):
                 value = sorted(value) if isinstance(value, set) else list(value)
             if isinstance(value, (list, dict)):
                 object.__setattr__(self, spec.name, copy.deepcopy(value))
+
+    def _targets_by_default(self) -> list[str] | str:
+        return ALL_LINEAR
 
     def _targets_something(self) -> bool:
         return bool(self.target_modules)
@@ -144,6 +155,15 @@ class AdapterConfig(KnownArguments):
                 "layers_to_transform does not say which. Set both or neither. "
                 "(lora.layers_to_transform)"
             )
+
+    @property
+    def names_no_module(self) -> bool:
+        """True if `target_modules` is "all-linear" or "all-layers": a kind, not modules."""
+        return self.target_modules in DEFAULT_TARGETS
+
+    def with_ranks(self: Config, ranks: Mapping[str, int]) -> Config:
+        """The same options with ranks of their own for modules, by path."""
+        return self
 
     @property
     def starts_from_base(self) -> bool:
@@ -211,6 +231,11 @@ class RankedConfig(AdapterConfig):
                 check = check_rank if option == "rank_pattern" else check_positive
                 check(f"{option}[{name!r}]", value)
         super().__post_init__()
+
+    def with_ranks(self: Ranked, ranks: Mapping[str, int]) -> Ranked:
+        """The same options with ranks of their own for modules, by path."""
+        pattern = {f"^{re.escape(path)}": r for path, r in ranks.items()}
+        return dataclasses.replace(self, rank_pattern={**pattern, **self.rank_pattern})
 
 
 def check_rank(key: str, value: object) -> None:

@@ -79,7 +79,8 @@ class LohaAdapter(LycorisAdapter):
         columns *= math.prod(kernel)
         # At min(rows, columns) a factor is any matrix. PEFT takes its default of 8 on layers that
         # are narrower than that; beyond the larger side there is no such excuse.
-        super().__init__(spec, spec.rank(max(rows, columns)))
+        fitting = (min if spec.fit_rank else max)(rows, columns)
+        super().__init__(spec, spec.rank(fitting))
         shape_a, shape_b = (rows, self.r), (self.r, columns)
         self.hada_t1 = self.hada_t2 = None
         if self.effective:

@@ -30,12 +30,21 @@ from lora_lightning.checkpoint.state_dict import (
     load_adapter_state_dict,
     saved_keys,
 )
-from lora_lightning.engine.injection import inject_adapter, unchanged_on_error
+from lora_lightning.engine.construction import BuildContext, fitted_ranks, leave_out_unfit
+from lora_lightning.engine.injection import (
+    adapters_named,
+    check_new_name,
+    delete_adapter,
+    extend_adapter,
+    unchanged_on_error,
+)
 from lora_lightning.engine.targets.parameters import matching_parameters
+from lora_lightning.engine.targets.selection import select_modules
 from lora_lightning.errors import (
     AdapterMismatchError,
     AdapterStateError,
     CheckpointError,
+    LoraError,
     first_few,
 )
 from lora_lightning.layers.traversal import walk
@@ -197,12 +206,14 @@ def _load_one(
     of_root = f"{entry['module']}." if entry["module"] else ""  # names in config are below it
     if of_root.startswith(prefix):
         root, shift = dict(walk(model))[of_root[len(prefix) : -1]], of_root
-    else:
-        owners = _owners(entry, saved_name).items()
-        inside = {path.removeprefix(prefix): names for path, names in owners}
-        config = _below(config, model, inside, prefix.removeprefix(of_root))
+    owners = _owners(entry, saved_name).items()
+    inside = {path.removeprefix(shift): names for path, names in owners}
     # Without start values: the file has all tensors, those that A and B started with as well.
-    inject_adapter(root, config, name, low_cpu_mem_usage=True, autocast_adapter_dtype=autocast)
+    context = BuildContext(config, name, low_cpu_mem_usage=True, autocast_adapter_dtype=autocast)
+    check_new_name(root, name)
+    if shift != of_root or not _selects_same(root, context, inside):
+        context = _below(context, root, inside, shift.removeprefix(of_root))
+    extend_adapter(root, context)
     marker, saved_marker = f"adapters.{name}.", f"adapters.{saved_name}."
     own = adapter_state_dict(root, name)
     keys = [shift + key.replace(marker, saved_marker, 1) for key in saved_keys(root, name)]
@@ -244,16 +255,40 @@ def _prefix(model: nn.Module, owners: list[str]) -> str:
     )
 
 
-def _below(
-    config: AdapterConfig, model: nn.Module, owners: dict[str, set[str]], prefix: str
-) -> AdapterConfig:
-    """`config` for `model`, the part at `prefix` of the module whose names it uses.
+def _selects_same(model: nn.Module, context: BuildContext, owners: dict[str, set[str]]) -> bool:
+    """Whether the options select here what there are tensors for: a default may not.
 
-    What it selects is what there are tensors for; `owners` as `model` names them.
+    What is frozen in a run need not be so where its checkpoint is read.
     """
-    modules = {path: module for path, module in walk(model) if path}
+    if not context.config.names_no_module:
+        return True
+    try:
+        selection = select_modules(model, context.config)
+        leave_out_unfit(context, selection)
+    except LoraError:
+        return False
+    return selection.targets.keys() - selection.parameters == _adapted(
+        model, context.config, owners
+    )
+
+
+def _adapted(model: nn.Module, config: AdapterConfig, owners: dict[str, set[str]]) -> set[str]:
+    """The modules that there are tensors of adapters for, without those adapted by parameter."""
     beside = ("bias", "trainable_tokens_delta", "module.")
     targets = {p for p, names in owners.items() if any(not n.startswith(beside) for n in names)}
+    modules = {path: module for path, module in walk(model) if path}
+    parameters = matching_parameters(modules, getattr(config, "target_parameters", None) or ())
+    return targets - {path for path, _ in parameters.values()}
+
+
+def _below(
+    context: BuildContext, model: nn.Module, owners: dict[str, set[str]], prefix: str
+) -> BuildContext:
+    """The options for `model`, the part at `prefix` of the module whose names they use.
+
+    What they select is what there are tensors for; `owners` as `model` names them.
+    """
+    config = context.config
     saved = {p for p, names in owners.items() if any(n.startswith("module.") for n in names)}
     changes: dict[str, Any] = {}
     for option in ("rank_pattern", "alpha_pattern", "trainable_token_indices"):
@@ -263,9 +298,16 @@ def _below(
     parameters = getattr(config, "target_parameters", None)
     if parameters:
         changes["target_parameters"] = [name.removeprefix(prefix) for name in parameters]
-        matching = matching_parameters(modules, changes["target_parameters"])
-        targets -= {path for path, _ in matching.values()}
     changes |= dict.fromkeys(SELECTION)
-    changes["target_modules"] = exact_names(modules, targets)
+    targets = _adapted(model, dataclasses.replace(config, **changes), owners)
+    changes["target_modules"] = exact_names([path for path, _ in walk(model) if path], targets)
     changes["modules_to_save"] = sorted(saved) or None
-    return dataclasses.replace(config, **changes)
+    narrowed = dataclasses.replace(context, config=dataclasses.replace(config, **changes))
+    if not config.names_no_module:
+        return narrowed
+    # Ranks that a default has lowered stand in the options from now on.
+    with unchanged_on_error(model):
+        extend_adapter(model, dataclasses.replace(narrowed, fit_rank=True))
+    ranks = fitted_ranks(adapters_named(model, context.adapter_name))
+    delete_adapter(model, context.adapter_name)
+    return dataclasses.replace(narrowed, config=narrowed.config.with_ranks(ranks))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -10,17 +11,22 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.adapters.base import Adapter, AdapterModule, AdapterSpec, MultiWeightAdapter
-from lora_lightning.adapters.config import AdapterConfig
+from lora_lightning.adapters.config import AdapterConfig, pattern_value
 from lora_lightning.adapters.registry import classes_for
 from lora_lightning.adapters.trainable_tokens import (
     TiedTrainableTokensAdapter,
     TrainableTokensAdapter,
 )
 from lora_lightning.engine.targets.selection import Selection
-from lora_lightning.errors import AdapterMismatchError, ConfigError
+from lora_lightning.errors import AdapterMismatchError, ConfigError, LoraError, RankError
 from lora_lightning.layers.base import AdaptedLayer
 from lora_lightning.layers.by_weight import AdaptedByWeight
-from lora_lightning.layers.conversion import attach_adapter, convert_back, convert_to_adapted
+from lora_lightning.layers.conversion import (
+    attach_adapter,
+    check_convertible,
+    convert_back,
+    convert_to_adapted,
+)
 from lora_lightning.layers.experts import AdaptedExperts
 from lora_lightning.layers.offloading import compute_device, weights_in_place
 from lora_lightning.layers.parametrized import value
@@ -42,6 +48,7 @@ class BuildContext:
         start: Start values of A by module path, as `eva_start` finds them.
         autocast_adapter_dtype: Whether 16-bit bases get fp32 adapters (PEFT's name for it).
         check_rank: Whether a rank that exceeds the weight's is an error.
+        fit_rank: Whether it is lowered instead. Default: where target_modules names no module.
         shared: What all of them share; `config.prepare` makes it.
 
     """
@@ -53,12 +60,52 @@ class BuildContext:
     start: Mapping[str, Tensor] | None = None
     autocast_adapter_dtype: bool = True
     check_rank: bool = True
+    fit_rank: bool | None = None
     shared: Any = None
 
     @property
     def device(self) -> torch.device | None:
         """Device of all tensors, or None where each lies with its weight."""
         return torch.device("meta") if self.low_cpu_mem_usage else None
+
+
+def leave_out_unfit(context: BuildContext, selection: Selection) -> None:
+    """Take those targets out of a default selection that this adapter cannot sit on.
+
+    They are told by a try on the meta device: groups that the rank does not fit, a type that has
+    no meaning there, a weight that is too small.
+
+    Raises:
+        LoraError: If there is none that it can sit on.
+
+    """
+    if not context.config.names_no_module:
+        return
+    trial = replace(context, low_cpu_mem_usage=True, start=None)
+    reasons: dict[str, LoraError] = {}
+    for path, module in selection.targets.items():
+        carries = isinstance(module, AdaptedLayer) and context.adapter_name in module.adapters
+        if carries or path in selection.parameters:
+            continue
+        check_convertible(module, path)
+        fresh = not isinstance(module, AdaptedLayer)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                make_adapters(trial, {path: module}, selection, {})
+        except (RankError, ConfigError) as error:
+            named = getattr(context.config, "rank_pattern", {})
+            if pattern_value(named, path, None) is not None:  # asked for
+                raise
+            reasons[path] = error
+        finally:
+            if fresh and isinstance(module, AdaptedLayer):
+                convert_back(module)
+    if len(reasons) == len(selection.targets) > 0:
+        raise next(iter(reasons.values()))
+    for path, reason in reasons.items():
+        del selection.targets[path]
+        selection.passed_over.unfit[path] = str(reason).partition(". ")[0]
 
 
 def make_adapters(
@@ -130,12 +177,24 @@ def _start_with(adapter: AdapterModule | None, path: str, values: Tensor) -> Non
     a.copy_(values)
 
 
+def fitted_ranks(adapters: Mapping[str, AdapterModule]) -> dict[str, int]:
+    """The ranks that were lowered to what a layer allows, by its path."""
+    return {
+        path: r
+        for path, adapter in adapters.items()
+        for part in adapter.by_weight().values()
+        if (r := part.fitted_rank()) is not None
+    }
+
+
 def make_spec(
     context: BuildContext, path: str, layer: AdaptedLayer, weight_name: str = "weight"
 ) -> AdapterSpec:
     """Gather what an adapter on one weight of `layer` is made from."""
     weight = cast(Tensor, value(layer, weight_name))
     full_name = f"{path}.{weight_name}"
+    fit = context.config.names_no_module if context.fit_rank is None else context.fit_rank
+    fit &= len(layer.weight_shapes()) == 1 and not isinstance(layer, AdaptedExperts)
     name = path if weight_name == "weight" else full_name
     return AdapterSpec(
         config=context.config,
@@ -149,6 +208,7 @@ def make_spec(
         conv=layer.convolution(),
         transposed=bool(getattr(layer, "is_transposed", False)),
         check_rank=context.check_rank,
+        fit_rank=fit,
         shared=context.shared,
         autocast_adapter_dtype=context.autocast_adapter_dtype,
     )

@@ -17,7 +17,19 @@ from lora_lightning.adapters.config_errors import explain_no_config
 from lora_lightning.adapters.modules_to_save import ModulesToSaveCopy
 from lora_lightning.adapters.trainable_tokens import check_token_ids
 from lora_lightning.engine.bias import biases_to_train, forget_bias, train_bias, trained_biases
-from lora_lightning.engine.construction import BuildContext, make_adapters, train_tokens
+from lora_lightning.engine.construction import (
+    BuildContext,
+    leave_out_unfit,
+    make_adapters,
+    train_tokens,
+)
+from lora_lightning.engine.first_step import watch_first_step
+from lora_lightning.engine.freezing import (
+    freeze_parameters,
+    frozen_for_adapters,
+    keep_records_beside,
+    remember_frozen,
+)
 from lora_lightning.engine.loftq import original_weights, start_from_rounding_error
 from lora_lightning.engine.norm_stats import freeze_norm_stats, unfreeze_norm_stats
 from lora_lightning.engine.switching import (
@@ -43,7 +55,7 @@ from lora_lightning.layers.quantized.bitsandbytes import close_cpu_packing, reop
 from lora_lightning.layers.registry import layer_type_for
 from lora_lightning.layers.sequential import AdaptedSequential
 from lora_lightning.layers.torch_fast_path import close_fast_path, reopen_fast_path
-from lora_lightning.layers.traversal import named_adapted_layers, walk
+from lora_lightning.layers.traversal import named_adapted_layers
 from lora_lightning.utilities.dtensor import full_tensor, is_sharded
 from lora_lightning.utilities.wrappers import unwrapped
 
@@ -115,11 +127,13 @@ def extend_adapter(model: nn.Module, context: BuildContext) -> Selection:
         )
     with unchanged_on_error(model):
         selection = select_modules(model, context.config)
+        leave_out_unfit(context, selection)
         new = _new_modules(model, context, selection)
         if new.targets or new.saved or new.tokens or new.biases:
             check_enabled(model)
             check_unmerged(model)
             _put_on(model, context, selection, new)
+            watch_first_step(model)
         return selection
 
 
@@ -231,15 +245,12 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     close_cpu_packing(model)
     if not adapter_names(model):
         unfreeze_norm_stats(model)
+        keep_records_beside(model)
 
 
 def freeze(model: nn.Module) -> None:
     """`requires_grad=False` on everything that is in no adapter; norm statistics frozen too."""
-    kept = {id(module.bias) for _, module, _ in trained_biases(model)}
-    for _, module in walk(model):
-        for parameter in module.parameters(recurse=False):
-            if id(parameter) not in kept:
-                parameter.requires_grad_(False)
+    freeze_parameters(model)
     freeze_norm_stats(model)
 
 
@@ -329,6 +340,7 @@ def unchanged_on_error(model: nn.Module) -> Iterator[None]:
     names = adapter_names(model)
     required = [(p, p.requires_grad) for p in model.parameters()]
     training = [(module, module.training) for module in model.modules()]
+    frozen = [(module, frozen_for_adapters(module)) for module in model.modules()]
     try:
         yield
     except BaseException:
@@ -340,4 +352,6 @@ def unchanged_on_error(model: nn.Module) -> Iterator[None]:
                 parameter.requires_grad_(wanted)
         for module, mode in training:
             module.training = mode
+        for module, frozen_here in frozen:
+            remember_frozen(module, frozen_here)
         raise

@@ -22,10 +22,13 @@ class LayerStatus:
     Attributes:
         path, module_type: The module and its own class.
         enabled: False inside `disable_adapter`.
+        training: False in eval mode.
+        has_acted: Whether an adapter on it took part in a forward so far, outside of compiled code.
         adapters: Name and type of every adapter on it, {"default": "LoraAdapter"}.
         active, merged: Names of those that act in forward, and of those in the weight.
-        trainable: By name: True, False, or None where some of its tensors require gradients and
-            some do not, or where it has none (in a head that shares its table's token rows).
+        trainable: Whether it requires gradients, by name: True, False, or None where some of its
+            tensors do and some do not, or where it has none (in a head that shares its table's
+            token rows).
         parameters: By name, how many numbers it has.
         devices, dtypes: By name, of its tensors.
 
@@ -34,6 +37,8 @@ class LayerStatus:
     path: str
     module_type: str
     enabled: bool
+    training: bool = True
+    has_acted: bool = False
     adapters: dict[str, str] = field(default_factory=dict)
     active: list[str] = field(default_factory=list)
     merged: list[str] = field(default_factory=list)
@@ -51,6 +56,7 @@ class AdapterStatus:
         layers: The modules that carry adapters.
         adapters, active: Names of all adapters, and of those that act somewhere.
         biases: By name of the adapter, the biases of the base that train with it.
+        idle: Paths of those that no forward came by, though it came by others.
         trainable_parameters, total_parameters: Counted over the whole model.
         irregular: What differs from layer to layer though it is set for the whole model at once,
             and layers that may not run their adapters.
@@ -61,6 +67,7 @@ class AdapterStatus:
     adapters: list[str]
     active: list[str]
     biases: dict[str, list[str]]
+    idle: list[str]
     trainable_parameters: int
     total_parameters: int
     irregular: list[str]
@@ -76,8 +83,7 @@ class AdapterStatus:
             table.add_column(column, justify="right" if column == "parameters" else "left")
         for layer in self.layers:
             for name, adapter_type in layer.adapters.items():
-                trains = {True: "yes", False: "no", None: "in part"}[layer.trainable[name]]
-                trains = trains if layer.parameters[name] else ""
+                trains = _trains(layer, name)
                 cells = (layer.path, layer.module_type, name, adapter_type, _state(layer, name))
                 table.add_row(*map(Text, cells), trains, f"{layer.parameters[name]:,}")
         # As wide as it takes: names that are cut off tell nothing.
@@ -89,6 +95,12 @@ class AdapterStatus:
             f"adapter {name!r} trains {len(biases)} biases of the base: {first_few(biases, 3)}"
             for name, biases in self.biases.items()
         ]
+        if self.idle:
+            lines.append(
+                f"adapted, but not called so far: {first_few(self.idle, 3)}; where a weight is "
+                "read past its module, or the module is not part of the model's forward, an "
+                "adapter has no effect (lora.exclude_modules)"
+            )
         lines.append(
             f"trainable {self.trainable_parameters:,} of {self.total_parameters:,} parameters"
         )
@@ -109,6 +121,8 @@ def adapter_status(model: nn.Module) -> AdapterStatus:
             path,
             layer.base_type.__name__,
             layer.adapters_enabled,
+            layer.training,
+            layer._has_acted,
             active=list(layer.active_adapters),
             merged=list(layer.merged_adapters),
         )
@@ -126,6 +140,7 @@ def adapter_status(model: nn.Module) -> AdapterStatus:
         adapters=adapter_names(model),
         active=active_adapters(model),
         biases=biases,
+        idle=_idle(model, entries),
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         total_parameters=sum(p.numel() for p in model.parameters()),
         irregular=[*_irregular(entries), *shadowed],
@@ -140,6 +155,28 @@ def _state(layer: LayerStatus, name: str) -> str:
     if name not in layer.active:
         return "inactive"
     return "active" if layer.enabled else "disabled"
+
+
+def _trains(layer: LayerStatus, name: str) -> str:
+    if not layer.parameters[name]:
+        return ""
+    if layer.trainable[name] is False:
+        return "no"
+    if not layer.training:
+        return "not in eval mode"
+    return "yes" if layer.trainable[name] else "in part"
+
+
+def _idle(model: nn.Module, layers: list[LayerStatus]) -> list[str]:
+    # Of compiled code nobody notes what it calls.
+    compiled = any(
+        "_orig_mod" in module._modules or module.__dict__.get("_compiled_call_impl")
+        for module in model.modules()
+    )
+    acting = [la for la in layers if any(_state(la, name) == "active" for name in la.adapters)]
+    if compiled or not any(layer.has_acted for layer in acting):
+        return []
+    return [layer.path for layer in acting if not layer.has_acted]
 
 
 def _irregular(layers: list[LayerStatus]) -> list[str]:

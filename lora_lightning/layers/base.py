@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lora_lightning.adapters.base import Adapter, AdapterModule, BaseWeight, Convolution
 from lora_lightning.adapters.modules_to_save import ModulesToSaveCopy
-from lora_lightning.errors import AdapterStateError
+from lora_lightning.errors import AdapterStateError, TargetError
 from lora_lightning.layers.instance_forward import LayerForward, PatchableLayer
 from lora_lightning.layers.mixed_batch import forward_by_row
 from lora_lightning.layers.offloading import offloading_hook
@@ -103,6 +103,7 @@ class AdaptedLayer(PatchableLayer):
             with reads_once():
                 return self.forward_with_adapters(*args, **kwargs)
         if self._rows is not None:
+            self.note_use()
             x, args, kwargs = first_argument(self, args, kwargs)
             known = [*self.adapters] if self._enabled else []
             return forward_by_row(
@@ -112,6 +113,8 @@ class AdaptedLayer(PatchableLayer):
                 self.base_type.__name__,
             )
         copy, adapters = self.trained_copy(), self.applied_adapters()
+        if adapters or copy is not None:
+            self.note_use()
         if not adapters:  # whatever the module is called with
             return (self.base_forward if copy is None else copy)(*args, **kwargs)
         x, args, kwargs = first_argument(self, args, kwargs)
@@ -316,6 +319,13 @@ def compose(
         inputs.append(x)
         x = adapter.if_applied(adapter.transform_input(x, base), x)
     y = base_map(x)
+    if not isinstance(y, Tensor) and adapters:
+        name = adapters[0].spec.path
+        raise TargetError(
+            f"{name!r} ({type(base.layer).__name__.removeprefix('Adapted')}) returned a "
+            f"{type(y).__name__}, not a tensor: there is nothing that its adapter's output could "
+            f"be added to. Leave it out: exclude_modules: [{name!r}]. (lora.exclude_modules)"
+        )
     for adapter, given in zip(adapters, reversed(inputs), strict=True):
         y = adapter.if_applied(adapter(given, y, base), y)
     return y

@@ -72,6 +72,8 @@ class AdaptedByWeight(AdaptedLayer):
                 )
         copy, adapters = self.trained_copy(), self.applied_adapters()
         forward = self.base_forward if copy is None else copy
+        if adapters or copy is not None:
+            self.note_use()
         if not adapters:
             return forward(*args, **kwargs)
         module = self if copy is None else copy.module

@@ -47,6 +47,12 @@ class CarriedAdapters(nn.Module):
     _enabled: bool
     _merged: list[str]
     _switches: SwitchLog
+    _has_acted = False  # whether adapters took part in a forward so far, as far as Python saw
+
+    def note_use(self) -> None:
+        """Record that adapters take part in a forward now; compiled code is not watched."""
+        if not torch.compiler.is_compiling():
+            self.__dict__["_has_acted"] = True
 
     def applied_names(self) -> list[str]:
         """Return the adapters that take part in forward, in the order in which they were added.

@@ -24,7 +24,7 @@ from lora_lightning.layers.recomputation import SwitchLog
 # What a layer has in its dictionary beside what the module had.
 _STATE = (
     "_rows", "_active", "_enabled", "_merged", "_kept", "_switches",
-    "_instance_forward", "_outer_forward", "_reached",
+    "_instance_forward", "_outer_forward", "_reached", "_has_acted",
 )  # fmt: skip
 # All that a layer would hide, or overwrite, of a module.
 _NAMES = {*vars(CarriedAdapters), *vars(PatchableLayer), *vars(AdaptedLayer)}
@@ -104,6 +104,7 @@ def convert_to_adapted(module: nn.Module, layer_type: type[AdaptedLayer]) -> Non
     layer._switches = SwitchLog()
     layer._active, layer._merged, layer._kept = [], [], {}
     layer._enabled = True
+    layer._has_acted = False
     put_adapters_inside(layer, patch)
 
 

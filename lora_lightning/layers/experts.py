@@ -83,6 +83,8 @@ class AdaptedExperts(AdaptedLayer):
                 weight = getattr(module, name) if weight is None else weight
                 covers[name] = self._cover(name, weight, adapters)
         forward = self.base_forward if copy is None else copy
+        if covers or copy is not None:
+            self.note_use()
         if not covers:
             return forward(*args, **kwargs)
         with covered(module, covers):

@@ -124,6 +124,7 @@ class AdaptedMultiheadAttention(AdaptedLayer):
             base_map = self.base_forward if copy is None else copy
             output = base_map(query, key, value, *options)
             return output
+        self.note_use()
         self._check_inputs(query, key, value)
         masks = Masks(key_padding_mask, attn_mask, is_causal)
         with nullcontext() if copy is None else copy.in_base_dtype():

@@ -24,9 +24,9 @@ from torch.utils.hooks import RemovableHandle
 from lora_lightning.adapters.adalora import AdaLoraConfig
 from lora_lightning.adapters.config import AdapterConfig
 from lora_lightning.engine.rank_allocation import RankAllocator, adalora_adapters
+from lora_lightning.engine.targets.hints import shown_name
 from lora_lightning.errors import ConfigError
 from lora_lightning.training.messages import rank_zero_warn
-from lora_lightning.training.summary import shown_name
 from lora_lightning.utilities._torch import unscales_in_step
 
 

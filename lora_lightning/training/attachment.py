@@ -30,6 +30,7 @@ from lora_lightning.checkpoint.moved_state import load_moved
 from lora_lightning.checkpoint.state_dict import materialize
 from lora_lightning.engine import injection, switching
 from lora_lightning.engine.construction import BuildContext
+from lora_lightning.engine.first_step import forget_first_step
 from lora_lightning.errors import ConfigError, TargetError
 from lora_lightning.layers.traversal import named_adapted_layers
 from lora_lightning.training.adapter_callback import AdapterCallback
@@ -134,6 +135,7 @@ def _make_and_activate(
         if callback.adapter_name not in switching.active_adapters(root):
             switching.set_adapter(root, [*switching.active_adapters(root), callback.adapter_name])
     injection.freeze(module)
+    forget_first_step(module)  # `check_first_gradients` says more
     for other in callbacks_of(module):
         if other.adapter_name in switching.adapter_names(root):
             switching.set_trainable(root, other.adapter_name, other.trainable)

@@ -23,7 +23,7 @@ from lora_lightning.utilities.is_a import is_a
 class LoraOptions(TypedDict, total=False):
     """The options of `LoraConfig` with their types, for editors to complete `LoraCallback(...)`."""
 
-    target_modules: list[str] | str
+    target_modules: list[str] | str | None
     exclude_modules: list[str] | str | None
     layers_to_transform: list[int] | int | None
     layers_pattern: list[str] | str | None
@@ -82,7 +82,7 @@ def check_options(
     asked = list(options)
     if options.keys() == defaults.keys():
         plain = LoraConfig()
-        asked = [key for key in options if options[key] != getattr(plain, key)]
+        asked = [k for k in options if options[k] not in (None, getattr(plain, k))]
     if init_from is not None and (config is not None or asked):
         given = "config" if config is not None else ", ".join(asked)
         raise ConfigError(

@@ -16,6 +16,11 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
+from lora_lightning.engine.freezing import (
+    freeze_parameters,
+    frozen_by_user,
+    remember_quantised,
+)
 from lora_lightning.engine.switching import adapter_names
 from lora_lightning.errors import AdapterStateError, ConfigError
 from lora_lightning.layers.quantized.bitsandbytes import is_linear4bit, is_linear8bit
@@ -55,6 +60,7 @@ def convert_before_attaching(module: LightningModule) -> None:
         plugin.convert_module(module)
     if not is_a(plugin, "BitsandbytesPrecision"):
         return
+    frozen = frozen_by_user(module)
     if not any(map(_is_quantized, module.modules())):
         if adapter_names(module):
             raise AdapterStateError(
@@ -62,9 +68,9 @@ def convert_before_attaching(module: LightningModule) -> None:
                 f"{type(plugin).__name__} would replace. Take them off with delete_adapter and let "
                 "LoraCallback attach them, or train without the plugin. (trainer.precision)"
             )
-        for parameter in module.parameters():  # an optimizer that was built before may hold them
-            parameter.requires_grad_(False)
+        freeze_parameters(module)  # an optimizer that was built before may hold them
     plugin.convert_module(module)
+    remember_quantised(module, frozen)
     for layer in filter(_is_quantized, module.modules()):
         _quantize_base_only(layer)
     # Here layers are quantised: adapters may start from the weights, as they act from now on.

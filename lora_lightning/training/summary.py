@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 
 from lora_lightning.checkpoint.fingerprint import base_tensors
 from lora_lightning.checkpoint.state_dict import adapter_state_dict
 from lora_lightning.engine.bias import trained_biases
+from lora_lightning.engine.construction import fitted_ranks
 from lora_lightning.engine.injection import adapters_named
+from lora_lightning.engine.targets.hints import shown_name
+from lora_lightning.engine.targets.selection import Selection
 from lora_lightning.errors import first_few
 from lora_lightning.layers.base import AdaptedLayer
 from lora_lightning.layers.registry import layer_type_for
@@ -24,6 +28,8 @@ from lora_lightning.training.adapter_callback import AdapterCallback
 from lora_lightning.training.messages import show
 from lora_lightning.training.module_state import module_state
 from lora_lightning.training.optimizers import trainable_parameters
+
+LEFT_OUT_ROWS = 8  # at most, of what default targets leave out
 
 
 @dataclass
@@ -61,8 +67,9 @@ def show_start(callback: AdapterCallback, trainer: Trainer, module: LightningMod
     """Print what the callback's adapter trains, on rank 0."""
     if trainer.is_global_zero:
         root, name = callback._root(module), callback.adapter_name
-        table = start_table(root, name, callback._selection.left_out)
-        show(table, *start_lines(module, root, name))
+        selection = callback._selection
+        notes = [*fitted_line(root, name), *selection.passed_over.lines()]
+        show(start_table(root, name, selection), *notes, *start_lines(module, root, name))
 
 
 def show_without_adapters(trainer: Trainer, module: LightningModule) -> None:
@@ -71,8 +78,8 @@ def show_without_adapters(trainer: Trainer, module: LightningModule) -> None:
         show(f"no adapters (lora.enabled): {trainable_line(module)}")
 
 
-def start_table(model: nn.Module, adapter_name: str, left_out: list[str]) -> Table:
-    """A table of target names: modules matched of possible, r, parameters."""
+def start_table(model: nn.Module, adapter_name: str, selection: Selection) -> Table:
+    """A table of target names: modules matched of possible, r, parameters; and what is left out."""
     adapters = list(adapters_named(model, adapter_name).values())
     kind = type(adapters[0].config).__name__.removesuffix("Config").replace("Lora", "LoRA")
     frozen = not any(p.requires_grad for adapter in adapters for p in adapter.parameters())
@@ -90,15 +97,29 @@ def start_table(model: nn.Module, adapter_name: str, left_out: list[str]) -> Tab
     ]
     if biases:
         table.add_row("bias", str(len(biases)), "full", f"{sum(biases):,}")
-    for path in left_out:
-        table.add_row(f"{path} (output head, frozen and not saved)", "0 of 1", "-", "0")
+    rows = [(f"{path} (output head, frozen and not saved)", 1) for path in selection.left_out]
+    left = selection.passed_over
+    rows += [(f"{path} (frozen before)", len(inside)) for path, inside in left.frozen.items()]
+    rows += [(f"{path} ({reason})", 1) for path, reason in left.unfit.items()]
+    for text, count in rows[:LEFT_OUT_ROWS]:
+        table.add_row(text, f"0 of {count}", "-", "0")
+    if others := [count for _, count in rows[LEFT_OUT_ROWS:]]:
+        table.add_row(f"... ({len(rows)} left out in all)", f"0 of {sum(others)}", "-", "0")
     return table
+
+
+def fitted_line(model: nn.Module, adapter_name: str) -> list[str]:
+    """A line for the layers whose rank was lowered to what they allow."""
+    ranks = fitted_ranks(adapters_named(model, adapter_name))
+    if not ranks:
+        return []
+    names = first_few(dict.fromkeys(f"{shown_name(path)} (r={r})" for path, r in ranks.items()))
+    return [f"too small for the rank, which is lower there: {names} (lora.rank_pattern)"]
 
 
 def start_lines(model: nn.Module, root: nn.Module, adapter_name: str) -> list[str]:
     """Trainable, total and percentage; size of the adapter on disk; what trains in 16 bits."""
-    adapter = adapter_state_dict(root, adapter_name).values()
-    on_disk = sum(t.numel() * t.element_size() for t in adapter)
+    on_disk = total_bytes(adapter_state_dict(root, adapter_name).values())
     lines = [
         trainable_line(model),
         f"adapter on disk {readable_bytes(on_disk)}; the base "
@@ -190,7 +211,22 @@ def checkpoint_lines(model: nn.Module, best: str, last: str, weights_only: bool)
 
 def base_bytes(model: nn.Module) -> int:
     """Size of the base model's tensors."""
-    return sum(tensor.numel() * tensor.element_size() for _, tensor in base_tensors(model))
+    return total_bytes(tensor for _, tensor in base_tensors(model))
+
+
+def total_bytes(tensors: Iterable[Tensor]) -> int:
+    """Size of tensors together, of which one may come several times (tied weights)."""
+    found = {_place(tensor): tensor for tensor in tensors}
+    return sum(tensor.numel() * tensor.element_size() for tensor in found.values())
+
+
+def _place(tensor: Tensor) -> tuple[object, ...]:
+    """What tells a tensor from others: the memory that it lies in, if that can be asked for."""
+    try:
+        pointer = tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):
+        pointer = 0
+    return (pointer, tensor.storage_offset(), tensor.numel()) if pointer else (id(tensor),)
 
 
 def readable_bytes(count: float) -> str:
@@ -212,10 +248,3 @@ def _nearby(path: str) -> str:
     """The path relative to the working directory, if it is below it."""
     relative = os.path.relpath(path)
     return path if relative.startswith("..") else relative
-
-
-def shown_name(path: str) -> str:
-    """The last part of a path; where that is only a number (Sequential), with what it counts in."""
-    parts = path.split(".")
-    named = [index for index, part in enumerate(parts) if not part.isdigit()]
-    return ".".join(parts[named[-1] if named else 0 :])

@@ -234,7 +234,7 @@ MISTAKES: dict[str, tuple[list[str], int, list[str]]] = {
         ["RankError: r is 0; a rank is an integer of at least 1. (lora.r)"],
     ),
     "rank too large": (
-        ["--lora.r", "9"],
+        ["--lora.r", "9", "--lora.target_modules", "[embed]"],
         1,
         ["RankError: r=9 is larger than 'embed' (weight (16, 8)) allows: at most 8.", "(lora.r)"],
     ),

@@ -246,7 +246,11 @@ class Pretrained(Transformer):
     [
         ({}, ["classifier.0", "classifier.1"]),
         ({"modules_to_save": ["classifier"]}, []),
-        ({"target_parameters": ["classifier.0.weight"]}, ["classifier.1"]),
+        (
+            {"target_modules": "all-linear", "target_parameters": ["classifier.0.weight"]},
+            ["classifier.1"],
+        ),
+        ({"target_parameters": ["classifier.0.weight"]}, []),
     ],
 )
 def test_a_head_that_trains_is_not_said_to_be_frozen(options, left_out):
@@ -271,7 +275,9 @@ ERRORS = {  # options, error type, sentences in order
             "target_modules ['attn.q', 'vv', 'mlpp.2']: 2 of 3 names matched nothing.",
             "'vv'",
             "'mlpp.2'",
-            "Adaptable names in this model: embed x1, q x2, k x2, v x2, out x2, 0 x2, 2 x2, head x1",
+            "Adaptable names in this model: embed x1, q x2, k x2, v x2, out x2, "
+            "mlp.0 x2, mlp.2 x2, "
+            "head x1",
             "Use 'all-linear' for every Linear except the output head, or list names.",
             "(lora.target_modules)",
         ],
@@ -296,12 +302,12 @@ ERRORS = {  # options, error type, sentences in order
         TargetError,
         ["'xyzzy' is unlike every name in this model."],
     ),
-    "excluded again": (
-        {"target_modules": ["q", "k"], "exclude_modules": ["q"]},
+    "all names excluded": (
+        {"target_modules": ["q", "k"], "exclude_modules": ["q", "k"]},
         TargetError,
         [
-            "1 of 2 names matched nothing.",
-            "'q' is there (layers.0.attn.q, layers.1.attn.q), but exclude_modules=['q'] takes it",
+            "exclude_modules=['q', 'k'] takes out all that target_modules=['q', 'k'] selects: ",
+            "layers.0.attn.q",
             "(lora.exclude_modules)",
         ],
     ),
@@ -470,8 +476,8 @@ def test_message(options, kind, sentences):
 def test_advice_for_a_layer_that_is_called_by_a_number():
     model = nn.ModuleDict({"body": nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 1))})
     with pytest.raises(RankError, match=r"rank_pattern: \{'body.1': 1\}.*\['body.1'\]"):
-        inject_adapter(model, LoraConfig(r=8))
-    inject_adapter(model, LoraConfig(r=8, rank_pattern={"body.1": 1}))
+        inject_adapter(model, LoraConfig(r=8, target_modules=["0", "1"]))
+    inject_adapter(model, LoraConfig(r=8, target_modules=["0", "1"], rank_pattern={"body.1": 1}))
 
 
 def test_all_linear_without_a_linear():

@@ -153,6 +153,21 @@ def test_fit_and_resume(mode: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("on_cpu")
+def test_a_frozen_teacher_stays_frozen_when_it_is_quantised(tmp_path: Path) -> None:
+    class WithTeacher(Wide):
+        def __init__(self) -> None:
+            super().__init__()
+            self.teacher = nn.Linear(WIDTH, WIDTH).requires_grad_(False)
+
+    module = WithTeacher()
+    for _ in range(2):  # quantised in the first run, so in the second
+        callback = LoraCallback(r=2)
+        make_trainer(tmp_path, callback, plugins=plugin("nf4")).fit(module, Data())
+        assert list(callback._selection.targets) == ["embed", "body.2", "head"]
+        assert list(callback._selection.passed_over.frozen) == ["teacher"]
+
+
+@pytest.mark.usefixtures("on_cpu")
 def test_quantised_once(tmp_path: Path, monkeypatch: Any) -> None:
     seen: list[tuple[int, ...]] = []
     original = bnb.functional.quantize_4bit

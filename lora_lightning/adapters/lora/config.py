@@ -33,9 +33,9 @@ class LoraConfig(RankedConfig):
             QR, less what they start with; "eva": A from what the layers read in the first
             batches, with ranks to match; "loftq": from what rounding took from the weights of a
             base in 4 or 8 bits; false: A and B both random, for tests.
-        target_parameters: Names of parameters to adapt beside the modules, matrices or stacks of
-            them: "experts.gate_up_proj" for the fused experts of a mixture, say. To adapt only
-            these, set target_modules to [].
+        target_parameters: Names of parameters to adapt, matrices or stacks of them:
+            "experts.gate_up_proj" for the fused experts of a mixture, say; beside the modules if
+            target_modules is given, too.
         eva_config: Options of init_lora_weights="eva".
         loftq_config: Options of init_lora_weights="loftq", which needs them.
         trainable_token_indices: Token ids whose rows of the input embeddings train in full (and of
@@ -107,6 +107,9 @@ class LoraConfig(RankedConfig):
                 raise ConfigError(
                     "trainable_token_indices names a token twice. (lora.trainable_token_indices)"
                 )
+
+    def _targets_by_default(self) -> list[str] | str:
+        return [] if self.target_parameters else super()._targets_by_default()
 
     def _targets_something(self) -> bool:
         return bool(self.target_modules or self.trainable_token_indices or self.target_parameters)

@@ -73,6 +73,10 @@ class LowRankAdapter(DeltaAdapter):
         copy_full(self.lora_A, a)
         copy_full(self.lora_B, b)
 
+    def fitted_rank(self) -> int | None:
+        """Return the rank where it was lowered to what the weight allows; None: as asked."""
+        return None if self.r == self.spec.rank() else self.r
+
     def factors(self) -> tuple[Tensor, Tensor]:
         """A (k, in) and B (out, k) of the update scaling * B A, as matrices."""
         raise NotImplementedError

@@ -26,6 +26,7 @@ from lora_lightning.checkpoint.peft.config import OWN, PEFT_TYPES, TOKENS, WITH_
 from lora_lightning.checkpoint.peft.file_content import exact_names
 from lora_lightning.checkpoint.peft.keys import also_saved_by_peft
 from lora_lightning.checkpoint.peft.relocation import moved_config
+from lora_lightning.engine.construction import fitted_ranks
 from lora_lightning.engine.injection import adapters_named
 from lora_lightning.errors import first_few
 from lora_lightning.layers.conv1d import is_conv1d
@@ -70,7 +71,7 @@ def describe(model: nn.Module, adapter_name: str) -> Description:
             "only rows of embeddings train, for which PEFT has a type without other options: the "
             "same tokens in every table, no modules_to_save and no bias"
         )
-    options = config.file_options()
+    options = config.with_ranks(fitted_ranks(adapters)).file_options()
     # What was selected, in so many words: PEFT's rules for "all-linear" depend on the model.
     options |= dict.fromkeys(SELECTION)
     outs = {f"{p}.out_proj" for p in targets if isinstance(layers[p], nn.MultiheadAttention)}

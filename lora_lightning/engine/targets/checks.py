@@ -8,19 +8,27 @@ from dataclasses import replace
 
 from torch import nn
 
-from lora_lightning.adapters.config import ALL_LINEAR, AdapterConfig
-from lora_lightning.engine.targets.hints import linear_names, near
+from lora_lightning.adapters.config import ALL_LAYERS, ALL_LINEAR, AdapterConfig
+from lora_lightning.engine.targets.hints import adaptable, linear_names, near
 from lora_lightning.engine.targets.matching import (
     is_excluded,
     layer_index,
     matches_name,
+    matches_target,
     wanted_layers,
 )
 from lora_lightning.errors import TargetError, first_few
 
+_OTHER_KINDS = f"{ALL_LAYERS!r} takes in convolutions, embeddings and attentions, too."
 
-def check_something_is_left(candidates: Collection[str], config: AdapterConfig) -> None:
-    """Refuse options that take out all `candidates`, which target_modules selects."""
+
+def check_something_is_left(
+    candidates: Collection[str], config: AdapterConfig, more: str = ""
+) -> None:
+    """Refuse options that take out all `candidates`, which target_modules selects.
+
+    `more` is said at the end.
+    """
     if not candidates or not all(is_excluded(config, path) for path in candidates):
         return
     alone = replace(config, modules_to_save=None)
@@ -31,6 +39,7 @@ def check_something_is_left(candidates: Collection[str], config: AdapterConfig) 
     raise TargetError(
         f"{option}={value!r} takes out all that target_modules={config.target_modules!r} selects: "
         f"{first_few(candidates)}. Name fewer modules there, or other targets. (lora.{option})"
+        f"{more}"
     )
 
 
@@ -38,7 +47,7 @@ def check_every_target_matched(
     modules: dict[str, nn.Module], targets: dict[str, nn.Module], config: AdapterConfig
 ) -> None:
     """Refuse listed names, or an expression, that select no module, and say why they do not."""
-    wanted = config.target_modules
+    wanted = config.target_modules or []
     if isinstance(wanted, str):
         if targets:
             return
@@ -47,14 +56,18 @@ def check_every_target_matched(
         hint = (
             f" As a name it would match {len(by_name)} modules: write it as a list, [{wanted!r}]."
             if by_name
-            else near(wanted, modules)
+            else near(wanted, adaptable(modules))
         )
         raise TargetError(
             f"target_modules {wanted!r}, a regular expression over whole paths, matched nothing."
             f"{hint}\n  {linear_names(modules)}\n"
-            f"Use {ALL_LINEAR!r} for every Linear except the output head. (lora.target_modules)"
+            f"Use {ALL_LINEAR!r} for every Linear except the output head. {_OTHER_KINDS} "
+            "(lora.target_modules)"
         )
-    unmatched = [name for name in wanted if not any(matches_name(name, path) for path in targets)]
+    if not targets:
+        check_something_is_left([p for p in modules if matches_target(config, p)], config)
+    named = {*targets, *(path for path in modules if _is_put_aside(path, config))}
+    unmatched = [name for name in wanted if not any(matches_name(name, p) for p in named)]
     if not unmatched:
         return
     lines = [
@@ -66,15 +79,19 @@ def check_every_target_matched(
         if outside:
             lines.append(f"  {name!r} {_why_not(outside, config)}")
         else:
-            lines.append(
-                f"  {name!r}{near(name, modules) or ' is unlike every name in this model.'}"
-            )
+            hint = near(name, adaptable(modules))
+            lines.append(f"  {name!r}{hint or ' is unlike every name in this model.'}")
     lines.append(f"  {linear_names(modules)}")
     lines.append(
         f"Use {ALL_LINEAR!r} for every Linear except the output head, or list names. "
-        "(lora.target_modules)"
+        f"{_OTHER_KINDS} (lora.target_modules)"
     )
     raise TargetError("\n".join(lines))
+
+
+def _is_put_aside(path: str, config: AdapterConfig) -> bool:
+    """True if `exclude_modules` takes a target out: a wish, as in PEFT, where others are left."""
+    return matches_target(config, path) and is_excluded(replace(config, modules_to_save=None), path)
 
 
 def _why_not(paths: list[str], config: AdapterConfig) -> str:
@@ -83,9 +100,6 @@ def _why_not(paths: list[str], config: AdapterConfig) -> str:
     saved = config.modules_to_save or ()
     if any(matches_name(name, path) for name in saved for path in paths):
         return f"is in modules_to_save already ({first_few(paths, 2)})"
-    if any(is_excluded(config, path) for path in paths):
-        excluded = f"{there} exclude_modules={config.exclude_modules!r} takes it out"
-        return f"{excluded} (lora.exclude_modules)"
     layers = sorted({i for p in paths if (i := layer_index(config, p)) is not None})
     if layers:
         return (

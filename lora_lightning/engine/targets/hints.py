@@ -11,25 +11,36 @@ from lora_lightning.errors import did_you_mean
 from lora_lightning.layers.registry import SUPPORTED, layer_type_for
 
 
-def near(name: str, modules: Iterable[str]) -> str:
-    """The name nearest to `name`, as the end of a sentence; empty where nothing is near."""
-    paths = list(modules)
-    last_parts = Counter(path.rpartition(".")[2] for path in paths)
-    near = did_you_mean(name.rpartition(".")[2], last_parts) or did_you_mean(name, paths)
+def near(name: str, paths: Iterable[str]) -> str:
+    """The name nearest to `name`, as the end of a sentence; empty where nothing else is near."""
+    paths = [path for path in paths if path != name]
+    names = Counter(shown_name(path) for path in paths)
+    del names[name]  # it is there, and not what is wanted
+    near = did_you_mean(shown_name(name), names) or did_you_mean(name, paths)
     if near is None:
         return ""
-    count = last_parts.get(near, 1)
+    count = names.get(near, 1)
     return f" -> did you mean {near!r} ({count} {'module' if count == 1 else 'modules'})?"
 
 
+def adaptable(modules: dict[str, nn.Module]) -> list[str]:
+    """The paths of the modules that an adapter can sit on."""
+    return [path for path, module in modules.items() if layer_type_for(module)]
+
+
 def linear_names(modules: dict[str, nn.Module]) -> str:
-    """The last parts of the paths of all adaptable modules, with how often each occurs."""
-    names = Counter(
-        path.rpartition(".")[2] for path, module in modules.items() if layer_type_for(module)
-    )
+    """The names of all adaptable modules as one would type them, with how often each occurs."""
+    names = Counter(map(shown_name, adaptable(modules)))
     if not names:
         return f"This model has no module of an adaptable kind ({SUPPORTED})."
     return f"Adaptable names in this model: {_counts(names)}"
+
+
+def shown_name(path: str) -> str:
+    """The last part of a path; where that is only a number (Sequential), with what it counts in."""
+    parts = path.split(".")
+    named = [index for index, part in enumerate(parts) if not part.isdigit()]
+    return ".".join(parts[named[-1] if named else 0 :])
 
 
 def kinds_in(modules: dict[str, nn.Module]) -> str:

@@ -14,7 +14,7 @@ def matches_name(name: str, path: str) -> bool:
 
 def matches_target(config: AdapterConfig, path: str) -> bool:
     """True if `target_modules` (with `layers_to_transform`) selects `path`."""
-    targets = config.target_modules
+    targets = config.target_modules or []
     if isinstance(targets, str):
         return re.fullmatch(targets, path) is not None
     if path in targets:  # a whole path overrules the layer filter, as in PEFT

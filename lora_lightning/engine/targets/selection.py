@@ -6,21 +6,21 @@ what happens to a name that selects nothing: there it is dropped, here it is an 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
-from lora_lightning.adapters.config import ALL_LINEAR, AdapterConfig
+from lora_lightning.adapters.config import AdapterConfig
 from lora_lightning.adapters.registry import classes_for
 from lora_lightning.engine.targets import checks
-from lora_lightning.engine.targets.embeddings import input_embeddings, output_heads
-from lora_lightning.engine.targets.hints import kinds_in, linear_names, near
+from lora_lightning.engine.targets.defaults import LeftOut, is_within, select_by_default
+from lora_lightning.engine.targets.embeddings import input_embeddings
+from lora_lightning.engine.targets.hints import linear_names, near, shown_name
 from lora_lightning.engine.targets.matching import is_excluded, matches_name, matches_target
+from lora_lightning.engine.targets.outputs import output_obstacle
 from lora_lightning.engine.targets.parameters import select_parameters
 from lora_lightning.errors import TargetError, first_few
-from lora_lightning.layers.conv1d import is_conv1d
 from lora_lightning.layers.conversion import check_convertible
 from lora_lightning.layers.multihead_attention import attention_obstacle
 from lora_lightning.layers.registry import SUPPORTED, layer_type_for
@@ -36,7 +36,8 @@ class Selection:
         parameters: Of the targets that are adapted by parameter (`target_parameters`), the names
             of those parameters, by path.
         saved: Modules to train as a copy (`modules_to_save`), by path.
-        left_out: Output heads that "all-linear" leaves alone.
+        left_out: Output heads that "all-linear" and "all-layers" leave alone.
+        passed_over: All that these two leave alone, with the reasons.
         attentions: Path of the attention by path of every `out_proj` that is adapted only because
             the attention was named.
         tokens: Ids of the tokens whose rows train, by path of the embedding.
@@ -48,6 +49,7 @@ class Selection:
     parameters: dict[str, list[str]] = field(default_factory=dict)
     saved: dict[str, nn.Module] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
+    passed_over: LeftOut = field(default_factory=LeftOut)
     attentions: dict[str, str] = field(default_factory=dict)
     tokens: dict[str, list[int]] = field(default_factory=dict)
     tied: dict[str, str] = field(default_factory=dict)
@@ -67,23 +69,10 @@ def select_modules(model: nn.Module, config: AdapterConfig) -> Selection:
     _select_tokens(model, modules, config, selection)
     if not config.target_modules:
         pass  # only tokens or parameters train
-    elif config.target_modules == ALL_LINEAR:
-        heads, candidates = output_heads(model), []
-        for path, module in modules.items():
-            if not (isinstance(module, nn.Linear) or is_conv1d(module)) or path in obstacles:
-                continue
-            if _is_within(path, heads):
-                selection.left_out.append(path)
-                continue
-            candidates.append(path)
-            if not is_excluded(config, path):
-                selection.targets[path] = module
-        if not selection.targets:
-            checks.check_something_is_left(candidates, config)
-            raise TargetError(
-                f"target_modules 'all-linear' matched nothing: {kinds_in(modules)}. "
-                f"Adaptable kinds: {SUPPORTED}; name modules explicitly. (lora.target_modules)"
-            )
+    elif config.names_no_module:
+        found = select_by_default(model, modules, config, selection.tokens, obstacles)
+        selection.targets, selection.passed_over = found
+        selection.left_out = selection.passed_over.heads
     else:
         selection.targets = {
             path: module
@@ -108,12 +97,8 @@ def select_modules(model: nn.Module, config: AdapterConfig) -> Selection:
         _check_adaptable(path, module, modules, config, obstacles)
     selection.targets |= {path: modules[path] for path in selection.parameters}
     trained = {*selection.saved, *selection.targets, *selection.tied}
-    selection.left_out = [p for p in selection.left_out if not _is_within(p, trained)]
+    selection.left_out = [p for p in selection.left_out if not is_within(p, trained)]
     return selection
-
-
-def _is_within(path: str, others: Iterable[str]) -> bool:
-    return any(path == other or path.startswith(other + ".") for other in others)
 
 
 def _select_saved(
@@ -123,10 +108,11 @@ def _select_saved(
     for name in config.modules_to_save or ():
         found = {path: module for path, module in modules.items() if matches_name(name, path)}
         if not found:
+            trainable = [path for path, module in modules.items() if [*module.parameters()]]
             top = first_few([path for path in modules if path.count(".") <= 1], 12)
             raise TargetError(
-                f"modules_to_save {name!r} matched nothing.{near(name, modules)} Names at the top "
-                f"of this model: {top or 'none'}. (lora.modules_to_save)"
+                f"modules_to_save {name!r} matched nothing.{near(name, trainable)} Names at the "
+                f"top of this model: {top or 'none'}. (lora.modules_to_save)"
             )
         for path, module in found.items():
             if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
@@ -166,11 +152,12 @@ def _select_tokens(
         wanted = {embeddings[0]: wanted}
     for name, ids in wanted.items():
         found = [path for path in modules if matches_name(name, path)]
-        paths = [path for path in found if isinstance(modules[path], nn.Embedding)]
+        tables = [path for path in modules if isinstance(modules[path], nn.Embedding)]
+        paths = [path for path in found if path in tables]
         if not paths:
             kind = f" is a {type(modules[found[0]]).__name__}," if found else " matched nothing,"
             raise TargetError(
-                f"trainable_token_indices {name!r}{kind} no nn.Embedding.{near(name, modules)} "
+                f"trainable_token_indices {name!r}{kind} no nn.Embedding.{near(name, tables)} "
                 "(lora.trainable_token_indices)"
             )
         for path in paths:
@@ -205,6 +192,13 @@ def _check_adaptable(
             f"target_modules selects {path!r}, a {type(module).__name__}, which cannot carry an "
             f"adapter. Adaptable kinds: {SUPPORTED}. To train it in full, list it in "
             f"modules_to_save instead.\n  {linear_names(modules)}\n(lora.target_modules)"
+        )
+    reason = output_obstacle(module)
+    if reason is not None:
+        raise TargetError(
+            f"target_modules selects {path!r}, a {type(module).__name__}, but {reason}: there is "
+            f"nothing that an adapter's output could be added to. Leave it out: exclude_modules: "
+            f"[{shown_name(path)}]. (lora.target_modules)"
         )
     kinds = classes_for(config)
     if layer_type.kind not in kinds:
