@@ -93,6 +93,49 @@ def fingerprint_difference(saved: Fingerprint, found: Fingerprint) -> list[str]:
     return sorted(lines)
 
 
+def base_mismatch(whose: str, model: nn.Module, saved: Fingerprint, found: Fingerprint) -> str:
+    """What to say of adapters whose base is not `model`, with the fingerprint `found`; else ""."""
+    lines = fingerprint_difference(saved, found)
+    if not lines:
+        return ""
+    dtypes = _other_precision(model, saved, found)
+    if dtypes is not None:
+        there, here, verb = dtypes
+        return (
+            f"{whose} were trained on a base in {there}, and this one, which {verb} the same, is "
+            f"in {here}: its values are rounded otherwise. Nothing was loaded. Load the base in "
+            f"{there}. (model.dtype, trainer.precision)"
+        )
+    shown = "".join(f"\n  {line}" for line in lines[:4]) + ("\n  ..." if len(lines) > 4 else "")
+    return (
+        f"{whose} were trained on another base model; nothing was loaded. {len(lines)} of "
+        f"{len(saved)} base tensors differ:{shown}\nLoad the base that they were trained on, in "
+        "the same precision; a base with random weights needs the same seed. (model)"
+    )
+
+
+def _other_precision(
+    model: nn.Module, saved: Fingerprint, found: Fingerprint
+) -> tuple[str, str, str] | None:
+    """(dtype there, dtype here, "is" or "can be") where precision explains every difference."""
+    names = [name for name in saved.keys() & found.keys() if saved[name][2] != found[name][2]]
+    if len(fingerprint_difference(saved, found)) > len(names):
+        return None
+    tensors = dict(base_tensors(model))
+    verb = "is"
+    for name in names:
+        there, here = (getattr(torch, base[name][1], None) for base in (saved, found))
+        dtypes = isinstance(there, torch.dtype) and isinstance(here, torch.dtype)
+        if not dtypes or there == here or not (there.is_floating_point and here.is_floating_point):
+            return None
+        if there.itemsize >= here.itemsize or name not in tensors:
+            verb = "can be"  # what was rounded away here cannot be compared
+        elif digest(tensors[name].to(there)) != saved[name][2]:
+            return None
+    first = sorted(names)[0]
+    return saved[first][1], found[first][1], verb
+
+
 def digest(tensor: Tensor, limit: int | None = SAMPLE) -> str:
     """Hex digest of `limit` evenly spaced values (None: of all)."""
     flat = full_tensor(tensor.detach()).reshape(-1)

@@ -17,7 +17,7 @@ from torch import nn
 from lora_lightning.adapters.config import SELECTION, AdapterConfig
 from lora_lightning.adapters.registry import config_type_of
 from lora_lightning.checkpoint.compatibility import check_values, tensor_differences
-from lora_lightning.checkpoint.fingerprint import base_fingerprint, fingerprint_difference
+from lora_lightning.checkpoint.fingerprint import base_fingerprint, base_mismatch
 from lora_lightning.checkpoint.moved_state import load_moved, moved_differences, without_place
 from lora_lightning.checkpoint.peft.config import CONFIG, TENSORS, made_from
 from lora_lightning.checkpoint.peft.file_content import exact_names
@@ -154,14 +154,16 @@ def _load_checkpoint(
     saved = {k.removeprefix(prefix): v for k, v in base.items() if k.startswith(prefix)}
     found = base_fingerprint(model)
     shared = saved.keys() & found.keys()
-    same = shared - moved.keys()
-    lines = fingerprint_difference({k: saved[k] for k in same}, {k: found[k] for k in same})
-    if lines or not shared:
+    whose = f"The adapters of {str(file)!r}"
+    if not shared:
         raise AdapterMismatchError(
-            f"The adapters of {str(file)!r} were trained on another base model; nothing was "
-            f"loaded. {len(lines) or 'All'} of {len(saved)} base tensors differ:\n  "
-            + "\n  ".join(lines[:4])
+            f"{whose} were trained on another base model; nothing was loaded. None of its "
+            f"{len(saved)} tensors is one of this {type(model).__name__}."
         )
+    same = shared - moved.keys()
+    text = base_mismatch(whose, model, {k: saved[k] for k in same}, {k: found[k] for k in same})
+    if text:
+        raise AdapterMismatchError(text)
     return FromFile(list(wanted.values()), moved)
 
 

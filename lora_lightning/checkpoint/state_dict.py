@@ -16,6 +16,8 @@ from lora_lightning.utilities.wrappers import plain_name
 
 KEY = "lora_lightning"  # under which a Lightning checkpoint says whose adapters it holds
 FORMAT = 1  # of what it says there
+# Under which a LightningModule without hyperparameters says how it is made again.
+OPTIONS = "module_options"
 
 
 def adapter_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:

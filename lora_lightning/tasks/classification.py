@@ -78,6 +78,17 @@ class Classification(PretrainedTask):
                 class_names.check_trained_head(self.model_name, hub, self.label_names)
             self.add_metrics(self.label_names)
 
+    def options_to_keep(self) -> dict[str, Any]:
+        """Add the classes, as they are now known, and what trains on them."""
+        found = super().options_to_keep()
+        own = {
+            "label_names": self.label_names,
+            "head_learning_rate": self.head_learning_rate,
+            "label_smoothing": self.label_smoothing,
+            "class_weights": self.class_weights or None,
+        }
+        return {**found, **own} if found else {}
+
     def add_metrics(self, names: list[str]) -> None:
         """Accuracy, and macro F1 of what is evaluated."""
         for stage in ("train", "val", "test"):

@@ -15,7 +15,7 @@ from lora_lightning.tasks.pretrained_task import Batch, PretrainedTask
 from lora_lightning.training._lightning import trainer_of
 from lora_lightning.utilities.constants import IGNORE_INDEX
 from lora_lightning.utilities.dtensor import is_sharded
-from lora_lightning.utilities.hub import load_pretrained
+from lora_lightning.utilities.hub import durable_name, load_pretrained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -55,6 +55,28 @@ class LanguageModel(PretrainedTask):
         self.tokens_seen = 0
         self.lm_loss = LMLoss()
         self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._tokenizer_name = model
+
+    def options_to_keep(self) -> dict[str, Any]:
+        """Add those of generation, but for objects, which no checkpoint may hold."""
+        found = super().options_to_keep()
+        plain = {k: v for k, v in self.generation.items() if _is_plain(v)}
+        own = {"max_new_tokens": self.max_new_tokens, "generation": plain or None}
+        return {**found, **own} if found else {}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the name of the tokenizer that the texts were read with."""
+        super().on_save_checkpoint(checkpoint)
+        tokenizer = self._tokenizer_of_data() or self._tokenizer
+        name = self._tokenizer_name if tokenizer is None else tokenizer.name_or_path
+        checkpoint["tokenizer"] = durable_name(name or self._tokenizer_name)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the tokenizer that the texts were read with; with a Trainer, it is the data's."""
+        super().on_load_checkpoint(checkpoint)
+        name = checkpoint.get("tokenizer")
+        if isinstance(name, str) and name != self._tokenizer_name:
+            self._tokenizer, self._tokenizer_name = None, name
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
         """Select the network's inputs from a batch."""
@@ -134,14 +156,18 @@ class LanguageModel(PretrainedTask):
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The data module's tokenizer where it has one, else the model's own."""
-        data = getattr(trainer_of(self), "datamodule", None)
-        theirs: PreTrainedTokenizerBase | str | None = getattr(data, "tokenizer", None)
-        if theirs is not None and not isinstance(theirs, str):
+        theirs = self._tokenizer_of_data()
+        if theirs is not None:
             return theirs
         if self._tokenizer is None:
             hub = self.options.hub()
-            self._tokenizer = load_pretrained("AutoTokenizer", self.model_name, **hub)
+            self._tokenizer = load_pretrained("AutoTokenizer", self._tokenizer_name, **hub)
         return self._tokenizer
+
+    def _tokenizer_of_data(self) -> PreTrainedTokenizerBase | None:
+        data = getattr(trainer_of(self), "datamodule", None)
+        found: PreTrainedTokenizerBase | str | None = getattr(data, "tokenizer", None)
+        return None if isinstance(found, str) else found
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[str]:
         """The text that the model writes for each prompt of a batch."""
@@ -187,6 +213,14 @@ class LanguageModel(PretrainedTask):
     def written(self, generated: Tensor, input_ids: Tensor) -> Tensor:
         """Select what is not the prompt from generated ids (B, L)."""
         return generated
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return all(isinstance(k, str) and _is_plain(v) for k, v in value.items())
+    return value is None or isinstance(value, (bool, int, float, str))
 
 
 def _positions_left(network: Any, length: int) -> float:

@@ -7,12 +7,13 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+import torch
 from lightning.pytorch import Trainer
 
 from lora_lightning.errors import ConfigError, nearest_hint
 from lora_lightning.training.strategies.fsdp2 import is_fsdp, is_model_parallel
 
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 Quantization = Literal["nf4", "fp4", "int8"]
 
 # What Lightning's precisions turn a module's weights into.
@@ -89,6 +90,12 @@ class ModelOptions:
                 "adapters train. Train the whole network (lora.enabled: false), or take "
                 "pretrained=false out. (model.pretrained, lora.enabled)"
             )
+
+
+def weights_of(precision: object) -> torch.dtype | None:
+    """What a Trainer with this precision casts a module to, buffers and all; None for no cast."""
+    name = _WEIGHTS.get(precision) if isinstance(precision, str) else None
+    return None if name is None else getattr(torch, name)
 
 
 def check_choice(option: str, value: str | None, choices: object) -> None:

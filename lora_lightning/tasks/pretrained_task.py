@@ -10,6 +10,7 @@ from lightning.pytorch import Callback
 from torch import Tensor, nn
 
 from lora_lightning.adapters.base import Adapter
+from lora_lightning.checkpoint.state_dict import OPTIONS
 from lora_lightning.errors import ConfigError, first_few
 from lora_lightning.layers.traversal import adapter_owners
 from lora_lightning.tasks.evaluation import Evaluation
@@ -22,13 +23,14 @@ from lora_lightning.tasks.lr_schedule import (
     count_steps,
     is_trial,
 )
-from lora_lightning.tasks.model_options import Dtype, ModelOptions, Quantization
+from lora_lightning.tasks.model_options import Dtype, ModelOptions, Quantization, weights_of
 from lora_lightning.tasks.network import build_network
 from lora_lightning.tasks.sharding import data_parallel_mesh
 from lora_lightning.training._lightning import trainer_of
 from lora_lightning.training.module_state import callbacks_of
 from lora_lightning.training.optimizers import may_be_fused
 from lora_lightning.training.progress import TrainingProgress
+from lora_lightning.utilities.hub import durable_name
 
 Batch = dict[str, Tensor]
 
@@ -49,9 +51,9 @@ class PretrainedTask(Evaluation):
         warmup_fraction: Share of all steps, 0 <= fraction <= 1, in which the learning rate rises
             linearly from 0 to its peak. Steps are the optimizer's, also under accumulation.
         warmup_steps: Their number, in place of `warmup_fraction`.
-        dtype: Of the network's weights: `float32`, `bfloat16`, `float16`, or `auto`, the one they
-            were saved in. Default: what the Trainer's precision says. What trains is float32 in any
-            case where adapters do.
+        dtype: Of the network's weights: `float32`, `bfloat16`, `float16`, `float64`, or `auto`, the
+            one they were saved in. Default: what the Trainer's precision says. What trains is
+            float32 in any case where adapters do.
         attn_implementation: How attention is computed: `sdpa` (mostly the default), `eager`,
             `flash_attention_2`, ... as in transformers.
         quantize: Round the weights of all Linears but the head: `nf4` or `fp4` (4 bits, with double
@@ -131,6 +133,39 @@ class PretrainedTask(Evaluation):
         """Return a task's own options of `from_pretrained`."""
         return {}
 
+    def options_to_keep(self) -> dict[str, Any]:
+        """Return the options that make the task again, without its Trainer and data.
+
+        A checkpoint has them for `load_from_checkpoint`. Not `trust_remote_code` (a file cannot say
+        whom to trust) and `compile`. A task with an `__init__` of its own, which may take others,
+        keeps what it returns here: by default nothing.
+        """
+        init = next(cls for cls in type(self).__mro__ if "__init__" in vars(cls))
+        if not init.__module__.startswith(f"{__package__}."):
+            return {}
+        how = self.options
+        return {
+            "model": durable_name(self.model_name),
+            "learning_rate": self.learning_rate,
+            "weight_decay": self.weight_decay,
+            "lr_schedule": self.lr_schedule,
+            "warmup_fraction": self.warmup_fraction,
+            "warmup_steps": self.warmup_steps,
+            "dtype": self._base_dtype() or how.dtype,
+            "attn_implementation": how.attn_implementation,
+            "quantize": how.quantize,
+            "gradient_checkpointing": how.gradient_checkpointing,
+            "pretrained": how.pretrained,
+            "revision": how.revision,
+        }
+
+    def _base_dtype(self) -> str | None:
+        """Of the weights as they are, whoever has chosen it; None before there are any."""
+        adapters = adapter_owners(self)
+        weights = (p for p in self.parameters() if id(p) not in adapters)
+        found = next((p.dtype for p in weights if p.is_floating_point()), None)
+        return None if found is None else str(found).removeprefix("torch.")
+
     def configure_callbacks(self) -> list[Callback]:
         """Throughput, learning rate and memory while training, unless the Trainer has it."""
         there = any(isinstance(c, TrainingProgress) for c in self.trainer.callbacks)  # type: ignore[attr-defined]
@@ -169,13 +204,21 @@ class PretrainedTask(Evaluation):
                 config.scheduler.begin(count_steps(self.trainer), is_trial(self.trainer))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the weight decay, which parameters are grouped by."""
+        """Keep the options, and the weight decay, which parameters are grouped by."""
         super().on_save_checkpoint(checkpoint)
+        checkpoint[OPTIONS] = self.options_to_keep()
+        checkpoint["precision"] = str(self.trainer.precision)
         checkpoint["weight_decay"] = self.weight_decay
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse to train on with another weight decay: the optimizer goes on with its own."""
+        """Refuse to train on with another weight decay: the optimizer goes on with its own.
+
+        Without a Trainer, cast as the one of the run did, which casts buffers as well.
+        """
         super().on_load_checkpoint(checkpoint)
+        cast = weights_of(checkpoint.get("precision"))
+        if cast is not None and trainer_of(self) is None:
+            self.to(cast)
         saved = checkpoint.get("weight_decay", self.weight_decay)  # older checkpoints: not known
         trains = trainer_of(self) is not None and self.trainer.state.fn == "fit"
         if trains and saved != self.weight_decay:

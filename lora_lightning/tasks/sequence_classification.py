@@ -30,3 +30,18 @@ class SequenceClassification(Classification):
             # finds by this id; its config has often none, or another than the tokenizer.
             network: Any = self.network
             network.config.get_text_config().pad_token_id = padding
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the token that pads, by which a decoder finds the last one of a text."""
+        super().on_save_checkpoint(checkpoint)
+        network: Any = self.network
+        if network is not None:
+            checkpoint["pad_token_id"] = network.config.get_text_config().pad_token_id
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Pad with the checkpoint's token; with a Trainer, it is the data's."""
+        super().on_load_checkpoint(checkpoint)
+        padding = checkpoint.get("pad_token_id")
+        if isinstance(padding, int) and trainer_of(self) is None:
+            network: Any = self.network
+            network.config.get_text_config().pad_token_id = padding

@@ -41,6 +41,12 @@ def resolve_model_path(name: str, key: str = "model.model") -> str:
     return name
 
 
+def durable_name(name: str) -> str:
+    """`name` as it is found from any working directory: a local folder by its whole path."""
+    folder = Path(name).expanduser()
+    return str(folder.absolute()) if folder.is_dir() else name
+
+
 def load_pretrained(auto_class: str, name: str, key: str = "model.model", **options: Any) -> Any:
     """`transformers.<auto_class>.from_pretrained` for any name that `resolve_model_path` knows.
 

@@ -120,7 +120,8 @@ def auto_mapping(model: nn.Module) -> dict[str, str]:
 
 def plain_class(model: nn.Module) -> type:
     """The first class of `model` that can be imported, not one that FSDP or this library made."""
-    for found in type(model).__mro__:
+    classes: tuple[type, ...] = type(model).__mro__
+    for found in classes:
         if issubclass(found, CarriedAdapters):
             continue
         home = sys.modules.get(found.__module__)

@@ -12,9 +12,10 @@ from torch import nn
 
 from lora_lightning.checkpoint.loading import load_adapter
 from lora_lightning.checkpoint.single_file import read_adapter_checkpoint
-from lora_lightning.checkpoint.state_dict import KEY
+from lora_lightning.checkpoint.state_dict import KEY, OPTIONS
 from lora_lightning.engine.injection import delete_adapter
 from lora_lightning.engine.switching import adapter_names, set_adapter
+from lora_lightning.errors import CheckpointError
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -26,7 +27,8 @@ def load_from_checkpoint(
 
     The module is made from the checkpoint's hyperparameters, on the CPU; it brings its own base,
     which has to be the one that the adapters were trained on. Then they are put on and act. No
-    LoraCallback and no Trainer is needed.
+    LoraCallback and no Trainer is needed. The tasks of this library keep their own options, and the
+    precision of their base, in every checkpoint: with the same model at hand, the file is enough.
 
     Args:
         module_class: The LightningModule's class, unchanged.
@@ -50,6 +52,14 @@ def load_from_checkpoint(
     tensors = owned | checkpoint[KEY]["base"].keys()
     state = checkpoint["state_dict"]
     checkpoint["state_dict"] = {key: state[key] for key in state if key not in tensors}
+    options = checkpoint.get(OPTIONS, {})
+    if not isinstance(options, dict):
+        raise CheckpointError(
+            f"{str(checkpoint_path)!r} is damaged: its entry {OPTIONS!r} does not say how the "
+            "module is made."
+        )
+    if options:
+        checkpoint["hyper_parameters"] = {**checkpoint.get("hyper_parameters", {}), **options}
     rest = io.BytesIO()
     torch.save(checkpoint, rest)
     rest.seek(0)

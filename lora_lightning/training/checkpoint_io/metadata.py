@@ -18,6 +18,7 @@ from lora_lightning.checkpoint.compatibility import (
 from lora_lightning.checkpoint.fingerprint import (
     Fingerprint,
     base_fingerprint,
+    base_mismatch,
     fingerprint_difference,
 )
 from lora_lightning.checkpoint.moved_state import moved_differences, tensor_places, without_place
@@ -149,7 +150,7 @@ def check_checkpoint(
     )
     # First what both bases have: where that differs, adapters differ as a consequence only.
     shared = saved_base.keys() & own_base.keys()
-    _check_base({k: saved_base[k] for k in shared}, {k: own_base[k] for k in shared})
+    _check_base({k: saved_base[k] for k in shared}, {k: own_base[k] for k in shared}, module)
     differences = _adapter_differences(metadata["adapters"], state, module, callbacks)
     if differences:
         raise AdapterMismatchError(
@@ -158,7 +159,7 @@ def check_checkpoint(
             + "\nUse the options that the checkpoint was trained with, or start a new run without "
             "ckpt_path."
         )
-    _check_base(saved_base, own_base)
+    _check_base(saved_base, own_base, module)
     _check_moved(module, moved)
     if diverged := not_finite(state, owned):
         rank_zero_warn(
@@ -186,16 +187,10 @@ def _check_moved(module: LightningModule, moved: Mapping[str, Any]) -> None:
         )
 
 
-def _check_base(saved: Fingerprint, own: Fingerprint) -> None:
-    lines = fingerprint_difference(saved, own)
-    if lines:
-        shown = "".join(f"\n  {line}" for line in lines[:4]) + ("\n  ..." if len(lines) > 4 else "")
-        raise AdapterMismatchError(
-            "The checkpoint's adapters were trained on another base model; nothing was loaded. "
-            f"{len(lines)} of {len(saved)} base tensors differ:{shown}\n"
-            "Load the base that they were trained on, in the same precision; a base with random "
-            "weights needs the same seed. (model)"
-        )
+def _check_base(saved: Fingerprint, own: Fingerprint, module: nn.Module) -> None:
+    text = base_mismatch("The checkpoint's adapters", module, saved, own)
+    if text:
+        raise AdapterMismatchError(text)
 
 
 def expect_only_adapters(module: nn.Module) -> None:
