@@ -98,6 +98,7 @@ class LoraCallback(AdapterCallback):
         self.nonfinite = nonfinite
         self.enabled = enabled
         self.autocast_adapter_dtype = autocast_adapter_dtype
+        self._new_modules: list[str] = []
         self._selection = Selection()
         self._rank_schedule = RankSchedule()  # for AdaLoRA
         self._nonfinite_guard = NonfiniteGuard(nonfinite)

@@ -124,9 +124,8 @@ def _other_precision(
     tensors = dict(base_tensors(model))
     verb = "is"
     for name in names:
-        there, here = (getattr(torch, base[name][1], None) for base in (saved, found))
-        dtypes = isinstance(there, torch.dtype) and isinstance(here, torch.dtype)
-        if not dtypes or there == here or not (there.is_floating_point and here.is_floating_point):
+        there, here = _floating(saved[name][1]), _floating(found[name][1])
+        if there is None or here is None or there == here:
             return None
         if there.itemsize >= here.itemsize or name not in tensors:
             verb = "can be"  # what was rounded away here cannot be compared
@@ -134,6 +133,11 @@ def _other_precision(
             return None
     first = sorted(names)[0]
     return saved[first][1], found[first][1], verb
+
+
+def _floating(name: str) -> torch.dtype | None:
+    dtype = getattr(torch, name, None)
+    return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else None
 
 
 def digest(tensor: Tensor, limit: int | None = SAMPLE) -> str:

@@ -27,7 +27,9 @@ from lora_lightning.tasks.model_options import Dtype, ModelOptions, Quantization
 from lora_lightning.tasks.network import build_network
 from lora_lightning.tasks.sharding import data_parallel_mesh
 from lora_lightning.training._lightning import trainer_of
-from lora_lightning.training.module_state import callbacks_of
+from lora_lightning.training.adapter_callback import AdapterCallback
+from lora_lightning.training.module_state import callbacks_of, module_state
+from lora_lightning.training.new_modules import frozen_new_parameters
 from lora_lightning.training.optimizers import may_be_fused
 from lora_lightning.training.progress import TrainingProgress
 from lora_lightning.utilities.hub import durable_name
@@ -128,6 +130,7 @@ class PretrainedTask(Evaluation):
             **self.network_options(),
         )
         self.new_parameters = {f"network.{key}" for key in new}
+        module_state(self).new_names = self.new_parameters
 
     def network_options(self) -> dict[str, Any]:
         """Return a task's own options of `from_pretrained`."""
@@ -174,13 +177,13 @@ class PretrainedTask(Evaluation):
     def on_fit_start(self) -> None:
         """Refuse to train with new weights that would stay random."""
         super().on_fit_start()
-        frozen = _frozen_for_good(self, self.new_parameters)
+        frozen = frozen_new_parameters(self, self.new_parameters)
         if frozen:
             names = sorted({name.removeprefix("network.").rpartition(".")[0] for name in frozen})
             raise ConfigError(
                 f"{first_few(sorted(frozen))}: newly initialised, because {self.model_name!r} has "
-                "no such weights, and frozen, so they would stay random. "
-                f"Train them: set lora.modules_to_save: [{', '.join(names)}]"
+                "no such weights, and frozen, so they would stay random. Train them: set "
+                f"lora.modules_to_save: [{', '.join(names)}]{_or_from_file(callbacks_of(self))}"
             )
 
     def configure_optimizers(self) -> Any:
@@ -235,16 +238,14 @@ class PretrainedTask(Evaluation):
         return [{"params": trainable, "lr": self.learning_rate}]
 
 
-def _frozen_for_good(module: nn.Module, names: set[str]) -> set[str]:
-    """Names out of `names` of parameters that are frozen and lie below no trained adapter."""
-    parameters = dict(module.named_parameters())
-    owners = adapter_owners(module)
-    adapted = {owners[id(p)] for p in parameters.values() if p.requires_grad and id(p) in owners}
-    return {
-        name
-        for name in names & parameters.keys()
-        if not parameters[name].requires_grad and adapted.isdisjoint(ancestors(name))
-    }
+def _or_from_file(callbacks: list[AdapterCallback]) -> str:
+    """What else can be done where an adapter with options of its own has been asked for."""
+    files = [callback.init_from for callback in callbacks if callback.init_from is not None]
+    return (
+        f"; {files[0]!r} has none: take one that was trained with them (lora.init_from)"
+        if files
+        else ""
+    )
 
 
 def ancestors(name: str) -> set[str]:

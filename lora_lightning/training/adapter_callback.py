@@ -32,6 +32,7 @@ class AdapterCallback(Callback, ABC):
     enabled: bool
     autocast_adapter_dtype: bool
     _requested_config: AdapterConfig  # as it was given
+    _new_modules: list[str]  # that train in full because no file had weights for them
     _selection: Selection  # the modules that carry the adapter; empty until it is attached
 
     if not TYPE_CHECKING:  # which sees the options in `__init__`

@@ -39,6 +39,7 @@ from lora_lightning.training.checkpoint_io.trained_state import load_trained_sta
 from lora_lightning.training.checks import check_base_has_values, check_no_unmanaged_adapters
 from lora_lightning.training.eva import ranks_of_checkpoint, start_values, take_over_ranks
 from lora_lightning.training.module_state import callbacks_of, module_state
+from lora_lightning.training.new_modules import train_new_modules
 from lora_lightning.training.options import check_same_adapter
 from lora_lightning.training.precision import convert_before_attaching
 from lora_lightning.training.strategies.fsdp1 import check_not_wrapped
@@ -62,6 +63,7 @@ def attach(callback: AdapterCallback, module: LightningModule) -> None:
         moved = _attach_from_file(callback, root, callback.init_from)
     else:
         take_over_ranks(callback, module, root)
+    train_new_modules(callback, module, root)
     check_same_adapter(callback, module, root)
     check_no_unmanaged_adapters(module)
     first = not switching.adapter_names(module)

@@ -45,6 +45,7 @@ class ModuleState:
     baseline: Baseline = field(default_factory=Baseline)
     handed: Handed | None = None  # while a checkpoint is put together
     base_on_meta: bool = False  # until the strategy has loaded it
+    new_names: set[str] = field(default_factory=set)  # of parameters that no file had values for
     # What child processes trained, until the module has the layers for it
     from_children: dict[str, Any] = field(default_factory=dict)
     # FSDP1's wrapper of the module, and what averages the adapters' gradients

@@ -27,6 +27,7 @@ from lora_lightning.layers.traversal import walk
 from lora_lightning.training.adapter_callback import AdapterCallback
 from lora_lightning.training.messages import show
 from lora_lightning.training.module_state import module_state
+from lora_lightning.training.new_modules import new_modules_line
 from lora_lightning.training.optimizers import trainable_parameters
 
 LEFT_OUT_ROWS = 8  # at most, of what default targets leave out
@@ -68,7 +69,8 @@ def show_start(callback: AdapterCallback, trainer: Trainer, module: LightningMod
     if trainer.is_global_zero:
         root, name = callback._root(module), callback.adapter_name
         selection = callback._selection
-        notes = [*fitted_line(root, name), *selection.passed_over.lines()]
+        notes = [*new_modules_line(callback), *fitted_line(root, name)]
+        notes += selection.passed_over.lines()
         show(start_table(root, name, selection), *notes, *start_lines(module, root, name))
 
 

@@ -125,6 +125,7 @@ def plain_class(model: nn.Module) -> type:
         if issubclass(found, CarriedAdapters):
             continue
         home = sys.modules.get(found.__module__)
-        if home is not None and vars(home).get(found.__name__) is found:
+        is_there = home is not None and vars(home).get(found.__name__) is found
+        if is_there:
             return found
     return type(model)
