@@ -51,8 +51,15 @@ def build_network(
     def load() -> tuple[Any, set[str]]:
         if not options.pretrained:
             return _from_config(auto_class, name, how), set()
-        network, info = load_pretrained(auto_class, name, output_loading_info=True, **how)
-        return network, {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
+        network, new = _loaded(auto_class, name, how)
+        if options.quantize:
+            skipped = how["quantization_config"].llm_int8_skip_modules
+            precise = tuple(f"{path}." for path in skipped)
+            rounded = {key.rpartition(".")[0] for key in new if not key.startswith(precise)}
+            if rounded:  # though no file has values for them, and they are to train
+                skipped += sorted(rounded)
+                network, new = _loaded(auto_class, name, how)
+        return network, new
 
     new: set[str] = set()
     with _attention_named(options.attn_implementation):
@@ -74,6 +81,12 @@ def build_network(
         assert trainer is not None, "a strategy gives the mesh"
         new = shard(load, network, mesh, trainer.strategy.root_device)
     return network, new
+
+
+def _loaded(auto_class: str, name: str, how: dict[str, Any]) -> tuple[Any, set[str]]:
+    """The network, and the names of its parameters that no file had values for."""
+    network, info = load_pretrained(auto_class, name, output_loading_info=True, **how)
+    return network, {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
 
 
 @contextmanager

@@ -210,7 +210,9 @@ class PretrainedTask(Evaluation):
         """Keep the options, and the weight decay, which parameters are grouped by."""
         super().on_save_checkpoint(checkpoint)
         checkpoint[OPTIONS] = self.options_to_keep()
-        checkpoint["precision"] = str(self.trainer.precision)
+        trainer = trainer_of(self)
+        if trainer is not None:
+            checkpoint["precision"] = str(trainer.precision)
         checkpoint["weight_decay"] = self.weight_decay
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

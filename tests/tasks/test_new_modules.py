@@ -184,3 +184,24 @@ def test_a_broken_twin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = saved_base("bert", tmp_path / "base")
     with pytest.raises(LoraError, match=r"modules_to_save: \[bert.pooler.dense\]"):
         fitted(base, tmp_path, LoraCallback(r=2, modules_to_save=["classifier"]))
+
+
+@pytest.mark.parametrize("quantize", ["nf4", "int8"])
+def test_of_a_quantised_base_they_stay_precise(quantize: str, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    base = saved_base("bert", tmp_path / "base")
+    data = TextClassificationDataModule(str(reviews(tmp_path)), val=0.25, max_length=16)
+    module = SequenceClassification(str(base), quantize=quantize)
+    trainer = make_trainer(tmp_path, LoraCallback(r=2), max_steps=2)
+    trainer.fit(module, data)
+    assert full(module) == {"default: network.bert.pooler", "default: network.classifier"}
+    assert module.network.bert.pooler.dense.weight.dtype == torch.float32
+    assert module.network.bert.encoder.layer[0].output.dense.weight.dtype in (
+        torch.uint8,
+        torch.int8,
+    )
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    loaded = load_from_checkpoint(SequenceClassification, tmp_path / "last.ckpt").eval()
+    assert bit_equal(
+        loaded.network(input_ids=IDS).logits, module.eval().network(input_ids=IDS).logits
+    )
