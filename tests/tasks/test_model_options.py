@@ -323,7 +323,9 @@ def test_quantize_without_bitsandbytes(llama: str, monkeypatch: Any) -> None:
 def test_unknown_choices(llama: str) -> None:
     with pytest.raises(ConfigError, match=r"quantize='nf5' is not known. Did you mean 'nf4'\?"):
         LanguageModel(llama, quantize="nf5")
-    with pytest.raises(ConfigError, match=r"Known are auto, float32, bfloat16, float64. float16. \(model"):
+    with pytest.raises(
+        ConfigError, match=r"Known are auto, float32, bfloat16, float16, float64. \(model"
+    ):
         LanguageModel(llama, dtype="int4")
 
 
