@@ -86,6 +86,8 @@ if TYPE_CHECKING:
     from lora_lightning.errors import RankError as RankError
     from lora_lightning.errors import RecordError as RecordError
     from lora_lightning.errors import TargetError as TargetError
+    from lora_lightning.examination.examine import examine as examine
+    from lora_lightning.examination.result import Examination as Examination
     from lora_lightning.tasks.causal_lm import CausalLM as CausalLM
     from lora_lightning.tasks.image_classification import (
         ImageClassification as ImageClassification,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -23,10 +24,15 @@ _UNSEEN = re.compile(
 def printable(text: str) -> str:
     r"""`text` for a terminal: what it would obey or hide is spelled out, as ``\x1b`` or ``\u202e``.
 
-    All that is read from files, folders and models may hold such characters, and all that is shown
-    goes through here: every `LoraError`, and what `training/messages.py` prints and warns of.
+    What is read from files, folders and models may hold such characters, and all that is shown
+    goes through here: every `LoraError`, `warn`, and what `training/messages.py` says.
     """
     return _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
+
+def warn(message: str, stacklevel: int = 2) -> None:
+    """Python's `warnings.warn` of a `printable` message, where Lightning need not be installed."""
+    warnings.warn(printable(message), stacklevel=stacklevel + 1)
 
 
 class LoraError(Exception):

@@ -8,7 +8,7 @@ import unicodedata
 import pytest
 
 import lora_lightning
-from lora_lightning.errors import LoraError, RecordError, printable
+from lora_lightning.errors import LoraError, RecordError, printable, warn
 
 HOSTILE = {
     "clipboard, OSC 52": "\x1b]52;c;aGk=\x07",
@@ -51,6 +51,13 @@ def test_what_a_terminal_would_obey_is_spelled_out(text: str) -> None:
 @pytest.mark.parametrize("text", READABLE)
 def test_what_people_read_stays(text: str) -> None:
     assert printable(text) == text
+
+
+def test_warnings_are_printable() -> None:
+    with pytest.warns(UserWarning, match="module") as caught:
+        warn("module '\x1b[2J'", stacklevel=1)
+    assert str(caught[0].message) == r"module '\x1b[2J'"
+    assert caught[0].filename == __file__
 
 
 def test_every_error_is_printable_however_it_is_raised() -> None:

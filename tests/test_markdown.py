@@ -25,7 +25,7 @@ ADAPTERS = "lora_lightning/adapters/README.md"
 CHECKPOINT = "lora_lightning/checkpoint/README.md"
 FOLDERS = [
     "configs", "lora_lightning/adapters", "lora_lightning/checkpoint", "lora_lightning/data",
-    "lora_lightning/engine", "lora_lightning/layers", "lora_lightning/tasks",
+    "lora_lightning/engine", "lora_lightning/examination", "lora_lightning/layers", "lora_lightning/tasks",
     "lora_lightning/training", "notebooks", "tests/benchmarks",
 ]  # fmt: skip
 # What a page may name that is not here: the reader's own.

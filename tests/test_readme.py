@@ -166,14 +166,14 @@ CALLS = [line for line in LINES if line.startswith("lora-lightning")]
 
 
 def test_there_are_calls() -> None:
-    assert len(CALLS) == 14
+    assert len(CALLS) == 15
 
 
 @pytest.mark.parametrize("call", CALLS)
 def test_commands_parse(call: str, monkeypatch: Any) -> None:
     """Every `lora-lightning` call of a page is one that the parser takes."""
     words = shlex.split(call)
-    assert words[1] in {"fit", "validate", "test", "predict"}
+    assert words[1] in {"fit", "validate", "test", "predict", "examine"}
     (mine,) = (block for _, block in blocks("yaml") if "runs/mine" in block)
     Path("mine.yaml").write_text(mine)
     monkeypatch.setattr(sys, "argv", words)

@@ -16,7 +16,6 @@ and start values are those of PEFT.
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -26,7 +25,7 @@ from torch import Tensor
 from lora_lightning.adapters.base import Adapter, AdapterSpec, BaseWeight, Convolution
 from lora_lightning.adapters.config import AdapterConfig, Positive, Probability
 from lora_lightning.adapters.initialization import constant_, normal_
-from lora_lightning.errors import ConfigError, RankError
+from lora_lightning.errors import ConfigError, RankError, warn
 from lora_lightning.utilities.autocast import is_autocast, without_autocast
 
 
@@ -88,7 +87,7 @@ class OftConfig(AdapterConfig):
         if width % asked:
             divisors = (n for n in range(1, width + 1) if width % n == 0)
             found = min(divisors, key=lambda n: (abs(n - asked), n))  # PEFT's choice
-            warnings.warn(
+            warn(
                 f"{key}={asked} does not divide {width}, the width of an adapted layer: {found} is "
                 f"used there. (lora.{key})",
                 stacklevel=2,

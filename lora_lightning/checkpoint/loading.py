@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,6 +45,7 @@ from lora_lightning.errors import (
     CheckpointError,
     LoraError,
     first_few,
+    warn,
 )
 from lora_lightning.layers.traversal import walk
 
@@ -175,7 +175,7 @@ def _moved(model: nn.Module, checkpoint: dict[str, Any], prefix: str, file: Path
     homeless = without_place(model, inside)
     left_out = [*(k for k in moved if not k.startswith(prefix)), *(prefix + k for k in homeless)]
     if left_out:
-        warnings.warn(
+        warn(
             f"The run of {str(file)!r} has moved {first_few(left_out)} of its base, for which this "
             f"{type(model).__name__} has no place: left out. Give the module that was trained to "
             "load all of it.",

@@ -1,4 +1,4 @@
-"""`lora-lightning fit | validate | test | predict --config my.yaml`."""
+"""`lora-lightning fit | validate | test | predict | examine --config my.yaml`."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from lora_lightning.callback import LoraCallback
 from lora_lightning.callbacks.comparison import compare_with_base
+from lora_lightning.cli.examination import ExaminingTrainer, examine_config
 from lora_lightning.cli.log_filter import filter_logs
 from lora_lightning.cli.parser import PROGRAM, LoraParser
 from lora_lightning.cli.predictions import save_predictions
@@ -40,8 +41,10 @@ class LoraCLI(LightningCLI):
     """
 
     def __init__(self, args: ArgsType = None) -> None:
+        self._arguments = tuple(sys.argv[1:] if args is None else args)
         try:
             super().__init__(
+                trainer_class=ExaminingTrainer,
                 model_class=LightningModule,
                 datamodule_class=LightningDataModule,
                 subclass_mode_model=True,
@@ -59,6 +62,16 @@ class LoraCLI(LightningCLI):
             if hasattr(self, "trainer"):  # it was stopped in a run
                 self._say_how_to_go_on(stop)
             raise
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's, and `examine`."""
+        return {**LightningCLI.subcommands(), "examine": {"model", "datamodule"}}
+
+    def examine(self, **kwargs: Any) -> None:
+        """Tell what holds for the module, which is made anew many times; exit with 1 if not all."""
+        if not examine_config(type(self), self._arguments, kwargs["batches"]).holds:
+            sys.exit(1)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the callback's options as a section of their own: `--lora.r 16`."""
@@ -88,6 +101,8 @@ class LoraCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Look the checkpoint up, and refuse to start a run over an existing one."""
+        if self.subcommand == "examine":
+            return  # which leaves the run directory alone
         options = self._options()
         found = self.found_checkpoints()
         wanted = options.get("ckpt_path")

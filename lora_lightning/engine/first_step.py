@@ -6,7 +6,6 @@ not part of the model's forward. An adapter there has no effect, and nothing els
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -17,7 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
 from lora_lightning.engine.targets.hints import shown_name
-from lora_lightning.errors import first_few
+from lora_lightning.errors import first_few, warn
 from lora_lightning.layers.traversal import adapter_owners
 
 # The ids of the adapters' parameters, of every model whose first step is still to come
@@ -57,7 +56,7 @@ def _warn_of_unreached(model: nn.Module, stepped: list[nn.Parameter]) -> None:
     unreached = [path for path in paths if path not in reached]
     if unreached:
         names = first_few(dict.fromkeys(map(shown_name, unreached)))
-        warnings.warn(
+        warn(
             f"{len(unreached)} of {len(paths)} adapted modules had no gradient in the first "
             f"training step ({first_few(unreached, 3)}): they were not called, their weights are "
             "read past them, or their outputs are detached. An adapter that is never called has "

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
-from torch import nn
+from torch import Tensor, nn
 
 import lora_lightning
 from lora_lightning.checkpoint.compatibility import (
@@ -161,6 +161,10 @@ def check_checkpoint(
         )
     _check_base(saved_base, own_base, module)
     _check_moved(module, moved)
+    _warn_where_not_finite(state, owned)
+
+
+def _warn_where_not_finite(state: Mapping[str, Tensor], owned: Collection[str]) -> None:
     if diverged := not_finite(state, owned):
         rank_zero_warn(
             f"This checkpoint holds values that are not finite (NaN or infinity) in "

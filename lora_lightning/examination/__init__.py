@@ -1,0 +1,1 @@
+"""What this library promises, examined on a user's own LightningModule by a few steps of it."""

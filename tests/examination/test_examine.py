@@ -1,0 +1,350 @@
+"""`examine` on a module that keeps its promises, and on one broken twin for each promise."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+
+from lora_lightning import ConfigError, LoraCallback, examine
+from lora_lightning.examination.examine import finding
+from lora_lightning.examination.promises import PROMISES
+from lora_lightning.examination.recipe import Recipe, quiet
+from lora_lightning.examination.result import Examination, Finding
+from lora_lightning.examination.runs import Runs
+from lora_lightning.utilities.rng import random_state
+from tests.helpers.lightning_modules import Data, Net
+from tests.helpers.messages import message_of
+from tests.helpers.zoo.data import Points
+from tests.helpers.zoo.supervised import Classifier, MaxNorm, MeanTeacher, SpectralNorm
+
+CPU = {"accelerator": "cpu"}
+ALL = ["trains", *PROMISES]
+
+
+class Random(Net):
+    """Dropout while it trains, so that the order of random numbers matters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+
+
+def lora(kind: type[LoraCallback] = LoraCallback, **options: Any) -> LoraCallback:
+    return kind(**{"r": 2, "lora_dropout": 0.1, **options})
+
+
+def found(
+    name: str, module: Any, callback: LoraCallback, folder: Path, data: Any = Data
+) -> Finding:
+    """What is found of one promise."""
+    recipe = Recipe(module, data, (callback,), folder, 4, CPU)
+    with quiet():
+        return finding(name, Runs(recipe))
+
+
+def test_a_module_that_keeps_every_promise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")
+    before = str(random_state())
+    callback = lora(modules_to_save=["head"])
+    examination = examine(Net, Data, callback, trainer_options=CPU)
+    assert [row.name for row in examination.rows] == ALL
+    assert {row.name: row.reason for row in examination.rows if row.holds is not True} == {}
+    assert examination.holds
+    assert str(random_state()) == before
+    assert list(tmp_path.iterdir()) == []
+    assert callback.log is None  # a recipe: only copies of it ran
+    shown = capsys.readouterr().out
+    assert shown.count("│ yes   │") == len(ALL)
+    for words in ("8 optimizer steps", "resume within an epoch", "validate, test, predict"):
+        assert words in shown
+
+
+def test_what_cannot_be_examined_says_why(capsys: Any) -> None:
+    class Within(Net):
+        def __init__(self, width: int) -> None:
+            super().__init__(width)
+
+    batches = {"batches": 1, "trainer_options": CPU, "show": False}
+    examination = examine(lambda: Within(8), Data, lora(init_lora_weights=False), **batches)
+    reasons = {row.name: row.reason for row in examination.rows if row.holds is None}
+    assert examination.holds
+    assert capsys.readouterr().out == ""
+    assert set(reasons) == {
+        "starts as the base",
+        "resume within an epoch",
+        "evaluation in a fresh process",
+        "load_from_checkpoint",
+    }
+    assert "as was asked for" in reasons["starts as the base"]
+    assert "no middle" in reasons["resume within an epoch"]
+    assert "Define make_module and make_data by name" in reasons["evaluation in a fresh process"]
+    assert "call self.save_hyperparameters()" in reasons["load_from_checkpoint"]
+
+
+def test_what_the_module_moves_itself_is_named() -> None:
+    folder = {"trainer_options": CPU, "show": False}
+    row = examine(SpectralNorm, Points, lora(), **folder)["base untouched"]
+    assert row.holds
+    assert row.reason.startswith("the module itself moves network.0.parametrizations.weight.0._u")
+    assert row.reason.endswith("(43 numbers); all else as in a fresh module")
+
+
+def test_a_run_that_is_refused_or_fails() -> None:
+    class Failing(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            raise KeyError("my own mistake")
+
+    for module, callback, words in (
+        (Net, lora(target_modules=["nothing"]), "TargetError: "),
+        (Failing, lora(), "KeyError: 'my own mistake'"),
+    ):
+        examination = examine(module, Data, callback, trainer_options=CPU, show=False)
+        assert not examination.holds
+        assert examination["trains"].holds is False
+        assert examination["trains"].reason.startswith(words)
+        assert {row.holds for row in examination.rows[1:]} == {None}
+
+
+def test_wrong_arguments() -> None:
+    module = Net()
+    for arguments, words in (
+        ((module, Data, lora()), "make_module is a Net; give a function"),
+        ((lambda: module, Data, lora()), "the same module twice"),
+        ((lambda: 3, Data, lora()), "make_module returned a int"),
+        ((Net, Data, []), "no LoraCallback"),
+    ):
+        assert words in message_of(ConfigError, examine, *arguments, show=False)
+    assert "(batches)" in message_of(ConfigError, examine, Net, Data, lora(), batches=0)
+    examination = Examination((Finding("trains", True, ""),))
+    assert "Did you mean 'trains'?" in message_of(ConfigError, examination.__getitem__, "train")
+
+
+def test_loaders_in_place_of_a_data_module() -> None:
+    for make_data in (Data().train_dataloader, OwnLoaders.nothing):
+        module = Net if make_data is not OwnLoaders.nothing else OwnLoaders
+        examination = examine(module, make_data, lora(), trainer_options=CPU, show=False)
+        wrong = {row.name: row.reason for row in examination.rows if row.holds is False}
+        assert wrong == {}
+        assert examination["evaluation by ckpt_path"].holds
+
+
+class OwnLoaders(Net):
+    @staticmethod
+    def nothing() -> None:
+        return None
+
+    def train_dataloader(self) -> Any:
+        return Data().train_dataloader()
+
+    def val_dataloader(self) -> Any:
+        return Data().val_dataloader()
+
+
+# -- broken twins ----------------------------------------------------------------------------------
+
+
+class StartsElsewhere(LoraCallback):
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        for name, parameter in pl_module.named_parameters():
+            if "lora_B" in name:
+                nn.init.ones_(parameter)
+
+
+class Still(MeanTeacher):
+    """Its teacher follows the base's parameters by name, which do not train."""
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        own = dict(self.network.named_parameters())
+        for name, parameter in self.teacher.named_parameters():
+            if name in own and "adapters" not in name:
+                parameter.data.lerp_(own[name].data, 0.1)
+
+
+class MovesBase(LoraCallback):
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *rest: Any) -> None:
+        super().on_train_batch_end(trainer, pl_module, *rest)
+        pl_module.embed.weight.data[0, 0] += 1e-6
+
+
+class Deaf(LoraCallback):
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_after_backward(trainer, pl_module)
+        dict(pl_module.named_parameters())["head.adapters.default.lora_A"].grad = None
+
+
+class HoldsOther(LoraCallback):
+    """Exchanges what the optimizer holds, and is back before the callback's own check."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        group = trainer.optimizers[0].param_groups[0]
+        self.group, self.right = group, group["params"]
+        group["params"] = self.wrong(self.right, pl_module)
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        self.group["params"] = self.right
+        super().on_train_batch_start(*args)
+
+    def wrong(self, right: list[Any], module: Any) -> list[Any]:
+        raise NotImplementedError
+
+
+class HoldsLess(HoldsOther):
+    def wrong(self, right: list[Any], module: Any) -> list[Any]:
+        return right[1:]
+
+
+class HoldsTwice(HoldsOther):
+    def wrong(self, right: list[Any], module: Any) -> list[Any]:
+        return [*right, right[0]]
+
+
+class HoldsBase(HoldsOther):
+    def wrong(self, right: list[Any], module: Any) -> list[Any]:
+        return [*right, module.embed.weight]
+
+
+class Writing(LoraCallback):
+    """Has `change` done to each checkpoint before it is written."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        writer: Any = trainer.strategy.checkpoint_io
+        real = writer.save_checkpoint
+
+        def save(checkpoint: Any, *args: Any, **kwargs: Any) -> None:
+            checkpoint["state_dict"] = self.change(dict(checkpoint["state_dict"]), pl_module)
+            real(checkpoint, *args, **kwargs)
+
+        writer.save_checkpoint = save
+
+    def change(self, state: dict[str, Tensor], module: LightningModule) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+
+class DropsBuffer(Writing):
+    def change(self, state: dict[str, Tensor], module: LightningModule) -> dict[str, Tensor]:
+        return {name: value for name, value in state.items() if not name.endswith("._u")}
+
+
+class WritesBase(Writing):
+    def change(self, state: dict[str, Tensor], module: Any) -> dict[str, Tensor]:
+        return {**state, "embed.weight": module.embed.weight.data}
+
+
+class WritesOlder(Writing):
+    def change(self, state: dict[str, Tensor], module: LightningModule) -> dict[str, Tensor]:
+        return {name: 0.999 * value for name, value in state.items()}
+
+
+class DrawsWhenSaving(LoraCallback):
+    def on_save_checkpoint(self, *args: Any) -> None:
+        torch.rand(1)
+
+
+class ForgetsRandomState(LoraCallback):
+    """Goes on from other random numbers than were saved."""
+
+    def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+        super().on_train_batch_start(trainer, *args)
+        if trainer.ckpt_path:
+            torch.rand(1)
+
+
+class ForgetsMomentum(LoraCallback):
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: Any) -> None:
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
+        for state in checkpoint["optimizer_states"][0]["state"].values():
+            state["exp_avg"] = torch.zeros_like(state["exp_avg"])
+
+
+class LoadsOtherwise(LoraCallback):
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: Any) -> None:
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
+        for name, parameter in pl_module.named_parameters():
+            if "lora_B" in name:
+                parameter.data *= 1.001
+
+
+class OfThisProcess(Net):
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self(batch[0]) + os.getpid()
+
+
+class OfThisTrainer(Net):
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self(batch[0]) + len(self.trainer.callbacks)
+
+
+class OfItsCallback(Net):
+    """Evaluates otherwise where it was loaded without a callback."""
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        callbacks = [c for c in self.trainer.callbacks if isinstance(c, LoraCallback)]
+        return self(batch[0]) + len(callbacks)
+
+
+TWINS: dict[str, tuple[str, Any, type[LoraCallback], str]] = {
+    "starts elsewhere": ("starts as the base", Net, StartsElsewhere, "validate: val_loss"),
+    "moves the base": ("base untouched", Net, MovesBase, "embed.weight (128 numbers)"),
+    "no gradient": ("gradients reach every adapter", Net, Deaf, "head.adapters.default.lora_A"),
+    "holds less": ("optimizers hold exactly what trains", Net, HoldsLess, "in none: "),
+    "holds more": ("optimizers hold exactly what trains", Net, HoldsBase, "beside: embed.weight"),
+    "holds twice": ("optimizers hold exactly what trains", Net, HoldsTwice, "twice in one: "),
+    "drops a buffer": ("checkpoint complete", SpectralNorm, DropsBuffer, "not in it: "),
+    "writes the base": ("checkpoint complete", Net, WritesBase, "though unchanged: embed.weight"),
+    "writes other values": ("checkpoint complete", Net, WritesOlder, "not in it: "),
+    "draws when saving": ("saving changes nothing", Net, DrawsWhenSaving, "values differ: "),
+    "forgets random state": ("resume at an epoch's end", Net, ForgetsRandomState, "values differ"),
+    "forgets it within": ("resume within an epoch", Net, ForgetsRandomState, "values differ: "),
+    "forgets momentum": ("resume within an epoch", Classifier, ForgetsMomentum, "values differ: "),
+    "loads otherwise": ("evaluation by ckpt_path", Net, LoadsOtherwise, "validate: val_loss"),
+    "of this Trainer": ("evaluation by ckpt_path", OfThisTrainer, LoraCallback, "predict: "),
+    "of this process": ("evaluation in a fresh process", OfThisProcess, LoraCallback, "predict: "),
+    "of its callback": ("load_from_checkpoint", OfItsCallback, LoraCallback, "predict: "),
+}
+
+
+@pytest.mark.parametrize("twin", TWINS)
+def test_every_promise_can_be_found_broken(twin: str, tmp_path: Path) -> None:
+    name, module, callback, words = TWINS[twin]
+    data: Callable[[], Any] = Data if issubclass(module, Net) else Points
+    row = found(name, module, lora(callback), tmp_path, data)
+    assert row.holds is False, row
+    assert words in row.reason
+
+
+def test_every_promise_has_a_broken_twin() -> None:
+    assert {name for name, *_ in TWINS.values()} == {*PROMISES} - {"what moves still moves"}
+
+
+def test_a_teacher_that_no_longer_follows_is_named(tmp_path: Path) -> None:
+    options = {"exclude_modules": [r"teacher.0", "teacher.4"]}
+    row = found("what moves still moves", Still, lora(**options), tmp_path, Points)
+    assert row.holds is None
+    assert "the module itself moves teacher.0.bias, teacher.0.weight, teacher.1.bias" in row.reason
+    assert row.reason.endswith("here it does not: if it is to follow what trains, it does not")
+    assert found("what moves still moves", MaxNorm, lora(), tmp_path, Points).holds
+
+
+def test_what_differs_by_itself_is_no_fault(tmp_path: Path) -> None:
+    row = found("resume at an epoch's end", Clocked, lora(), tmp_path)
+    assert row.holds is None
+    assert row.reason.startswith("two uninterrupted runs from the same seed differ, too, in ")
+
+
+class Clocked(Net):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        noise = int.from_bytes(os.urandom(4), "big") / 2**32
+        return super().training_step(batch, batch_idx) * (1 + noise)
