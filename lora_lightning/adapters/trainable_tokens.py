@@ -1,8 +1,8 @@
-"""Single rows of an embedding table that train in full: new tokens of a grown vocabulary, say.
+"""Single rows of a table that train in full: new tokens of a grown vocabulary, say.
 
-E'[i] = delta[k] where i is the k-th trained token, E'[i] = E[i] elsewhere. Only the rows in the
-batch are looked up; the table is never copied. A head that is tied to the table gets the same rows:
-its outputs for these tokens are x delta^T (+ their biases).
+E'[i] = delta[k] where i is the k-th trained token, E'[i] = E[i] elsewhere. Of an embedding only the
+rows in the batch are looked up; of a head (a Linear) the outputs for these tokens are x delta^T
+(+ their biases). The table is never copied. What is tied to it gets the same rows.
 
 The same as PEFT's `trainable_token_indices`.
 """
@@ -10,7 +10,7 @@ The same as PEFT's `trainable_token_indices`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, cast
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -23,10 +23,11 @@ from lora_lightning.utilities.dtensor import copy_full
 
 
 class TrainableTokensAdapter(Adapter):
-    """Trained rows of an embedding.
+    """Trained rows of an embedding or a head.
 
     Shapes:
-        trainable_tokens_delta (n, embedding_dim): the rows themselves, in the order of the ids.
+        trainable_tokens_delta (n, embedding_dim or in_features): the rows themselves, in the order
+            of the ids.
 
     """
 
@@ -65,12 +66,26 @@ class TrainableTokensAdapter(Adapter):
         copy_full(self.trainable_tokens_delta, weight[self.token_ids])
 
     def forward(self, x: Tensor, y: Tensor, base: BaseWeight) -> Tensor:
-        """The rows y, those of trained tokens exchanged."""
+        """The rows y of token ids x, or outputs y of a head, those of trained tokens exchanged."""
+        return self.exchanged(x, y, base)
+
+    def exchanged(self, x: Tensor, y: Tensor, base: BaseWeight) -> Tensor:
+        """The same for another weight that is tied to this one (T5 has several tables)."""
+        return self._outputs(x, y, base) if x.is_floating_point() else self._looked_up(x, y, base)
+
+    def _looked_up(self, x: Tensor, y: Tensor, base: BaseWeight) -> Tensor:
         place = torch.searchsorted(self.sorted_ids, x).clamp(max=len(self.token_ids) - 1)
         trained = self.sorted_ids[place] == x
         rows = F.embedding(self.order[place], self.trainable_tokens_delta)
         rows = (rows * getattr(base.layer, "embed_scale", 1.0)).to(y.dtype)
         return torch.where(trained.unsqueeze(-1), rows, y)
+
+    def _outputs(self, x: Tensor, y: Tensor, base: BaseWeight) -> Tensor:
+        delta: Tensor = self.trainable_tokens_delta
+        if not is_autocast(x):
+            delta = delta.to(x.dtype)
+        bias = None if base.bias is None else base.bias[self.ids]
+        return y.index_copy(-1, self.ids, F.linear(x, delta, bias).to(y.dtype))
 
     def transform_weight(self, weight: Tensor, base: BaseWeight) -> Tensor:
         """The table with the trained rows."""
@@ -90,16 +105,8 @@ class TiedTrainableTokensAdapter(Adapter):
         self._rows = (rows,)  # in a tuple: not a child, so its tensor is found once
 
     def forward(self, x: Tensor, y: Tensor, base: BaseWeight) -> Tensor:
-        """The outputs y (..., num_embeddings), those for trained tokens exchanged."""
-        rows = self._rows[0]
-        if not x.is_floating_point():  # token ids: a table (T5's encoder and decoder have one each)
-            return cast(Tensor, rows(x, y, base))
-        delta: Tensor = rows.trainable_tokens_delta
-        if not is_autocast(x):
-            delta = delta.to(x.dtype)
-        bias = None if base.bias is None else base.bias[rows.ids]
-        outputs = F.linear(x, delta, bias)
-        return y.index_copy(-1, rows.ids, outputs.to(y.dtype))
+        """As the adapter that owns the rows."""
+        return self._rows[0].exchanged(x, y, base)
 
 
 def check_token_ids(token_ids: Sequence[int], size: int, path: str) -> None:

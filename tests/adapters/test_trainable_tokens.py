@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 import warnings
+from collections import OrderedDict
 from pathlib import Path
 
 import peft
@@ -16,6 +18,7 @@ from lora_lightning import (
     LoraConfig,
     LoraError,
     adapter_state_dict,
+    adapters_per_row,
     disable_adapter,
     inject_adapter,
     load_adapter,
@@ -148,6 +151,121 @@ def test_other_tokens_for_the_same_weight_are_refused() -> None:
         inject_adapter(Tables(), LoraConfig(target_modules=[], trainable_token_indices=tokens))
 
 
+OF_HEADS = {
+    "same": {"embed_tokens": TOKENS, "lm_head": TOKENS},
+    "others": {"lm_head": [2, 9], "embed_tokens": TOKENS},
+    "head alone": {"lm_head": TOKENS},
+}
+
+
+@pytest.mark.parametrize("wanted", OF_HEADS.values(), ids=OF_HEADS)
+@pytest.mark.parametrize("targets", [["q_proj"], []], ids=["with targets", "alone"])
+def test_rows_of_an_untied_head_are_the_same_as_peft_s(
+    wanted: dict[str, list[int]], targets: list[str], tmp_path: Path
+) -> None:
+    base = tied_llama(False)
+    ours = copy.deepcopy(base)
+    options = {"target_modules": targets, "trainable_token_indices": wanted}
+    inject_adapter(ours, LoraConfig(r=2, **options))
+    assert bit_equal(loss_of(ours), loss_of(base))
+    randomize([p for p in ours.parameters() if p.requires_grad], 0.3)
+    expected = loss_of(ours)
+    expected.backward()
+    save_adapter(ours, tmp_path)
+    peft_type = json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"]
+    if not targets and wanted is OF_HEADS["others"]:  # PEFT's own type has one list for all
+        assert peft_type == "LORA_LIGHTNING_LORA"
+    else:
+        assert peft_type == ("LORA" if targets else "TRAINABLE_TOKENS")
+        theirs = peft.PeftModel.from_pretrained(
+            copy.deepcopy(base), tmp_path, is_trainable=True
+        ).eval()
+        loss = loss_of(theirs)
+        loss.backward()
+        torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-10)
+        rows = {
+            name: {p.shape: p.grad for key, p in model.named_parameters() if mark in key}
+            for name, model, mark in (("ours", ours, "tokens_delta"), ("theirs", theirs, "_delta"))
+        }
+        assert len(rows["ours"]) > 0
+        for shape, gradient in rows["ours"].items():
+            torch.testing.assert_close(gradient, rows["theirs"][shape], rtol=1e-9, atol=1e-9)
+    back = copy.deepcopy(base)
+    load_adapter(back, tmp_path)
+    assert bit_equal(loss_of(back), expected)
+    merged = merge_and_unload(ours)
+    torch.testing.assert_close(loss_of(merged), expected, rtol=1e-10, atol=1e-10)
+    untouched = [i for i in range(16) if i not in wanted["lm_head"]]
+    assert bit_equal(merged.lm_head.weight[untouched], base.lm_head.weight[untouched])
+
+
+def test_a_head_named_alone_trains_alone_though_it_is_tied(tmp_path: Path) -> None:
+    base = tied_llama()
+    options = {"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": TOKENS}}
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=2, **options))
+    randomize([p for p in theirs.parameters() if p.requires_grad], 0.3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs.save_pretrained(tmp_path)
+    ours = copy.deepcopy(base)
+    load_adapter(ours, tmp_path)
+    torch.testing.assert_close(loss_of(ours), loss_of(theirs), rtol=1e-10, atol=1e-10)
+    with pytest.raises(LoraError, match="'lm_head' is shared with another module"):
+        merge_adapter(ours)
+
+
+@pytest.mark.parametrize("names", [["lm_head", "embed_tokens"], ["embed_tokens", "lm_head"]])
+def test_a_tied_pair_named_in_any_order_has_its_rows_once(names: list[str]) -> None:
+    model = tied_llama()
+    config = LoraConfig(target_modules=[], trainable_token_indices=dict.fromkeys(names, TOKENS))
+    inject_adapter(model, config)
+    assert list(adapter_state_dict(model)) == ["model.embed_tokens.trainable_tokens_delta"]
+
+
+def test_a_head_with_a_bias_keeps_it_and_says_that_peft_does_not(tmp_path: Path) -> None:
+    head = nn.Sequential(OrderedDict(body=nn.Linear(4, 4), head=nn.Linear(4, 6))).double()
+    x = torch.randn(3, 4, dtype=torch.float64)
+    config = LoraConfig(r=2, target_modules=["body"], trainable_token_indices={"head": [4, 1]})
+    model = copy.deepcopy(head)
+    inject_adapter(model, config)
+    torch.testing.assert_close(model(x), head(x))  # a product of fewer rows rounds otherwise
+    rows = model.head.adapters["default"].trainable_tokens_delta
+    randomize([rows])
+    weight = head.head.weight.detach().clone()
+    weight[[4, 1]] = rows.detach().double()
+    expected = head.body(x) @ weight.T + head.head.bias
+    torch.testing.assert_close(model(x), expected)
+    with pytest.warns(UserWarning, match="leaves out the bias of head"):
+        save_adapter(model, tmp_path)
+    peft_type = json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"]
+    assert peft_type == "LORA_LIGHTNING_LORA"
+    back = copy.deepcopy(head)
+    load_adapter(back, tmp_path)
+    assert bit_equal(back(x), model(x))
+    merge_adapter(model)
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_rows_of_a_head_under_autocast_and_for_each_row_of_a_batch() -> None:
+    model = tied_llama(False).float()
+    base = copy.deepcopy(model)
+    inject_adapter(
+        model, LoraConfig(target_modules=[], trainable_token_indices={"lm_head": TOKENS})
+    )
+    randomize([p for p in model.parameters() if p.requires_grad], 0.3)
+    ids = tied_llama_ids()
+    with torch.autocast("cpu", torch.bfloat16):
+        found, plain = model(ids).logits, base(ids).logits
+    assert found.dtype == plain.dtype
+    others = [i for i in range(16) if i not in TOKENS]
+    assert bit_equal(found[..., others], plain[..., others])
+    torch.testing.assert_close(found, model(ids).logits, rtol=0.05, atol=0.05, check_dtype=False)
+    with adapters_per_row(model, ["default", None]):
+        mixed = model(ids).logits
+    torch.testing.assert_close(mixed[0], model(ids).logits[0])
+    torch.testing.assert_close(mixed[1], base(ids).logits[1])
+
+
 def test_deepcopy_keeps_head_and_table_together() -> None:
     model = tied_llama()
     inject_adapter(model, LoraConfig(target_modules=[], trainable_token_indices=TOKENS))
@@ -166,7 +284,12 @@ def test_deepcopy_keeps_head_and_table_together() -> None:
         ({"trainable_token_indices": [1, 1]}, "names a token twice"),
         ({"trainable_token_indices": ["1"]}, "token ids are integers"),
         ({"trainable_token_indices": {"embed_token": [1]}}, "did you mean 'embed_tokens'"),
-        ({"trainable_token_indices": {"q_proj": [1]}}, "no nn.Embedding"),
+        ({"trainable_token_indices": {"norm": [1]}}, "is a LlamaRMSNorm, no nn.Embedding and no"),
+        ({"trainable_token_indices": {"lm_head": [16]}}, "token 16, but 'lm_head' has 16 rows"),
+        (
+            {"trainable_token_indices": {"lm_head": [1]}, "target_modules": ["lm_head"]},
+            "'lm_head' is adapted as a whole",
+        ),
         (
             {"trainable_token_indices": [1], "target_modules": ["embed_tokens"]},
             "adapted as a whole",

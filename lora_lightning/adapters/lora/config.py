@@ -39,7 +39,8 @@ class LoraConfig(RankedConfig):
         eva_config: Options of init_lora_weights="eva".
         loftq_config: Options of init_lora_weights="loftq", which needs them.
         trainable_token_indices: Token ids whose rows of the input embeddings train in full (and of
-            a head that is tied to them); or {name of the embedding: ids}.
+            a head that is tied to them); or {name of an embedding or head: ids}, both of which have
+            to be named where they are not tied.
 
     Raises:
         ConfigError: If a value is out of range or two options contradict each other.

@@ -72,13 +72,7 @@ def content_of_file(
     reading = read_keys(model, keys, config.shared_file_keys, made_for, where)
     modules, prefix = reading.modules, reading.target.prefix
     places = reading.places
-    tables = {
-        place.path
-        for place in places.values()
-        if _is_rows(place.tensor)
-        and isinstance(modules[place.path], nn.Embedding)
-        and place.tensor not in own_tensors(modules[place.path])
-    }
+    tables = _tables(modules, places)
     saved = _saved_modules(modules, places, config, lambda key, name: unchanged(key, prefix + name))
     content = FileContent(config, dict(reading.shared))
     targets: set[str] = set()
@@ -114,6 +108,18 @@ def content_of_file(
         changes["trainable_token_indices"] = dict.fromkeys(rows, ids) or None
     content.config = dataclasses.replace(config, **changes)
     return content
+
+
+def _tables(modules: dict[str, nn.Module], places: dict[str, Place]) -> set[str]:
+    """The modules whose rows the file holds; of those that share a weight, the embedding."""
+    with_rows = {
+        path
+        for _, path, tensor in places.values()
+        if _is_rows(tensor) and tensor not in own_tensors(modules[path])
+    }
+    tables = {path for path in with_rows if isinstance(modules[path], nn.Embedding)}
+    heads = {path for path in with_rows - tables if isinstance(modules[path], nn.Linear)}
+    return tables | {path for path in heads if _tied(modules, path, tables) is None}
 
 
 def _saved_modules(

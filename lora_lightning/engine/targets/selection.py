@@ -22,10 +22,10 @@ from lora_lightning.engine.targets.outputs import output_obstacle
 from lora_lightning.engine.targets.parameters import select_parameters
 from lora_lightning.errors import TargetError, first_few
 from lora_lightning.layers.conversion import check_convertible
+from lora_lightning.layers.linear import AdaptedLinear
 from lora_lightning.layers.multihead_attention import attention_obstacle
 from lora_lightning.layers.registry import SUPPORTED, layer_type_for
 from lora_lightning.layers.traversal import walk
-
 
 @dataclass
 class Selection:
@@ -40,8 +40,8 @@ class Selection:
         passed_over: All that these two leave alone, with the reasons.
         attentions: Path of the attention by path of every `out_proj` that is adapted only because
             the attention was named.
-        tokens: Ids of the tokens whose rows train, by path of the embedding.
-        tied: Path of the embedding by path of every head that shares its weight.
+        tokens: Ids of the tokens whose rows train, by path of the embedding or head.
+        tied: Path of the one in `tokens` by path of every other module that shares its weight.
 
     """
 
@@ -87,7 +87,13 @@ def select_modules(model: nn.Module, config: AdapterConfig) -> Selection:
     selection.parameters = select_parameters(modules, wanted, selection.targets, selection.saved)
     parameters = [f"{path}.{n}" for path, names in selection.parameters.items() for n in names]
     checks.check_every_pattern_matched([*selection.targets, *parameters], config)
-    for path in selection.targets.keys() & {*selection.tokens, *selection.tied}:
+    with_rows = {*selection.tokens, *selection.tied}
+    for path in sorted(path for path in with_rows if is_within(path, selection.saved)):
+        raise TargetError(
+            f"{path!r} trains in full (modules_to_save), and single rows of it beside that "
+            "(trainable_token_indices). Do one of the two. (lora.trainable_token_indices)"
+        )
+    for path in selection.targets.keys() & with_rows:
         raise TargetError(
             f"{path!r} is adapted as a whole (target_modules) and single rows of its weight train "
             "beside that (trainable_token_indices). Do one of the two: exclude_modules: "
@@ -96,7 +102,7 @@ def select_modules(model: nn.Module, config: AdapterConfig) -> Selection:
     for path, module in selection.targets.items():
         _check_adaptable(path, module, modules, config, obstacles)
     selection.targets |= {path: modules[path] for path in selection.parameters}
-    trained = {*selection.saved, *selection.targets, *selection.tied}
+    trained = {*selection.saved, *selection.targets, *with_rows}
     selection.left_out = [p for p in selection.left_out if not is_within(p, trained)]
     return selection
 
@@ -150,29 +156,38 @@ def _select_tokens(
                 "(lora.trainable_token_indices)"
             )
         wanted = {embeddings[0]: wanted}
+    chosen: list[tuple[str, list[int]]] = []
+    tables = [path for path, module in modules.items() if _has_rows(module)]
     for name, ids in wanted.items():
         found = [path for path in modules if matches_name(name, path)]
-        tables = [path for path in modules if isinstance(modules[path], nn.Embedding)]
         paths = [path for path in found if path in tables]
         if not paths:
             kind = f" is a {type(modules[found[0]]).__name__}," if found else " matched nothing,"
             raise TargetError(
-                f"trainable_token_indices {name!r}{kind} no nn.Embedding.{near(name, tables)} "
-                "(lora.trainable_token_indices)"
+                f"trainable_token_indices {name!r}{kind} no nn.Embedding and no nn.Linear (a head)."
+                f"{near(name, tables)} (lora.trainable_token_indices)"
             )
-        for path in paths:
-            owner = selection.tied.get(path, path)  # named before, if only by what is tied to it
-            if selection.tokens.setdefault(owner, list(ids)) != list(ids):
-                raise TargetError(
-                    f"trainable_token_indices names other tokens for {path!r} than for {owner!r}, "
-                    "which share one weight. Name it once. (lora.trainable_token_indices)"
-                )
-            if owner != path:
-                continue
-            weight = modules[path]._parameters.get("weight")  # None of one that is parametrized
-            for other, module in modules.items() if weight is not None else ():
-                if other != path and module._parameters.get("weight") is weight:
-                    selection.tied[other] = path
+        chosen += [(path, list(ids)) for path in paths]
+    # An embedding owns the rows that it shares with a head, whichever was named first.
+    for path, ids in sorted(chosen, key=lambda c: not isinstance(modules[c[0]], nn.Embedding)):
+        owner = selection.tied.get(path, path)  # named before, if only by what is tied to it
+        if selection.tokens.setdefault(owner, ids) != ids:
+            raise TargetError(
+                f"trainable_token_indices names other tokens for {path!r} than for {owner!r}, "
+                "which share one weight. Name it once. (lora.trainable_token_indices)"
+            )
+        # A head that is named alone trains alone, as in PEFT, though a table shares its weight.
+        if owner != path or not isinstance(modules[path], nn.Embedding):
+            continue
+        weight = modules[path]._parameters.get("weight")  # None of one that is parametrized
+        for other, module in modules.items() if weight is not None else ():
+            if other != path and module._parameters.get("weight") is weight:
+                selection.tied[other] = path
+
+
+def _has_rows(module: nn.Module) -> bool:
+    """Tell whether single rows of the module's weight can train."""
+    return isinstance(module, nn.Embedding) or layer_type_for(module) is AdaptedLinear
 
 
 def _check_adaptable(
