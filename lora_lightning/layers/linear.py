@@ -10,6 +10,10 @@ from torch import Tensor, nn
 from lora_lightning.adapters.base import Adapter, AdapterModule
 from lora_lightning.adapters.modules_to_save import ModulesToSaveCopy
 from lora_lightning.adapters.shira import ShiraAdapter
+from lora_lightning.adapters.trainable_tokens import (
+    TiedTrainableTokensAdapter,
+    TrainableTokensAdapter,
+)
 from lora_lightning.layers.autocast_cache import autocast_input
 from lora_lightning.layers.base import AdaptedLayer, WeightView, compose
 from lora_lightning.layers.fused_lora import add_lora, can_fuse, fused_lora, lora_terms
@@ -60,8 +64,15 @@ class AdaptedLinear(AdaptedLayer):
         return False
 
     def peft_supports(self, adapter: AdapterModule) -> bool:
-        """Tell whether PEFT has it: SHiRA it computes past a forward that is not nn.Linear's."""
+        """Tell whether PEFT has it.
+
+        It computes SHiRA past a forward that is not nn.Linear's, and forgets the bias of a head of
+        which single rows train.
+        """
         past = any(isinstance(a, ShiraAdapter) for a in adapter.by_weight().values())
+        rows = isinstance(adapter, (TrainableTokensAdapter, TiedTrainableTokensAdapter))
+        if rows and WeightView(self).bias is not None:
+            return False
         return super().peft_supports(adapter) and not (past and not self.is_merged_exactly())
 
     def is_merged_exactly(self) -> bool:

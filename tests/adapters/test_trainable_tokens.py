@@ -27,6 +27,7 @@ from lora_lightning import (
     save_adapter,
     unmerge_adapter,
 )
+from lora_lightning.checkpoint.peft.description import describe
 from lora_lightning.engine.injection import adapters_named
 from tests.helpers.adapted_models import tied_llama, tied_llama_ids
 from tests.helpers.tensors import bit_equal, randomize
@@ -235,10 +236,15 @@ def test_a_head_with_a_bias_keeps_it_and_says_that_peft_does_not(tmp_path: Path)
     weight[[4, 1]] = rows.detach().double()
     expected = head.body(x) @ weight.T + head.head.bias
     torch.testing.assert_close(model(x), expected)
-    with pytest.warns(UserWarning, match="leaves out the bias of head"):
-        save_adapter(model, tmp_path)
+    [obstacle] = describe(model, "default").obstacles
+    assert obstacle == "PEFT has no such adapter, or computes it otherwise, on head (Linear)"
+    save_adapter(model, tmp_path)
     peft_type = json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"]
     assert peft_type == "LORA_LIGHTNING_LORA"
+    theirs = peft.LoraConfig(r=2, target_modules=["body"], trainable_token_indices={"head": [4, 1]})
+    peft.get_peft_model(copy.deepcopy(head), theirs).save_pretrained(tmp_path / "theirs")
+    with pytest.raises(LoraError, match=r"'head' .* is not what lora_lightning computes there"):
+        load_adapter(copy.deepcopy(head), tmp_path / "theirs")
     back = copy.deepcopy(head)
     load_adapter(back, tmp_path)
     assert bit_equal(back(x), model(x))

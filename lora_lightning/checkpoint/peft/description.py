@@ -29,7 +29,6 @@ from lora_lightning.checkpoint.peft.relocation import moved_config
 from lora_lightning.engine.construction import fitted_ranks
 from lora_lightning.engine.injection import adapters_named
 from lora_lightning.errors import first_few
-from lora_lightning.layers.base import AdaptedLayer, WeightView
 from lora_lightning.layers.conv1d import is_conv1d
 from lora_lightning.layers.traversal import named_adapted_layers, walk
 
@@ -143,11 +142,6 @@ def _obstacles(
         if isinstance(layers.get(outer), nn.MultiheadAttention) and outer not in attentions:
             found.append(f"PEFT's adapter on {path} without its attention would have no effect")
     return found
-
-
-def _is_head_with_bias(layer: AdaptedLayer, adapter: AdapterModule) -> bool:
-    rows = isinstance(adapter, (TrainableTokensAdapter, TiedTrainableTokensAdapter))
-    return rows and layer.kind == "linear" and WeightView(layer).bias is not None
 
 
 def _is_inside(path: str, others: Iterable[str]) -> bool:

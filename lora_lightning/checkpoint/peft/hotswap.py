@@ -24,8 +24,10 @@ from lora_lightning.checkpoint.peft.keys import parts_in_file, tensors_to_load
 from lora_lightning.checkpoint.peft.reading import (
     check_means_the_same,
     opened_folder,
+    read_base,
     read_values,
 )
+from lora_lightning.checkpoint.peft.saved_base import added_rows, check_no_rows
 from lora_lightning.engine.injection import adapters_named
 from lora_lightning.engine.targets.matching import matches_name
 from lora_lightning.errors import AdapterMismatchError, AdapterStateError, first_few
@@ -100,8 +102,11 @@ def hotswap_adapter(
                 f"The adapter in {str(path)!r} does not fit into {adapter_name!r}; nothing was "
                 "changed:\n  " + "\n  ".join(problems)
             )
-        check_means_the_same(model, content, adapters, Path(path) / TENSORS)
-        values = read_values(model, content, opened, own, Path(path) / TENSORS)
+        file = Path(path) / TENSORS
+        check_means_the_same(model, content, adapters, file)
+        values = read_values(content, opened, own, file)
+        rows = added_rows(model, read_base(content, opened), file)
+        check_no_rows(rows, [adapter_name], file)
     with torch.no_grad():
         for key, tensor in own.items():
             tensor.zero_()

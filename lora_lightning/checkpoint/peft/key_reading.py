@@ -175,7 +175,7 @@ class _Places:
             inner = f"{path}.{part}" if path else part
             if inner in self.modules:
                 path = inner
-            elif part != "base_layer":
+            elif part != "base_layer" and parts[i : i + 2] != ["token_adapter", "base_layer"]:
                 return path, ".".join(parts[i:])
         return path, ""
 

@@ -31,6 +31,13 @@ from lora_lightning.checkpoint.peft.config import (
 )
 from lora_lightning.checkpoint.peft.file_content import FileContent, content_of_file
 from lora_lightning.checkpoint.peft.keys import OUT_PROJ_B, tensors_to_load
+from lora_lightning.checkpoint.peft.saved_base import (
+    added_rows,
+    base_state,
+    check_no_rows,
+    is_same,
+    rows_of_file,
+)
 from lora_lightning.checkpoint.state_dict import materialize
 from lora_lightning.engine.construction import BuildContext
 from lora_lightning.engine.injection import adapters_named, delete_adapter, extend_adapter
@@ -43,7 +50,6 @@ from lora_lightning.errors import (
     first_few,
 )
 from lora_lightning.layers.traversal import named_adapted_layers
-from lora_lightning.utilities.wrappers import plain_name
 
 LARGEST_CONFIG = 10_000_000  # bytes
 
@@ -88,10 +94,10 @@ def opened_folder(
     file = folder / TENSORS
     with _opened(file) as opened:
         shapes = {key: opened.get_slice(key).get_shape() for key in opened.keys()}  # noqa: SIM118
-        base = {plain_name(k): v for k, v in model.state_dict().items()}
+        base = base_state(model)
 
         def unchanged(key: str, name: str) -> bool:
-            return _same(base.get(name), opened.get_tensor(key))
+            return is_same(base.get(name), opened.get_tensor(key))
 
         made_for = (opened.metadata() or {}).get(MADE_FOR, "")
         content = content_of_file(model, config, shapes, unchanged, made_for, repr(str(file)))
@@ -101,9 +107,9 @@ def opened_folder(
 
 
 def read_values(
-    model: nn.Module, content: FileContent, opened: Any, own: dict[str, Tensor], file: Path
+    content: FileContent, opened: Any, own: dict[str, Tensor], file: Path
 ) -> dict[str, Tensor]:
-    """The tensors for the adapter's `own`, by their keys; refused if not trained on this base."""
+    """The tensors for the adapter's `own`, by their keys."""
     values: dict[str, Tensor] = {}
     for key, name in content.own.items():
         value = opened.get_tensor(key)
@@ -116,9 +122,12 @@ def read_values(
             )
         values[name] = value
     check_values(values, own, repr(str(file)))
-    of_base = {name: opened.get_tensor(key) for key, name in content.of_base.items()}
-    _check_base(model, of_base, file)
     return values
+
+
+def read_base(content: FileContent, opened: Any) -> dict[str, Tensor]:
+    """The tensors of the base that the file holds, by their names in the model."""
+    return {name: opened.get_tensor(key) for key, name in content.of_base.items()}
 
 
 def check_means_the_same(
@@ -145,7 +154,8 @@ def check_means_the_same(
 def _load_folder(
     model: nn.Module, folder: Path, name: str, options: dict[str, Any], autocast: bool
 ) -> None:
-    if name in adapter_names(model):
+    others = adapter_names(model)
+    if name in others:
         raise AdapterStateError(
             f"The model already has an adapter {name!r}. Take it off first with "
             f"delete_adapter(model, {name!r}), exchange its weights with hotswap_adapter, or load "
@@ -168,14 +178,18 @@ def _load_folder(
                 f"{str(file)!r} does not fit its config or this model:\n  "
                 + "\n  ".join(differences)
             )
-        values = read_values(model, content, opened, own, file)
-    if config.starts_from_base:
-        delete_adapter(model, name)
-        _inject(model, replace(context, low_cpu_mem_usage=False), folder)
-    materialize(model, name)
-    with torch.no_grad():
-        for key, tensor in tensors_to_load(model, name).items():
-            tensor.copy_(values[key])
+        values = read_values(content, opened, own, file)
+        saved = read_base(content, opened)
+        rows = added_rows(model, saved, file)
+        check_no_rows(rows, others, file)
+    with rows_of_file(model, saved, rows):
+        if config.starts_from_base:
+            delete_adapter(model, name)
+            _inject(model, replace(context, low_cpu_mem_usage=False), folder)
+        materialize(model, name)
+        with torch.no_grad():
+            for key, tensor in tensors_to_load(model, name).items():
+                tensor.copy_(values[key])
 
 
 def _inject(model: nn.Module, context: BuildContext, folder: Path) -> None:
@@ -240,23 +254,3 @@ def _opened(file: Path) -> Iterator[Any]:
             yield opened
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{str(file)!r} is damaged or no safetensors file: {error}") from None
-
-
-def _check_base(model: nn.Module, values: dict[str, Tensor], file: Path) -> None:
-    """Base tensors that PEFT saved along (embeddings) must be those of this base."""
-    own = {plain_name(k): v for k, v in model.state_dict().items()} if values else {}
-    for name, value in values.items():
-        base = own.get(name)
-        if not _same(base, value):
-            found = "has none" if base is None else f"has other values, {list(base.shape)}"
-            raise AdapterMismatchError(
-                f"{str(file)!r} comes with {name!r} {list(value.shape)} of its base, but this "
-                f"model {found}. Load the base that the adapter was trained on (resize its "
-                "embeddings if the vocabulary was extended)."
-            )
-
-
-def _same(base: Tensor | None, value: Tensor) -> bool:
-    if base is None or base.shape != value.shape:
-        return False
-    return torch.equal(base.detach().cpu().to(value), value)
