@@ -32,6 +32,7 @@ from lora_lightning.engine.freezing import (
 )
 from lora_lightning.engine.loftq import original_weights, start_from_rounding_error
 from lora_lightning.engine.norm_stats import freeze_norm_stats, unfreeze_norm_stats
+from lora_lightning.engine.resizing import hold_sizes, release_sizes
 from lora_lightning.engine.switching import (
     activate_new,
     active_adapters,
@@ -209,6 +210,7 @@ def _put_on(
     route_out_projections(model)
     close_fast_path(model)
     close_cpu_packing(model)
+    hold_sizes(model)
     activate_new(model, name, active)
     freeze_norm_stats(model)
     loftq = getattr(config, "loftq_config", None)
@@ -243,6 +245,8 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     close_fast_path(model)  # other adapters may still need it closed
     reopen_cpu_packing(model)
     close_cpu_packing(model)
+    release_sizes(model)
+    hold_sizes(model)
     if not adapter_names(model):
         unfreeze_norm_stats(model)
         keep_records_beside(model)

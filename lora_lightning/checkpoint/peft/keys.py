@@ -22,6 +22,7 @@ from lora_lightning.engine.bias import trained_biases
 from lora_lightning.engine.injection import adapters_named
 from lora_lightning.engine.switching import layers_with
 from lora_lightning.layers.base import AdaptedLayer
+from lora_lightning.layers.embedding import AdaptedEmbedding
 from lora_lightning.layers.traversal import named_adapted_layers, walk
 
 PREFIX = "base_model.model."
@@ -31,8 +32,12 @@ TOKEN_ROWS = "token_adapter.trainable_tokens_delta"
 
 
 def tensors_to_save(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
-    """The adapter as PEFT's files hold it."""
+    """The adapter as PEFT's files hold it; AdapterStateError for a table resized meanwhile."""
     found: dict[str, Tensor] = {}
+    for _, layer in layers_with(model, adapter_name):
+        if isinstance(layer, AdaptedEmbedding):
+            for adapter in layer.adapters[adapter_name].by_weight().values():
+                layer.check_rows(adapter)
     for prefix, part in parts_in_file(model, adapter_name):
         found.update({_key(prefix, k): tensor for k, tensor in part.file_state().items()})
     return {**found, **_shared_with_base(model, adapter_name)}
