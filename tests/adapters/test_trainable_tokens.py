@@ -297,6 +297,14 @@ def test_deepcopy_keeps_head_and_table_together() -> None:
             "'lm_head' is adapted as a whole",
         ),
         (
+            {"trainable_token_indices": {"lm_head": [1]}, "modules_to_save": ["lm_head"]},
+            "'lm_head' trains in full",
+        ),
+        (
+            {"trainable_token_indices": [1], "modules_to_save": ["lm_head"]},  # tied to the table
+            "'lm_head' trains in full",
+        ),
+        (
             {"trainable_token_indices": [1], "target_modules": ["embed_tokens"]},
             "adapted as a whole",
         ),

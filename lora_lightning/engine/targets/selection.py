@@ -27,6 +27,7 @@ from lora_lightning.layers.multihead_attention import attention_obstacle
 from lora_lightning.layers.registry import SUPPORTED, layer_type_for
 from lora_lightning.layers.traversal import walk
 
+
 @dataclass
 class Selection:
     """Modules and parameters of a model that a config selects.
