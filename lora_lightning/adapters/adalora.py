@@ -167,6 +167,7 @@ class AdaLoraAdapter(DeltaAdapter):
         super().__init__(spec, config.lora_alpha / (config.init_r + 1e-5))
         self.triplets = _triplets(spec)
         self.r = sum(self.triplets)
+        self.fitted_rank = None if self.triplets == _asked_triplets(spec) else self.r
         self.lora_A = spec.parameter(self.r, math.prod(spec.shape[1:]))
         self.lora_E = spec.parameter(self.r, 1)
         self.lora_B = spec.parameter(spec.shape[0], self.r)
@@ -182,10 +183,6 @@ class AdaLoraAdapter(DeltaAdapter):
             normal_(getattr(self, name), 0.02 if start else 1, self.spec.generator(name))
         if start:
             constant_(self.lora_E, 0)
-
-    def fitted_rank(self) -> int | None:
-        """Return the rank where it was lowered to what the weight allows; None: as asked."""
-        return None if self.triplets == _asked_triplets(self.spec) else self.r
 
     def forward(self, x: Tensor, y: Tensor, base: BaseWeight) -> Tensor:
         """y + s * B (E * (A dropout(x))), in y's dtype."""

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.adapters.config import AdapterConfig, RankedConfig, pattern_value
+from lora_lightning.adapters.config import AdapterConfig, pattern_value
 from lora_lightning.adapters.initialization import generator_for
 from lora_lightning.errors import RankError
 from lora_lightning.utilities.autocast import is_autocast
@@ -120,16 +120,15 @@ class AdapterSpec:
             RankError: If it exceeds `largest`.
 
         """
-        config = cast(RankedConfig, self.config)
-        named = self._by_pattern(config.rank_pattern, None)
-        r = int(config.r if named is None else named)
+        named = self._by_pattern(self.config.rank_pattern, None)
+        r = int(self.config.r if named is None else named)
         if self.fit_rank and named is None and largest is not None:
             return min(r, largest)
         if self.check_rank and largest is not None and r > largest:
             last = self.path.rpartition(".")[2]
             if last.isdigit():  # which YAML reads as a number, and which other modules end in, too
                 last = repr(self.path)
-            key = "rank_pattern" if r != config.r else "r"
+            key = "rank_pattern" if r != self.config.r else "r"
             raise RankError(
                 f"r={r} is larger than {self.path!r} (weight {tuple(self.shape)}) allows: at most "
                 f"{largest}. Lower r, give this layer its own with rank_pattern: "
@@ -210,6 +209,7 @@ class Adapter(AdapterModule):
         file_names: What PEFT's files call a tensor, where that differs from its name here:
             {"lora_A": "lora_A.weight"}.
         not_in_files: Names of tensors that PEFT's files do not hold.
+        fitted_rank: The rank where it was lowered to what the weight allows; None: as asked.
 
     """
 
@@ -217,6 +217,7 @@ class Adapter(AdapterModule):
     additive = False
     file_names: ClassVar[dict[str, str]] = {}
     not_in_files: ClassVar[frozenset[str]] = frozenset()
+    fitted_rank: int | None = None
 
     def __init__(self, spec: AdapterSpec) -> None:
         super().__init__(spec.config, spec.device)
@@ -228,10 +229,6 @@ class Adapter(AdapterModule):
 
     def start_from_weight(self, weight: Tensor) -> None:
         """Set the start values that are computed from the dense base weight."""
-
-    def fitted_rank(self) -> int | None:
-        """Return the rank where it was lowered to what the weight allows; None: as asked."""
-        return None
 
     def peft_supports(self, conv: Convolution, kernel: tuple[int, ...]) -> bool:
         """Tell whether PEFT computes the same from this type on such a convolution."""

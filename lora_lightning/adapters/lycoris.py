@@ -72,13 +72,10 @@ class LycorisAdapter(DeltaAdapter):
         self.r = r
         self.alpha = spec.alpha(spec.config.alpha)
         super().__init__(spec, self.alpha / r)
+        self.fitted_rank = None if r == spec.rank() else r
         kernel = spec.shape[2:]
         # On a kernel of one position there is nothing to take apart.
         self.effective = spec.config.use_effective_conv2d and any(size != 1 for size in kernel)
-
-    def fitted_rank(self) -> int | None:
-        """Return the rank where it was lowered to what the weight allows; None: as asked."""
-        return None if self.r == self.spec.rank() else self.r
 
     def core(self) -> nn.Parameter:
         """The tensor of `use_effective_conv2d`, (r, r, *kernel); PEFT ends that of 1d with a 1."""

@@ -183,7 +183,7 @@ def fitted_ranks(adapters: Mapping[str, AdapterModule]) -> dict[str, int]:
         path: r
         for path, adapter in adapters.items()
         for part in adapter.by_weight().values()
-        if (r := part.fitted_rank()) is not None
+        if (r := part.fitted_rank) is not None
     }
 
 

@@ -99,7 +99,7 @@ def eva_start(
     """
     options = config.eva_config or EvaConfig()
     targets = select_modules(model, config).targets
-    ranks = {path: pattern_value(config.rank_pattern, path, config.r) for path in targets}
+    ranks = {path: _rank(config, path, module) for path, module in targets.items()}
     found = _components(model, targets, ranks, options, batches, forward)
     explained = {path: c.explained() for path, c in found.items()}
     budget = sum(ranks.values())
@@ -131,6 +131,14 @@ def eva_start(
         "alpha_pattern": alpha_pattern,
     }
     return dataclasses.replace(config, **changes), start
+
+
+def _rank(config: LoraConfig, path: str, module: nn.Module) -> int:
+    """The rank that is asked for, which a default lowers to what a small layer has."""
+    named: int | None = pattern_value(config.rank_pattern, path, None)
+    if named is None and config.names_no_module:
+        return min(config.r, *_sizes(path, module))
+    return config.r if named is None else named
 
 
 @torch.no_grad()

@@ -25,20 +25,18 @@ _kept_beside: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 def freeze_parameters(model: nn.Module) -> None:
     """`requires_grad=False` on everything that is in no adapter."""
     kept = {id(module.bias) for _, module, _ in trained_biases(model)}
-    modules = [module for _, module in walk(model)]
-    free = {module: _free_parameters(module, kept) for module in modules}
+    free = {module: _free_parameters(module) for _, module in walk(model)}
     for module, parameters in free.items():  # after all are found: one may have several owners
+        # Those that train with an adapter, too: whether they do is not for their user to say.
         remember_frozen(module, {*frozen_for_adapters(module), *parameters})
         for parameter in parameters.values():
-            parameter.requires_grad_(False)
+            if id(parameter) not in kept:
+                parameter.requires_grad_(False)
 
 
-def _free_parameters(module: nn.Module, kept: set[int]) -> dict[str, nn.Parameter]:
-    return {
-        name: parameter
-        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
-        if parameter.requires_grad and id(parameter) not in kept
-    }
+def _free_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    named = module.named_parameters(recurse=False, remove_duplicate=False)
+    return {name: parameter for name, parameter in named if parameter.requires_grad}
 
 
 def frozen_for_adapters(module: nn.Module) -> set[str]:

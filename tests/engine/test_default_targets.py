@@ -25,6 +25,7 @@ from lora_lightning import (
     VeraConfig,
     adapter_status,
     delete_adapter,
+    eva_start,
     inject_adapter,
     load_adapter,
     save_adapter,
@@ -333,6 +334,15 @@ def test_a_small_layer_gets_the_rank_that_it_has(config, ranks, pattern, tmp_pat
     assert torch.allclose(theirs(x), expected, atol=1e-6)
     assert torch.equal(again.eval()(x), expected)
     assert not torch.allclose(critic()(x), expected, atol=1e-2)
+
+
+def test_eva_shares_out_the_ranks_that_there_are() -> None:
+    model = critic()
+    batches = [torch.randn(64, 16) for _ in range(3)]
+    config, start = eva_start(model, LoraConfig(r=8, init_lora_weights="eva"), batches, model)
+    assert sum(len(a) for a in start.values()) == 8 + 1
+    inject_adapter(model, config, start=start)
+    assert model[2].adapters["default"].r == 1
 
 
 def test_the_scaling_is_that_of_the_rank() -> None:

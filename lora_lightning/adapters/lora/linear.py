@@ -44,6 +44,7 @@ class LowRankAdapter(DeltaAdapter):
         self.lora_alpha = spec.alpha(config.lora_alpha)
         root = math.sqrt(self.r) if config.use_rslora else self.r
         super().__init__(spec, self.lora_alpha / root)
+        self.fitted_rank = None if self.r == spec.rank() else self.r
         dropout = config.lora_dropout
         self.lora_dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         self.lora_B_bias = None
@@ -72,10 +73,6 @@ class LowRankAdapter(DeltaAdapter):
     def _start_with(self, a: Tensor, b: Tensor) -> None:
         copy_full(self.lora_A, a)
         copy_full(self.lora_B, b)
-
-    def fitted_rank(self) -> int | None:
-        """Return the rank where it was lowered to what the weight allows; None: as asked."""
-        return None if self.r == self.spec.rank() else self.r
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A (k, in) and B (out, k) of the update scaling * B A, as matrices."""
