@@ -143,7 +143,7 @@ def moved_lines(model: nn.Module) -> list[str]:
         return []
     entries = module_state(model).baseline.changed(model)
     tensors = {name: t for name, t in entries.items() if isinstance(t, torch.Tensor)}
-    size = sum(t.numel() * t.element_size() for t in tensors.values())
+    size = total_bytes(tensors.values())
     if not tensors:
         return []
     return [
