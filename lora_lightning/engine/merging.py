@@ -210,6 +210,11 @@ def _written(
 def _check_writable(path: str, name: str, parameter: nn.Parameter, owners: int) -> None:
     if parameter.is_meta:
         raise AdapterStateError(f"{path!r} is on the meta device; load the base first.")
+    if parameter.is_floating_point() and parameter.itemsize < 2:
+        raise AdapterStateError(
+            f"The {name} of {path!r} is held as {parameter.dtype} at present, which has too few "
+            "bits for a merged weight. Cast the model to 16 bits or more first."
+        )
     if is_flattened(parameter):
         raise AdapterStateError(
             f"FSDP has split the {name} of {path!r} over the processes; nothing can be "

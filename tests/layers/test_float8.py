@@ -6,9 +6,17 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.big_modeling import attach_layerwise_casting_hooks
 from torch import nn
 
-from lora_lightning import LoraConfig, LoraError, TargetError, inject_adapter
+from lora_lightning import (
+    AdapterStateError,
+    LoraConfig,
+    LoraError,
+    TargetError,
+    inject_adapter,
+    merge_adapter,
+)
 from lora_lightning.engine.targets.selection import select_modules
 
 
@@ -103,3 +111,20 @@ def test_rows_of_a_float8_table_do_not_train() -> None:
     config = LoraConfig(r=2, target_modules=["head"], trainable_token_indices={"proj": [1]})
     with pytest.raises(TargetError, match=r"float8_e5m2.*\(lora.trainable_token_indices\)"):
         inject_adapter(model, config)
+
+
+def test_nothing_is_merged_into_what_was_cast_to_float8_afterwards() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    inject_adapter(model, LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+    attach_layerwise_casting_hooks(
+        model, storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32
+    )
+    x = torch.randn(3, 4)
+    expected = model(x)
+    weight = model[0].weight.detach().clone()
+    assert weight.dtype == torch.float8_e4m3fn
+    assert model[0].adapters["default"].lora_A.dtype == torch.float32
+    with pytest.raises(AdapterStateError, match=r"weight of '0' is held as torch.float8_e4m3fn"):
+        merge_adapter(model)
+    assert torch.equal(model(x), expected)
+    assert torch.equal(model[0].weight.view(torch.uint8), weight.view(torch.uint8))

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from accelerate import cpu_offload, disk_offload
+from accelerate import cpu_offload, disk_offload, dispatch_model
 from accelerate.hooks import remove_hook_from_module
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from lora_lightning import (
     AdapterStateError,
@@ -161,6 +162,47 @@ def test_rows_of_an_offloaded_embedding_start_as_its_own() -> None:
     config = LoraConfig(r=2, target_modules=["1"], trainable_token_indices={"0": [3]})
     inject_adapter(table, config)
     assert torch.equal(table(ids), expected)
+
+
+class EveryKind(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Embedding(7, 8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.transposed = Conv1D(8, 8)
+        self.conv = nn.Conv1d(8, 8, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        h = self.table(ids)
+        h = self.attention(h, h, h)[0]
+        y: Tensor = self.conv(self.transposed(h).mT)
+        return y
+
+
+@pytest.mark.parametrize("how", ["offloaded", "hooked"])
+@pytest.mark.parametrize("first", ["hooks", "adapter"])
+def test_other_kinds_of_layers_under_hooks(how: str, first: str) -> None:
+    names = ["table", "attention", "transposed", "conv"]
+    config = LoraConfig(r=2, target_modules=names, init_lora_weights=False)
+    ids = torch.tensor([[1, 2, 3, 4]])
+    reference, model = EveryKind(), EveryKind()
+    base = model(ids)
+    inject_adapter(reference, config, seed=1)
+    for step in ("hooks", "adapter") if first == "hooks" else ("adapter", "hooks"):
+        if step == "adapter":
+            inject_adapter(model, config, seed=1)
+        elif how == "offloaded":
+            cpu_offload(model, execution_device=CPU)
+        else:
+            dispatch_model(model, dict.fromkeys(names, "cpu"), force_hooks=True)
+    expected = reference(ids)
+    assert not torch.allclose(expected, base)
+    assert torch.equal(model(ids), expected)
+    remove_hook_from_module(model, recurse=True)
+    assert torch.equal(model(ids), expected)
+    unload(model)
+    assert torch.equal(model(ids), base)
 
 
 def test_device_map_of_transformers_with_a_part_on_disk(tmp_path: Path) -> None:
