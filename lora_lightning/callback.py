@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from lora_lightning.adapters.config import AdapterConfig
 from lora_lightning.adapters.lora.config import LoraConfig
 from lora_lightning.checkpoint.state_dict import KEY
+from lora_lightning.engine.followers import take_off_unmoved
 from lora_lightning.engine.injection import adapters_named
 from lora_lightning.engine.targets.selection import Selection
 from lora_lightning.training import checks, messages, summary
@@ -232,7 +233,8 @@ class LoraCallback(AdapterCallback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Note what the module has moved of its base: at the next run that is no other base."""
         if self._is_last(pl_module):
-            module_state(pl_module).baseline.changed(pl_module)
+            moved = module_state(pl_module).baseline.changed(pl_module)
+            take_off_unmoved(pl_module, moved)
 
     # -- resuming ------------------------------------------------------------------------------
 

@@ -30,6 +30,13 @@ from lora_lightning.checkpoint.state_dict import (
     saved_keys,
 )
 from lora_lightning.engine.construction import BuildContext, fitted_ranks, leave_out_unfit
+from lora_lightning.engine.followers import (
+    Follower,
+    carry_adapters,
+    find_followers,
+    leave_teachers,
+    take_off_unmoved,
+)
 from lora_lightning.engine.injection import (
     adapters_named,
     check_new_name,
@@ -37,6 +44,7 @@ from lora_lightning.engine.injection import (
     extend_adapter,
     unchanged_on_error,
 )
+from lora_lightning.engine.switching import adapter_names
 from lora_lightning.engine.targets.parameters import matching_parameters
 from lora_lightning.engine.targets.selection import select_modules
 from lora_lightning.errors import (
@@ -147,9 +155,14 @@ def _load_checkpoint(
         )
     owners = [path for name in wanted for path in _owners(entries[name], name)]
     prefix = _prefix(model, owners)
-    for saved_name, name in wanted.items():
-        _load_one(model, file, checkpoint, prefix, saved_name, name, autocast_adapter_dtype)
+    # A model that carries adapters has teachers that do, if it has any.
+    followers = [] if adapter_names(model) else find_followers(model)
+    for names in wanted.items():
+        _load_one(model, file, checkpoint, prefix, names, followers, autocast_adapter_dtype)
+        carry_adapters(model, followers, names[1])
+        _rename_carried(checkpoint, *names)
     moved = _moved(model, checkpoint, prefix, file)
+    take_off_unmoved(model, moved)
     base = checkpoint[KEY]["base"]
     saved = {k.removeprefix(prefix): v for k, v in base.items() if k.startswith(prefix)}
     found = base_fingerprint(model)
@@ -165,6 +178,15 @@ def _load_checkpoint(
     if text:
         raise AdapterMismatchError(text)
     return FromFile(list(wanted.values()), moved)
+
+
+def _rename_carried(checkpoint: dict[str, Any], saved_name: str, name: str) -> None:
+    """Give what teachers carry in a checkpoint the name that the adapter gets here."""
+    state, entries = checkpoint["state_dict"], checkpoint[KEY]["adapters"]
+    marker = f".adapters.{saved_name}."
+    owned = {key for entry in entries.values() for key in entry["tensors"]}
+    for key in [key for key in state if marker in key and key not in owned]:
+        state[key.replace(marker, f".adapters.{name}.")] = state.pop(key)
 
 
 def _moved(model: nn.Module, checkpoint: dict[str, Any], prefix: str, file: Path) -> dict[str, Any]:
@@ -196,11 +218,12 @@ def _load_one(
     file: Path,
     checkpoint: dict[str, Any],
     prefix: str,
-    saved_name: str,
-    name: str,
+    names: tuple[str, str],
+    followers: list[Follower],
     autocast: bool,
 ) -> None:
-    where = repr(str(file))
+    """Put one adapter on; `names` are the one in the file and the one that it gets."""
+    where, (saved_name, name) = repr(str(file)), names
     entry, tensors = checkpoint[KEY]["adapters"][saved_name], checkpoint["state_dict"]
     config_type = config_type_of(entry.get("peft_type", "LORA"))
     config = made_from(config_type, config_type.from_dict, entry["config"], where)
@@ -216,6 +239,7 @@ def _load_one(
     if shift != of_root or not _selects_same(root, context, inside):
         context = _below(context, root, inside, shift.removeprefix(of_root))
     extend_adapter(root, context)
+    leave_teachers(model, followers, name)
     marker, saved_marker = f"adapters.{name}.", f"adapters.{saved_name}."
     own = adapter_state_dict(root, name)
     keys = [shift + key.replace(marker, saved_marker, 1) for key in saved_keys(root, name)]

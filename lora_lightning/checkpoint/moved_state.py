@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.checkpoint.state_entries import overrides, owner_of, writes_entries
+from lora_lightning.engine.followers import carried_places
 from lora_lightning.layers.traversal import walk
 from lora_lightning.utilities.dtensor import copy_full, distribute_like, is_sharded
 from lora_lightning.utilities.wrappers import under_own_names
@@ -21,13 +22,17 @@ Place = tuple[nn.Module, str]  # a module, and the name of a tensor of its own
 
 
 def tensor_places(model: nn.Module) -> dict[str, Place]:
-    """Parameters and persistent buffers, also those that are None, by their keys."""
-    return {
+    """Parameters and persistent buffers, also those that are None, by their keys.
+
+    Those of adapters are among them where a teacher carries them.
+    """
+    base = {
         f"{path}.{name}" if path else name: (module, name)
         for path, module in walk(model)
         for name in (*module._parameters, *module._buffers)
         if name not in module._non_persistent_buffers_set
     }
+    return {**base, **carried_places(model)}
 
 
 def without_place(model: nn.Module, keys: Iterable[str]) -> list[str]:

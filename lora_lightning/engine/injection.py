@@ -24,6 +24,7 @@ from lora_lightning.engine.construction import (
     train_tokens,
 )
 from lora_lightning.engine.first_step import watch_first_step
+from lora_lightning.engine.followers import drop_carried
 from lora_lightning.engine.freezing import (
     freeze_parameters,
     frozen_for_adapters,
@@ -238,6 +239,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
             check_detachable(layer, path)
     for _, layer in layers:
         detach_adapter(layer, adapter_name)
+    drop_carried(model, adapter_name)
     route_out_projections(model)
     for _, module, _ in list(trained_biases(model, adapter_name)):
         forget_bias(module)

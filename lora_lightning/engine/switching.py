@@ -9,6 +9,7 @@ from math import isfinite
 from torch import nn
 
 from lora_lightning.adapters.base import Adapter, DeltaAdapter
+from lora_lightning.adapters.carried import is_carried
 from lora_lightning.engine.bias import trained_biases
 from lora_lightning.errors import AdapterStateError, nearest_hint
 from lora_lightning.layers.base import AdaptedLayer
@@ -29,8 +30,15 @@ def active_adapters(model: nn.Module) -> list[str]:
 
 
 def layers_with(model: nn.Module, adapter_name: str) -> list[tuple[str, AdaptedLayer]]:
-    """(path, layer) of every module that carries the adapter, whose tensors are in place."""
-    found = [(p, m) for p, m in named_adapted_layers(model) if adapter_name in m.adapters]
+    """(path, layer) of every module that the adapter is on, whose tensors are in place.
+
+    Teachers that carry it (`engine/followers.py`) are left out.
+    """
+    found = [
+        (path, layer)
+        for path, layer in named_adapted_layers(model)
+        if adapter_name in layer.adapters and not is_carried(layer.adapters[adapter_name])
+    ]
     for _, layer in found:
         layer.bring_adapters_back()
     return found
@@ -191,6 +199,7 @@ def check_known(model: nn.Module, *names: str) -> None:
 
 
 def _require_grad(adapter: nn.Module, wanted: bool) -> None:
+    wanted = wanted and not is_carried(adapter)
     for parameter in adapter.parameters():
         if parameter.is_floating_point():
             parameter.requires_grad_(wanted)

@@ -31,6 +31,7 @@ from lora_lightning.checkpoint.state_dict import materialize
 from lora_lightning.engine import injection, switching
 from lora_lightning.engine.construction import BuildContext
 from lora_lightning.engine.first_step import forget_first_step
+from lora_lightning.engine.followers import carry_adapters, drop_carried, find_followers
 from lora_lightning.errors import ConfigError, TargetError
 from lora_lightning.layers.traversal import named_adapted_layers
 from lora_lightning.training.adapter_callback import AdapterCallback
@@ -54,6 +55,8 @@ def attach(callback: AdapterCallback, module: LightningModule) -> None:
     """
     check_not_wrapped(module)
     load_base_at_once(module)
+    if not switching.adapter_names(module):  # later values differ, and quantised ones say nothing
+        module_state(module).followers = find_followers(module)
     convert_before_attaching(module)
     check_base_has_values(module)
     root = callback._root(module)
@@ -75,6 +78,8 @@ def attach(callback: AdapterCallback, module: LightningModule) -> None:
     remember_base(module, first)
     if moved:  # the base is what the module brought
         load_moved(root, moved)
+    returned = module_state(module).from_children.get("moved", {})
+    module_state(module).baseline.moved |= dict.fromkeys(returned, "")
 
 
 def attach_all(module: LightningModule) -> None:
@@ -110,6 +115,7 @@ def attach_with_saved_ranks(
     root = callback._root(module)
     order = switching.adapter_names(root)
     injection.delete_adapter(root, callback.adapter_name)
+    drop_carried(module, callback.adapter_name)
     callback.config = config
     _make_and_activate(callback, module, root)
     for _, layer in named_adapted_layers(root):  # in the order that the optimizer's state goes by
@@ -132,10 +138,12 @@ def _make_and_activate(
         start=start,
         autocast_adapter_dtype=callback.autocast_adapter_dtype,
     )
+    fresh = callback.adapter_name not in switching.adapter_names(root)
     with injection.unchanged_on_error(root):
         callback._selection = injection.extend_adapter(root, context)
         if callback.adapter_name not in switching.active_adapters(root):
             switching.set_adapter(root, [*switching.active_adapters(root), callback.adapter_name])
+        carry_adapters(module, module_state(module).followers, callback.adapter_name, fresh)
     injection.freeze(module)
     forget_first_step(module)  # `check_first_gradients` says more
     for other in callbacks_of(module):
@@ -176,5 +184,6 @@ def _attach_what_children_trained(
             autocast_adapter_dtype=callback.autocast_adapter_dtype,
         )
         materialize(root, callback.adapter_name)
+        carry_adapters(module, module_state(module).followers, callback.adapter_name)
     own = {key: returned["state_dict"].pop(key) for key in entry["tensors"]}
     load_trained_state(module, {**own, **returned["moved"]})

@@ -14,6 +14,7 @@ from lightning.pytorch import LightningModule
 from torch import nn
 
 from lora_lightning.checkpoint.fingerprint import Fingerprint
+from lora_lightning.engine.followers import Follower
 from lora_lightning.training._lightning import trainer_of
 from lora_lightning.training.adapter_callback import AdapterCallback
 from lora_lightning.training.checkpoint_io.baseline import Baseline
@@ -42,6 +43,7 @@ class ModuleState:
     original_hooks: dict[str, Any] = field(default_factory=dict)
     # Of the base, taken when the adapters were attached
     base_fingerprint: Fingerprint | None = None
+    followers: list[Follower] = field(default_factory=list)
     baseline: Baseline = field(default_factory=Baseline)
     handed: Handed | None = None  # while a checkpoint is put together
     base_on_meta: bool = False  # until the strategy has loaded it

@@ -13,10 +13,12 @@ from lightning.pytorch import LightningModule, Trainer
 from rich.table import Table
 from torch import Tensor, nn
 
+from lora_lightning.adapters.carried import is_carried
 from lora_lightning.checkpoint.fingerprint import base_tensors
 from lora_lightning.checkpoint.state_dict import adapter_state_dict
 from lora_lightning.engine.bias import trained_biases
 from lora_lightning.engine.construction import fitted_ranks
+from lora_lightning.engine.followers import carried_tensors
 from lora_lightning.engine.injection import adapters_named
 from lora_lightning.engine.targets.hints import shown_name
 from lora_lightning.engine.targets.selection import Selection
@@ -49,8 +51,8 @@ def target_rows(model: nn.Module, adapter_name: str) -> list[tuple[str, TargetRo
     rows: dict[str, TargetRow] = defaultdict(TargetRow)
     copies: dict[str, TargetRow] = {}
     for path, module in walk(model):
-        carries = isinstance(module, AdaptedLayer) and adapter_name in module.adapters
-        adapter: Any = module.adapters[adapter_name] if carries else None  # type: ignore[index]
+        found = module.adapters.get(adapter_name) if isinstance(module, AdaptedLayer) else None
+        adapter = None if found is not None and is_carried(found) else found
         size = sum(p.numel() for p in adapter.parameters()) if adapter is not None else 0
         if isinstance(module, AdaptedLayer) and adapter_name in module.trained_copies():
             copies[path] = TargetRow(1, 1, set(), size, full=True)
@@ -127,7 +129,7 @@ def start_lines(model: nn.Module, root: nn.Module, adapter_name: str) -> list[st
         f"adapter on disk {readable_bytes(on_disk)}; the base "
         f"({readable_bytes(base_bytes(model))}) is not saved",
     ]
-    lines += moved_lines(model)
+    lines += [*follower_lines(model), *moved_lines(model)]
     narrow = _trained_in_16_bits(root, adapter_name)
     if narrow:
         lines.append(
@@ -137,19 +139,37 @@ def start_lines(model: nn.Module, root: nn.Module, adapter_name: str) -> list[st
     return lines
 
 
+def follower_lines(model: nn.Module) -> list[str]:
+    """Teachers that carry adapters of their students."""
+    if not isinstance(model, LightningModule):
+        return []
+    carried = [name for name, _ in carried_tensors(model)]
+    return [
+        f"{f.teacher} is a frozen copy of {f.student}: it carries the same adapters, frozen, for "
+        "the module to move as it moves the rest"
+        if f.is_copy
+        else f"{f.teacher} is frozen and built like {f.student}: it carries adapters that change "
+        "nothing unless the module moves them (a momentum teacher); else they go after the run"
+        for f in module_state(model).followers
+        if any(name.startswith(f"{f.teacher}.") for name in carried)
+    ]
+
+
 def moved_lines(model: nn.Module) -> list[str]:
     """What the module itself has moved of its base so far, if anything, with its size."""
     if not isinstance(model, LightningModule):
         return []
-    entries = module_state(model).baseline.changed(model)
-    tensors = {name: t for name, t in entries.items() if isinstance(t, torch.Tensor)}
-    size = total_bytes(tensors.values())
-    if not tensors:
-        return []
+    carried = {name for name, _ in carried_tensors(model)}
+    tensors = {
+        name: value
+        for name, value in module_state(model).baseline.changed(model).items()
+        if isinstance(value, torch.Tensor) and name not in carried
+    }
+    size = readable_bytes(total_bytes(tensors.values()))
     return [
-        f"the module itself has moved {len(tensors)} tensors of its base ({readable_bytes(size)}): "
-        f"{first_few(tensors)}; they are in every checkpoint"
-    ]
+        f"the module itself has moved {size} of its base, and checkpoints hold it: "
+        f"{first_few(tensors)}"
+    ][: len(tensors)]
 
 
 def trainable_line(model: nn.Module) -> str:

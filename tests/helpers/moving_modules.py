@@ -6,13 +6,18 @@ All have one Linear, `net`, for adapters; what moves beside it is in no adapter.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 import torchmetrics
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
+from torch.utils.data import DataLoader, TensorDataset
+
+from lora_lightning import LoraCallback
 
 
 class Moving(LightningModule):
@@ -280,3 +285,39 @@ MOVING: list[type[Moving]] = [
     DataAssigned, DataCopied, InPlace, ThroughNumpy, SignFlipped, Swapped, Masked, MaxNorm,
     Centred, LateBuffer, Bank, Spectral, Summed, Collected, Counted, CountedOtherwise, AddsEntry,
 ]  # fmt: skip
+
+
+# -- runs of them -----------------------------------------------------------------------------------
+
+
+def data() -> DataLoader:
+    """Four batches an epoch."""
+    x = torch.randn(16, 8, generator=torch.Generator().manual_seed(1))
+    return DataLoader(TensorDataset(x), 4)
+
+
+def trainer(folder: Path, lora: LoraCallback | None = None, **options: Any) -> Trainer:
+    """A Trainer of two epochs that keeps a checkpoint of every step."""
+    saver = ModelCheckpoint(
+        folder, "{step}", every_n_train_steps=1, save_top_k=-1, enable_version_counter=False
+    )
+    lora = LoraCallback(r=2, target_modules=["net"]) if lora is None else lora
+    settings: dict[str, Any] = {"max_epochs": 2, "logger": False, "enable_progress_bar": False}
+    settings |= {"enable_model_summary": False, "accelerator": "cpu", "callbacks": [lora, saver]}
+    return Trainer(**{**settings, **options})
+
+
+def everything(module: nn.Module) -> dict[str, Any]:
+    """Every tensor of a module, and what it computes, by its own eyes."""
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    x = torch.randn(5, 8, generator=torch.Generator().manual_seed(2))
+    module.eval()
+    with torch.no_grad():
+        tensors["output"] = module.output(x)
+    module.train()
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+def saved(file: Path) -> dict[str, Any]:
+    """What a checkpoint holds of the module."""
+    return torch.load(file, weights_only=True)["state_dict"]

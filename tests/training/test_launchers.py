@@ -125,6 +125,25 @@ eva(folder + "/4")
 
 
 @pytest.mark.slow
+def test_what_the_module_moves_comes_back_too(tmp_path: Path) -> None:
+    """And the base stays that of the first run: a fresh module goes on from the second's file."""
+    code = """
+from tests.helpers.moving_modules import InPlace, data, trainer
+module = InPlace()
+for run in ("1", "2"):
+    trainer(folder + "/" + run, devices=1, strategy="ddp_fork").fit(module, data())
+    file = folder + "/" + run + "/step=8.ckpt"
+    saved = torch.load(file, weights_only=True)
+    assert torch.equal(module.slow.weight.detach(), saved["state_dict"]["slow.weight"])
+    weight = module.slow.weight.clone()
+    (seen,) = trainer(folder + "/test").test(InPlace(), data(), ckpt_path=file, verbose=False)
+    (here,) = trainer(folder + "/test").test(module, data(), ckpt_path=file, verbose=False)
+    assert seen == here and torch.equal(module.slow.weight, weight)
+"""
+    execute(tmp_path, indented(code))
+
+
+@pytest.mark.slow
 def test_adapters_that_do_not_fit_a_pipe(tmp_path: Path) -> None:
     """More than 64 kB, which the main process takes up only once its children have ended."""
     code = """

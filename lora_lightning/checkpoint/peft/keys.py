@@ -23,7 +23,7 @@ from lora_lightning.engine.injection import adapters_named
 from lora_lightning.engine.switching import layers_with
 from lora_lightning.layers.base import AdaptedLayer
 from lora_lightning.layers.embedding import AdaptedEmbedding
-from lora_lightning.layers.traversal import named_adapted_layers, walk
+from lora_lightning.layers.traversal import walk
 
 PREFIX = "base_model.model."
 OUT_PROJ_B = ".base_layer.out_proj.lora_B.weight"  # of an attention that is adapted as a whole
@@ -89,10 +89,9 @@ def tensors_of_base(model: nn.Module, paths: Sequence[str]) -> dict[str, Tensor]
 
 def parts_in_file(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Adapter]]:
     """(what stands before the tensors' names in the file, adapter) for every weight adapted."""
-    layers = dict(named_adapted_layers(model))
+    layers = dict(layers_with(model, adapter_name))
     for path, layer in layers.items():
-        adapter = layer.adapters.get(adapter_name)
-        on_weight = {} if adapter is None else adapter.by_weight()
+        on_weight = layer.adapters[adapter_name].by_weight()
         prefix = PREFIX + _place(path, layers, adapter_name)
         for weight_name, place in layer.file_places([*on_weight]).items():
             yield prefix + place, on_weight[weight_name]

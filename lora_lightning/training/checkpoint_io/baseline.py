@@ -26,6 +26,7 @@ from lora_lightning.checkpoint.state_entries import (
     root_entries,
     state_entries,
 )
+from lora_lightning.engine.followers import carried_tensors
 from lora_lightning.layers.traversal import walk
 from lora_lightning.utilities._torch import is_flattened
 from lora_lightning.utilities.dtensor import is_sharded, local_part
@@ -59,18 +60,20 @@ class Baseline:
             new base.
 
         """
-        tensors = _parts(module)
+        # Copies of a student's adapters start elsewhere in every process: they have moved.
+        copies = dict(carried_tensors(module, alike=False))
+        tensors = {name: t for name, t in _parts(module).items() if name not in copies}
         sums = checksums(tensors)
         exchanged = {n for n, s in sums.items() if self._is_other(n, tensors[n], s)}
         for name in exchanged:
             self.bits.pop(name)
             self.moved.pop(name, None)
         cast = _CASTS.get(str(module.trainer.precision_plugin.precision))
-        buffers = {name for name, _ in base_buffers(module)}
+        kept = {name for name, _ in [*base_buffers(module), *carried_tensors(module)]}
         for name, tensor in tensors.items():
             fresh = name not in self.bits
             known = self.bits.setdefault(name, {})
-            if fresh and name in buffers:
+            if fresh and name in kept:
                 self.originals[name] = tensor.detach().cpu().clone()
             if known.setdefault(_layout(tensor), sums[name]) != sums[name]:
                 continue  # it has moved
@@ -111,7 +114,7 @@ class Baseline:
             digest = entry_digest(value)
             if key.endswith(EXTRA_STATE) or self.entries.get(key) != digest:
                 self.moved[key] = digest
-        whole = {**dict(base_tensors(module, quantized=False)), **entries}
+        whole = {**dict(_own(module)), **entries}
         return {name: whole[name] for name in self.moved if name in whole}
 
     def start_from(self, module: LightningModule, state: Iterable[str]) -> dict[str, Any]:
@@ -153,7 +156,7 @@ def _parts(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _own(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for name, tensor in base_tensors(module, quantized=False):
+    for name, tensor in (*base_tensors(module, quantized=False), *carried_tensors(module)):
         if not tensor.is_meta:
             yield name, tensor
 

@@ -21,7 +21,7 @@ from lora_lightning.checkpoint.fingerprint import (
     base_mismatch,
     fingerprint_difference,
 )
-from lora_lightning.checkpoint.moved_state import moved_differences, tensor_places, without_place
+from lora_lightning.checkpoint.moved_state import moved_differences, without_place
 from lora_lightning.checkpoint.state_dict import FORMAT, KEY
 from lora_lightning.engine.bias import trained_biases
 from lora_lightning.engine.injection import check_unmerged
@@ -110,36 +110,9 @@ def check_checkpoint(
     CheckpointError if it is no adapter checkpoint of ours, AdapterMismatchError if adapters,
     options, tensors or the base model differ.
     """
-    metadata = checkpoint.get(KEY)
     state = {plain_name(k): v for k, v in checkpoint.get("state_dict", {}).items()}
-    if metadata is None:
-        own = {key for callback in callbacks for key in callback._saved_keys(module)}
-        base = [key for key in tensor_places(module) if key not in own]
-        if base and all(key in state for key in base):
-            raise CheckpointError(
-                "This is a full-model checkpoint (it holds the base model's "
-                f"{len(base)} tensors), but LoraCallback resumes from adapter checkpoints. To "
-                "start from these weights, load them into the module before fit: "
-                "module.load_state_dict(torch.load(path)['state_dict']); then train without "
-                "ckpt_path. (ckpt_path)"
-            )
-        raise CheckpointError(
-            "This checkpoint was not written with LoraCallback: it has no 'lora_lightning' entry. "
-            f"It holds {sorted(checkpoint)}. (ckpt_path)"
-        )
-    trainer = module.trainer
-    if trainer.state.fn == "fit" and "optimizer_states" not in checkpoint:
-        raise CheckpointError(
-            "This checkpoint holds weights only (save_weights_only=True): there is no optimizer "
-            "state that fit could resume from. To start a new run from its adapters, give its path "
-            "to LoraCallback(init_from=...) in place of ckpt_path. (lora.init_from)"
-        )
-    if metadata["format"] > FORMAT:
-        raise CheckpointError(
-            f"This checkpoint has format {metadata['format']}, written by lora_lightning "
-            f"{metadata['version']}; this is {lora_lightning.__version__}, which reads up to "
-            f"format {FORMAT}. Update lora_lightning. (ckpt_path)"
-        )
+    _check_kind(checkpoint, module, callbacks, state)
+    metadata = checkpoint[KEY]
     check_unmerged(module)
     # What has moved in the file's run is in the file.
     owned = {key for entry in metadata["adapters"].values() for key in entry["tensors"]}
@@ -170,6 +143,45 @@ def _warn_where_not_finite(state: Mapping[str, Tensor], owned: Collection[str]) 
             f"This checkpoint holds values that are not finite (NaN or infinity) in "
             f"{first_few(diverged)}: the run that wrote it had diverged, and what is computed with "
             "it will not be finite either. Take an earlier checkpoint. (ckpt_path)"
+        )
+
+
+def _check_kind(
+    checkpoint: dict[str, Any],
+    module: LightningModule,
+    callbacks: list[AdapterCallback],
+    state: Mapping[str, Any],
+) -> None:
+    """Raise CheckpointError if this is no adapter checkpoint that the run could go on from."""
+    metadata = checkpoint.get(KEY)
+    if metadata is None:
+        own = {key for callback in callbacks for key in callback._saved_keys(module)}
+        keys = map(plain_name, nn.Module.state_dict(module))
+        base = [key for key in keys if key not in own]
+        if base and all(key in state for key in base):
+            raise CheckpointError(
+                "This is a full-model checkpoint (it holds the base model's "
+                f"{len(base)} tensors), but LoraCallback resumes from adapter checkpoints. To "
+                "start from these weights, load them into the module before fit: "
+                "module.load_state_dict(torch.load(path)['state_dict']); then train without "
+                "ckpt_path. (ckpt_path)"
+            )
+        raise CheckpointError(
+            "This checkpoint was not written with LoraCallback: it has no 'lora_lightning' entry. "
+            f"It holds {sorted(checkpoint)}. (ckpt_path)"
+        )
+    trainer = module.trainer
+    if trainer.state.fn == "fit" and "optimizer_states" not in checkpoint:
+        raise CheckpointError(
+            "This checkpoint holds weights only (save_weights_only=True): there is no optimizer "
+            "state that fit could resume from. To start a new run from its adapters, give its path "
+            "to LoraCallback(init_from=...) in place of ckpt_path. (lora.init_from)"
+        )
+    if metadata["format"] > FORMAT:
+        raise CheckpointError(
+            f"This checkpoint has format {metadata['format']}, written by lora_lightning "
+            f"{metadata['version']}; this is {lora_lightning.__version__}, which reads up to "
+            f"format {FORMAT}. Update lora_lightning. (ckpt_path)"
         )
 
 
