@@ -291,7 +291,7 @@ def test_both_are_in_step(make: type[Moving], lora: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("make", [*FOLLOWING, Distillation], ids=lambda make: make.__name__)
-@pytest.mark.parametrize("lora", ["all-linear", "dora", "head"])
+@pytest.mark.parametrize("lora", ["all-linear", "dora"])
 def test_taken_up_again_under_another_seed(make: type[Moving], lora: str, tmp_path: Path) -> None:
     straight = all_tensors(fit(make, tmp_path, lora=TYPES[lora]))
     for seed, step in enumerate((3, 4, 6), 1):
