@@ -20,9 +20,8 @@ _OPTIONS = (
     "gradient_clip_algorithm", "deterministic", "benchmark",
 )  # fmt: skip
 
-_BUILT: dict[
-    tuple[str, ...], LightningCLI
-] = {}  # by the command's arguments, which are parsed once
+# By the command's arguments, which are parsed once.
+_BUILT: dict[tuple[str, ...], LightningCLI] = {}
 
 
 class ExaminingTrainer(Trainer):

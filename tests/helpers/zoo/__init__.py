@@ -54,7 +54,8 @@ class Member:
         return LoraCallback(**{"r": 2, "lora_dropout": 0.1, **self.lora})
 
 
-_CONV = {"target_modules": r"network\.[02]|head", "lora_dropout": 0.0}
+# The second masked convolution has none: its weight is masked in place.
+_CONV = {"target_modules": r"network\.0|head", "lora_dropout": 0.0}
 
 ZOO = {
     "classifier": Member(Classifier),
@@ -76,6 +77,6 @@ ZOO = {
     "GAN by requires_grad": Member(GanByRequiresGrad),
     "Wasserstein GAN": Member(WassersteinGan, moves=("critic.",)),
     "energy model": Member(Energy, moves=("replay",)),
-    "PixelCNN": Member(PixelCnn, Images, _CONV, moves=("network.",)),
+    "PixelCNN": Member(PixelCnn, Images, _CONV, moves=("network.2.weight",)),
     "VQ-VAE": Member(VqVae, moves=("codebook.", "commitment")),
 }
