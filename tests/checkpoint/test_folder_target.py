@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from lightning.pytorch import LightningModule
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -133,6 +134,27 @@ def test_a_class_of_ones_own(tmp_path: Path) -> None:
     assert config["auto_mapping"] == {"base_model_class": "Mine", "parent_library": __name__}
 
 
+def test_a_head_that_was_random_comes_with_the_file(tmp_path: Path) -> None:
+    """As with PEFT, which takes it for a trained copy whatever was trained."""
+    torch.manual_seed(1)
+    name = "BertForSequenceClassification"
+    config = transformers.BertConfig(**SIZES)
+    transformers.BertModel(config).save_pretrained(tmp_path / "base")
+    load = getattr(transformers, name).from_pretrained
+    model = adapted(load(tmp_path / "base"))
+    save_adapter(model, tmp_path / "ours")
+    other = load(tmp_path / "base").eval()
+    assert not torch.equal(other.classifier.weight, model.classifier.weight)
+    load_adapter(other, tmp_path / "ours")
+    assert bit_equal(output_of(other), output_of(model))
+    same = load(tmp_path / "base").eval()
+    same.load_state_dict({k: v for k, v in model.state_dict().items() if "adapters" not in k})
+    load_adapter(same, tmp_path / "ours")
+    save_adapter(same, tmp_path / "again")  # nothing but the adapter was trained
+    assert config_of(tmp_path / "again")["modules_to_save"] is None
+    assert bit_equal(output_of(same), output_of(model))
+
+
 # -- inside a LightningModule ----------------------------------------------------------------------
 
 
@@ -189,6 +211,11 @@ def test_the_folder_is_for_the_pretrained_model_inside(kind: str, tmp_path: Path
     load_adapter(other, folder)
     assert bit_equal(other(IDS), expected)
     save_adapter(other, tmp_path / "again")  # what was loaded is saved as it was
+    for file in ("adapter_model.safetensors", "adapter_config.json"):
+        first, second = (d / file for d in (folder, tmp_path / "again"))
+        assert first.read_bytes() == second.read_bytes() or kind in ("patterns", "rows"), file
+    with safe_open(folder / "adapter_model.safetensors", "pt") as opened:
+        assert opened.metadata() == {"format": "pt", "lora_lightning.module": "backbone"}
     third = Holder(base, teacher=teacher).eval()
     load_adapter(third.backbone, tmp_path / "again")
     assert bit_equal(third(IDS), expected)

@@ -78,9 +78,9 @@ def folder_target(model: nn.Module, adapter_name: str) -> Target:
     return Target(model, "")
 
 
-def head_names(task_type: str | None) -> tuple[str, ...]:
+def head_names(task_type: object) -> tuple[str, ...]:
     """Ends of the paths of modules that PEFT takes for trained copies in a model of this task."""
-    return _TASKS[task_type][1] if task_type else ()
+    return _TASKS[task_type][1] if isinstance(task_type, str) and task_type in _TASKS else ()
 
 
 def task_type(model: nn.Module) -> str | None:

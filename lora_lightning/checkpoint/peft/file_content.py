@@ -11,7 +11,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -25,6 +25,19 @@ from lora_lightning.engine.targets.parameters import matching_parameters
 from lora_lightning.errors import AdapterMismatchError
 from lora_lightning.layers.registry import layer_type_for
 from lora_lightning.layers.traversal import walk
+
+
+class Origin(NamedTuple):
+    """What a folder says of the model that it was written for.
+
+    Attributes:
+        made_for: Its path, where a module around it was saved.
+        heads: Ends of the paths of modules that PEFT takes for trained copies in it.
+
+    """
+
+    made_for: str
+    heads: tuple[str, ...]
 
 
 @dataclass
@@ -53,7 +66,7 @@ def content_of_file(
     config: AdapterConfig,
     keys: Collection[str],
     unchanged: Callable[[str, str], bool],
-    made_for: str,
+    origin: Origin,
     where: str,
 ) -> FileContent:
     """Find the place of every tensor of a file with these keys.
@@ -61,23 +74,30 @@ def content_of_file(
     Args:
         model, config, keys: The model that the file is for, its options, its tensors' names.
         unchanged: Whether what the file has under a key is the base's tensor of a name.
-        made_for: Path of the model that the file is for, where the one that it was saved from is a
-            module around that.
+        origin: The model that the file was written for.
         where: The file, for messages.
 
     Raises:
         AdapterMismatchError: If a tensor belongs to no module of `model`, or none to an adapter.
 
     """
-    reading = read_keys(model, keys, config.shared_file_keys, made_for, where)
+    reading = read_keys(model, keys, config.shared_file_keys, origin.made_for, where)
     modules, prefix = reading.modules, reading.target.prefix
     places = reading.places
     tables = _tables(modules, places)
-    saved = _saved_modules(modules, places, config, lambda key, name: unchanged(key, prefix + name))
+    ends = (*(config.modules_to_save or ()), *origin.heads)
+    saved = set()
+    for key, (_, path, tensor) in places.items():
+        outer = _saved_module(path, ends)
+        if tensor in own_tensors(modules[path]) and outer:
+            # PEFT copies more than what has the name, and may not have trained it.
+            named = any(matches_name(name, outer) for name in config.modules_to_save or ())
+            if named or not unchanged(key, f"{prefix}{path}.{tensor}"):
+                saved.add(outer)
     content = FileContent(config, dict(reading.shared))
     targets: set[str] = set()
     for key, (name, path, tensor) in places.items():
-        copied = _saved_module(path, config)[0] in saved
+        copied = _saved_module(path, ends) in saved
         own = PREFIX + prefix + name.removeprefix(PREFIX)
         if _is_rows(tensor):
             table = path if path in tables else _tied(modules, path, tables)
@@ -122,22 +142,6 @@ def _tables(modules: dict[str, nn.Module], places: dict[str, Place]) -> set[str]
     return tables | {path for path in heads if _tied(modules, path, tables) is None}
 
 
-def _saved_modules(
-    modules: dict[str, nn.Module],
-    places: dict[str, Place],
-    config: AdapterConfig,
-    unchanged: Callable[[str, str], bool],
-) -> set[str]:
-    saved = set()
-    for key, (_, path, tensor) in places.items():
-        if tensor in own_tensors(modules[path]):
-            outer, named = _saved_module(path, config)
-            # PEFT copies more than what has the name, and may not have trained it.
-            if outer and (named or not unchanged(key, f"{path}.{tensor}")):
-                saved.add(outer)
-    return saved
-
-
 def _selecting(modules: dict[str, nn.Module], targets: set[str]) -> dict[str, Any]:
     # An attention stands for its out_proj too, unless the file has nothing for that.
     outs = {f"{p}.out_proj" for p in targets if isinstance(modules[p], nn.MultiheadAttention)}
@@ -173,18 +177,11 @@ def _is_rows(tensor: str) -> bool:
     return tensor == TOKEN_ROWS or tensor == TOKEN_ROWS.partition(".")[2]
 
 
-def _saved_module(path: str, config: AdapterConfig) -> tuple[str, bool]:
-    """(the module around `path` that was saved in full, whether it was listed by its name).
-
-    PEFT also takes every path that merely ends with a listed name.
-    """
+def _saved_module(path: str, ends: tuple[str, ...]) -> str:
+    """The module around `path` that PEFT takes for a trained copy by its path's end; or ""."""
     parts = path.split(".")
-    for length in range(1, len(parts) + 1):
-        outer = ".".join(parts[:length])
-        fitting = [name for name in config.modules_to_save or () if outer.endswith(name)]
-        if fitting:
-            return outer, any(matches_name(name, outer) for name in fitting)
-    return "", False
+    outer = (".".join(parts[:length]) for length in range(1, len(parts) + 1))
+    return next((module for module in outer if module.endswith(ends)), "") if ends else ""
 
 
 def _tied(modules: dict[str, nn.Module], path: str, others: Iterable[str]) -> str | None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lora_lightning.adapters.base import AdapterModule
 from lora_lightning.checkpoint.compatibility import check_values, tensor_differences
+from lora_lightning.checkpoint.peft.base_model import head_names
 from lora_lightning.checkpoint.peft.config import (
     CONFIG,
     MADE_FOR,
@@ -29,7 +30,7 @@ from lora_lightning.checkpoint.peft.config import (
     is_folder_name,
     parse,
 )
-from lora_lightning.checkpoint.peft.file_content import FileContent, content_of_file
+from lora_lightning.checkpoint.peft.file_content import FileContent, Origin, content_of_file
 from lora_lightning.checkpoint.peft.keys import OUT_PROJ_B, tensors_to_load
 from lora_lightning.checkpoint.peft.saved_base import (
     added_rows,
@@ -100,7 +101,8 @@ def opened_folder(
             return is_same(base.get(name), opened.get_tensor(key))
 
         made_for = (opened.metadata() or {}).get(MADE_FOR, "")
-        content = content_of_file(model, config, shapes, unchanged, made_for, repr(str(file)))
+        origin = Origin(made_for, head_names(options.get("task_type")))
+        content = content_of_file(model, config, shapes, unchanged, origin, repr(str(file)))
         content.adds_twice = adds_twice(options)
         content.of_peft = not options["peft_type"].startswith(OWN)
         yield content, shapes, opened

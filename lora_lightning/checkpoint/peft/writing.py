@@ -122,8 +122,9 @@ def _files(model: nn.Module, folder: Path, adapter_name: str) -> dict[Path, byte
                 "process, load_adapter(model, 'last.ckpt'), and save it from there."
             )
         tensors[key] = tensor.detach().to("cpu", copy=True).contiguous()
-    made_for = {MADE_FOR: prefix.rstrip(".")} if prefix else {}
-    content = to_safetensors(tensors, metadata={"format": "pt", **made_for})
+    content = to_safetensors(tensors, metadata={"format": "pt"})
+    if prefix:
+        content = _with_metadata(content, {MADE_FOR: prefix.rstrip(".")})
     return {folder / TENSORS: content, folder / CONFIG: _json(config)}
 
 
@@ -151,6 +152,16 @@ def _say_who_can_load(
             f"It is loaded by load_adapter({kind}(...), folder); in another model PEFT would find "
             "none of its modules, and only warn."
         )
+
+
+def _with_metadata(content: bytes, metadata: dict[str, str]) -> bytes:
+    """A safetensors file with more metadata, which safetensors itself writes in a random order."""
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    header["__metadata__"] |= metadata
+    written = json.dumps(header, separators=(",", ":")).encode()
+    written += b" " * (-len(written) % 8)  # the tensors are aligned
+    return len(written).to_bytes(8, "little") + written + content[start:]
 
 
 def _json(content: dict[str, Any]) -> bytes:
