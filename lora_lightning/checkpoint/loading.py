@@ -290,7 +290,7 @@ def _selects_same(model: nn.Module, context: BuildContext, owners: dict[str, set
         return True
     try:
         selection = select_modules(model, context.config)
-        leave_out_unfit(context, selection)
+        leave_out_unfit(context, selection, {})
     except LoraError:
         return False
     return selection.targets.keys() - selection.parameters == _adapted(

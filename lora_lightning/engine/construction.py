@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -69,11 +70,14 @@ class BuildContext:
         return torch.device("meta") if self.low_cpu_mem_usage else None
 
 
-def leave_out_unfit(context: BuildContext, selection: Selection) -> None:
+def leave_out_unfit(
+    context: BuildContext, selection: Selection, known: Mapping[str, AdapterModule]
+) -> None:
     """Take those targets out of a default selection that this adapter cannot sit on.
 
     They are told by a try on the meta device: groups that the rank does not fit, a type that has
-    no meaning there, a weight that is too small.
+    no meaning there, a weight that is too small. `known` are the adapters of that name on the
+    model already.
 
     Raises:
         LoraError: If there is none that it can sit on.
@@ -81,26 +85,22 @@ def leave_out_unfit(context: BuildContext, selection: Selection) -> None:
     """
     if not context.config.names_no_module:
         return
-    trial = replace(context, low_cpu_mem_usage=True, start=None)
-    reasons: dict[str, LoraError] = {}
-    for path, module in selection.targets.items():
-        carries = isinstance(module, AdaptedLayer) and context.adapter_name in module.adapters
-        if carries or path in selection.parameters:
-            continue
+    tried = selection.targets.keys() - known.keys() - selection.parameters.keys()
+    targets = {path: module for path, module in selection.targets.items() if path in tried}
+    for path, module in targets.items():
         check_convertible(module, path)
-        fresh = not isinstance(module, AdaptedLayer)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                make_adapters(trial, {path: module}, selection, {})
-        except (RankError, ConfigError) as error:
-            named = getattr(context.config, "rank_pattern", {})
-            if pattern_value(named, path, None) is not None:  # asked for
-                raise
-            reasons[path] = error
-        finally:
-            if fresh and isinstance(module, AdaptedLayer):
-                convert_back(module)
+    reasons: dict[str, LoraError] = {}
+    with _layers(targets, selection, keep=False) as layers, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they come again
+        trial = _prepared(replace(context, low_cpu_mem_usage=True, start=None), layers, known)
+        for path, layer in layers.items():
+            try:
+                _make_adapter(trial, path, layer, selection)
+            except (RankError, ConfigError) as error:
+                named = getattr(context.config, "rank_pattern", {})
+                if pattern_value(named, path, None) is not None:  # asked for
+                    raise
+                reasons[path] = error
     if len(reasons) == len(selection.targets) > 0:
         raise next(iter(reasons.values()))
     for path, reason in reasons.items():
@@ -112,33 +112,49 @@ def make_adapters(
     context: BuildContext,
     targets: dict[str, nn.Module],
     selection: Selection,
-    known: dict[str, AdapterModule],
+    known: Mapping[str, AdapterModule],
 ) -> dict[str, AdapterModule]:
     """The adapters for `targets`, by path; the modules become layers, without the adapters yet.
 
     All are made before the first one is put on: a rank that does not fit shows here, and then the
     modules become again what they were. `known` are those of the same name on other modules.
     """
-    fresh = [module for module in targets.values() if not isinstance(module, AdaptedLayer)]
-    try:
-        for path, module in targets.items():
-            layer_type = AdaptedExperts if path in selection.parameters else layer_type_for(module)
-            convert_to_adapted(module, cast(type[AdaptedLayer], layer_type))
-        layers = cast(dict[str, AdaptedLayer], targets)
-        shapes = {path: list(layer.weight_shapes().values()) for path, layer in layers.items()}
-        if shapes:
-            context = replace(context, shared=context.config.prepare(shapes, known))
+    with _layers(targets, selection, keep=True) as layers:
+        context = _prepared(context, layers, known)
         adapters = {
             path: _make_adapter(context, path, layer, selection) for path, layer in layers.items()
         }
         for path, values in (context.start or {}).items():
             _start_with(adapters.get(path), path, values)
-        return adapters
+    return adapters
+
+
+@contextmanager
+def _layers(
+    targets: dict[str, nn.Module], selection: Selection, *, keep: bool
+) -> Iterator[dict[str, AdaptedLayer]]:
+    """Inside, the modules are layers; afterwards, too, unless `keep` is False or on an error."""
+    fresh = [module for module in targets.values() if not isinstance(module, AdaptedLayer)]
+    try:
+        for path, module in targets.items():
+            layer_type = AdaptedExperts if path in selection.parameters else layer_type_for(module)
+            convert_to_adapted(module, cast(type[AdaptedLayer], layer_type))
+        yield cast(dict[str, AdaptedLayer], targets)
     except BaseException:
-        for module in fresh:
-            if isinstance(module, AdaptedLayer):
-                convert_back(module)
+        keep = False
         raise
+    finally:
+        for module in fresh:
+            if isinstance(module, AdaptedLayer) and not keep:
+                convert_back(module)
+
+
+def _prepared(
+    context: BuildContext, layers: dict[str, AdaptedLayer], known: Mapping[str, AdapterModule]
+) -> BuildContext:
+    """`context` with what the adapters of all these layers share."""
+    shapes = {path: list(layer.weight_shapes().values()) for path, layer in layers.items()}
+    return replace(context, shared=context.config.prepare(shapes, known)) if shapes else context
 
 
 def _make_adapter(

@@ -129,7 +129,7 @@ def extend_adapter(model: nn.Module, context: BuildContext) -> Selection:
         )
     with unchanged_on_error(model):
         selection = select_modules(model, context.config)
-        leave_out_unfit(context, selection)
+        leave_out_unfit(context, selection, adapters_named(model, name))
         new = _new_modules(model, context, selection)
         if new.targets or new.saved or new.tokens or new.biases:
             check_enabled(model)

@@ -105,7 +105,6 @@ BAD = {  # options, error type, the whole message or its parts
         ],
     ),
     "empty target": ({"target_modules": ""}, ConfigError, ["target_modules is '': nothing"]),
-    "target None": ({"target_modules": None}, ConfigError, ["target_modules is None: nothing"]),
     "saved as a string": (
         {"modules_to_save": "head"},
         ConfigError,

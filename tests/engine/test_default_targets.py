@@ -30,6 +30,8 @@ from lora_lightning import (
     load_adapter,
     save_adapter,
 )
+from lora_lightning.engine.construction import BuildContext
+from lora_lightning.engine.injection import extend_adapter
 from lora_lightning.engine.targets.outputs import output_obstacle
 from lora_lightning.engine.targets.selection import Selection, select_modules
 from lora_lightning.errors import RankError, TargetError
@@ -336,6 +338,14 @@ def test_a_small_layer_gets_the_rank_that_it_has(config, ranks, pattern, tmp_pat
     assert not torch.allclose(critic()(x), expected, atol=1e-2)
 
 
+@pytest.mark.parametrize("config", [Ia3Config(feedforward_modules=["2"]), VeraConfig(r=2)])
+def test_options_that_look_at_all_targets_together(config) -> None:
+    model = critic()
+    assert len(inject_adapter(model, config).targets) == 2
+    assert len(inject_adapter(critic(), config).targets) == 2
+    assert len(extend_adapter(model, BuildContext(config, "default")).targets) == 2
+
+
 def test_eva_shares_out_the_ranks_that_there_are() -> None:
     model = critic()
     batches = [torch.randn(64, 16) for _ in range(3)]
@@ -576,8 +586,10 @@ def test_hints_name_what_can_be_adapted_as_one_would_type_it() -> None:
     text = message_of(TargetError, lambda: selected(model, target_modules="normall"))
     assert "did you mean 'normal' (1 module)?" in text
     # Nor the very module that was asked for
-    text = message_of(TargetError, lambda: selected(model, trainable_token_indices={"normal": [1]}))
-    assert "'normal' is a Linear, no nn.Embedding. (lora." in text
+    tokens = {"trainable_token_indices": {"norms": [1]}}
+    text = message_of(TargetError, lambda: selected(model, **tokens))
+    assert "'norms' is a LayerNorm, no nn.Embedding" in text
+    assert "mean 'norms'" not in text
     text = message_of(TargetError, lambda: selected(model, trainable_token_indices={"embb": [1]}))
     assert "did you mean 'emb' (1 module)?" in text
 
