@@ -335,7 +335,9 @@ _CLASSES: dict[tuple[type[AdaptedLayer], type[nn.Module]], Any] = {}
 
 # By the parent that the classes with a `__dict__` of this layout have in common. Generic wants a
 # variable.
-_LAYOUTS: dict[type, type] = {cast(type, Generic): types.new_class("GenericLayout", (Generic[_T],))}
+_LAYOUTS: dict[type, type] = {
+    cast(type, Generic): types.new_class("GenericLayout", (cast(Any, Generic)[_T],))
+}
 
 
 def adapted_class(layer_type: type[AdaptedLayer], base_type: type[nn.Module]) -> Any:
