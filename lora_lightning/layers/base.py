@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import copyreg
 import inspect
-import types
 from collections.abc import Callable, Iterable
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +19,12 @@ from torch import Tensor, nn
 from lora_lightning.adapters.base import Adapter, AdapterModule, BaseWeight, Convolution
 from lora_lightning.adapters.modules_to_save import ModulesToSaveCopy
 from lora_lightning.errors import AdapterStateError, TargetError
-from lora_lightning.layers.instance_forward import LayerForward, PatchableLayer
+from lora_lightning.layers.dynamic_class import adapted_class
+from lora_lightning.layers.instance_forward import PatchableLayer
 from lora_lightning.layers.mixed_batch import forward_by_row
 from lora_lightning.layers.offloading import offloading_hook
 from lora_lightning.layers.parametrized import reads_anew, reads_once, value
 from lora_lightning.utilities.autocast import without_autocast
-
-_T = TypeVar("_T")
 
 
 class AdaptedLayer(PatchableLayer):
@@ -329,52 +327,6 @@ def compose(
     for adapter, given in zip(adapters, reversed(inputs), strict=True):
         y = adapter.if_applied(adapter(given, y, base), y)
     return y
-
-
-_CLASSES: dict[tuple[type[AdaptedLayer], type[nn.Module]], Any] = {}
-
-# By the parent that the classes with a `__dict__` of this layout have in common. Generic wants a
-# variable.
-_LAYOUTS: dict[type, type] = {
-    cast(type, Generic): types.new_class("GenericLayout", (cast(Any, Generic)[_T],))
-}
-
-
-def adapted_class(layer_type: type[AdaptedLayer], base_type: type[nn.Module]) -> Any:
-    """The subclass of `base_type` that carries adapters; the same one every time."""
-    if (layer_type, base_type) in _CLASSES:
-        return _CLASSES[layer_type, base_type]
-    namespace = {
-        "__module__": layer_type.__module__,
-        "__doc__": base_type.__doc__,
-        "layer_type": layer_type,
-        "base_type": base_type,
-        "forward": LayerForward(layer_type.forward),
-        "forward_with_adapters": layer_type.forward,
-    }
-    bases = (*_layout_of(base_type), layer_type, base_type)
-    made = types.new_class(
-        f"Adapted{base_type.__name__}", bases, exec_body=lambda body: body.update(namespace)
-    )
-    return _CLASSES.setdefault((layer_type, base_type), made)
-
-
-def _layout_of(base_type: type[nn.Module]) -> tuple[type, ...]:
-    """What stands first among the bases, so that instances of `base_type` can take the new class.
-
-    Python compares the classes that gave the instances their `__dict__`: for most modules that is
-    nn.Module, which a layer has, too. Where it is another one (a class with ABC or Generic in front
-    of the module, whose parents have no `__dict__`), the new class needs one that is made alike.
-    """
-    giver: type = base_type
-    while giver.__base__ is not None and giver.__base__.__dictoffset__:
-        giver = giver.__base__
-    parent = giver.__base__
-    if parent is None or parent is object:
-        return ()
-    if parent not in _LAYOUTS:
-        _LAYOUTS[parent] = types.new_class(f"{parent.__name__}Layout", (parent,))
-    return (_LAYOUTS[parent],)
 
 
 def _new_adapted_layer(layer_type: type[AdaptedLayer], base_type: type[nn.Module]) -> Any:

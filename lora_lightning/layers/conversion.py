@@ -9,8 +9,9 @@ from torch import nn
 
 from lora_lightning.adapters.base import AdapterDict, AdapterModule
 from lora_lightning.errors import AdapterStateError, TargetError
-from lora_lightning.layers.base import AdaptedLayer, adapted_class
+from lora_lightning.layers.base import AdaptedLayer
 from lora_lightning.layers.carried_adapters import CarriedAdapters
+from lora_lightning.layers.dynamic_class import adapted_class
 from lora_lightning.layers.instance_forward import (
     PatchableLayer,
     instance_patch,

@@ -16,7 +16,9 @@ from lora_lightning.adapters.trainable_tokens import (
 )
 from lora_lightning.layers.autocast_cache import autocast_input
 from lora_lightning.layers.base import AdaptedLayer, WeightView, compose
+from lora_lightning.layers.by_weight import AdaptedByWeight
 from lora_lightning.layers.fused_lora import add_lora, can_fuse, fused_lora, lora_terms
+from lora_lightning.layers.own_forward import answers_by_rows, has_own_forward
 
 _FORWARD = nn.Linear.forward  # torch's: others exchange it on the class, too
 
@@ -82,3 +84,14 @@ class AdaptedLinear(AdaptedLayer):
     def is_plain(self) -> bool:
         """Tell whether the base's forward is that of nn.Linear itself."""
         return self.base_type.forward is _FORWARD and self._instance_forward is None
+
+
+class AdaptedLinearByWeight(AdaptedByWeight, AdaptedLinear):
+    """y = f(x; W'): a Linear whose forward answers in another shape than (..., out_features)."""
+
+
+def is_linear_by_weight(module: nn.Module) -> bool:
+    """Tell whether the output of a Linear is not what an update could be added to."""
+    if isinstance(module, AdaptedLayer):
+        return isinstance(module, AdaptedByWeight)
+    return has_own_forward(type(module), nn.Linear) and not answers_by_rows(module)

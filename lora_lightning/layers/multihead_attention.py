@@ -31,8 +31,9 @@ from lora_lightning.errors import AdapterStateError
 from lora_lightning.layers import parametrized
 from lora_lightning.layers.attention_heads import Masks, attend
 from lora_lightning.layers.autocast_cache import autocast_input
-from lora_lightning.layers.base import AdaptedLayer, WeightView, adapted_class, compose
+from lora_lightning.layers.base import AdaptedLayer, WeightView, compose
 from lora_lightning.layers.conversion import convert_back, convert_to_adapted
+from lora_lightning.layers.dynamic_class import adapted_class
 from lora_lightning.layers.instance_forward import instance_patch
 from lora_lightning.layers.traversal import walk
 

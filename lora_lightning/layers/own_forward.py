@@ -2,8 +2,8 @@
 
 A subclass of `nn.Conv2d` may pad by itself, which is still the product of input and weight; or
 standardise its weight, or answer by an activation. A subclass of `nn.Embedding` may not even take
-ids. Names do not tell, so the forward is tried: on a copy of the module with small random weights,
-so that nothing of the module is touched.
+ids, and one of `nn.Linear` may answer by halves. Names do not tell, so the forward is tried: on a
+copy of the module with random weights, so that nothing of the module is touched.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
 from lora_lightning.adapters.base import AdapterDict
 from lora_lightning.layers.covered import covered
@@ -39,13 +40,13 @@ def is_linear_in_kernel(module: nn.Module) -> bool:
     """
     conv = cast(nn.Conv2d, module)
     generator = torch.Generator().manual_seed(0)
-    out, each, *kernel = value(conv, "weight").shape
-    groups, ones = conv.in_channels // each, [1 for _ in kernel]
 
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator) / math.sqrt(math.prod(shape[1:]))
 
     def holds() -> bool:
+        out, each, *kernel = value(conv, "weight").shape
+        groups, ones = conv.in_channels // each, [1 for _ in kernel]
         trial = _bare_copy(conv, random(out, each, *kernel), random(out))
         dilation = conv.dilation
         sizes = [2 * d * (k - 1) + 5 for d, k in zip(dilation, kernel, strict=True)]
@@ -105,6 +106,28 @@ def is_lookup(module: nn.Module) -> bool:
     return _tried(holds)
 
 
+def answers_by_rows(module: nn.Module) -> bool:
+    """Tell whether a Linear's forward answers (..., in) by (..., out), as far as it can be tried.
+
+    Only shapes are asked for, on the meta device.
+    """
+    linear = cast(nn.Linear, module)
+
+    def holds() -> bool:
+        out, width = linear.out_features, linear.in_features
+        parameters = torch.empty(out, width, device="meta"), torch.empty(out, device="meta")
+        trial = _bare_copy(linear, *parameters)
+        for shape in ((2, 3, width), (6, width), (2, width, 5, 7)):
+            try:
+                y = run_with(trial, torch.empty(shape, device="meta"), {})
+            except Exception:  # it may want another number of dimensions
+                continue
+            return not isinstance(y, Tensor) or y.shape == (*shape[:-1], out)
+        return True
+
+    return _tried(holds, otherwise=True)
+
+
 def kernel_in_place(kernel: Tensor, in_channels: int) -> dict[str, Any]:
     """What a convolution's forward reads, by its name, where another kernel is in its place."""
     groups = in_channels // kernel.shape[1]
@@ -125,19 +148,29 @@ def is_close(found: Tensor, wanted: Tensor, close: float = _CLOSE) -> bool:
 
 
 def _bare_copy(module: nn.Module, weight: Tensor, bias: Tensor | None) -> Any:
-    """A copy in eval mode, in float32 on the CPU, with these parameters in the place of its own."""
-    own = module._parameters
-    new: dict[int, Any] = {id(own["weight"]): nn.Parameter(weight, requires_grad=False)}
-    if isinstance(adapters := module._modules.get("adapters"), AdapterDict):
-        new[id(adapters)] = AdapterDict()
-    if own.get("bias") is not None and bias is not None:
-        new[id(own["bias"])] = nn.Parameter(bias, requires_grad=False)
-    return copy.deepcopy(module, new).eval().float().cpu()
+    """A copy in eval mode and float32, with these parameters, on their device."""
+    given = {"weight": nn.Parameter(weight, False)}
+    if bias is not None:
+        given["bias"] = nn.Parameter(bias, False)
+    known: dict[int, Any] = {}
+    for name, tensor in given.items():
+        if module._parameters.get(name) is not None:
+            known[id(module._parameters[name])] = tensor
+    adapted = isinstance(adapters := module._modules.get("adapters"), AdapterDict)
+    if adapted:
+        known[id(adapters)] = AdapterDict()
+    trial = copy.deepcopy(module, known)
+    if is_parametrized(module) and not adapted:
+        # Not by remove_parametrizations, which changes the class that both have.
+        trial.__class__ = type_before_parametrizations(trial)
+        for name in cast(nn.ModuleDict, trial._modules.pop("parametrizations")):
+            setattr(trial, name, given[name])
+    return trial.eval().float().to(weight.device)
 
 
-def _tried(holds: Callable[[], bool]) -> bool:
+def _tried(holds: Callable[[], bool], otherwise: bool = False) -> bool:
     with torch.random.fork_rng(devices=[]), torch.no_grad(), without_autocast(torch.empty(0)):
         try:
             return holds()
         except Exception:  # a stranger's forward: it may want other arguments, or other sizes
-            return False
+            return otherwise

@@ -19,7 +19,11 @@ from lora_lightning.layers.embedding import (
     AdaptedEmbeddingByWeight,
     is_embedding_by_weight,
 )
-from lora_lightning.layers.linear import AdaptedLinear
+from lora_lightning.layers.linear import (
+    AdaptedLinear,
+    AdaptedLinearByWeight,
+    is_linear_by_weight,
+)
 from lora_lightning.layers.multihead_attention import AdaptedMultiheadAttention, attention_obstacle
 from lora_lightning.layers.quantized.base import AdaptedBitsandbytesLinear, AdaptedQuantizedLinear
 from lora_lightning.layers.quantized.bitsandbytes import is_linear4bit, is_linear8bit
@@ -36,6 +40,7 @@ def _is_conv(module: nn.Module) -> bool:
 LAYER_TYPES: list[tuple[Callable[[nn.Module], bool], type[AdaptedLayer]]] = [
     (lambda m: is_linear4bit(m) or is_linear8bit(m), AdaptedBitsandbytesLinear),
     (is_torchao_linear, AdaptedQuantizedLinear),
+    (lambda m: isinstance(m, nn.Linear) and is_linear_by_weight(m), AdaptedLinearByWeight),
     (lambda m: isinstance(m, nn.Linear), AdaptedLinear),
     (
         lambda m: isinstance(m, nn.MultiheadAttention) and attention_obstacle(m) is None,
