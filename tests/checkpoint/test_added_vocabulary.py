@@ -127,6 +127,17 @@ def test_another_base_is_refused(change: Callable[[Tensor], None], tmp_path: Pat
     assert all(torch.equal(base.state_dict()[name], before[name]) for name in before)
 
 
+def test_rows_that_are_no_numbers_are_not_taken(tmp_path: Path) -> None:
+    base = grown(1)
+    with torch.no_grad():
+        base.model.embed_tokens.weight[13, 2] = float("nan")
+    saved_by_peft(tmp_path, base, **OPTIONS["embeddings"])
+    model = grown(2)
+    with pytest.raises(AdapterMismatchError, match="this model has other values"):
+        load_adapter(model, tmp_path)
+    assert model.model.embed_tokens.weight.isfinite().all()
+
+
 @pytest.mark.parametrize("size", [OLD, NEW + 2], ids=["not resized", "resized otherwise"])
 def test_a_table_of_another_size_is_refused(size: int, tmp_path: Path) -> None:
     saved_by_peft(tmp_path, grown(1), **OPTIONS["neither"])

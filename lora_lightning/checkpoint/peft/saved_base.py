@@ -65,6 +65,8 @@ def _first_added(base: Tensor | None, value: Tensor) -> int:
     """First of the rows, up to the last one, that differ; 0 where that is no added vocabulary."""
     if base is None or base.is_meta or base.shape != value.shape:
         return 0
+    if not value.is_floating_point() or not torch.isfinite(value).all():
+        return 0
     equal = (base.detach().cpu().to(value) == value).reshape(len(value), -1).all(1)
     first = int(equal.logical_not().nonzero()[0])
     zero = (value == 0).reshape(len(value), -1).all(1)  # which tells nothing: padding, biases
