@@ -585,6 +585,8 @@ def test_hints_name_what_can_be_adapted_as_one_would_type_it() -> None:
     assert "did you mean 'body.0' (1 module)?" in text
     text = message_of(TargetError, lambda: selected(model, target_modules="normall"))
     assert "did you mean 'normal' (1 module)?" in text
+    text = message_of(TargetError, lambda: selected(model, exclude_modules=["norm"]))
+    assert "excludes nothing. -> did you mean 'normal' (1 module)? Correct it" in text
     # Nor the very module that was asked for
     tokens = {"trainable_token_indices": {"norms": [1]}}
     text = message_of(TargetError, lambda: selected(model, **tokens))

@@ -144,9 +144,10 @@ def check_every_exclusion_matched(modules: dict[str, nn.Module], config: Adapter
     else:
         unmatched = [n for n in excluded if not any(matches_name(n, path) for path in modules)]
     if unmatched:
+        hint = near(unmatched[0], adaptable(modules))
         raise TargetError(
-            f"exclude_modules {unmatched[0]!r} excludes nothing.{near(unmatched[0], modules)} "
-            "Correct it or take it out. (lora.exclude_modules)"
+            f"exclude_modules {unmatched[0]!r} excludes nothing.{hint} Correct it or take it out. "
+            "(lora.exclude_modules)"
         )
 
 
