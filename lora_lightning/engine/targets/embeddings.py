@@ -29,7 +29,10 @@ def _embeddings(model: nn.Module, getter: str) -> list[str]:
     for path, module in walk(model):
         if not (hasattr(module, "base_model_prefix") and hasattr(module, getter)):
             continue
-        part = getattr(module, getter)()
+        try:
+            part = getattr(module, getter)()
+        except NotImplementedError:  # a model that has none, of images say
+            continue
         if part is None and getter == "get_output_embeddings":
             part = getattr(module, "score", None) or getattr(module, "classifier", None)
         part = unwrapped(part)
