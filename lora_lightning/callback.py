@@ -30,6 +30,7 @@ from lora_lightning.training.preemption import Preemption, lines_without_checkpo
 from lora_lightning.training.resume.checks import configured_rates
 from lora_lightning.training.resume.hook_turns import follow_hooks
 from lora_lightning.training.resume.resumable_loader import make_loaders_resumable
+from lora_lightning.training.resume.run_state import remember_final_states
 from lora_lightning.training.strategies.launchers import hand_back_adapters
 from lora_lightning.training.strategies.state_overrides import override_state_methods
 from lora_lightning.training.weight_averaging import average_what_trains
@@ -148,6 +149,7 @@ class LoraCallback(AdapterCallback):
         checks.check_still_there(pl_module, self._selection)
         checks.check_before_fit(trainer, pl_module, self.adapter_name)
         settle_what_trains(pl_module)
+        module_state(pl_module).final_states = []
         average_what_trains(trainer)
         self._nonfinite_guard.start(trainer, pl_module)
         module_state(pl_module).learning_rates = configured_rates(trainer)
@@ -231,7 +233,12 @@ class LoraCallback(AdapterCallback):
             messages.show(*lines)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Note what the module has moved of its base: at the next run that is no other base."""
+        """Note what the module has moved of its base: at the next run that is no other base.
+
+        And keep what checkpoints after fit need of every process: rank 0 may write them alone.
+        """
+        if stage == "fit" and self._is_first(pl_module):
+            remember_final_states(pl_module)
         if self._is_last(pl_module):
             moved = module_state(pl_module).baseline.changed(pl_module)
             take_off_unmoved(pl_module, moved)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor
+from datetime import timedelta
 from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -273,6 +274,11 @@ def setup_model_and_optimizer(
     setup = getattr(type(strategy), SETUP_MODEL_AND_OPTIMIZER)
     engine, optimizer = setup(strategy, model, optimizer, lr_scheduler)
     return engine, optimizer
+
+
+def collective_timeout(strategy: Strategy) -> timedelta | None:
+    """How long a strategy of several processes lets one wait for the others. Since 1.8."""
+    return getattr(strategy, "_timeout", None)
 
 
 def writes_folders(strategy: Strategy) -> bool:

@@ -58,6 +58,7 @@ class ModuleState:
     trained: list[nn.Parameter] = field(default_factory=list)  # of this run, see frozen_base.py
     frozen: list[nn.Parameter] = field(default_factory=list)
     refrozen: bool = False  # True once that was said
+    final_states: list[dict[str, Any]] = field(default_factory=list)  # of all processes, after fit
     unreadable: set[str] = field(default_factory=set)  # in checkpoints of this run, as was said
     turn: Any = None  # the hook that is under way, of resume/hook_turns.py
 

@@ -35,6 +35,11 @@ def functional_transform_is_active() -> bool:
     return functorch or forward_ad._current_level >= 0
 
 
+def default_store() -> Any:
+    """The key-value store by which the processes of the default group found each other."""
+    return torch.distributed.distributed_c10d._get_default_store()
+
+
 def call_when_backward_ends(function: Callable[[], None]) -> None:
     """Have `function` called once the backward pass that is running has ended.
 

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,13 @@ from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+)
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler
@@ -431,6 +438,13 @@ def test_writes_folders() -> None:
     assert not private.writes_folders(FSDPStrategy(state_dict_type="full"))
     assert private.writes_folders(ModelParallelStrategy(save_distributed_checkpoint=True))
     assert not private.writes_folders(ModelParallelStrategy(save_distributed_checkpoint=False))
+
+
+def test_collective_timeout() -> None:
+    limit = timedelta(seconds=7)
+    for kind in (DDPStrategy, FSDPStrategy, ModelParallelStrategy):
+        assert private.collective_timeout(kind(timeout=limit)) == limit
+    assert private.collective_timeout(SingleDeviceStrategy()) is None
 
 
 def test_has_completed_config() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,22 @@ def test_functional_transform_is_active() -> None:
         ask(torch.ones(2))
     ask(torch.ones(2))
     assert seen == [False, True, True, True, False]
+
+
+def test_default_store(tmp_path: Path) -> None:
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    try:
+        store = private.default_store()
+        store.set("here", "yes")
+        assert store.check(["here"])
+        assert not store.check(["there"])
+        with pytest.raises(RuntimeError):
+            store.wait(["there"], timedelta(seconds=0.2))
+        assert store.delete_key("here")
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_call_when_backward_ends() -> None:

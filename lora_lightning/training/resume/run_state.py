@@ -2,7 +2,8 @@
 
 Each process has random numbers, a position in its data and, between two optimizer steps of
 accumulated gradients, gradients of its own; Lightning writes none of them. All processes take part
-in saving, so they are gathered, and each takes its own back.
+in saving, so they are gathered, and each takes its own back. After fit rank 0 may save alone: they
+are gathered at the end of fit.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
 
 from lora_lightning.checkpoint.state_dict import KEY
 from lora_lightning.training import _lightning
+from lora_lightning.training.collectives import gathered, is_over
 from lora_lightning.training.frozen_base import trained_parameters, waiting_parameters
 from lora_lightning.training.messages import rank_zero_warn
 from lora_lightning.training.module_state import module_state
@@ -41,20 +42,36 @@ from lora_lightning.utilities.wrappers import named_parameters
 
 
 def add_run_state(checkpoint: dict[str, Any], module: LightningModule) -> None:
-    """Write the state of every process into the checkpoint; all of them must call it."""
-    trainer = module.trainer
-    own = {
-        "random_state": random_state(cuda="all" if trainer.world_size == 1 else "own"),
-        "generators": [generator_states(loader) for loader in _stateless_loaders(trainer)],
-        "positions": _positions(trainer, checkpoint["loops"]["fit_loop"]),
-        "gradients": _gradients(module),
-    }
-    checkpoint[KEY]["processes"] = _gather(own, trainer.world_size)
+    """Write the state of every process into the checkpoint; within a run all must call it."""
+    trainer, loops = module.trainer, checkpoint["loops"]["fit_loop"]
+    own = _own_state(module, loops)
+    if is_over(trainer):  # rank 0 may save alone, of what was gathered at the end
+        checkpoint[KEY]["processes"] = module_state(module).final_states or [own]
+    else:
+        checkpoint[KEY]["processes"] = gathered(trainer.strategy, own)
     checkpoint[KEY]["waiting"] = waiting_parameters(module)
     checkpoint[KEY]["metrics"] = monitored(trainer)
     checkpoint[KEY]["epoch_averages"] = epoch_averages(trainer)
     checkpoint[KEY]["learning_rates"] = module_state(module).learning_rates
-    complete_loops(checkpoint["loops"]["fit_loop"], trainer)
+    complete_loops(loops, trainer)
+
+
+def remember_final_states(module: LightningModule) -> None:
+    """Gather the states of all processes at the end of fit, for checkpoints after it."""
+    trainer = module.trainer
+    if trainer.world_size > 1:
+        own = _own_state(module, trainer.fit_loop.state_dict())
+        module_state(module).final_states = gathered(trainer.strategy, own)
+
+
+def _own_state(module: LightningModule, loops: dict[str, Any]) -> dict[str, Any]:
+    trainer = module.trainer
+    return {
+        "random_state": random_state(cuda="all" if trainer.world_size == 1 else "own"),
+        "generators": [generator_states(loader) for loader in _stateless_loaders(trainer)],
+        "positions": _positions(trainer, loops),
+        "gradients": _gradients(module),
+    }
 
 
 def prepare_run_state(checkpoint: dict[str, Any], module: LightningModule) -> None:
@@ -187,11 +204,3 @@ def _gradients(module: LightningModule) -> dict[str, torch.Tensor]:
         for name, p in trained_parameters(module).items()
         if p.grad is not None
     }
-
-
-def _gather(own: dict[str, Any], world_size: int) -> list[dict[str, Any]]:
-    if world_size == 1 or not (dist.is_available() and dist.is_initialized()):
-        return [own]
-    gathered: list[Any] = [None] * world_size
-    dist.all_gather_object(gathered, own)
-    return gathered
