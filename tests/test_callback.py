@@ -20,6 +20,7 @@ from lora_lightning import (
     adapter_names,
     adapter_state_dict,
     delete_adapter,
+    disable_adapter,
     inject_adapter,
     merge_and_unload,
     set_adapter,
@@ -298,15 +299,24 @@ def test_a_norm_that_trains_as_a_copy_is_not_held(tmp_path: Path, saved: str) ->
     module = Net()
     module.norm = torch.nn.Sequential(torch.nn.Identity(), module.norm)
     before = module.norm[1].running_mean.clone()
+    key = "norm.1.running_mean"
     make_trainer(
         tmp_path, LoraCallback(r=2, target_modules=["embed"], modules_to_save=[saved])
     ).fit(module, Data())
-    assert torch.equal(module.norm[1].running_mean, before)
+    assert torch.equal(module.state_dict()[key], before)
     copy_of = {k.rpartition("norm.")[2]: v for k, v in adapter_state_dict(module).items()}
     assert not torch.equal(copy_of["1.running_mean"], before)
-    copies = [m for m in module.modules() if isinstance(m, torch.nn.BatchNorm1d)]
-    assert [m.train().training for m in copies] == [False, True]
-    assert [m.training for m in module.eval().modules() if m in copies] == [False, False]
+    norm = module.norm[1]
+    assert torch.equal(norm.running_mean, copy_of["1.running_mean"])
+    assert module.train().norm[1].training
+    with disable_adapter(module):
+        assert not norm.training  # the base's own is held
+        assert not module.train().norm[1].training
+        module(torch.randn(4, 8))
+        assert torch.equal(norm.running_mean, before)
+    assert norm.training
+    assert not module.eval().norm[1].training
+    assert not torch.equal(norm.running_mean, before)
 
 
 def test_deleting_another_adapter_does_not_let_go_of_a_norm_whose_bias_trains() -> None:

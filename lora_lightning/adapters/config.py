@@ -61,7 +61,7 @@ class AdapterConfig(KnownArguments):
         exclude_modules: Which of those to leave out: list of names or one regular expression.
         layers_to_transform: Only adapt the layers with these indices (target_modules as a list).
         layers_pattern: Name of the module list that layers_to_transform counts in.
-        modules_to_save: Modules trained in full, as a copy saved with the adapter (a new head).
+        modules_to_save: Modules trained in full, and saved with the adapter (a new head).
         bias: Which biases train too: "none", "lora_only" (of adapted layers) or "all".
 
     Raises:

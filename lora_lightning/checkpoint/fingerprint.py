@@ -44,7 +44,7 @@ def base_tensors(model: nn.Module, quantized: bool = True) -> Iterator[tuple[str
         for name, original in layer.kept_tensors().items():
             originals[id(layer._parameters.get(name))] = original
     for _, module, record in trained_biases(model):
-        originals[id(module.bias)] = record.original(module)
+        originals[id(record.parameter(module))] = record.original(module)
     replaced: list[str] = []
     for path, module in walk(model):
         if isinstance(module, AdaptedLayer) and module.trained_copies():

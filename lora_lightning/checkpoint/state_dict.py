@@ -83,6 +83,8 @@ def materialize(model: nn.Module, adapter_name: str) -> None:
             lambda t, to=device: torch.empty_like(t, device=to) if t.is_meta else t
         )
         adapter.reset_parameters()
+        if layer.trains_in_place:
+            layer.show_active()
 
 
 def saved_keys(model: nn.Module, adapter_name: str) -> dict[str, list[int]]:

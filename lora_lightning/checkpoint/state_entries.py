@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_lightning.checkpoint.checksum import checksums
+from lora_lightning.layers.base import AdaptedLayer
 from lora_lightning.layers.quantized.base import packed_weight
 from lora_lightning.layers.traversal import named_adapted_layers, walk
 from lora_lightning.utilities._torch import load_own_state, own_state
@@ -26,7 +27,8 @@ _WRITERS = ("state_dict", "_save_to_state_dict", "get_extra_state")
 
 def overrides(module: nn.Module, method: str) -> bool:
     """Tell whether a module has its own version of a method of `nn.Module`."""
-    own = getattr(type(module), method) is not getattr(nn.Module, method)
+    kind = module.base_type if isinstance(module, AdaptedLayer) else type(module)
+    own = getattr(kind, method) is not getattr(nn.Module, method)
     return own or method in module.__dict__
 
 

@@ -13,6 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from lora_lightning.adapters.modules_to_save import base_tensors_of
 from lora_lightning.layers.base import AdaptedLayer
 from lora_lightning.layers.traversal import walk
 from lora_lightning.utilities._torch import version_kept
@@ -38,8 +39,8 @@ class TrainedBias:
 
     @staticmethod
     def parameter(module: nn.Module) -> nn.Parameter:
-        """The module's bias."""
-        return cast(nn.Parameter, module.bias)
+        """The base's own bias of the module, also where another one trains in its place."""
+        return cast(nn.Parameter, base_tensors_of(module)._parameters["bias"])
 
     @torch.no_grad()
     def show(self, module: nn.Module, shown: bool) -> None:
@@ -100,12 +101,12 @@ def forget_bias(module: nn.Module) -> None:
 def biases_to_train(
     model: nn.Module, option: str, targets: set[str]
 ) -> list[tuple[str, nn.Module]]:
-    """The modules whose bias `option` selects; those inside trained copies are not base biases."""
+    """The modules whose bias `option` selects; always the base's own."""
     if option == "none":
         return []
     found: dict[int, tuple[str, nn.Module]] = {}  # a bias shared by two modules trains once
     for path, module in walk(model):
-        bias = module._parameters.get("bias")
+        bias = base_tensors_of(module)._parameters.get("bias")
         if isinstance(bias, nn.Parameter) and (option == "all" or path in targets):
             found.setdefault(id(bias), (path, module))
     return list(found.values())

@@ -21,8 +21,13 @@ from lora_lightning.adapters.lora.config import LoraConfig
 from lora_lightning.adapters.lora.conv import LoraConvAdapter
 from lora_lightning.adapters.lora.embedding import LoraEmbeddingAdapter
 from lora_lightning.adapters.lora.linear import LoraAdapter, LowRankAdapter
-from lora_lightning.adapters.modules_to_save import ModulesToSaveCopy
 from lora_lightning.engine.bias import trained_biases
+from lora_lightning.engine.combined_modules import (
+    TrainedModules,
+    check_mean,
+    fill_with_mean,
+    trained_modules,
+)
 from lora_lightning.engine.construction import BuildContext
 from lora_lightning.engine.injection import check_new_name, check_unmerged, extend_adapter
 from lora_lightning.engine.switching import check_enabled, check_known
@@ -53,14 +58,15 @@ def add_weighted_adapter(
     svd_clamp: float | None = None,
     density: float | None = None,
     majority_sign_method: MajoritySignMethod = "total",
+    modules_to_save: str | None = None,
     seed: int | None = None,
 ) -> None:
     """Add a LoRA adapter that combines others, which stay as they are.
 
     The new adapter sits on every module that one of them sits on and combines those that are there.
     Its scaling is 1 everywhere (lora_alpha = r); ranks that differ by module stand in its
-    rank_pattern. It is inactive and not trainable until `set_adapter` names it. A trained copy
-    (`modules_to_save`) that one of the adapters has is taken over as it is, whatever the weight.
+    rank_pattern. It is inactive and not trainable until `set_adapter` names it. What one of the
+    adapters trains in full (`modules_to_save`) is taken over as it is.
 
     Args:
         model: A model with LoRA adapters, whatever their rank, alpha, scaling and start values.
@@ -78,8 +84,9 @@ def add_weighted_adapter(
         svd_clamp: For the types with svd: clamp the new A and B to [-q, q], where q is this
             quantile of their entries and the entries' negatives, 0.5 < svd_clamp <= 1.
         density: For ties, dare and magnitude_prune: the share of entries to keep, 0 < density <= 1.
-        majority_sign_method: For ties and dare_ties: keep the sign of the sum ("total") or of the
-            majority ("frequency").
+        majority_sign_method: For ties: keep the sign of the sum, or of the majority ("frequency").
+        modules_to_save: Of a module that several train in full: the "mean" by weights, the "first"
+            in `names`, or that of the adapter of this name.
         seed: For dare: what the random choice depends on, beside each tensor's name. Default: the
             seed PyTorch was given (`seed_everything`, `torch.manual_seed`).
 
@@ -88,16 +95,16 @@ def add_weighted_adapter(
             weight is missing.
         RankError: If ranks are unequal where they must not be, or svd_rank does not fit groups.
         AdapterStateError: If a name is unknown or taken, if adapters are merged or disabled, or if
-            an adapter cannot be combined: no LoRA, DoRA, trained biases, or trained copies of the
-            same module in several. Nothing is changed then.
+            an adapter cannot be combined: no LoRA, DoRA, trained biases, or several that train a
+            module in full, without modules_to_save. Nothing is changed then.
 
     """
     seed = torch.initial_seed() if seed is None else seed
     combination = Combination(
         combination_type, svd_rank, svd_clamp, density, majority_sign_method, seed
     )
-    names = [names] if isinstance(names, str) else list(names)
-    _add_combined(model, names, [float(weight) for weight in weights], adapter_name, combination)
+    names, numbers = [names] if isinstance(names, str) else list(names), list(map(float, weights))
+    _add_combined(model, names, numbers, adapter_name, combination, modules_to_save)
 
 
 def _add_combined(
@@ -106,10 +113,15 @@ def _add_combined(
     weights: list[float],
     adapter_name: str,
     combination: Combination,
+    choice: str | None,
 ) -> None:
     _check_request(model, names, weights, adapter_name)
-    copies = _trained_copies(model, names)
-    updates = _updates(model, names, copies)
+    modules = trained_modules(model, names, choice)
+    weight_of: dict[str, float] = defaultdict(float)
+    for name, number in zip(names, weights, strict=True):
+        weight_of[name] += number
+    check_mean(modules, weight_of)
+    updates = _updates(model, names, modules)
     for (path, _), by_index in updates.items():
         combination.check(path, list(by_index.values()))
     combined = {
@@ -121,7 +133,8 @@ def _add_combined(
         for (path, weight), by_index in updates.items()
     }
 
-    saved = {key for _, copy in copies.values() for key in copy.config.modules_to_save or ()}
+    trained = [copy.config for own in modules.values() for copy in own.values()]
+    saved = {key for config in trained for key in config.modules_to_save or ()}
     config = _config(model, combined, sorted(saved))
     # A module of several weights has one rank: it may exceed what the smallest of them has.
     context = BuildContext(config, adapter_name, combination.seed, check_rank=False)
@@ -129,9 +142,8 @@ def _add_combined(
     layers = dict(named_adapted_layers(model))
     for (path, weight), update in combined.items():
         _fill(layers[path].adapters[adapter_name].by_weight()[weight], update)
-    for path, (_, source) in copies.items():
-        new = layers[path].trained_copies()[adapter_name]
-        new.module.load_state_dict(source.module.state_dict())
+    for path, own in modules.items():
+        fill_with_mean(layers[path].trained_copies()[adapter_name], own, weight_of)
 
 
 def _check_request(
@@ -154,24 +166,8 @@ def _check_request(
             )
 
 
-def _trained_copies(model: nn.Module, names: list[str]) -> dict[str, tuple[str, ModulesToSaveCopy]]:
-    """The trained copies of the adapters `names` by path, each with its adapter's name."""
-    copies: dict[str, tuple[str, ModulesToSaveCopy]] = {}
-    for path, layer in named_adapted_layers(model):
-        for name, copy in layer.trained_copies().items():
-            if name not in names:
-                continue
-            if path in copies:
-                raise AdapterStateError(
-                    f"{copies[path][0]!r} and {name!r} both have a trained copy of {path!r}; "
-                    "whole modules cannot be combined. (lora.modules_to_save)"
-                )
-            copies[path] = (name, copy)
-    return copies
-
-
 def _updates(
-    model: nn.Module, names: list[str], copies: dict[str, tuple[str, ModulesToSaveCopy]]
+    model: nn.Module, names: list[str], modules: TrainedModules
 ) -> dict[WeightPath, dict[int, Update]]:
     """Updates of each weight by the adapters `names`, by their index in `names`."""
     updates: dict[WeightPath, dict[int, Update]] = defaultdict(dict)
@@ -179,11 +175,11 @@ def _updates(
         for index, name in enumerate(names):
             if name not in layer.adapters or name in layer.trained_copies():
                 continue
-            for copied, (owner, _) in copies.items():
-                if f"{path}.".startswith(f"{copied}."):
+            for trained, own in modules.items():
+                if f"{path}.".startswith(f"{trained}."):
                     raise AdapterStateError(
-                        f"{name!r} adapts {path!r}, but {owner!r} replaces {copied!r} by a trained "
-                        "copy; the two cannot be combined. (lora.modules_to_save)"
+                        f"{name!r} adapts {path!r}, but {next(iter(own))!r} trains {trained!r} in "
+                        "full; the two cannot be combined. (lora.modules_to_save)"
                     )
             for weight, adapter in layer.adapters[name].by_weight().items():
                 updates[path, weight][index] = _update(path, name, adapter)

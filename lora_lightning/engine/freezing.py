@@ -8,10 +8,12 @@ beside them.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from lora_lightning.adapters.modules_to_save import base_tensors_of
 from lora_lightning.engine.bias import trained_biases
 from lora_lightning.layers.quantized.bitsandbytes import is_linear4bit, is_linear8bit
 from lora_lightning.layers.quantized.torchao import has_torchao_weight
@@ -24,7 +26,7 @@ _kept_beside: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
 def freeze_parameters(model: nn.Module) -> None:
     """`requires_grad=False` on everything that is in no adapter."""
-    kept = {id(module.bias) for _, module, _ in trained_biases(model)}
+    kept = {id(record.parameter(module)) for _, module, record in trained_biases(model)}
     free = {module: _free_parameters(module) for _, module in walk(model)}
     for module, parameters in free.items():  # after all are found: one may have several owners
         # Those that train with an adapter, too: whether they do is not for their user to say.
@@ -34,9 +36,13 @@ def freeze_parameters(model: nn.Module) -> None:
                 parameter.requires_grad_(False)
 
 
+def own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The base's own parameters of a module, also where others train in their place."""
+    return base_tensors_of(module).named_parameters(recurse=False, remove_duplicate=False)
+
+
 def _free_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    named = module.named_parameters(recurse=False, remove_duplicate=False)
-    return {name: parameter for name, parameter in named if parameter.requires_grad}
+    return {name: p for name, p in own_parameters(module) if p.requires_grad}
 
 
 def frozen_for_adapters(module: nn.Module) -> set[str]:
@@ -96,7 +102,7 @@ def _told_by(module: nn.Module) -> list[bool]:
     ours = frozen_for_adapters(module)
     return [
         parameter.requires_grad or name in ours
-        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
+        for name, parameter in own_parameters(module)
         if parameter.is_floating_point() and parameter.dtype.itemsize > 1
     ]
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import cast
 
-import torch
 from torch import Tensor, nn
 
 from lora_lightning.adapters.base import AdapterDict, AdapterModule
@@ -16,7 +14,13 @@ from lora_lightning.adapters.config import AdapterConfig
 from lora_lightning.adapters.config_errors import explain_no_config
 from lora_lightning.adapters.modules_to_save import ModulesToSaveCopy
 from lora_lightning.adapters.trainable_tokens import check_token_ids
-from lora_lightning.engine.bias import biases_to_train, forget_bias, train_bias, trained_biases
+from lora_lightning.engine.bias import (
+    TrainedBias,
+    biases_to_train,
+    forget_bias,
+    train_bias,
+    trained_biases,
+)
 from lora_lightning.engine.construction import (
     BuildContext,
     leave_out_unfit,
@@ -58,7 +62,6 @@ from lora_lightning.layers.registry import layer_type_for
 from lora_lightning.layers.sequential import AdaptedSequential
 from lora_lightning.layers.torch_fast_path import close_fast_path, reopen_fast_path
 from lora_lightning.layers.traversal import named_adapted_layers
-from lora_lightning.utilities.dtensor import full_tensor, is_sharded
 from lora_lightning.utilities.wrappers import unwrapped
 
 
@@ -171,6 +174,7 @@ def _new_modules(model: nn.Module, context: BuildContext, selection: Selection) 
     for path, module in new.saved.items():
         check_convertible(module, path, "modules_to_save")
         _check_not_offloaded(module, path, "modules_to_save")
+        _check_in_place(model, path, module)
     new.biases = _new_biases(model, context, selection)
     for module in new.biases:
         _check_not_offloaded(module, f"the bias of a {type(module).__name__}", "bias")
@@ -184,6 +188,24 @@ def _check_not_offloaded(module: nn.Module, what: str, option: str) -> None:
             "learns would be lost after the next forward. Give it an adapter, or load the model "
             f"without offloading. (lora.{option})"
         )
+
+
+def _check_in_place(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Refuse to train a module in full whose places cannot take other tensors."""
+    if any(hasattr(type(child), "set_reshard_after_forward") for child in module.modules()):
+        raise TargetError(
+            f"modules_to_save names a {type(module).__name__} that fully_shard made a unit of its "
+            "own, which cannot be copied. Build the model in __init__, so that the copy is made "
+            "before it is sharded. (lora.modules_to_save)"
+        )
+    for other, layer in named_adapted_layers(model):
+        inside, around = other.startswith(path + "."), path.startswith(other + ".")
+        if layer.trains_in_place and (inside or around):
+            raise AdapterStateError(
+                f"{path!r} cannot train in full beside {other!r}, which adapter "
+                f"{next(iter(layer.trained_copies()))!r} trains in full: one is part of the other. "
+                "Name the same module for both. (lora.modules_to_save)"
+            )
 
 
 def _put_on(
@@ -200,7 +222,7 @@ def _put_on(
     for path, module in new.tokens.items():
         train_tokens(context, model, path, module, selection)
     for module in new.saved.values():
-        trained = ModulesToSaveCopy(_copy_without_adapters(module, context.device), config)
+        trained = ModulesToSaveCopy(module, config, context.device)
         plain = AdaptedSequential if isinstance(module, nn.Sequential) else AdaptedLayer
         attach_adapter(module, layer_type_for(module) or plain, name, trained)
         trained.train(model.training)  # also where the module itself is a frozen norm layer
@@ -292,12 +314,15 @@ def _modules(model: nn.Module, paths: Iterable[str]) -> dict[str, nn.Module]:
 
 
 def _new_biases(model: nn.Module, context: BuildContext, selection: Selection) -> list[nn.Module]:
-    owners = {id(module.bias): record.adapter_name for _, module, record in trained_biases(model)}
+    owners = {
+        id(record.parameter(module)): record.adapter_name
+        for _, module, record in trained_biases(model)
+    }
     found = []
     for path, module in biases_to_train(model, context.config.bias, set(selection.targets)):
         if any(path == outer or path.startswith(outer + ".") for outer in selection.saved):
             continue
-        owner = owners.get(id(module.bias))
+        owner = owners.get(id(TrainedBias.parameter(module)))
         if owner is None:
             found.append(module)
         elif owner != context.adapter_name:
@@ -306,33 +331,6 @@ def _new_biases(model: nn.Module, context: BuildContext, selection: Selection) -
                 f"train with {context.adapter_name!r}. Use bias='none' for one of them. (lora.bias)"
             )
     return found
-
-
-def _copy_without_adapters(module: nn.Module, device: torch.device | None) -> nn.Module:
-    """A copy of whole tensors; where a device is given, state dicts hold empty ones there."""
-    if any(hasattr(type(child), "set_reshard_after_forward") for child in module.modules()):
-        raise TargetError(
-            f"modules_to_save names a {type(module).__name__} that fully_shard made a unit of its "
-            "own, which cannot be copied. Build the model in __init__, so that the copy is made "
-            "before it is sharded. (lora.modules_to_save)"
-        )
-    known: dict[int, Any] = {}
-    for tensor in module.state_dict(keep_vars=True).values():
-        if isinstance(tensor, Tensor) and (device is not None or is_sharded(tensor)):
-            values = full_tensor(tensor.detach()).clone() if device is None else None
-            new: Tensor = torch.empty_like(tensor, device=device) if values is None else values
-            if isinstance(tensor, nn.Parameter):
-                new = nn.Parameter(new, tensor.requires_grad)
-            known[id(tensor)] = new
-    duplicate = copy.deepcopy(module, known)
-    for _, layer in list(named_adapted_layers(duplicate)):
-        for name in list(layer.adapters):
-            detach_adapter(layer, name)
-    for _, holder, _ in list(trained_biases(duplicate)):
-        forget_bias(holder)
-    unfreeze_norm_stats(duplicate)
-    route_out_projections(duplicate)
-    return duplicate
 
 
 def adapters_named(model: nn.Module, adapter_name: str) -> dict[str, AdapterModule]:

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from lora_lightning.adapters.base import Adapter, AdapterModule
+from lora_lightning.adapters.modules_to_save import HeldTensors, base_tensors_of
 from lora_lightning.adapters.trainable_tokens import TiedTrainableTokensAdapter
 from lora_lightning.engine.bias import trained_biases
 from lora_lightning.engine.injection import delete_adapter
@@ -110,9 +111,7 @@ def merge_and_unload(model: nn.Module, names: str | Sequence[str] | None = None)
         raise
     for _, layer in list(named_adapted_layers(model)):
         layer.forget_originals()
-        copy = layer.trained_copy()
-        if copy is not None:
-            layer.load_state_dict(copy.module.state_dict(), strict=False)
+        layer.keep_trained()
     for _, module, record in list(trained_biases(model)):
         record.hidden = record.parameter(module).detach().clone()
     return unload(model)
@@ -137,7 +136,8 @@ def _check_weights(model: nn.Module, names: Sequence[str], copies_too: bool = Fa
     owners = Counter(
         id(parameter)
         for module in model.modules()
-        for parameter in module._parameters.values()
+        if not isinstance(module, HeldTensors)
+        for parameter in base_tensors_of(module)._parameters.values()
         if parameter is not None
     )
     merging = {
@@ -157,8 +157,10 @@ def _check_weights(model: nn.Module, names: Sequence[str], copies_too: bool = Fa
             )
         written = _written(path, layer, adapters)
         if copies_too and any(name in layer.trained_copies() for name in names):
-            own = {id(parameter) for parameter in layer.adapters.parameters()}
-            written += [(n, p) for n, p in layer.named_parameters() if id(p) not in own]
+            written += layer.original_tensors.named_parameters()
+            for node in layer.original_tensors.modules():  # tied inside, it is written once
+                owners.subtract(id(p) for p in node._parameters.values() if p is not None)
+            owners.update(id(p) for p in layer.original_tensors.parameters())
         for name, parameter in written:
             if offloading_hook(layer) is not None:
                 raise AdapterStateError(

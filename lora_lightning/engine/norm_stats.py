@@ -12,14 +12,17 @@ from functools import partial
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from lora_lightning.adapters.modules_to_save import base_tensors_of
 from lora_lightning.layers.traversal import walk
 
 
 def train(self: nn.Module, mode: bool = True) -> nn.Module:
-    """`Module.train` of a norm layer that is held: eval mode whatever `mode` says."""
-    for child in self.children():  # a trained copy of the layer is not held
+    """`Module.train` of a norm layer that is held: eval mode, unless its statistics train."""
+    for child in self.children():
         child.train(mode)
-    self.training = False
+    base = base_tensors_of(self)
+    trains = any(buffer is not base._buffers[name] for name, buffer in self._buffers.items())
+    self.training = mode and trains
     return self
 
 
@@ -27,9 +30,10 @@ def freeze_norm_stats(model: nn.Module) -> None:
     """Put every frozen norm layer with running statistics into eval mode for good."""
     for _, module in walk(model):
         if isinstance(module, _NormBase) and module.track_running_stats and not _trains(module):
-            module.training = False
             # No bound method: pickle looks that up by name, and finds the class's own.
+            mode = module.training
             module.train = partial(train, module)  # type: ignore[method-assign, assignment]
+            module.train(mode)
 
 
 def unfreeze_norm_stats(model: nn.Module) -> None:
@@ -41,4 +45,6 @@ def unfreeze_norm_stats(model: nn.Module) -> None:
 
 
 def _trains(module: nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+    return any(
+        parameter.requires_grad for parameter in base_tensors_of(module).parameters(recurse=False)
+    )

@@ -54,7 +54,7 @@ def set_adapter(model: nn.Module, names: str | Sequence[str], *, trainable: bool
 
     Raises:
         AdapterStateError: If a name is unknown, if adapters are merged, or if two of the names
-            both replace the same module by a trained copy.
+            both train the same module in full.
 
     """
     check_enabled(model)
@@ -72,8 +72,10 @@ def set_adapter(model: nn.Module, names: str | Sequence[str], *, trainable: bool
         copies = [n for n in names if n in layer.trained_copies()]
         if len(copies) > 1:
             raise AdapterStateError(
-                f"Adapters {copies} each replace {path!r} by a copy of their own; only one of "
-                "them can be active at a time. Name it in one config only. (lora.modules_to_save)"
+                f"Adapters {copies} each train {path!r} in full, and it can be only one of them "
+                "at a time. Activate one; give the rows of a batch theirs (adapters_per_row); or "
+                "make one of both: add_weighted_adapter(..., modules_to_save='mean'). "
+                "(lora.modules_to_save)"
             )
     for _, layer in layers:
         layer.active_adapters = [name for name in names if name in layer.adapters]

@@ -17,17 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.adapters.base import Adapter, AdapterModule, BaseWeight, Convolution
-from lora_lightning.adapters.modules_to_save import ModulesToSaveCopy
+from lora_lightning.adapters.modules_to_save import ModulesToSaveCopy, base_tensors_of
 from lora_lightning.errors import AdapterStateError, TargetError
 from lora_lightning.layers.dynamic_class import adapted_class
-from lora_lightning.layers.instance_forward import PatchableLayer
+from lora_lightning.layers.loading import LoadableLayer
 from lora_lightning.layers.mixed_batch import forward_by_row
 from lora_lightning.layers.offloading import offloading_hook
 from lora_lightning.layers.parametrized import reads_anew, reads_once, value
 from lora_lightning.utilities.autocast import without_autocast
 
 
-class AdaptedLayer(PatchableLayer):
+class AdaptedLayer(LoadableLayer):
     """Mixin of the dynamic subclass.
 
     The map of a layer is composed of the adapters that are applied, in the order in which they were
@@ -89,7 +89,16 @@ class AdaptedLayer(PatchableLayer):
 
     def base_weight(self, name: str = "weight") -> Tensor:
         """A weight as it was before any merge, dense, in the canonical layout."""
-        return self._kept[name] if name in self._kept else self.dense_weight(name)
+        if name in self._kept:
+            return cast(Tensor, self._kept[name])
+        now, base = self._parameters.get(name), base_tensors_of(self)._parameters.get(name)
+        if now is base:
+            return self.dense_weight(name)
+        self._parameters[name] = base
+        try:
+            return self.dense_weight(name)
+        finally:
+            self._parameters[name] = now
 
     # -- forward ---------------------------------------------------------------------------------
 
@@ -97,7 +106,8 @@ class AdaptedLayer(PatchableLayer):
         """Return the base's output with the adapters that are applied."""
         self.check_recomputation(self.base_type.__name__)
         self.note_reached()
-        if reads_anew(self):
+        of_rows = self._rows is not None and self.trains_in_place  # each of other tensors
+        if reads_anew(self) and not of_rows:
             with reads_once():
                 return self.forward_with_adapters(*args, **kwargs)
         if self._rows is not None:
@@ -110,36 +120,34 @@ class AdaptedLayer(PatchableLayer):
                 lambda name, rows: self._forward_rows(name, rows, *args, **kwargs),
                 self.base_type.__name__,
             )
-        copy, adapters = self.trained_copy(), self.applied_adapters()
-        if adapters or copy is not None:
-            self.note_use()
-        if not adapters:  # whatever the module is called with
-            return (self.base_forward if copy is None else copy)(*args, **kwargs)
-        x, args, kwargs = first_argument(self, args, kwargs)
-        return self.run(copy, adapters, x, *args, **kwargs)
+        if not self.trains_in_place:
+            return self._forward(self.applied_adapters(), args, kwargs)
+        with self.computing():
+            return self._forward(self.applied_adapters(), args, kwargs)
 
-    def run(
-        self,
-        copy: ModulesToSaveCopy | None,
-        adapters: list[Adapter],
-        x: Any,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        """Return the output for `x` with `adapters` on the base, or on a copy in its place."""
-        base_map = self.base_forward if copy is None else copy
-        return compose(adapters, x, lambda z: base_map(z, *args, **kwargs), WeightView(self))
+    def _forward(self, adapters: list[Adapter], args: Any, kwargs: Any) -> Any:
+        if not adapters:  # whatever the module is called with
+            return self.base_forward(*args, **kwargs)
+        self.note_use()
+        x, args, kwargs = first_argument(self, args, kwargs)
+        return self.run(adapters, x, *args, **kwargs)
+
+    def run(self, adapters: list[Adapter], x: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return the output for `x` with `adapters` on the module's own map."""
+        return compose(
+            adapters, x, lambda z: self.base_forward(z, *args, **kwargs), WeightView(self)
+        )
 
     def _forward_rows(self, name: str | None, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Return the output for rows that go through adapter `name` alone; None: the base."""
-        copy, adapters = None, []
-        if name is not None:
-            adapter = self.adapters[name]
-            if adapter.applied.is_meta:
-                self.check_filled(name)
-            copy = adapter if isinstance(adapter, ModulesToSaveCopy) else None
-            adapters = [a for key, a in adapter.by_weight().items() if key == "weight"]
-        return self.run(copy, adapters, x, *args, **kwargs)
+        if name is None:
+            return self.run([], x, *args, **kwargs)
+        adapter = self.adapters[name]
+        if adapter.applied.is_meta:
+            self.check_filled(name)
+        on_weight = [a for key, a in adapter.by_weight().items() if key == "weight"]
+        with self.computing(adapter if isinstance(adapter, ModulesToSaveCopy) else None):
+            return self.run(on_weight, x, *args, **kwargs)
 
     def base_forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's own forward."""
@@ -271,9 +279,7 @@ class WeightView:
 
     def weight_below(self, adapter: Adapter) -> Tensor:
         """Return the weight that `adapter` acts on, in at least fp32 where others changed it."""
-        copy = self._layer.trained_copy()
-        weight = self._layer.dense_weight(self._name) if copy is None else copy.tensor(self._name)
-        weight = cast(Tensor, weight)
+        weight = self._layer.dense_weight(self._name)
         for other in self._below(adapter):
             _check_is_weight(other, self)
             wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
@@ -282,8 +288,7 @@ class WeightView:
 
     def bias_below(self, adapter: Adapter) -> Tensor | None:
         """Return the bias of the map that `adapter` acts on: those before it may change it."""
-        copy = self._layer.trained_copy()
-        bias = self.bias if copy is None else copy.tensor(self._layer.bias_name(self._name))
+        bias = self.bias
         if bias is None:
             return None
         for other in self._below(adapter):

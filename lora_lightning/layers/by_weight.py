@@ -8,13 +8,12 @@ OPT), or end in an activation.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lora_lightning.adapters.base import Adapter, AdapterModule
-from lora_lightning.adapters.modules_to_save import ModulesToSaveCopy
 from lora_lightning.errors import AdapterStateError, ConfigError
 from lora_lightning.layers.base import AdaptedLayer, WeightView
 from lora_lightning.layers.covered import covered
@@ -70,27 +69,22 @@ class AdaptedByWeight(AdaptedLayer):
                     f"{self.base_type.__name__} with a forward of its own: rows share it. Run the "
                     "rows of each adapter as a batch of their own."
                 )
-        copy, adapters = self.trained_copy(), self.applied_adapters()
-        forward = self.base_forward if copy is None else copy
-        if adapters or copy is not None:
+        with self.computing():
+            adapters = self.applied_adapters()
+            if not adapters:
+                return self.base_forward(*args, **kwargs)
             self.note_use()
-        if not adapters:
-            return forward(*args, **kwargs)
-        module = self if copy is None else copy.module
-        with covered(module, self._changed(adapters, copy)):
-            return forward(*args, **kwargs)
+            with covered(self, self._changed(adapters)):
+                return self.base_forward(*args, **kwargs)
 
-    def _changed(
-        self, adapters: list[Adapter], copy: ModulesToSaveCopy | None
-    ) -> dict[str, Tensor]:
-        tensors: nn.Module = self if copy is None else copy.module
-        weight, view = cast(Tensor, tensors.weight), WeightView(self)
+    def _changed(self, adapters: list[Adapter]) -> dict[str, Tensor]:
+        weight, view = self.weight, WeightView(self)
         total = weight.to(torch.promote_types(weight.dtype, torch.float32))
         with without_autocast(weight):
             for adapter in adapters:
                 total = adapter.if_applied(adapter.transform_weight(total, view), total)
             changed = {"weight": total.to(weight.dtype)}
-            bias: Tensor | None = getattr(tensors, "bias", None)
+            bias: Tensor | None = getattr(self, "bias", None)
             if bias is not None:
                 after = bias.to(total.dtype)
                 for adapter in adapters:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from operator import attrgetter
 from typing import Any
 
@@ -9,8 +11,14 @@ import torch
 from torch import nn
 
 from lora_lightning.adapters.base import Adapter, AdapterDict
-from lora_lightning.adapters.modules_to_save import ModulesToSaveCopy
+from lora_lightning.adapters.modules_to_save import (
+    HeldTensors,
+    ModulesToSaveCopy,
+    OriginalTensors,
+    forget_originals,
+)
 from lora_lightning.errors import AdapterStateError
+from lora_lightning.layers.in_place import computing_with, places, reconcile, show, take
 from lora_lightning.layers.offloading import bring_back, compute_device
 from lora_lightning.layers.recomputation import Acting, SwitchLog
 
@@ -48,6 +56,8 @@ class CarriedAdapters(nn.Module):
     _merged: list[str]
     _switches: SwitchLog
     _has_acted = False  # whether adapters took part in a forward so far, as far as Python saw
+    original_tensors: OriginalTensors
+    _shown: str | None  # whose tensors a module that trains in full holds now; None: the base's
 
     def note_use(self) -> None:
         """Record that adapters take part in a forward now; compiled code is not watched."""
@@ -70,6 +80,9 @@ class CarriedAdapters(nn.Module):
             adapter.set_applied(name in applied)
         rows = None if self._rows is None or not self._enabled else tuple(self._rows)
         self._switches.add(Acting(tuple(self.applied_names()), tuple(self._merged), rows))
+        if self.trains_in_place:
+            reconcile(self, self._held_now(), self.original_tensors)
+            self.show_active()
 
     def check_recomputation(self, layer_name: str) -> None:
         """Refuse to be computed again in backward with other adapters than forward had.
@@ -110,24 +123,111 @@ class CarriedAdapters(nn.Module):
     def bring_adapters_back(self) -> None:
         """Undo what accelerate did to adapters when it offloaded the model around them."""
         for adapter in self.adapters.values():
-            if adapter.by_weight():  # a trained copy is called, as accelerate expects
+            if adapter.by_weight():  # a module that trains in full is refused when offloaded
                 bring_back(adapter, self.compute_device())
 
-    def trained_copy(self) -> ModulesToSaveCopy | None:
-        """Return the copy (`modules_to_save`) that is applied in the module's place, if one is.
+    # -- tensors that train in full, in the module's own places (`modules_to_save`) ---------------
 
-        Compiled code is made for one of them: a copy may answer in any structure.
+    def trained_copy(self) -> ModulesToSaveCopy | None:
+        """Return the adapter whose tensors the module is to hold instead of the base's, if one is.
+
+        Compiled code is made for one of them.
         """
-        for name, copy in self.trained_copies().items():
-            if name in self.applied_names():
-                if copy.applied.is_meta:
+        for name, adapter in self.adapters.items():
+            if isinstance(adapter, ModulesToSaveCopy) and name in self.applied_names():
+                if adapter.applied.is_meta:
                     self.check_filled(name)
-                return copy
+                return adapter
         return None
 
     def trained_copies(self) -> dict[str, ModulesToSaveCopy]:
-        """Return all copies of the module that adapters train, by the adapter's name."""
+        """Return all that train the module in full, by the adapter's name."""
+        if self.trains_in_place:
+            reconcile(self, self._held_now(), self.original_tensors)
         return {n: a for n, a in self.adapters.items() if isinstance(a, ModulesToSaveCopy)}
+
+    @property
+    def trains_in_place(self) -> bool:
+        """Whether the base's tensors are kept aside, as an adapter has others for the module."""
+        return "original_tensors" in self._modules
+
+    def keep_originals(self) -> None:
+        """Keep the base's tensors aside, so that the module can hold others."""
+        if not self.trains_in_place:
+            self.original_tensors = OriginalTensors.aside(self)
+
+    def show_active(self) -> None:
+        """Have the module hold the tensors of the adapter that is applied, else the base's."""
+        applied = self.applied_names()
+        names = [n for n, a in self.adapters.items() if isinstance(a, ModulesToSaveCopy)]
+        self._shown = next((name for name in names if name in applied), None)
+        show(self, self._held_now(), self.original_tensors)
+        if not names:
+            del self.original_tensors
+            forget_originals(self)
+
+    def show_base(self) -> None:
+        """Have the module hold the base's tensors, until `show_active`."""
+        if self.trains_in_place:
+            reconcile(self, self._held_now(), self.original_tensors)
+            self._shown = None
+            show(self, self.original_tensors, self.original_tensors)
+
+    @torch.no_grad()
+    def keep_trained(self) -> None:
+        """Write the trained tensors that act now into the base's own, which stay."""
+        copy = self.trained_copy() if self.trains_in_place else None
+        if copy is not None:
+            reconcile(self, copy.module, self.original_tensors)
+            for _, trained, own in places(self, copy.module, self.original_tensors):
+                for name, tensor in (*own._parameters.items(), *own._buffers.items()):
+                    if tensor is not None:
+                        tensor.copy_(getattr(trained, name))
+
+    def _held_now(self) -> HeldTensors:
+        """Return where those tensors are held that the module holds now."""
+        copy = None if self._shown is None else self.adapters.get(self._shown)
+        return copy.module if isinstance(copy, ModulesToSaveCopy) else self.original_tensors
+
+    @contextmanager
+    def base_shown(self) -> Iterator[None]:
+        """Inside, the module holds the base's own tensors; new ones are the base's afterwards."""
+        if not self.trains_in_place:
+            yield
+            return
+        shown = self._shown
+        self.show_base()
+        try:
+            yield
+        finally:
+            take(self, self.original_tensors, self.original_tensors)
+            self._shown = shown
+            show(self, self._held_now(), self.original_tensors)
+
+    @contextmanager
+    def computing(self, copy: ModulesToSaveCopy | None = None) -> Iterator[None]:
+        """Inside, the module computes with the tensors of `copy`, else with those that act now."""
+        if not self.trains_in_place:
+            yield
+            return
+        copy = self.trained_copy() if copy is None else copy
+        if not torch.compiler.is_compiling():
+            reconcile(self, self._held_now(), self.original_tensors)
+        if copy is None:
+            yield
+            return
+        self.note_use()
+        with computing_with(self, copy.module, self.original_tensors):
+            yield
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the base's tensors under their own names, and the adapters' under theirs."""
+        with self.base_shown():
+            return super().state_dict(*args, **kwargs)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        with self.base_shown():
+            return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def check_filled(self, name: str) -> None:
         """Refuse an adapter on the meta device, unless the module is there too, to find shapes.

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from lora_lightning.adapters.base import AdapterDict, AdapterModule
+from lora_lightning.adapters.modules_to_save import ModulesToSaveCopy
 from lora_lightning.errors import AdapterStateError, TargetError
 from lora_lightning.layers.base import AdaptedLayer
 from lora_lightning.layers.carried_adapters import CarriedAdapters
@@ -19,18 +20,20 @@ from lora_lightning.layers.instance_forward import (
     put_adapters_inside,
     put_patches_back,
 )
+from lora_lightning.layers.loading import LoadableLayer, forget_load
 from lora_lightning.layers.quantized.base import why_not_adaptable, why_not_trainable
 from lora_lightning.layers.recomputation import SwitchLog
 
 # What a layer has in its dictionary beside what the module had.
 _STATE = (
-    "_rows", "_active", "_enabled", "_merged", "_kept", "_switches",
+    "_rows", "_active", "_enabled", "_merged", "_kept", "_switches", "_shown", "_merge_again",
     "_instance_forward", "_outer_forward", "_reached", "_has_acted",
 )  # fmt: skip
 # All that a layer would hide, or overwrite, of a module.
-_NAMES = {*vars(CarriedAdapters), *vars(PatchableLayer), *vars(AdaptedLayer)}
-_NEEDED = {"adapters", *_STATE, *(name for name in _NAMES if name[:2] != "__")}
-_NEEDED -= {"forward", "active_adapters"}  # the latter transformers' models have, for peft
+_PARTS = (CarriedAdapters, PatchableLayer, LoadableLayer, AdaptedLayer)
+_NAMES = {name for part in _PARTS for name in vars(part)}
+_NEEDED = {"adapters", "original_tensors", *_STATE, *(n for n in _NAMES if n[:2] != "__")}
+_NEEDED -= {*dir(nn.Module), "active_adapters"}  # the latter transformers' models have, for peft
 
 
 def check_convertible(module: nn.Module, path: str, option: str = "target_modules") -> None:
@@ -79,13 +82,18 @@ def attach_adapter(
     """Put `adapter` on `module` under `name`, inactive; the first one swaps the module's class."""
     convert_to_adapted(module, layer_type)
     adapter.train(module.training)
-    cast(AdaptedLayer, module).adapters[name] = adapter
+    layer = cast(AdaptedLayer, module)
+    if isinstance(adapter, ModulesToSaveCopy):
+        layer.keep_originals()
+    layer.adapters[name] = adapter
 
 
 def detach_adapter(module: AdaptedLayer, name: str) -> None:
     """Take adapter `name` off; the last one gives the module its own class back."""
-    del module.adapters[name]
     module.active_adapters = [active for active in module.active_adapters if active != name]
+    del module.adapters[name]
+    if module.trains_in_place:
+        module.show_active()
     if not module.adapters:
         convert_back(module)
 
@@ -102,7 +110,7 @@ def convert_to_adapted(module: nn.Module, layer_type: type[AdaptedLayer]) -> Non
     layer = cast(AdaptedLayer, module)
     layer.adapters = AdapterDict()
     layer._rows = None
-    layer._switches = SwitchLog()
+    layer._switches, layer._shown, layer._merge_again = SwitchLog(), None, []
     layer._active, layer._merged, layer._kept = [], [], {}
     layer._enabled = True
     layer._has_acted = False
@@ -115,6 +123,7 @@ def convert_back(module: AdaptedLayer) -> None:
     for attribute in _STATE:
         del module.__dict__[attribute]
     del module.adapters
+    forget_load(module)
     module.__class__ = base_type  # type: ignore[assignment]
     put_patches_back(module, *patches)
 

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_lightning.adapters.base import Adapter
-from lora_lightning.adapters.modules_to_save import ModulesToSaveCopy
 from lora_lightning.adapters.trainable_tokens import (
     TiedTrainableTokensAdapter,
     TrainableTokensAdapter,
@@ -37,18 +36,11 @@ class AdaptedEmbedding(AdaptedLayer):
         rows = F.embedding(x, weight, self.padding_idx, scale_grad_by_freq=scale_grad)
         return rows * getattr(self, "embed_scale", 1.0)
 
-    def run(
-        self,
-        copy: ModulesToSaveCopy | None,
-        adapters: list[Adapter],
-        x: Any,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
+    def run(self, adapters: list[Adapter], x: Any, *args: Any, **kwargs: Any) -> Any:
         """Return the output for `x`, if the table has the rows that its adapters are for."""
         for adapter in adapters:
             self.check_rows(adapter)
-        return super().run(copy, adapters, x, *args, **kwargs)
+        return super().run(adapters, x, *args, **kwargs)
 
     def check_rows(self, adapter: Adapter) -> None:
         """Refuse a table that was resized after the adapter was added.

@@ -73,22 +73,22 @@ class AdaptedExperts(AdaptedLayer):
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         self.check_recomputation(self.base_type.__name__)
         self._check_rows()
-        copy = self.trained_copy()
-        module = self if copy is None else copy.module
+        with self.computing():
+            return self._forward_covered(*args, **kwargs)
+
+    def _forward_covered(self, *args: Any, **kwargs: Any) -> Any:
         covers = {}
         for name in self._adapted_names():
             adapters = self.applied_adapters(name)
             if adapters:
-                weight = module._parameters.get(name)  # past a cover, where forward calls itself
-                weight = getattr(module, name) if weight is None else weight
+                weight = self._parameters.get(name)  # past a cover, where forward calls itself
+                weight = getattr(self, name) if weight is None else weight
                 covers[name] = self._cover(name, weight, adapters)
-        forward = self.base_forward if copy is None else copy
-        if covers or copy is not None:
-            self.note_use()
         if not covers:
-            return forward(*args, **kwargs)
-        with covered(module, covers):
-            return forward(*args, **kwargs)
+            return self.base_forward(*args, **kwargs)
+        self.note_use()
+        with covered(self, covers):
+            return self.base_forward(*args, **kwargs)
 
     _forward_uncompiled = torch.compiler.disable(_forward)
 

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_lightning.adapters.base import Adapter, AdapterModule
-from lora_lightning.adapters.modules_to_save import ModulesToSaveCopy
 from lora_lightning.adapters.shira import ShiraAdapter
 from lora_lightning.adapters.trainable_tokens import (
     TiedTrainableTokensAdapter,
@@ -32,17 +31,12 @@ class AdaptedLinear(AdaptedLayer):
         """The product x weight^T."""
         return F.linear(x, weight)
 
-    def run(
-        self,
-        copy: ModulesToSaveCopy | None,
-        adapters: list[Adapter],
-        x: Tensor,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
+    def run(self, adapters: list[Adapter], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Return the output for `x`, which under autocast is cast once for all that read it."""
         shared = autocast_input(x)
-        terms = lora_terms(adapters) if copy is None and can_fuse(shared) else None
+        # The fused function has no gradient for a weight that trains itself.
+        frozen = not self.trains_in_place or not self.weight.requires_grad
+        terms = lora_terms(adapters) if frozen and can_fuse(shared) else None
         if terms and self.is_plain() and can_fuse(shared, self.weight, self.bias):
             return fused_lora(shared, self.weight, self.bias, terms)
         # Only the plain Linear is known to begin with autocast's cast; a subclass with a forward
@@ -50,8 +44,7 @@ class AdaptedLinear(AdaptedLayer):
         own = shared if self.is_plain() else x
 
         def base_map(z: Tensor) -> Any:
-            forward = self.base_forward if copy is None else copy
-            return forward(own if z is shared else z, *args, **kwargs)
+            return self.base_forward(own if z is shared else z, *args, **kwargs)
 
         # Where the output has to be copied for it, adding is no faster than the plain expression.
         if terms and self.gives_output_away():

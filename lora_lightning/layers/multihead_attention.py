@@ -18,7 +18,6 @@ even without adapters of its own (`route_out_projections`).
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import cast
 
 import torch
@@ -26,7 +25,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_lightning.adapters.base import Adapter, AdapterModule, BaseWeight
-from lora_lightning.adapters.modules_to_save import ModulesToSaveCopy
 from lora_lightning.errors import AdapterStateError
 from lora_lightning.layers import parametrized
 from lora_lightning.layers.attention_heads import Masks, attend
@@ -120,16 +118,15 @@ class AdaptedMultiheadAttention(AdaptedLayer):
             with parametrized.reads_once():
                 output = self.forward_with_adapters(query, key, value, *options)
             return output
-        copy = self.trained_copy()
         if not self._has_applied_adapters():
-            base_map = self.base_forward if copy is None else copy
-            output = base_map(query, key, value, *options)
+            with self.computing():
+                output = self.base_forward(query, key, value, *options)
             return output
         self.note_use()
         self._check_inputs(query, key, value)
         masks = Masks(key_padding_mask, attn_mask, is_causal)
-        with nullcontext() if copy is None else copy.in_base_dtype():
-            y, weights = self._attend(copy, (query, key, value), masks, need_weights)
+        with self.computing():
+            y, weights = self._attend((query, key, value), masks, need_weights)
         if weights is not None and average_attn_weights:
             weights = weights.mean(dim=1)
         if query.dim() == 2:
@@ -137,15 +134,11 @@ class AdaptedMultiheadAttention(AdaptedLayer):
         return y.transpose(0, 1) if self.batch_first else y, weights
 
     def _attend(
-        self,
-        copy: ModulesToSaveCopy | None,
-        inputs: tuple[Tensor, Tensor, Tensor],
-        masks: Masks,
-        need_weights: bool,
+        self, inputs: tuple[Tensor, Tensor, Tensor], masks: Masks, need_weights: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Return the output (L, N, e) and, if wanted, the weights of every head."""
-        module = cast(nn.MultiheadAttention, self if copy is None else copy.module)
-        q, k, v = self._project_in(module, inputs)
+        module = cast(nn.MultiheadAttention, self)
+        q, k, v = self._project_in(inputs)
         if inputs[0].dim() == 2:
             q, k, v = (x.unsqueeze(1) for x in (q, k, v))
             if masks.key_padding is not None:
@@ -153,7 +146,7 @@ class AdaptedMultiheadAttention(AdaptedLayer):
         elif self.batch_first:
             q, k, v = (x.transpose(0, 1) for x in (q, k, v))
         y, weights = attend(module, q, k, v, masks, need_weights, self.training)
-        return self._project_out(copy, y), weights
+        return self._project_out(y), weights
 
     def _has_applied_adapters(self) -> bool:
         if self._rows is not None:
@@ -174,9 +167,7 @@ class AdaptedMultiheadAttention(AdaptedLayer):
                 "weights past their adapters. Pass padded tensors and a key_padding_mask."
             )
 
-    def _project_in(
-        self, module: nn.MultiheadAttention, inputs: tuple[Tensor, Tensor, Tensor]
-    ) -> list[Tensor]:
+    def _project_in(self, inputs: tuple[Tensor, Tensor, Tensor]) -> list[Tensor]:
         # As torch does it, down to the rounding: keys with values where they are made from the same
         # tensor, and all at once where the queries are too.
         query, key, value = inputs
@@ -185,16 +176,16 @@ class AdaptedMultiheadAttention(AdaptedLayer):
             starts = [0] if query is key else [0, 1]
         outputs: list[Tensor] = []
         for start, stop in zip(starts, [*starts[1:], 3], strict=True):
-            y = self._project(module, inputs[start], start, stop)
+            y = self._project(inputs[start], start, stop)
             outputs += y.split(self.embed_dim, dim=-1)
         return outputs
 
-    def _project(self, module: nn.MultiheadAttention, x: Tensor, start: int, stop: int) -> Tensor:
+    def _project(self, x: Tensor, start: int, stop: int) -> Tensor:
         """Thirds `start` to `stop` of (q, k, v), all made from x."""
         packed = self.is_packed()
         name = PACKED if packed else SEPARATE[start]
-        weight = cast(Tensor, getattr(module, name))
-        bias = cast("Tensor | None", module.in_proj_bias)
+        weight = cast(Tensor, getattr(self, name))
+        bias: Tensor | None = self.in_proj_bias
         size, offset = weight.shape[0], 0 if packed else start * self.embed_dim
         first, last = start * self.embed_dim - offset, stop * self.embed_dim - offset
         chains = self._chains(name)
@@ -257,17 +248,10 @@ class AdaptedMultiheadAttention(AdaptedLayer):
             chain += [on_weight[weight_name]] if weight_name in on_weight else []
         return chains
 
-    def _project_out(self, copy: ModulesToSaveCopy | None, y: Tensor) -> Tensor:
+    def _project_out(self, y: Tensor) -> Tensor:
         if self._rows is not None:  # which want the batch first
             return cast(Tensor, self.out_proj(y.transpose(0, 1))).transpose(0, 1)
-        if copy is None:
-            return cast(Tensor, self.out_proj(y))
-        module = cast(nn.MultiheadAttention, copy.module)
-        if not isinstance(self.out_proj, AdaptedLayer):
-            return cast(Tensor, module.out_proj(y))
-        base_map = self.out_proj.trained_copy() or module.out_proj
-        adapters = self.out_proj.applied_adapters()
-        return cast(Tensor, compose(adapters, y, base_map, WeightView(self.out_proj)))
+        return cast(Tensor, self.out_proj(y))
 
 
 def attention_obstacle(module: nn.MultiheadAttention) -> str | None:

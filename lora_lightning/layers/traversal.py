@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from torch import nn
 
 from lora_lightning.adapters.base import AdapterDict
+from lora_lightning.adapters.modules_to_save import HeldTensors
 from lora_lightning.layers.base import AdaptedLayer
-from lora_lightning.utilities.wrappers import WRAPPED, is_wrapper
+from lora_lightning.utilities.wrappers import WRAPPED, is_wrapper, plain_name
 
 
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -17,7 +18,7 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     ahead: list[tuple[str, nn.Module]] = [("", model)]
     while ahead:
         path, module = ahead.pop()
-        if module in seen or isinstance(module, AdapterDict):
+        if module in seen or isinstance(module, (AdapterDict, HeldTensors)):
             continue
         seen.add(module)
         if not is_wrapper(module):
@@ -33,6 +34,20 @@ def named_adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]
     for path, module in walk(model):
         if isinstance(module, AdaptedLayer):
             yield path, module
+
+
+def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """`model.named_parameters()` by plain names, those of adapters as state dicts name them.
+
+    What trains in the base's own places (`modules_to_save`) is no tensor of the base.
+    """
+    owned = {
+        id(p): ".".join(filter(None, (path, "adapters", name)))
+        for path, layer in named_adapted_layers(model)
+        for name, p in layer.adapters.named_parameters()
+    }
+    for name, parameter in model.named_parameters():
+        yield plain_name(owned.get(id(parameter), name)), parameter
 
 
 def adapter_owners(model: nn.Module) -> dict[int, str]:

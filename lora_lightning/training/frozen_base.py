@@ -11,9 +11,9 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
 from lora_lightning.errors import AdapterStateError, first_few
+from lora_lightning.layers.traversal import named_parameters
 from lora_lightning.training.messages import rank_zero_warn
 from lora_lightning.training.module_state import module_state
-from lora_lightning.utilities.wrappers import named_parameters
 
 
 def settle_what_trains(module: LightningModule) -> None:

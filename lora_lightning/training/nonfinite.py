@@ -22,12 +22,11 @@ from torch.nn.utils import get_total_norm
 from torch.optim import LBFGS, Optimizer
 
 from lora_lightning.errors import ConfigError, NonfiniteError, first_few, nearest_hint
-from lora_lightning.layers.traversal import named_adapted_layers
+from lora_lightning.layers.traversal import named_adapted_layers, named_parameters
 from lora_lightning.training.messages import rank_zero_warn
 from lora_lightning.training.strategies.deepspeed import partitioned_gradients
 from lora_lightning.utilities._torch import stored_values, unscales_in_step
 from lora_lightning.utilities.dtensor import local_part
-from lora_lightning.utilities.wrappers import named_parameters
 
 POLICIES = ("stop", "skip", "ignore")
 MAX_IN_A_ROW = 10  # skipped steps after which nothing is left to hope for

@@ -20,9 +20,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lora_lightning.errors import OptimizerError, first_few
-from lora_lightning.layers.traversal import adapter_owners
+from lora_lightning.layers.traversal import adapter_owners, named_parameters
 from lora_lightning.utilities.is_a import is_a
-from lora_lightning.utilities.wrappers import named_parameters
 
 # id of a parameter -> the groups that it was in or was meant for; of several optimizers perhaps
 Groups = dict[int, list[dict[str, Any]]]

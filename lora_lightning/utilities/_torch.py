@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.modules.module import _IncompatibleKeys
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
@@ -131,5 +132,7 @@ def load_own_state(module: nn.Module, state: dict[str, Any], prefix: str) -> Non
     """Load what `own_state` gave; RuntimeError if a tensor has another shape."""
     errors: list[str] = []
     module._load_from_state_dict(state, prefix, {}, False, [], [], errors)
+    for hook in module._load_state_dict_post_hooks.values():
+        hook(module, _IncompatibleKeys([], []))
     if errors:
         raise RuntimeError("; ".join(errors))

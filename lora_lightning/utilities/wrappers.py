@@ -8,7 +8,7 @@ round. FSDP1 and its activation checkpointing wrap modules likewise.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeGuard
 
 from torch import nn
@@ -33,12 +33,6 @@ def unwrapped(module: Any) -> Any:
     while is_wrapper(module):
         module = next(module._modules[name] for name in WRAPPED if name in module._modules)
     return module
-
-
-def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """`model.named_parameters()` by plain names."""
-    for name, parameter in model.named_parameters():
-        yield plain_name(name), parameter
 
 
 def under_own_names(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:

@@ -40,7 +40,7 @@ from lora_lightning.engine.task_arithmetic import (
     truncated_svd,
 )
 from lora_lightning.errors import AdapterStateError, ConfigError, LoraError, RankError
-from lora_lightning.layers.traversal import named_adapted_layers
+from lora_lightning.layers.traversal import named_adapted_layers, named_parameters
 from tests.helpers.tensors import bit_equal, randomize
 
 WEIGHTS = [0.75, -0.5, 1.25]
@@ -223,7 +223,7 @@ def zoo(**configs: dict) -> nn.Module:
     model = Zoo().double()
     for name, options in configs.items():
         inject_adapter(model, LoraConfig(**{"r": 2, "target_modules": EVERY[:-1], **options}), name)
-        randomize(p for key, p in model.named_parameters() if f".adapters.{name}." in key)
+        randomize(p for key, p in named_parameters(model) if f".adapters.{name}." in key)
     return model
 
 
@@ -588,8 +588,33 @@ def test_a_trained_copy_is_taken_over_as_it_is():
     copied, new = (model.head.adapters[name].module for name in ("a", "new"))
     assert copied is not new
     assert bit_equal(new.weight, copied.weight)
-    assert not bit_equal(new.weight, model.head.weight)
+    assert bit_equal(model.head.weight, copied.weight)  # "a" is the one that acts
+    assert not bit_equal(new.weight, model.state_dict()["head.weight"])
     assert not new.weight.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("choice", "shares"),
+    [("mean", {"a": 0.75, "b": 0.25}), ("first", {"b": 1}), ("a", {"a": 1}), ("b", {"b": 1})],
+)
+def test_of_several_trained_modules(choice, shares):
+    head = {"modules_to_save": ["head"]}
+    model = zoo(a=head, b=head, c={})
+    expected = {
+        key: sum(model.head.adapters[n].module.state_dict()[key] * w for n, w in shares.items())
+        for key in ("weight", "bias")
+    }
+    add_weighted_adapter(
+        model, ["b", "c", "a"], [1.0, 5.0, 3.0], "new", "cat", modules_to_save=choice
+    )
+    set_adapter(model, "new")
+    for key, value in expected.items():
+        torch.testing.assert_close(model.head.state_dict()[f"adapters.new.module.{key}"], value)
+        torch.testing.assert_close(getattr(model.head, key), value)
+    x = randn(4, model.head.in_features, seed=3)
+    torch.testing.assert_close(
+        model.head(x), torch.nn.functional.linear(x, expected["weight"], expected["bias"])
+    )
 
 
 def test_autocast_narrows_nothing():
@@ -678,11 +703,24 @@ REFUSALS = {
     ),
     "copies": (
         {"a": {"modules_to_save": ["head"]}, "b": {"modules_to_save": ["head"]}}, {},
-        AdapterStateError, "'a' and 'b' both have a trained copy of 'head'",
+        AdapterStateError, r"\['a', 'b'\] each train 'head' in full.*modules_to_save='mean'",
+    ),
+    "no-such-copy": (
+        {"a": {"modules_to_save": ["head"]}, "b": {"modules_to_save": ["head"]}},
+        {"modules_to_save": "mena"}, ConfigError, "Did you mean 'mean'",
+    ),
+    "copies-without-a-mean": (
+        {"a": {"modules_to_save": ["head"]}, "b": {"modules_to_save": ["head"]}},
+        {"modules_to_save": "mean", "weights": [1, -1]}, ConfigError, "add up to 0",
+    ),
+    "copy-of-one-that-has-none": (
+        {"a": {"modules_to_save": ["head"]}, "b": {"modules_to_save": ["head"]}, "c": {}},
+        {"modules_to_save": "c", "names": ["a", "b", "c"], "weights": [1, 1, 1]},
+        AdapterStateError, r"one of \['a', 'b'\]",
     ),
     "copy-and-update": (
         {"a": {"modules_to_save": ["trunk"]}, "b": {"target_modules": ["trunk.proj"]}}, {},
-        AdapterStateError, "'b' adapts 'trunk.proj', but 'a' replaces 'trunk'",
+        AdapterStateError, "'b' adapts 'trunk.proj', but 'a' trains 'trunk' in full",
     ),
     "tokens": (
         {"a": {}, "b": {"target_modules": ["linear"], "trainable_token_indices": {"embed": [3]}}},
@@ -707,7 +745,7 @@ def test_refused_before_anything_is_changed(made, request_, error, text):
     assert after.keys() == before.keys()
     for name, value in before.items():
         assert value.is_meta or bit_equal(after[name], value)
-    assert adapter_names(model) == ["a", "b"]
+    assert adapter_names(model) == list(made if isinstance(made, dict) else "ab")
 
 
 def test_refused_while_adapters_are_disabled():

@@ -35,7 +35,7 @@ from lora_lightning import (
 )
 from lora_lightning.checkpoint.fingerprint import base_tensors
 from lora_lightning.errors import LoraError
-from lora_lightning.layers.traversal import named_adapted_layers
+from lora_lightning.layers.traversal import named_adapted_layers, named_parameters
 from tests.helpers.tensors import bit_equal, randomize
 
 State = dict[str, Tensor]
@@ -226,7 +226,7 @@ class Mixes(RuleBasedStateMachine):
         targets = ["proj"] if where == "proj" else ["proj", "out"]
         if self.attempt(inject_adapter, config_for(kind, target_modules=targets), name):
             self.kinds[name], self.factors[name] = kind, 1.0
-            own = (p for k, p in self.model.named_parameters() if f".adapters.{name}." in k)
+            own = (p for k, p in named_parameters(self.model) if f".adapters.{name}." in k)
             randomize([p for p in own if p.is_floating_point()], 0.2)
 
     @rule(names=st.lists(NAMES, max_size=3, unique=True))
@@ -364,7 +364,7 @@ class BaseInHalf(RuleBasedStateMachine):
             inject_adapter(self.model, config_for(kind, target_modules=targets), name)
         except LoraError:
             return
-        randomize([p for k, p in self.model.named_parameters() if f".adapters.{name}." in k], 0.2)
+        randomize([p for k, p in named_parameters(self.model) if f".adapters.{name}." in k], 0.2)
 
     @rule(names=st.lists(NAMES, max_size=3, unique=True))
     def switch(self, names: list[str]) -> None:

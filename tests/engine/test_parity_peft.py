@@ -20,6 +20,7 @@ from lora_lightning import (
     set_adapter,
     unload,
 )
+from lora_lightning.layers.traversal import named_parameters
 from tests.helpers.tensors import assert_close_state, bit_equal, randomize, trainable
 from tests.helpers.torch_models import CLASSES, LAYERS, OneLayerNet, example_input
 
@@ -99,7 +100,7 @@ def run(model: nn.Module, x: torch.Tensor):
 def base_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     return {
         short(key): p.detach()
-        for key, p in model.named_parameters()
+        for key, p in named_parameters(model)
         if not any(part in key for part in ("lora_", "modules_to_save", "adapters", "original_"))
     }
 

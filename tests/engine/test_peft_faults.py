@@ -30,12 +30,13 @@ from lora_lightning import (
     set_adapter,
     unmerge_adapter,
 )
+from lora_lightning.layers.traversal import named_parameters
 from tests.helpers.tensors import bit_equal, randomize
 
 
 def adapted(model: nn.Module, name: str = "default", **options) -> nn.Module:
     inject_adapter(model, LoraConfig(**{"r": 2, **options}), name)
-    randomize([p for n, p in model.named_parameters() if f".{name}." in n], 0.3)
+    randomize([p for n, p in named_parameters(model) if f".{name}." in n], 0.3)
     return model
 
 

@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from lora_lightning import LoraConfig, inject_adapter
+from lora_lightning.layers.traversal import named_parameters
 from tests.helpers.tensors import randomize
 
 CLOSE: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-10}
@@ -19,7 +20,7 @@ def add_adapter(model: nn.Module, name: str, seed: int = 0, **options: Any) -> n
     """An adapter with values that matter."""
     inject_adapter(model, LoraConfig(**{"r": 2, **options}), name)
     torch.manual_seed(seed + len(name) + ord(name[0]))
-    randomize([p for n, p in model.named_parameters() if f".adapters.{name}." in n], 0.3)
+    randomize([p for n, p in named_parameters(model) if f".adapters.{name}." in n], 0.3)
     return model
 
 
@@ -69,5 +70,5 @@ def tied_llama_ids() -> Tensor:
 
 def adapted(model: nn.Module, name: str = "default", **options) -> nn.Module:
     inject_adapter(model, LoraConfig(**{"r": 2, **options}), name)
-    randomize(p for key, p in model.named_parameters() if f".adapters.{name}." in key)
+    randomize(p for key, p in named_parameters(model) if f".adapters.{name}." in key)
     return model

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lora_lightning import LoraCallback
+from lora_lightning.layers.traversal import named_parameters
 from lora_lightning.utilities.dtensor import full_tensor
 from lora_lightning.utilities.wrappers import plain_name
 from tests.helpers.fsdp2_modules import InitializedOnMeta
@@ -54,7 +55,7 @@ def fit(
 
 
 def whole_state(module: nn.Module, optimizer: Any) -> dict[str, Any]:
-    names = {id(p): name for name, p in module.named_parameters()}
+    names = {id(p): name for name, p in named_parameters(module)}
     state = {k: full_tensor(v).clone() for k, v in module.state_dict().items() if ".adapters." in k}
     for parameter, moments in optimizer.state.items():
         for key, value in moments.items():

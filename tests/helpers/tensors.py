@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lora_lightning.layers.traversal import named_parameters
+
 
 @torch.no_grad()
 def randomize(parameters, std: float = 0.5) -> None:
@@ -14,7 +16,7 @@ def randomize(parameters, std: float = 0.5) -> None:
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return {name: p for name, p in named_parameters(model) if p.requires_grad}
 
 
 def bit_equal(one: Tensor, other: Tensor) -> bool:

@@ -119,8 +119,8 @@ def test_3_only_adapters_require_gradients(tmp_path: Path) -> None:
         "embed.adapters.default.lora_B",
         "body.2.adapters.default.lora_A",
         "body.2.adapters.default.lora_B",
-        "head.adapters.default.module.weight",
-        "head.adapters.default.module.bias",
+        "head.weight",
+        "head.bias",
     }
 
 

@@ -18,6 +18,7 @@ from lora_lightning import (
 )
 from lora_lightning.adapters.base import DeltaAdapter
 from lora_lightning.engine.injection import adapters_named
+from lora_lightning.layers.traversal import named_parameters
 from tests.helpers.adapter_types import TYPES
 from tests.helpers.tensors import bit_equal, randomize
 
@@ -31,7 +32,7 @@ def net(name: str) -> nn.Module:
     )
     inject_adapter(model, config, "one")
     inject_adapter(model, LoraConfig(r=2, target_modules=["proj"]), "two")
-    randomize([p for n, p in model.named_parameters() if ".adapters." in n], 0.3)
+    randomize([p for n, p in named_parameters(model) if ".adapters." in n], 0.3)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     return model
@@ -73,7 +74,7 @@ def test_one_graph_for_all_states(name: str) -> None:
 def test_gradients_through_the_graph(name: str) -> None:
     model, x = net(name), torch.randn(4, 6)
     set_adapter(model, "one")
-    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    trained = {n: p for n, p in named_parameters(model) if p.requires_grad}
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     results = []
     for run in (model, compiled):

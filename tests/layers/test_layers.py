@@ -29,7 +29,7 @@ from lora_lightning.adapters.base import AdapterDict
 from lora_lightning.adapters.lora.linear import LoraAdapter
 from lora_lightning.errors import AdapterStateError, TargetError
 from lora_lightning.layers import autocast_cache as shared_cast
-from lora_lightning.layers.traversal import named_adapted_layers
+from lora_lightning.layers.traversal import named_adapted_layers, named_parameters
 from tests.helpers.tensors import bit_equal, randomize, trainable
 from tests.helpers.torch_models import (
     LAYERS,
@@ -60,7 +60,7 @@ class Doubled(nn.Linear):
 
 def adapted(model: nn.Module, config: LoraConfig = PROJ, name: str = "default") -> nn.Module:
     inject_adapter(model, config, name)
-    randomize(p for key, p in model.named_parameters() if f".adapters.{name}." in key)
+    randomize(p for key, p in named_parameters(model) if f".adapters.{name}." in key)
     return model
 
 
@@ -359,7 +359,7 @@ def test_dora_on_top_of_a_trained_copy_leaves_the_bias_of_the_copy_alone():
     inject_adapter(model, LoraConfig(r=2, target_modules=["0"], modules_to_save=["1"]), "one")
     inject_adapter(model, LoraConfig(r=2, target_modules=["1"], use_dora=True), "two")
     set_adapter(model, ["one", "two"])
-    randomize(p for name, p in model[1].named_parameters() if ".one." in name)
+    randomize(p for name, p in named_parameters(model[1]) if ".one." in name)
     copied, dora = model[1].adapters["one"].module, model[1].adapters["two"]
     with torch.no_grad():
         dora.lora_magnitude_vector *= 2

@@ -21,6 +21,7 @@ from lora_lightning import (
     unmerge_adapter,
 )
 from lora_lightning.errors import AdapterStateError
+from lora_lightning.layers.traversal import named_parameters
 from tests.helpers.adapted_models import CLOSE, LAYER_KINDS, LayerAndHead, add_adapter, small_llama
 from tests.helpers.tensors import bit_equal
 from tests.helpers.torch_models import Transformer, token_ids
@@ -43,7 +44,7 @@ def row_by_row(model: nn.Module, x: Tensor, names: list[str | None]) -> Tensor:
 def gradients(model: nn.Module, output: Tensor) -> dict[str, Tensor]:
     model.zero_grad()
     output.square().sum().backward()
-    return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return {n: p.grad for n, p in named_parameters(model) if p.grad is not None}
 
 
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}], ids=str)

@@ -17,6 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from lora_lightning import CausalLM, LoraCallback, Seq2SeqLM
 from lora_lightning.errors import ConfigError, ModelError, RecordError
+from lora_lightning.layers.traversal import named_parameters
 from lora_lightning.utilities.constants import IGNORE_INDEX
 from lora_lightning.utilities.dtensor import full_tensor
 from lora_lightning.utilities.wrappers import plain_name
@@ -161,7 +162,7 @@ def test_a_batch_without_labels(llama: str) -> None:
 
 def adapters(module: Any) -> dict[str, Tensor]:
     return {
-        n: full_tensor(p).detach().clone() for n, p in module.named_parameters() if p.requires_grad
+        n: full_tensor(p).detach().clone() for n, p in named_parameters(module) if p.requires_grad
     }
 
 

@@ -8,6 +8,7 @@ from torch import nn
 from lora_lightning import LoraConfig, inject_adapter, set_adapter
 from lora_lightning.data.text_classification import TextClassificationDataModule
 from lora_lightning.errors import ConfigError
+from lora_lightning.layers.traversal import named_parameters
 from lora_lightning.tasks.sequence_classification import SequenceClassification
 from tests.helpers.processes import on_processes
 from tests.helpers.tiny_bert import save_tiny_bert
@@ -156,7 +157,7 @@ def test_the_learning_rate_warms_up_and_falls_to_zero(tmp_path, model, file):
 
 
 def learning_rates(module):
-    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    names = {id(parameter): name for name, parameter in named_parameters(module)}
     return {names[id(p)]: g["lr"] for g in module.parameter_groups() for p in g["params"]}
 
 

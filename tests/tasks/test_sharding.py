@@ -17,11 +17,11 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from lora_lightning import LoraCallback
 from lora_lightning.errors import LoraError
+from lora_lightning.layers.traversal import named_parameters
 from lora_lightning.tasks import CausalLM, SequenceClassification, network
 from lora_lightning.tasks.sharding import repeated_layers
 from lora_lightning.utilities.constants import IGNORE_INDEX
 from lora_lightning.utilities.dtensor import full_tensor, is_sharded
-from lora_lightning.utilities.wrappers import named_parameters
 from tests.helpers.fsdp1_on_cpu import OnCpu
 from tests.helpers.lightning_modules import make_trainer
 from tests.helpers.processes import on_processes

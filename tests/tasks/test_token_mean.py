@@ -18,10 +18,10 @@ from torch.utils.data import DataLoader
 
 from lora_lightning import AdaLoraConfig, LoraCallback
 from lora_lightning.errors import ConfigError
+from lora_lightning.layers.traversal import named_parameters
 from lora_lightning.tasks import SequenceClassification
 from lora_lightning.tasks.token_mean import TokenMean
 from lora_lightning.utilities.dtensor import full_tensor
-from lora_lightning.utilities.wrappers import named_parameters
 from tests.helpers.fsdp1_on_cpu import on_cpu
 from tests.helpers.fsdp2_modules import fully_sharded
 from tests.helpers.lightning_modules import make_trainer

@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader
 
 from lora_lightning import AdaLoraConfig, LoraConfig
 from lora_lightning.errors import ConfigError
+from lora_lightning.layers.traversal import named_parameters
 from lora_lightning.training._lightning import SETUP_MODEL
 from lora_lightning.training.optimizers import check_coverage
 from lora_lightning.training.strategies.deepspeed import (
@@ -171,7 +172,7 @@ def on_two(folder: Path) -> dict[str, Any]:
         middle = folder / name / "step=6.ckpt"
         found[f"{name} resumed"], _ = train(folder / "resumed", OnCpu(), middle, **options)
         if name == "bf16":
-            named = trainer.lightning_module.named_parameters()
+            named = named_parameters(trainer.lightning_module)
             found["dtypes"] = {(".adapters." in n, p.dtype) for n, p in named}
     found["stage 1"], _ = train(folder / "stage 1", OnCpu(1))
     round_robin = {"stage": 2, "round_robin_gradients": True}

@@ -16,7 +16,7 @@ import sys
 import torch
 from tests.helpers.lightning_modules import *
 from lora_lightning import LoraCallback, LoraConfig, inject_adapter
-from lora_lightning.layers.traversal import named_adapted_layers
+from lora_lightning.layers.traversal import named_adapted_layers, named_parameters
 from lora_lightning.training.strategies import launchers
 
 OPTIONS = dict(r=2, target_modules=["embed", "body.2"], modules_to_save=["head"])
@@ -51,7 +51,7 @@ def check_trained(module, folder):
     assert saved["embed.adapters.default.lora_B"].any()
     for name, tensor in Net().state_dict().items():
         assert torch.equal(state[name], tensor), name  # the base, bit for bit
-    assert all(p.requires_grad == (".adapters." in n) for n, p in module.named_parameters())
+    assert all(p.requires_grad == (".adapters." in n) for n, p in named_parameters(module))
     assert all(layer.active_adapters == ["default"] for _, layer in named_adapted_layers(module))
 
 

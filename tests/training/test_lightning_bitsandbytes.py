@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from lora_lightning import LoraCallback, LoraConfig, ShiraConfig, inject_adapter
 from lora_lightning.errors import AdapterStateError, TargetError
 from lora_lightning.layers.quantized.base import AdaptedBitsandbytesLinear
+from lora_lightning.layers.traversal import named_parameters
 from lora_lightning.training import precision
 from tests.helpers.lightning_modules import Data, Net, make_trainer
 from tests.helpers.tensors import adapter_tensors
@@ -126,7 +127,7 @@ def test_fit_and_resume(mode: str, tmp_path: Path) -> None:
     state = [v for s in trainer.optimizers[0].state_dict()["state"].values() for v in s.values()]
     assert {t.dtype for t in (*found.values(), *state)} == {torch.float32}
     assert all(t.any() for t in found.values())
-    assert not any(p.requires_grad for n, p in module.named_parameters() if n not in found)
+    assert not any(p.requires_grad for n, p in named_parameters(module) if n not in found)
     saved = torch.load(tmp_path / "straight/last.ckpt", weights_only=True)
     assert saved["state_dict"].keys() == found.keys()
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lora_lightning import AdaLoraConfig, LoraCallback, LoraConfig, inject_adapter
 from lora_lightning.errors import ConfigError, NonfiniteError
+from lora_lightning.layers.traversal import named_parameters
 from lora_lightning.training import nonfinite
 from lora_lightning.utilities.dtensor import full_tensor
 from tests.helpers.fsdp2_modules import shard
@@ -407,7 +408,7 @@ def both_policies(folder: Path, way: str) -> dict[str, Any]:
             found["skipped"] = callback._nonfinite_guard.skipped
             found["state"] = {
                 name: full_tensor(p.detach())
-                for name, p in module.named_parameters()
+                for name, p in named_parameters(module)
                 if p.requires_grad
             }
     # Together: gloo's threads abort a process that leaves while another still talks to it.

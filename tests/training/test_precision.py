@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lora_lightning import LoraCallback, inject_adapter, load_adapter, save_adapter
 from lora_lightning.adapters.base import Adapter
 from lora_lightning.errors import AdapterMismatchError, ConfigError
+from lora_lightning.layers.traversal import named_parameters
 from tests.helpers.lightning_modules import Data, Net, make_trainer
 from tests.helpers.tensors import adapter_tensors
 
@@ -38,7 +39,7 @@ class Watch(Callback):
         self.dtypes: set[torch.dtype] = set()
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        for name, p in pl_module.named_parameters():
+        for name, p in named_parameters(pl_module):
             if p.grad is not None:
                 finite = bool(p.grad.isfinite().all())
                 assert finite or trainer.precision == "16-mixed", name  # there the scale adapts

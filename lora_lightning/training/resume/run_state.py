@@ -15,6 +15,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
 
 from lora_lightning.checkpoint.state_dict import KEY
+from lora_lightning.layers.traversal import named_parameters
 from lora_lightning.training import _lightning
 from lora_lightning.training.collectives import gathered, is_over
 from lora_lightning.training.frozen_base import trained_parameters, waiting_parameters
@@ -38,7 +39,6 @@ from lora_lightning.training.resume.resumable_loader import (
 )
 from lora_lightning.utilities.dtensor import local_part, part_like
 from lora_lightning.utilities.rng import random_state, seed_all, set_random_state
-from lora_lightning.utilities.wrappers import named_parameters
 
 
 def add_run_state(checkpoint: dict[str, Any], module: LightningModule) -> None:

@@ -27,14 +27,13 @@ from lora_lightning.checkpoint.state_entries import load_entries, owner_of, writ
 from lora_lightning.engine.bias import trained_biases
 from lora_lightning.engine.switching import adapter_names
 from lora_lightning.errors import CheckpointError, ConfigError, first_few
-from lora_lightning.layers.traversal import named_adapted_layers
+from lora_lightning.layers.traversal import named_adapted_layers, named_parameters
 from lora_lightning.training._lightning import setup_model
 from lora_lightning.training.checkpoint_io.baseline import base_buffers
 from lora_lightning.training.module_state import callbacks_of, module_state
 from lora_lightning.training.strategies.fsdp2 import is_fsdp
 from lora_lightning.training.weight_averaging import averaged_models
 from lora_lightning.utilities._torch import call_when_backward_ends
-from lora_lightning.utilities.wrappers import named_parameters
 
 
 def check_fsdp(strategy: Strategy) -> None:
@@ -70,7 +69,7 @@ def leave_out_adapters(module: LightningModule) -> None:
         )
     ignored = strategy.kwargs["ignored_modules"]
     known = {id(part) for part in ignored}
-    adapters = [layer.adapters for _, layer in named_adapted_layers(module)]
+    adapters = adapter_modules(module)
     ignored += [part for part in adapters if id(part) not in known]
     biases = [name for name, _, _ in trained_biases(module)]
     if biases:
@@ -78,6 +77,15 @@ def leave_out_adapters(module: LightningModule) -> None:
             f"bias trains {first_few(biases)}, which FSDP would shard with the frozen weights "
             "beside them. Use bias='none', or ModelParallelStrategy. (lora.bias)"
         )
+
+
+def adapter_modules(module: nn.Module) -> list[nn.Module]:
+    """All that FSDP leaves alone: adapters, and what the base has in place of those that train."""
+    found: list[nn.Module] = []
+    for _, layer in named_adapted_layers(module):
+        found.append(layer.adapters)
+        found += [layer.original_tensors] if layer.trains_in_place else []
+    return found
 
 
 def check_not_wrapped(module: LightningModule) -> None:
@@ -110,12 +118,13 @@ def setup_fsdp(self: Strategy, module: LightningModule, model: nn.Module) -> nn.
     if remembered.fsdp is None:
         leave_out_adapters(module)
         root = setup_model(self, model)
-        adapters = nn.ModuleList(layer.adapters for _, layer in named_adapted_layers(module))
+        adapters = nn.ModuleList(adapter_modules(module))
         own = [*adapters.parameters(), *adapters.buffers()]
         for tensor in own:
             tensor.data = tensor.data.to(self.root_device)
             dist.broadcast(tensor.data, src=0)
-        average = GradientAverage([*adapters.parameters()])
+        layers = [layer for _, layer in named_adapted_layers(module)]
+        average = GradientAverage([p for layer in layers for p in layer.adapters.parameters()])
         remembered.fsdp = root, average
         remembered.baseline.note_parts(module)
     remembered.fsdp[1].begin()

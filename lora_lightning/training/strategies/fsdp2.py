@@ -139,6 +139,8 @@ def _shard_together(unit: nn.Module, layers: list[AdaptedLayer]) -> None:
     fully_shard(group, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     for layer in layers:
         layer.register_forward_pre_hook(_gather)
+        if layer.trains_in_place:
+            layer.show_active()
 
 
 def _gather(layer: nn.Module, args: object) -> None:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lora_lightning.errors import CheckpointError, OptimizerError, first_few
+from lora_lightning.layers.traversal import named_parameters
 from lora_lightning.utilities.dtensor import distribute_like, is_sharded
-from lora_lightning.utilities.wrappers import named_parameters
 
 _OF_SCHEDULERS = {"initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum"}
 
