@@ -54,7 +54,7 @@ def _covers_of(base_type: type[nn.Module]) -> tuple[type, ...]:
     None where torch's own code computes, which nobody covers: torch.compile takes it as it is.
     """
     codes = [getattr(base_type, name, None) for name in ("forward", "_conv_forward")]
-    if all(code is None or code.__module__.startswith("torch.nn.") for code in codes):
+    if all(code is None or str(code.__module__).startswith("torch.nn.") for code in codes):
         return ()
     computed = {name: getattr(base_type, name, None) for name in ("weight", "bias")}
     covers = {n: _coverable(n, c) for n, c in computed.items() if isinstance(c, property)}

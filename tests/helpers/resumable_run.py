@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader
 
 from lora_lightning import LoraCallback
 from tests.helpers.lightning_modules import Data, Net, make_trainer
@@ -25,6 +26,24 @@ def lora() -> list[Any]:
             r=2, lora_dropout=0.3, target_modules=["embed", "body.2"], modules_to_save=["head"]
         )
     ]
+
+
+class OwnLuck(Net):
+    """Every process has its own random numbers from the beginning."""
+
+    def on_fit_start(self) -> None:
+        torch.manual_seed(int(torch.randint(1000, ())) + self.global_rank)
+
+
+class Shared(Data):
+    """Eight batches an epoch, shared out by Lightning's DistributedSampler; noise as it loads."""
+
+    def __init__(self, workers: int = 0) -> None:
+        super().__init__(batch_size=8)
+        self.workers = workers
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(self.dataset, 8, shuffle=True, num_workers=self.workers)
 
 
 class SaveAtSpots(Callback):

@@ -786,12 +786,13 @@ def test_a_folder_of_peft_computes_the_same_here(tmp_path):
 
 
 def test_folders_that_an_earlier_version_wrote(tmp_path):
-    """They say no peft_version, and have B as it is."""
+    """They say no peft_version and not whom for, and have B as it is."""
     net = adapted(attention())
     save_adapter(net, tmp_path)
     file = tmp_path / "adapter_config.json"
     options = json.loads(file.read_text())
-    del options["peft_version"]
+    for later in ("peft_version", "task_type", "auto_mapping"):
+        del options[later]
     file.write_text(json.dumps(options))
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     for key in tensors:

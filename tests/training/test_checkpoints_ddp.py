@@ -17,8 +17,7 @@ from lora_lightning import LoraCallback
 from lora_lightning.checkpoint.state_dict import KEY
 from tests.helpers.lightning_modules import OPTIONS, make_trainer, saved
 from tests.helpers.processes import on_processes
-from tests.helpers.resumable_run import differences
-from tests.training.test_resume_ddp import OwnLuck, Shared
+from tests.helpers.resumable_run import OwnLuck, Shared, differences
 
 LIMIT = timedelta(seconds=8)
 

@@ -9,33 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
 import lora_lightning.training.module_hooks
 from tests.helpers.fsdp2_modules import ShardedLater, strategy
-from tests.helpers.lightning_modules import Data, Net
 from tests.helpers.processes import on_processes
-from tests.helpers.resumable_run import ResumableRun, differences
+from tests.helpers.resumable_run import OwnLuck, ResumableRun, Shared, differences
 
 SPOTS = ("batch2", "batch4", "end4", "batch7")
-
-
-class OwnLuck(Net):
-    """Every process has its own random numbers from the beginning."""
-
-    def on_fit_start(self) -> None:
-        torch.manual_seed(int(torch.randint(1000, ())) + self.global_rank)
-
-
-class Shared(Data):
-    """Eight batches an epoch, shared out by Lightning's DistributedSampler; noise as it loads."""
-
-    def __init__(self, workers: int = 0) -> None:
-        super().__init__(batch_size=8)
-        self.workers = workers
-
-    def train_dataloader(self) -> DataLoader:
-        return DataLoader(self.dataset, 8, shuffle=True, num_workers=self.workers)
 
 
 def run(devices: int, workers: int = 0, **options: Any) -> ResumableRun:

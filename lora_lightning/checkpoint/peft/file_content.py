@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from lora_lightning.adapters.config import SELECTION, AdapterConfig
-from lora_lightning.checkpoint.peft.key_reading import Place, own_tensors, read_keys
+from lora_lightning.checkpoint.peft.key_reading import Place, Reading, own_tensors, read_keys
 from lora_lightning.checkpoint.peft.keys import PREFIX, TOKEN_ROWS
 from lora_lightning.checkpoint.peft.relocation import moved_config
 from lora_lightning.engine.targets.embeddings import input_embeddings
@@ -82,18 +82,10 @@ def content_of_file(
 
     """
     reading = read_keys(model, keys, config.shared_file_keys, origin.made_for, where)
-    modules, prefix = reading.modules, reading.target.prefix
-    places = reading.places
+    modules, prefix, places = reading.modules, reading.target.prefix, reading.places
     tables = _tables(modules, places)
     ends = (*(config.modules_to_save or ()), *origin.heads)
-    saved = set()
-    for key, (_, path, tensor) in places.items():
-        outer = _saved_module(path, ends)
-        if tensor in own_tensors(modules[path]) and outer:
-            # PEFT copies more than what has the name, and may not have trained it.
-            named = any(matches_name(name, outer) for name in config.modules_to_save or ())
-            if named or not unchanged(key, f"{prefix}{path}.{tensor}"):
-                saved.add(outer)
+    saved = _trained_in_full(reading, config, ends, unchanged)
     content = FileContent(config, dict(reading.shared))
     targets: set[str] = set()
     for key, (name, path, tensor) in places.items():
@@ -128,6 +120,26 @@ def content_of_file(
         changes["trainable_token_indices"] = dict.fromkeys(rows, ids) or None
     content.config = dataclasses.replace(config, **changes)
     return content
+
+
+def _trained_in_full(
+    reading: Reading,
+    config: AdapterConfig,
+    ends: Collection[str],
+    unchanged: Callable[[str, str], bool],
+) -> set[str]:
+    """The modules that the file holds as a whole because they were trained.
+
+    PEFT copies more than what has the name, and may not have trained it.
+    """
+    prefix, saved = reading.target.prefix, set()
+    for key, (_, path, tensor) in reading.places.items():
+        outer = _saved_module(path, ends)
+        if tensor in own_tensors(reading.modules[path]) and outer:
+            named = any(matches_name(name, outer) for name in config.modules_to_save or ())
+            if named or not unchanged(key, f"{prefix}{path}.{tensor}"):
+                saved.add(outer)
+    return saved
 
 
 def _tables(modules: dict[str, nn.Module], places: dict[str, Place]) -> set[str]:
