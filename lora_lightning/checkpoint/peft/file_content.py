@@ -125,7 +125,7 @@ def content_of_file(
 def _trained_in_full(
     reading: Reading,
     config: AdapterConfig,
-    ends: Collection[str],
+    ends: tuple[str, ...],
     unchanged: Callable[[str, str], bool],
 ) -> set[str]:
     """The modules that the file holds as a whole because they were trained.
