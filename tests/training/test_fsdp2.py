@@ -167,7 +167,9 @@ def left_full_tensor(folder: Path) -> dict[str, Any]:
     """What two processes train where nobody shards adapters that came after sharding."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lora_lightning.training.module_hooks, "shard_adapters", lambda _: None)
-        return fit(BuiltAndSharded, folder, 2, way=strategy(folder=True))
+        # A head that trains in full would stay whole where FSDP looks for its part: an error.
+        config = LoraConfig(r=2, **T)
+        return fit(BuiltAndSharded, folder, 2, way=strategy(folder=True), config=config)
 
 
 def second_trainer(folder: Path) -> bool:

@@ -28,6 +28,7 @@ from lora_lightning.checkpoint.state_entries import (
 )
 from lora_lightning.engine.followers import carried_tensors
 from lora_lightning.layers.traversal import walk
+from lora_lightning.training.strategies.fsdp2 import is_unit
 from lora_lightning.utilities._torch import is_flattened
 from lora_lightning.utilities.dtensor import is_sharded, local_part
 
@@ -105,8 +106,8 @@ class Baseline:
         for name, tensor in tensors.items():
             known = self.bits.get(name, {})
             unmoved = known.get(_layout(tensor))
-            if unmoved is None and is_flattened(tensor):
-                continue  # gathered by FSDP1 in another dtype
+            if unmoved is None and (is_flattened(tensor) or _is_gathered(module, tensor)):
+                continue  # whole for a forward: what changes is the part, which is looked at then
             if unmoved != sums[name]:
                 self.moved[name] = sums[name]
         entries = _entries(module)
@@ -159,6 +160,11 @@ def _own(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in (*base_tensors(module, quantized=False), *carried_tensors(module)):
         if not tensor.is_meta:
             yield name, tensor
+
+
+def _is_gathered(module: nn.Module, tensor: Tensor) -> bool:
+    """True for a whole parameter where FSDP2 has shared out others, and this one at its time."""
+    return isinstance(tensor, nn.Parameter) and any(map(is_unit, module.modules()))
 
 
 def _entries(module: nn.Module) -> dict[str, Any]:

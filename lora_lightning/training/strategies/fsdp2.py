@@ -45,7 +45,7 @@ def is_fsdp(strategy: Strategy) -> bool:
 def reshard(module: nn.Module) -> None:
     """Make the module's parameters the parts that optimizers hold, where they are gathered."""
     for child in module.modules():
-        if _is_unit(child):
+        if is_unit(child):
             child.reshard()  # type: ignore[operator]
 
 
@@ -152,12 +152,13 @@ def _unit_around(module: nn.Module, path: str) -> nn.Module | None:
     parts = path.split(".") if path else []
     for length in range(len(parts), -1, -1):
         child = module.get_submodule(".".join(parts[:length]))
-        if _is_unit(child):
+        if is_unit(child):
             return child
     return None
 
 
-def _is_unit(module: nn.Module) -> bool:
+def is_unit(module: nn.Module) -> bool:
+    """True for a module that `fully_shard` was applied to."""
     from torch.distributed.fsdp import FSDPModule
 
     return isinstance(module, FSDPModule)
