@@ -23,8 +23,8 @@ class CannotBeSent(Exception):
     """A recipe that no other process can be given; the message says why."""
 
 
-def evaluated_in_fresh_process(recipe: Recipe, checkpoint: Path) -> Evaluations:
-    """What each stage gives by `ckpt_path` in another process, and after `load_from_checkpoint`.
+def evaluated_in_fresh_process(recipe: Recipe, checkpoint: Path, stages: list[str]) -> Evaluations:
+    """What each stage gives by `ckpt_path` in another process.
 
     Raises:
         CannotBeSent: If the recipe cannot be pickled.
@@ -43,7 +43,7 @@ def evaluated_in_fresh_process(recipe: Recipe, checkpoint: Path) -> Evaluations:
     if "forkserver" in kinds:  # has imported torch once for all
         context.set_forkserver_preload([__name__])
     answer = recipe.folder / "of_another_process.pt"
-    process = context.Process(target=_answer, args=(sent, checkpoint, answer))
+    process = context.Process(target=_answer, args=(sent, checkpoint, stages, answer))
     process.start()
     process.join(PATIENCE)
     if process.is_alive():
@@ -60,10 +60,10 @@ def evaluated_in_fresh_process(recipe: Recipe, checkpoint: Path) -> Evaluations:
     return found
 
 
-def evaluated_by_path(recipe: Recipe, checkpoint: Path) -> Evaluations:
+def evaluated_by_path(recipe: Recipe, checkpoint: Path, stages: list[str]) -> Evaluations:
     """What each stage gives for a fresh module by `ckpt_path`."""
     found = {}
-    for stage in recipe.stages():
+    for stage in stages:
         run = Run(recipe.trainer(), recipe.module())
         found[stage] = recipe.evaluate(run, stage, checkpoint)
     return found
@@ -77,10 +77,10 @@ def loaded_run(recipe: Recipe, checkpoint: Path) -> Run:
     return Run(recipe.trainer(adapted=False), module)
 
 
-def _answer(sent: bytes, checkpoint: Path, answer: Path) -> None:
+def _answer(sent: bytes, checkpoint: Path, stages: list[str], answer: Path) -> None:
     try:
         with quiet():
-            found: Any = evaluated_by_path(pickle.loads(sent), checkpoint)
+            found: Any = evaluated_by_path(pickle.loads(sent), checkpoint, stages)
     except BaseException as error:
         found = traceback.format_exception_only(error)[-1].strip()
     torch.save(found, answer)

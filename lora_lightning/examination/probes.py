@@ -65,8 +65,13 @@ class MoveProbe(Callback):
 
     def __init__(self) -> None:
         self.moved: set[str] = set()
+        self.untouched: dict[str, Tensor] = {}
         self._before: dict[str, str] = {}
         self._module: nn.Module = nn.Module()
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Copy every tensor of the module as it was built."""
+        self.untouched = tensors(pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to watch."""

@@ -7,7 +7,7 @@ import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -102,7 +102,7 @@ class Recipe:
             "enable_checkpointing": any(hasattr(c, "best_model_path") for c in (*own, *more)),
             "default_root_dir": self.folder,
         }
-        return Trainer(callbacks=[*own, *more], **{**small, **self.options})
+        return Trainer(callbacks=[*own, *more, _Seed()], **{**small, **self.options})
 
     def fit(
         self,
@@ -119,7 +119,7 @@ class Recipe:
             loaders = {"train_dataloaders": data}
             if defines_hook(run.module, "validation_step"):
                 loaders["val_dataloaders"] = data
-        seed_all(seed)
+        _seed(run, seed)
         run.trainer.fit(run.module, ckpt_path=ckpt_path, **loaders)
         return run
 
@@ -128,7 +128,7 @@ class Recipe:
         data = self.data()
         is_module = isinstance(data, LightningDataModule)
         options: dict[str, Any] = {"datamodule" if is_module else "dataloaders": data}
-        seed_all(RUN_SEED)
+        _seed(run, RUN_SEED)
         if stage == "predict":
             return {"predictions": run.trainer.predict(run.module, ckpt_path=ckpt_path, **options)}
         way = run.trainer.validate if stage == "validate" else run.trainer.test
@@ -136,9 +136,37 @@ class Recipe:
         return {name: value for one in logged for name, value in one.items()}
 
     def stages(self) -> list[str]:
-        """The stages that module and data are made for."""
+        """The stages that module and data have hooks for."""
         module, data = self.module(), self.data()
         return [stage for stage, hooks in STAGES.items() if _serves(module, data, *hooks)]
+
+
+class _Seed(Callback):
+    """Starts a run from its own seed, once the module has built its layers."""
+
+    seed = RUN_SEED
+
+    def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn != "fit":
+            seed_all(self.seed)
+
+    on_validation_start = on_test_start = on_predict_start = _start
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if builds_later(pl_module):
+            seed_all(self.seed)
+
+
+def builds_later(module: LightningModule) -> bool:
+    """True for a module that may make its layers when the Trainer sets it up."""
+    return defines_hook(module, "configure_model") or defines_hook(module, "setup")
+
+
+def _seed(run: Run, seed: int) -> None:
+    (starter,) = (c for c in run.trainer.callbacks if isinstance(c, _Seed))  # type: ignore[attr-defined]
+    starter.seed = seed
+    # Layers that are built then are the base's as well, and the same in every run.
+    seed_all(BASE_SEED if builds_later(run.module) else seed)
 
 
 def _serves(module: LightningModule, data: Any, step: str, loader: str) -> bool:
@@ -160,7 +188,8 @@ def quiet() -> Iterator[None]:
     try:
         for logger in loggers:
             logger.setLevel(logging.ERROR)
-        with redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        nothing = io.StringIO()
+        with redirect_stdout(nothing), redirect_stderr(nothing), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 from lora_lightning.engine.switching import disable_adapter
 from lora_lightning.examination.fresh_process import Evaluations
 from lora_lightning.examination.probes import GradientProbe, MoveProbe, OptimizerProbe
-from lora_lightning.examination.recipe import EPOCHS, OTHER_SEED, Recipe, Run
+from lora_lightning.examination.recipe import EPOCHS, OTHER_SEED, Recipe, Run, builds_later
 from lora_lightning.examination.state import Values, differences, of_run, put_back, tensors
 
 _WHEN: dict[str, dict[str, Any]] = {
@@ -34,16 +35,42 @@ class Runs:
 
     @cached_property
     def untouched(self) -> dict[str, Tensor]:
-        """Every tensor of a fresh module."""
-        return tensors(self.recipe.module())
+        """Every tensor of a fresh module, as soon as its layers are built."""
+        module = self.recipe.module()
+        if not builds_later(module):
+            return tensors(module)
+        return self._plain[0].untouched
 
-    @cached_property
+    @property
     def own_moves(self) -> set[str]:
         """What the module moves by itself, in a run without adapters."""
-        probe = MoveProbe()
-        self.recipe.fit(probe, adapted=False)
-        probe.compare()
+        probe, error = self._plain
+        if error is not None:
+            raise error
         return probe.moved
+
+    @cached_property
+    def _plain(self) -> tuple[MoveProbe, Exception | None]:
+        probe = MoveProbe()
+        try:
+            self.recipe.fit(probe, adapted=False)
+        except Exception as error:  # of the user's module
+            return probe, error
+        probe.compare()
+        return probe, None
+
+    @cached_property
+    def of_base(self) -> Evaluations:
+        """What each stage gives for a fresh module without adapters.
+
+        A stage that fails so is none of this module's and these data's.
+        """
+        found = {}
+        for stage in self.recipe.stages():
+            run = Run(self.recipe.trainer(adapted=False), self.recipe.module())
+            with suppress(Exception):
+                found[stage] = self.recipe.evaluate(run, stage)
+        return found
 
     @cached_property
     def _watched(self) -> tuple[Run, GradientProbe, OptimizerProbe]:
@@ -116,7 +143,7 @@ class Runs:
     def evaluated(self, run: Run, ckpt_path: Path | None = None) -> Evaluations:
         """What each stage gives, each from the module as it is."""
         found, state = {}, tensors(run.module)
-        for stage in self.recipe.stages():
+        for stage in self.of_base:
             found[stage] = self.recipe.evaluate(run, stage, ckpt_path)
             put_back(run.module, state)
         return found

@@ -75,6 +75,8 @@ def same(first: Any, second: Any) -> bool:
             return False
         one, two = first.detach().cpu(), second.detach().cpu()
         return bool(((one == two) | ((one != one) & (two != two))).all())
+    if isinstance(first, Tensor) or isinstance(second, Tensor):
+        return False
     if isinstance(first, Mapping) and isinstance(second, Mapping):
         return first.keys() == second.keys() and all(same(first[k], second[k]) for k in first)
     if isinstance(first, (list, tuple)) and isinstance(second, (list, tuple)):

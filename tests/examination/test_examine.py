@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from lora_lightning.examination.recipe import Recipe, quiet
 from lora_lightning.examination.result import Examination, Finding
 from lora_lightning.examination.runs import Runs
 from lora_lightning.utilities.rng import random_state
-from tests.helpers.lightning_modules import Data, Net
+from tests.helpers.lightning_modules import BuiltInConfigureModel, BuiltInSetup, Data, Net
 from tests.helpers.messages import message_of
 from tests.helpers.zoo.data import Points
 from tests.helpers.zoo.supervised import Classifier, MaxNorm, MeanTeacher, SpectralNorm
@@ -127,6 +128,37 @@ def test_wrong_arguments() -> None:
     assert "(batches)" in message_of(ConfigError, examine, Net, Data, lora(), batches=0)
     examination = Examination((Finding("trains", True, ""),))
     assert "Did you mean 'trains'?" in message_of(ConfigError, examination.__getitem__, "train")
+
+
+class Timed(BuiltInConfigureModel):
+    """Builds its layers late, and logs what no two runs have alike."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.log("time", time.perf_counter())
+        return super().training_step(batch, batch_idx)
+
+
+class NoTestData(Data):
+    def test_dataloader(self) -> Any:
+        raise ValueError("there are none")
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_layers_that_are_built_later(precision: str) -> None:
+    options = {**CPU, "precision": precision}
+    found = examine(Timed, NoTestData, lora(), trainer_options=options, show=False)
+    assert {row.name: row.reason for row in found.rows if row.holds is not True} == {}
+    assert found["base untouched"].reason.startswith("all 11 tensors")
+    assert (
+        "but for what no two runs have alike: metric time" in found["resume within an epoch"].reason
+    )
+    assert found["evaluation by ckpt_path"].reason == "validate, predict"  # as without adapters
+
+
+def test_layers_that_load_from_checkpoint_does_not_build(tmp_path: Path) -> None:
+    row = found("load_from_checkpoint", BuiltInSetup, lora(), tmp_path)
+    assert row.holds is None
+    assert row.reason.startswith("where setup() builds layers, load_from_checkpoint has none: ")
 
 
 def test_loaders_in_place_of_a_data_module() -> None:

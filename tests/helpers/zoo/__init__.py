@@ -70,7 +70,7 @@ ZOO = {
     "partial state dict": Member(Borrowed),
     "BYOL": Member(Byol, TwoViews, moves=("target.",)),
     "MoCo": Member(Moco, TwoViews, moves=("keys.", "queue", "position")),
-    "DINO": Member(Dino, TwoViews, moves=("teacher.", "center")),
+    "DINO": Member(Dino, TwoViews, moves=("center",)),
     "SwAV": Member(Swav, TwoViews, {"modules_to_save": ["prototypes"]}),
     "memory bank": Member(MemoryBank, TwoViews, moves=("bank", "labels")),
     "GAN": Member(Gan),
