@@ -74,7 +74,7 @@ def find_followers(model: nn.Module) -> list[Follower]:
             free.setdefault(layout, []).append(path)
     found: dict[str, Follower] = {}
     for path, teacher in candidates.items():
-        if path.rpartition(".")[0] in found:
+        if any(path.startswith(f"{outer}.") for outer in found):
             continue
         students = free.get(_layout(teacher), [])
         copied = [other for other in students if _same_values(teacher, modules[other])]
@@ -103,13 +103,25 @@ def _free_copies(free: dict[str, nn.Module]) -> list[Follower]:
 
 
 def _outermost(frozen: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """The outermost frozen modules, and what is directly in them, which may follow by itself."""
+    """The outermost frozen modules, and what is directly in them, which may follow by itself.
+
+    A single layer is one only where all else is a wrapper of it (`AveragedModel`).
+    """
     outer = {p: m for p, m in frozen.items() if p.rpartition(".")[0] not in frozen}
     inner = {p: m for p, m in frozen.items() if p.rpartition(".")[0] in outer}
-    return {
-        **outer,
-        **{path: module for path, module in inner.items() if any(True for _ in module.children())},
-    }
+    found = {**outer, **{path: m for path, m in inner.items() if any(True for _ in m.children())}}
+    for path, module in outer.items():
+        found.update(_wrapped(path, module))
+    return found
+
+
+def _wrapped(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """What holds all parameters of `module`, of that in turn, and so on."""
+    below = [name for name, child in module.named_children() if _has_parameters(child)]
+    if len(below) == 1 and not _has_parameters(module, recurse=False):
+        inside = f"{path}.{below[0]}", module.get_submodule(below[0])
+        yield inside
+        yield from _wrapped(*inside)
 
 
 def carry_adapters(
@@ -232,6 +244,10 @@ def _is_frozen(module: nn.Module) -> bool:
         for name, parameter in part.named_parameters(recurse=False)
     ]
     return bool(free) and not any(free)
+
+
+def _has_parameters(module: nn.Module, recurse: bool = True) -> bool:
+    return any(True for _ in module.parameters(recurse))
 
 
 def _layout(module: nn.Module) -> Layout:

@@ -10,6 +10,7 @@ import lora_lightning.training.resume.resumable_loader as resumable_loader
 from lora_lightning import LoraCallback
 from lora_lightning.data.images import ImageDataModule
 from lora_lightning.errors import ConfigError
+from lora_lightning.layers.traversal import named_parameters
 from lora_lightning.tasks.image_classification import ImageClassification
 from tests.helpers.lightning_modules import make_trainer
 from tests.helpers.resumable_run import ResumableRun
@@ -68,7 +69,7 @@ def test_it_learns(tmp_path, models, folder, others, kind):
     head = KINDS[kind][1]
     assert module.new_parameters == {f"network.{head}.weight", f"network.{head}.bias"}
     assert module.network.config.id2label == {0: "blue", 1: "green", 2: "red"}
-    trained = {name for name, p in module.named_parameters() if p.requires_grad}
+    trained = {name for name, p in named_parameters(module) if p.requires_grad}
     assert trained
     assert all(".adapters.default." in name for name in trained)
 
@@ -105,7 +106,7 @@ def test_the_new_head_trains_unasked(tmp_path, models, folder, others):
         module = ImageClassification(models[kind])
         callback = LoraCallback(r=2, target_modules=targets, exclude_modules=[head])
         make_trainer(tmp_path, callback, max_steps=1).fit(module, data_of(folder, others))
-        trained = {name for name, p in module.named_parameters() if p.requires_grad}
+        trained = {name for name, p in named_parameters(module) if p.requires_grad}
         assert any(".classifier." in name for name in trained), trained
 
 

@@ -24,6 +24,7 @@ from lora_lightning import (
     load_from_checkpoint,
     save_adapter,
 )
+from lora_lightning.layers.traversal import named_parameters
 from tests.helpers.command import run_command
 from tests.helpers.lightning_modules import make_trainer
 from tests.helpers.paths import ROOT
@@ -118,7 +119,7 @@ def fitted(
 
 def full(module: nn.Module) -> set[str]:
     """Modules with a trained copy, by adapter."""
-    names = [n for n, p in module.named_parameters() if ".adapters." in n and ".module." in n]
+    names = [n for n, p in named_parameters(module) if ".adapters." in n and ".module." in n]
     return {f"{n.split('.adapters.')[1].split('.')[0]}: {n.split('.adapters.')[0]}" for n in names}
 
 

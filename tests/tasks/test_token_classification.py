@@ -12,6 +12,7 @@ from torch import nn
 from lora_lightning import LoraCallback
 from lora_lightning.data.token_classification import TokenClassificationDataModule
 from lora_lightning.errors import ConfigError
+from lora_lightning.layers.traversal import named_parameters
 from lora_lightning.tasks.token_classification import TokenClassification
 from tests.helpers.lightning_modules import make_trainer
 from tests.helpers.processes import on_processes
@@ -182,7 +183,7 @@ def test_adapters_and_the_new_head_are_what_trains(model, file, tmp_path):
     module = TokenClassification(model)
     make_trainer(tmp_path, lora()).fit(module, data_of(file))
     assert module.new_parameters == {"network.classifier.weight", "network.classifier.bias"}
-    trained = {name for name, p in module.named_parameters() if p.requires_grad}
+    trained = {name for name, p in named_parameters(module) if p.requires_grad}
     assert all(".adapters.default." in name for name in trained)
     assert any(name.startswith("network.classifier.adapters") for name in trained)
     unasked = TokenClassification(model)

@@ -116,6 +116,19 @@ class FrozenAverage(Averaged):
     frozen = True
 
 
+class OfOneLayer(FrozenAverage):
+    """The student is a single layer, and the average that lies in another module, too."""
+
+    def build(self) -> None:
+        self.net = nn.Linear(8, 4)
+        average = AveragedModel(self.net, multi_avg_fn=get_ema_multi_avg_fn(M))
+        self.averages = nn.ModuleDict({"net": average}).requires_grad_(False)
+
+    @property
+    def average(self) -> Any:
+        return self.averages["net"]
+
+
 class TargetNetwork(Free):
     """Values are taken over at once, every other step (DQN)."""
 
@@ -176,7 +189,18 @@ class Distillation(Dino):
         """Not at all."""
 
 
-COPIES = [Byol, ByStateDict, ByName, InParts, Moco, Free, TargetNetwork, Averaged, FrozenAverage]
+COPIES = [
+    Byol,
+    ByStateDict,
+    ByName,
+    InParts,
+    Moco,
+    Free,
+    TargetNetwork,
+    Averaged,
+    FrozenAverage,
+    OfOneLayer,
+]
 FOLLOWING = [*COPIES, Dino, LateDino]
 TYPES: dict[str, Callable[[], LoraCallback]] = {
     "all-linear": lambda: LoraCallback(r=2),
@@ -228,7 +252,7 @@ def teacher(module: Any) -> nn.Module:
     return found[0]
 
 
-PLACES = ("target", "momentum.backbone", "average.module")
+PLACES = ("target", "momentum.backbone", "average.module", "averages.net.module")
 
 
 class Watch(Callback):
@@ -291,7 +315,7 @@ def test_both_are_in_step(make: type[Moving], lora: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("make", [*FOLLOWING, Distillation], ids=lambda make: make.__name__)
-@pytest.mark.parametrize("lora", ["all-linear", "dora"])
+@pytest.mark.parametrize("lora", ["all-linear", "dora", "head"])
 def test_taken_up_again_under_another_seed(make: type[Moving], lora: str, tmp_path: Path) -> None:
     straight = all_tensors(fit(make, tmp_path, lora=TYPES[lora]))
     for seed, step in enumerate((3, 4, 6), 1):

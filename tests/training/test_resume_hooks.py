@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
 
 from lora_lightning import LoraCallback
+from lora_lightning.layers.traversal import named_parameters
 from tests.helpers.lightning_modules import OPTIONS, Data, Net, make_trainer
 from tests.helpers.resumable_run import differences
 
@@ -169,13 +170,17 @@ def test_a_failing_hook_is_not_run_again(tmp_path: Path) -> None:
     assert log == []
 
 
+TRAINED_HEAD = "head.adapters.default.module.weight"
+
+
 class Keeps(Callback):
     def __init__(self) -> None:
         self.copies: list[Any] = []
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        self.copies.append(copy.deepcopy(pl_module))
-        self.copies.append(pickle.loads(pickle.dumps(pl_module)))
+        then = pl_module.head.weight.detach().clone()
+        self.copies.append((copy.deepcopy(pl_module), then))
+        self.copies.append((pickle.loads(pickle.dumps(pl_module)), then))
 
 
 def test_copies_made_in_a_hook_and_callbacks_after_it(tmp_path: Path) -> None:
@@ -184,7 +189,11 @@ def test_copies_made_in_a_hook_and_callbacks_after_it(tmp_path: Path) -> None:
     follows, keeps = Follows(log), Keeps()
     module = Counts([])
     make_trainer(tmp_path, LoraCallback(**OPTIONS), keeps, follows).fit(module, Data())
-    assert all(torch.equal(c.head.weight, module.head.weight) for c in keeps.copies)
+    for one, then in keeps.copies:
+        assert torch.equal(one.head.weight, then)
+        assert one.head.weight is dict(named_parameters(one))[TRAINED_HEAD]
+    assert torch.equal(dict(named_parameters(module))[TRAINED_HEAD], then)
+    assert len({float(then.sum()) for _, then in keeps.copies}) > 1
     assert log.count(("on_train_batch_end", "follows")) == 4
     plain = make_trainer(tmp_path, pickle.loads(pickle.dumps(keeps)), follows)
     plain.fit(Counts([]), Data())

@@ -32,6 +32,7 @@ def test_names_are_exchanged_in_one_step(tmp_path: Path) -> None:
 def test_a_folder_stays_where_the_file_that_is_to_replace_it_fails(tmp_path: Path) -> None:
     class Failing:
         is_global_zero, world_size, _save_distributed_checkpoint = True, 1, False
+        lightning_module = None
 
         def broadcast(self, value: Any) -> Any:
             return value
