@@ -15,10 +15,9 @@ class AdaptedSequential(AdaptedLayer):
     """The layers of the container, one after the other."""
 
     def layers(self) -> dict[str, nn.Module]:
-        """The children but for the adapters and what is kept aside."""
+        """The children but for the adapters."""
         children = cast("dict[str, nn.Module]", self._modules)
-        own = ("adapters", "original_tensors")
-        return {name: module for name, module in children.items() if name not in own}
+        return {name: module for name, module in children.items() if name != "adapters"}
 
     def __iter__(self) -> Iterator[nn.Module]:
         return iter(self.layers().values())

@@ -57,6 +57,23 @@ def test_two_processes(tmp_path: Path) -> None:
         torch.testing.assert_close(value, alone[key], rtol=1e-4, atol=1e-5)
 
 
+def unseeded(folder: Path) -> dict[str, Tensor]:
+    """A head that each process has drawn for itself, of which DDP takes the first one's."""
+    torch.manual_seed(int(os.environ.get("LOCAL_RANK", 0)))
+    module = Net()
+    callback = LoraCallback(r=2, target_modules=["embed"], modules_to_save=["head"])
+    options = {"max_steps": 2, "devices": 2, "strategy": "ddp"}
+    make_trainer(folder, callback, **options).fit(module, Data())
+    return dict(module.state_dict())  # with the base's own tensors under their names
+
+
+@pytest.mark.slow
+def test_the_base_of_a_head_is_the_same_everywhere(tmp_path: Path) -> None:
+    first, second = on_processes(2, unseeded, tmp_path)
+    assert {"head.weight", "head.adapters.default.module.weight"} <= first.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
 class Reducer(Callback):
     """How many bytes DDP's reducer holds."""
 

@@ -112,7 +112,7 @@ def select_by_default(
             left_out.kinds[kind.__name__] = left_out.kinds.get(kind.__name__, 0) + 1
     if not targets:
         wanted = [path for path, layer in adaptable.items() if layer.is_wanted]
-        _refuse(modules, wanted, config, left_out)
+        _refuse(model, modules, wanted, config, left_out)
     return targets, left_out
 
 
@@ -150,6 +150,7 @@ def _tied_table(path: str, module: nn.Module, modules: dict[str, nn.Module]) -> 
 
 
 def _refuse(
+    model: nn.Module,
     modules: dict[str, nn.Module],
     candidates: list[str],
     config: AdapterConfig,
@@ -160,6 +161,7 @@ def _refuse(
     reasons = [f"{path} ({reason})" for path, reason in left_out.unfit.items()]
     unfit = f" Left out: {first_few(reasons)}." if reasons else ""
     raise TargetError(
-        f"target_modules {config.target_modules!r} matched nothing: {kinds_in(modules)}.{unfit} "
+        f"target_modules {config.target_modules!r} matched nothing: "
+        f"{kinds_in(model, modules)}.{unfit} "
         f"Adaptable kinds: {SUPPORTED}; name modules explicitly. (lora.target_modules){more}"
     )

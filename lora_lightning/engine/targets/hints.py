@@ -43,8 +43,13 @@ def shown_name(path: str) -> str:
     return ".".join(parts[named[-1] if named else 0 :])
 
 
-def kinds_in(modules: dict[str, nn.Module]) -> str:
-    """The classes of all modules that have parameters, with how often each occurs."""
+def kinds_in(model: nn.Module, modules: dict[str, nn.Module]) -> str:
+    """The classes of all modules in a model that have parameters, with how often each occurs."""
+    if not any(True for _ in model.children()) and any(True for _ in model.parameters()):
+        return (
+            f"it is a single {type(model).__name__}, and adapters go on layers inside of what they "
+            "are put on. Give what holds it instead, and its name in target_modules"
+        )
     kinds = Counter(
         type(m).__name__
         for m in modules.values()
