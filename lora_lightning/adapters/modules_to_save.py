@@ -69,10 +69,9 @@ class HeldTensors(nn.Module):
 
 
 class OriginalTensors(HeldTensors):
-    """What the base has in a module that trains in full; no child of anything.
+    """What the base has in a module that trains in full.
 
-    State dicts give it under the base's own names, and it is moved and cast while the module holds
-    it. A loop over `parameters()` (an average that follows, a limit on weights) does not see it.
+    State dicts give it under the base's own names, so that it adds none.
     """
 
     @classmethod
@@ -81,6 +80,16 @@ class OriginalTensors(HeldTensors):
         held = cls.of(module, lambda tensor, persistent: tensor)
         _note(module, held)
         return held
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Add nothing to `destination`."""
+        return kwargs.get("destination", args[0] if args else {})
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Take nothing."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        return self  # the module holds these tensors while it is moved or cast
 
 
 def _note(module: nn.Module, held: HeldTensors | None) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_lightning.adapters.modules_to_save import base_tensors_of
 from lora_lightning.engine.bias import trained_biases
 from lora_lightning.errors import AdapterMismatchError
 from lora_lightning.layers.base import AdaptedLayer
@@ -31,12 +32,14 @@ SAMPLE = 65_536
 Fingerprint = dict[str, list[Any]]
 
 
-def base_tensors(model: nn.Module, quantized: bool = True) -> Iterator[tuple[str, Tensor]]:
+def base_tensors(
+    model: nn.Module, quantized: bool = True, replaced: bool = False
+) -> Iterator[tuple[str, Tensor]]:
     """Parameters and persistent buffers of the base model as it was before any adapter.
 
     Merged weights and trained biases give their original values. What a trained copy replaces
-    (a new head) is left out: it does not take part in the model any more. `quantized` tells whether
-    weights in few bits are wanted, too.
+    (a new head) is left out, as it does not take part in the model any more, but for parameters
+    where `replaced` asks for them. `quantized` tells whether weights in few bits are wanted, too.
     """
     # By identity: a weight can be shared, and a bias have several names.
     originals: dict[int, Tensor] = {}
@@ -45,12 +48,14 @@ def base_tensors(model: nn.Module, quantized: bool = True) -> Iterator[tuple[str
             originals[id(layer._parameters.get(name))] = original
     for _, module, record in trained_biases(model):
         originals[id(record.parameter(module))] = record.original(module)
-    replaced: list[str] = []
+    copied: list[str] = []
     for path, module in walk(model):
         if isinstance(module, AdaptedLayer) and module.trained_copies():
-            replaced.append(path + ".")
+            copied.append(path + ".")
         prefix = path + "." if path else ""
-        if any(prefix.startswith(outer) for outer in replaced):
+        if any(prefix.startswith(outer) for outer in copied):
+            held = base_tensors_of(module).named_parameters(recurse=False) if replaced else ()
+            yield from ((prefix + name, parameter) for name, parameter in held)
             continue
         with weights_in_place(module):
             tensors = dict([*module.named_parameters(recurse=False), *persistent_buffers(module)])

@@ -15,6 +15,7 @@ from lora_lightning.errors import AdapterStateError, nearest_hint
 from lora_lightning.layers.base import AdaptedLayer
 from lora_lightning.layers.torch_fast_path import close_fast_path, reopen_fast_path
 from lora_lightning.layers.traversal import named_adapted_layers
+from lora_lightning.utilities.dtensor import reshard
 
 
 def adapter_names(model: nn.Module) -> list[str]:
@@ -84,6 +85,7 @@ def set_adapter(model: nn.Module, names: str | Sequence[str], *, trainable: bool
     for _, module, record in trained_biases(model):
         record.show(module, record.adapter_name in names)
         record.parameter(module).requires_grad_(trainable and record.adapter_name in names)
+    reshard(model)  # so that what FSDP2 has gathered goes where it is used now
 
 
 @contextmanager
@@ -235,6 +237,7 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     for module, record, _ in biases:
         record.show(module, False)
     reopen_fast_path(model)
+    reshard(model)
     try:
         yield
     finally:
@@ -244,3 +247,4 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
         for module, record, shown in biases:
             record.show(module, shown)
         close_fast_path(model)
+        reshard(model)

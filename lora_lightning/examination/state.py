@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_lightning.adapters.modules_to_save import OriginalTensors
 from lora_lightning.checkpoint.fingerprint import persistent_buffers
 from lora_lightning.errors import first_few
 from lora_lightning.examination.recipe import Run
@@ -27,9 +28,12 @@ def own_tensors(module: nn.Module) -> dict[str, Tensor]:
     What the base has in modules that train in full is in its place while adapters are disabled.
     """
     found: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
-    for path, child in module.named_modules():
+    aside: list[str] = []
+    for path, child in module.named_modules(remove_duplicate=False):
         found |= {f"{path}.{n}" if path else n: buffer for n, buffer in persistent_buffers(child)}
-    return found
+        if isinstance(child, OriginalTensors):
+            aside.append(path + ".")
+    return {name: tensor for name, tensor in found.items() if not name.startswith(tuple(aside))}
 
 
 def put_back(module: nn.Module, values: Mapping[str, Tensor]) -> None:

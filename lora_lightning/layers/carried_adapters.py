@@ -15,11 +15,17 @@ from lora_lightning.adapters.modules_to_save import (
     HeldTensors,
     ModulesToSaveCopy,
     OriginalTensors,
-    base_tensors_of,
     forget_originals,
 )
 from lora_lightning.errors import AdapterStateError
-from lora_lightning.layers.in_place import computing_with, places, reconcile, show, take
+from lora_lightning.layers.in_place import (
+    computing_with,
+    computing_with_base,
+    places,
+    reconcile,
+    show,
+    take,
+)
 from lora_lightning.layers.offloading import bring_back, compute_device
 from lora_lightning.layers.recomputation import Acting, SwitchLog
 
@@ -57,7 +63,7 @@ class CarriedAdapters(nn.Module):
     _merged: list[str]
     _switches: SwitchLog
     _has_acted = False  # whether adapters took part in a forward so far, as far as Python saw
-    original_tensors: OriginalTensors  # no child: loops over parameters() do not see the base's
+    original_tensors: OriginalTensors
     _shown: str | None  # whose tensors a module that trains in full holds now; None: the base's
 
     def note_use(self) -> None:
@@ -117,11 +123,9 @@ class CarriedAdapters(nn.Module):
 
     def compute_device(self) -> torch.device:
         """The device on which the module computes, offloaded or not."""
-        return compute_device(self, next(self._base_parameters()))
-
-    def _base_parameters(self) -> Iterator[nn.Parameter]:
         own = {id(p) for p in self.adapters.parameters()}
-        return (p for p in base_tensors_of(self).parameters() if id(p) not in own)
+        weight = next(p for p in self.parameters() if id(p) not in own)
+        return compute_device(self, weight)
 
     def bring_adapters_back(self) -> None:
         """Undo what accelerate did to adapters when it offloaded the model around them."""
@@ -152,12 +156,12 @@ class CarriedAdapters(nn.Module):
     @property
     def trains_in_place(self) -> bool:
         """Whether the base's tensors are kept aside, as an adapter has others for the module."""
-        return "original_tensors" in self.__dict__
+        return "original_tensors" in self._modules
 
     def keep_originals(self) -> None:
         """Keep the base's tensors aside, so that the module can hold others."""
         if not self.trains_in_place:
-            self.__dict__["original_tensors"] = OriginalTensors.aside(self)
+            self.original_tensors = OriginalTensors.aside(self)
 
     def show_active(self) -> None:
         """Have the module hold the tensors of the adapter that is applied, else the base's."""
@@ -217,7 +221,8 @@ class CarriedAdapters(nn.Module):
         if not torch.compiler.is_compiling():
             reconcile(self, self._held_now(), self.original_tensors)
         if copy is None:
-            yield
+            with computing_with_base(self, self.original_tensors):
+                yield
             return
         self.note_use()
         with computing_with(self, copy.module, self.original_tensors):
@@ -241,7 +246,8 @@ class CarriedAdapters(nn.Module):
             AdapterStateError: Naming the adapter and what fills it.
 
         """
-        if any(not p.is_meta for p in self._base_parameters()):
+        own = {id(p) for p in self.adapters.parameters()}
+        if any(not p.is_meta for p in self.parameters() if id(p) not in own):
             raise AdapterStateError(
                 f"Adapter {name!r} is on the meta device and has no values yet "
                 "(low_cpu_mem_usage): fill it with load_adapter_state_dict, or take it off and "

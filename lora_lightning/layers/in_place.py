@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from lora_lightning.adapters.modules_to_save import HeldTensors, OriginalTensors
 from lora_lightning.errors import AdapterStateError
 from lora_lightning.layers.offloading import offloading_hook
-from lora_lightning.utilities.dtensor import is_sharded
+from lora_lightning.utilities.dtensor import full_tensor, is_sharded
 from lora_lightning.utilities.wrappers import WRAPPED, unwrapped
 
 # A module of the tree, what is held of it for one adapter (or the base), and the base's own.
@@ -140,6 +140,26 @@ def computing_with(
             for module, node, _ in tree:  # buffers may be new objects by now
                 node._buffers.update({name: module._buffers[name] for name in node._buffers})
             _write_back(cast)
+        for place, name, kept in before:
+            place[name] = kept
+
+
+@contextmanager
+def computing_with_base(layer: nn.Module, originals: OriginalTensors) -> Iterator[None]:
+    """Inside, the tree of `layer` holds the base's tensors, gathered where FSDP2 has parts of them.
+
+    FSDP2 itself may have gathered what trains instead, which has been in the same places.
+    """
+    before: list[tuple[dict[str, Any], str, Any]] = []
+    for module, node, _ in places(layer, originals, originals):
+        for name, parameter in node._parameters.items():
+            if is_sharded(parameter):
+                shown: Tensor = module._parameters[name]  # type: ignore[assignment]
+                dtype = parameter.dtype if is_sharded(shown) else shown.dtype  # as its policy says
+                _put(module._parameters, name, full_tensor(parameter).to(dtype), before)
+    try:
+        yield
+    finally:
         for place, name, kept in before:
             place[name] = kept
 

@@ -15,9 +15,10 @@ class AdaptedSequential(AdaptedLayer):
     """The layers of the container, one after the other."""
 
     def layers(self) -> dict[str, nn.Module]:
-        """The children but for the adapters."""
+        """The children but for the adapters and what is kept aside."""
         children = cast("dict[str, nn.Module]", self._modules)
-        return {name: module for name, module in children.items() if name != "adapters"}
+        own = ("adapters", "original_tensors")
+        return {name: module for name, module in children.items() if name not in own}
 
     def __iter__(self) -> Iterator[nn.Module]:
         return iter(self.layers().values())

@@ -44,8 +44,9 @@ from lora_lightning.training.new_modules import train_new_modules
 from lora_lightning.training.options import check_same_adapter
 from lora_lightning.training.precision import convert_before_attaching
 from lora_lightning.training.strategies.fsdp1 import check_not_wrapped
-from lora_lightning.training.strategies.fsdp2 import is_fsdp, is_model_parallel, reshard
+from lora_lightning.training.strategies.fsdp2 import is_fsdp, is_model_parallel
 from lora_lightning.training.strategies.meta_device import expect_base, load_base_at_once
+from lora_lightning.utilities.dtensor import reshard
 
 
 def attach(callback: AdapterCallback, module: LightningModule) -> None:

@@ -23,6 +23,7 @@ from lora_lightning.training.optimizers import check_coverage, trainable_paramet
 from lora_lightning.training.precision import check_precision
 from lora_lightning.training.strategies import deepspeed, fsdp2
 from lora_lightning.training.weight_averaging import averaged_models
+from lora_lightning.utilities.dtensor import reshard
 from lora_lightning.utilities.is_a import is_a
 
 _STRATEGIES = {"SingleDeviceStrategy", "DDPStrategy", "ModelParallelStrategy", "FSDPStrategy"}
@@ -132,7 +133,7 @@ def check_still_there(module: LightningModule, selection: Selection) -> None:
 
 def check_what_trains(trainer: Trainer, module: LightningModule) -> None:
     """Raise AdapterStateError or OptimizerError if something trains that is not saved."""
-    fsdp2.reshard(module)  # validation may have left it gathered
+    reshard(module)  # validation may have left it gathered
     freeze_again(trainer, module)
     trained = trained_parameters(module)
     check_coverage(deepspeed.whole_optimizers(trainer.optimizers), module, trained)

@@ -10,7 +10,7 @@ import sys
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -20,6 +20,22 @@ def is_sharded(tensor: object) -> TypeGuard[DTensor]:
     """True for a DTensor, of which this process holds a part."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
+
+
+def is_unit(module: nn.Module) -> bool:
+    """True for a module that `fully_shard` was applied to (FSDP2)."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
+
+
+def reshard(module: nn.Module) -> None:
+    """Make the module's parameters the parts that optimizers hold, where FSDP2 has gathered them.
+
+    The next forward gathers them again, and puts them where they are used.
+    """
+    for child in module.modules():
+        if is_unit(child):
+            child.reshard()  # type: ignore[operator]
 
 
 def local_part(tensor: Tensor) -> Tensor:

@@ -7,18 +7,8 @@ import pytest
 from lora_lightning import examine
 from tests.helpers.zoo import ZOO
 
-UNDER_WAY = {
-    "SwAV": "methods of a module in modules_to_save reach the frozen original",
-}
-KINDS = [
-    pytest.param(kind, marks=pytest.mark.xfail(reason=UNDER_WAY[kind], strict=False))
-    if kind in UNDER_WAY
-    else kind
-    for kind in ZOO
-]
 
-
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ZOO)
 def test_every_promise_holds(kind: str) -> None:
     member = ZOO[kind]
     found = examine(

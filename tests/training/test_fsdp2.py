@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from filelock import FileLock  # comes with torch
-from lightning.pytorch import seed_everything
+from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.checkpoint import FileSystemReader
@@ -27,6 +27,7 @@ from lora_lightning import (
     OftConfig,
     ShiraConfig,
     VeraConfig,
+    disable_adapter,
     inject_adapter,
     load_adapter,
     save_adapter,
@@ -136,6 +137,7 @@ def on_two(folder: Path) -> dict[str, Any]:
         "refusals": refusals(folder),
         "evaluation": evaluate(folder),
         "starts": starts(folder),
+        "disabled": disabled(folder),
     }
 
 
@@ -279,6 +281,38 @@ def evaluate(folder: Path) -> list[float]:
             for name, evaluate in (("val", trainer.validate), ("test", trainer.test))
         ]
     return losses
+
+
+class Disabling(Callback):
+    """Compute with adapters, without, and with them again, in forwards that no backward follows."""
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        x = Data(8).dataset.tensors[0]
+        with torch.no_grad():
+            self.adapted = pl_module(x).clone()
+            for _ in range(2):
+                with disable_adapter(pl_module):
+                    self.base = pl_module(x).clone()
+            self.again = pl_module(x).clone()
+
+
+def disabled(folder: Path) -> dict[str, Any]:
+    """What `Disabling` finds, and the base by itself."""
+    found: dict[str, Any] = {}
+    for kind in (ShardedLater, BuiltAndSharded, BuiltAndShardedInBf16):
+        seed_everything(7, verbose=False)
+        plain = Quiet()
+        seed_everything(7, verbose=False)
+        asks, options = Disabling(), {"strategy": strategy(folder=True), "devices": 2}
+        module = kind()
+        trainer = make_trainer(
+            folder / kind.__name__, make_callback(), asks, max_steps=3, **options
+        )
+        trainer.fit(module, Data())
+        with torch.no_grad():
+            expected = plain(Data(8).dataset.tensors[0])
+        found[kind.__name__] = expected, asks.base, asks.adapted, asks.again
+    return found
 
 
 def refusals(folder: Path) -> dict[str, str]:
@@ -500,6 +534,19 @@ def test_evaluation_of_sharded_checkpoints(ranks: Any, folder: Path) -> None:
     loss = logged["val_loss"]
     for rank in (0, 1):
         assert ranks[rank]["evaluation"] == pytest.approx([loss] * 2 * len(FORMS), rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [ShardedLater, BuiltAndSharded, BuiltAndShardedInBf16])
+def test_disabled_it_is_the_base(ranks: Any, kind: Any) -> None:
+    for rank in (0, 1):
+        expected, base, adapted, again = ranks[rank]["disabled"][kind.__name__]
+        if kind is BuiltAndShardedInBf16:  # computed in bf16
+            torch.testing.assert_close(base.float(), expected, rtol=0, atol=0.02)
+        else:
+            assert torch.equal(base, expected)
+        assert torch.equal(again, adapted)
+        assert not torch.equal(adapted, base)
 
 
 @pytest.mark.slow

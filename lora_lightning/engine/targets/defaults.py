@@ -52,7 +52,7 @@ class LeftOut:
         if self.frozen:
             names = dict.fromkeys(shown_name(p) for paths in self.frozen.values() for p in paths)
             lines.append(
-                f"frozen before adapters came, and left alone: {first_few(self.frozen)}; to adapt "
+                f"frozen before adapters came, and not trained: {first_few(self.frozen)}; to adapt "
                 f"it, name its layers, target_modules: [{first_few(names)}] (lora.target_modules)"
             )
         if self.kinds:

@@ -28,9 +28,8 @@ from lora_lightning.checkpoint.state_entries import (
 )
 from lora_lightning.engine.followers import carried_tensors
 from lora_lightning.layers.traversal import walk
-from lora_lightning.training.strategies.fsdp2 import is_unit
 from lora_lightning.utilities._torch import is_flattened
-from lora_lightning.utilities.dtensor import is_sharded, local_part
+from lora_lightning.utilities.dtensor import is_sharded, is_unit, local_part
 
 _CASTS = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
 
@@ -157,7 +156,8 @@ def _parts(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _own(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for name, tensor in (*base_tensors(module, quantized=False), *carried_tensors(module)):
+    base = base_tensors(module, quantized=False, replaced=True)
+    for name, tensor in (*base, *carried_tensors(module)):
         if not tensor.is_meta:
             yield name, tensor
 

@@ -19,7 +19,6 @@ from lora_lightning.checkpoint.fingerprint import (
     Fingerprint,
     base_fingerprint,
     base_mismatch,
-    digest,
     fingerprint_difference,
 )
 from lora_lightning.checkpoint.moved_state import moved_differences, without_place
@@ -27,17 +26,14 @@ from lora_lightning.checkpoint.state_dict import FORMAT, KEY
 from lora_lightning.engine.bias import trained_biases
 from lora_lightning.engine.injection import check_unmerged
 from lora_lightning.errors import AdapterMismatchError, CheckpointError, first_few
-from lora_lightning.layers.traversal import named_adapted_layers
 from lora_lightning.training.adapter_callback import AdapterCallback
 from lora_lightning.training.checkpoint_io.baseline import Baseline
 from lora_lightning.training.checkpoint_io.trained_state import trained_state
-from lora_lightning.training.collectives import any_process
 from lora_lightning.training.messages import rank_zero_warn
 from lora_lightning.training.module_state import module_state
 from lora_lightning.training.resume.run_state import add_run_state
 from lora_lightning.training.strategies.fsdp2 import is_fsdp, is_model_parallel
 from lora_lightning.utilities._torch import is_flattened
-from lora_lightning.utilities.dtensor import is_sharded
 from lora_lightning.utilities.wrappers import plain_name
 
 # Of a checkpoint: what Lightning goes on from
@@ -245,7 +241,6 @@ def remember_base(module: LightningModule, fresh: bool) -> None:
     # What has moved is what training made of it, and another dtype is the Trainer's own cast.
     found |= {n: known[n] for n in known.keys() & found.keys() if n not in exchanged}
     remembered.base_fingerprint = _agreed(found, module)
-    _hand_out_originals(module)
 
 
 def _agreed(own: Fingerprint, module: LightningModule) -> Fingerprint:
@@ -269,23 +264,6 @@ def _agreed(own: Fingerprint, module: LightningModule) -> Fingerprint:
                     "every process, or use the same seed (seed_everything). (model)"
                 )
     return first
-
-
-def _hand_out_originals(module: LightningModule) -> None:
-    """Give every process rank 0's originals of what trains in full, as DDP does with parameters."""
-    strategy: Any = module.trainer.strategy
-    layers = [(path, x) for path, x in named_adapted_layers(module) if x.trains_in_place]
-    own = {
-        f"{path}.{name}": tensor
-        for path, layer in layers
-        for name, tensor in layer.original_tensors.state_dict().items()
-        if not (tensor.is_meta or is_sharded(tensor))
-    }
-    digests = {name: digest(tensor) for name, tensor in own.items()}
-    first = strategy.broadcast(digests)
-    if any_process(strategy, digests != first):
-        for name, tensor in strategy.broadcast({n: t.cpu() for n, t in own.items()}).items():
-            own[name].copy_(tensor)
 
 
 def _adapter_differences(

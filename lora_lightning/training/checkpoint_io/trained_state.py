@@ -18,9 +18,9 @@ from lora_lightning.checkpoint.state_dict import adapter_state_dict
 from lora_lightning.errors import CheckpointError, first_few
 from lora_lightning.training.collectives import any_process
 from lora_lightning.training.module_state import callbacks_of, module_state
-from lora_lightning.training.strategies.fsdp2 import is_fsdp, is_model_parallel, reshard
+from lora_lightning.training.strategies.fsdp2 import is_fsdp, is_model_parallel
 from lora_lightning.utilities._torch import is_flattened
-from lora_lightning.utilities.dtensor import copy_full
+from lora_lightning.utilities.dtensor import copy_full, reshard
 
 
 def trained_state(module: LightningModule) -> dict[str, Any]:

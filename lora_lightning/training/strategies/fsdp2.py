@@ -22,7 +22,7 @@ from lora_lightning.layers.base import AdaptedLayer
 from lora_lightning.layers.traversal import named_adapted_layers, walk
 from lora_lightning.training._lightning import all_callbacks
 from lora_lightning.utilities._torch import mixed_precision_policy
-from lora_lightning.utilities.dtensor import is_sharded
+from lora_lightning.utilities.dtensor import is_sharded, is_unit
 from lora_lightning.utilities.is_a import is_a
 
 _NO_TENSOR_PARALLEL = (
@@ -40,13 +40,6 @@ def is_model_parallel(strategy: Strategy) -> bool:
 def is_fsdp(strategy: Strategy) -> bool:
     """Tell whether this is Lightning's FSDP1."""
     return is_a(strategy, "FSDPStrategy")
-
-
-def reshard(module: nn.Module) -> None:
-    """Make the module's parameters the parts that optimizers hold, where they are gathered."""
-    for child in module.modules():
-        if is_unit(child):
-            child.reshard()  # type: ignore[operator]
 
 
 def check_model_parallel(trainer: Trainer, starts_from_data: bool) -> None:
@@ -155,13 +148,6 @@ def _unit_around(module: nn.Module, path: str) -> nn.Module | None:
         if is_unit(child):
             return child
     return None
-
-
-def is_unit(module: nn.Module) -> bool:
-    """True for a module that `fully_shard` was applied to."""
-    from torch.distributed.fsdp import FSDPModule
-
-    return isinstance(module, FSDPModule)
 
 
 def _check_no_tensor_parallel(module: nn.Module) -> None:

@@ -37,12 +37,12 @@ from lora_lightning.training.module_state import Handed, callbacks_of, module_st
 from lora_lightning.training.optimizers import plain_optimizer
 from lora_lightning.training.resume.hook_turns import finish_turn
 from lora_lightning.training.strategies import deepspeed, fsdp1
-from lora_lightning.training.strategies.fsdp2 import is_fsdp, is_model_parallel, reshard
+from lora_lightning.training.strategies.fsdp2 import is_fsdp, is_model_parallel
 from lora_lightning.training.strategies.meta_device import load_base
 from lora_lightning.training.strategies.optimizer_names import with_names, with_numbers
 from lora_lightning.training.strategies.sharded_files import save_sharded_checkpoint
 from lora_lightning.training.weight_averaging import averaged_models
-from lora_lightning.utilities.dtensor import full_state
+from lora_lightning.utilities.dtensor import full_state, reshard
 
 State = dict[str, Any]
 
