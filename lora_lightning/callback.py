@@ -30,7 +30,7 @@ from lora_lightning.training.preemption import Preemption, lines_without_checkpo
 from lora_lightning.training.resume.checks import configured_rates
 from lora_lightning.training.resume.hook_turns import follow_hooks
 from lora_lightning.training.resume.resumable_loader import make_loaders_resumable
-from lora_lightning.training.resume.run_state import remember_final_states
+from lora_lightning.training.resume.run_state import end_wait, remember_final_states
 from lora_lightning.training.strategies.launchers import hand_back_adapters
 from lora_lightning.training.strategies.state_overrides import override_state_methods
 from lora_lightning.training.weight_averaging import average_what_trains
@@ -239,6 +239,7 @@ class LoraCallback(AdapterCallback):
         """
         if stage == "fit" and self._is_first(pl_module):
             remember_final_states(pl_module)
+        end_wait(pl_module)  # of a run that never came to train
         if self._is_last(pl_module):
             moved = module_state(pl_module).baseline.changed(pl_module)
             take_off_unmoved(pl_module, moved)

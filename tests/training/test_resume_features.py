@@ -129,6 +129,18 @@ def accumulating() -> list[Any]:
     return [GradientAccumulationScheduler({1: 3, 2: 2})]
 
 
+class KeepsUpInValidation(Net):
+    """A count that validation moves, as it does the queue of MoCo."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+        self.seen += len(batch[0])
+        return super().validation_step(batch, batch_idx)
+
+
 def options(**given: Any) -> Any:
     return lambda: dict(given)
 
@@ -160,6 +172,9 @@ RUNS = {
     "two adapters": ResumableRun(lora=two_adapters),
     "adalora": ResumableRun(lora=adalora),
     "hooks that draw": ResumableRun(module=DrawsInHooks),
+    "kept up in validation": ResumableRun(
+        module=KeepsUpInValidation, options=options(num_sanity_val_steps=2)
+    ),
     "max_steps": ResumableRun(options=options(max_steps=11, max_epochs=-1)),
     "plateau, max_steps": ResumableRun(
         module=Plateau, options=options(max_steps=11, max_epochs=-1)

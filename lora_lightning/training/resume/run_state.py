@@ -98,16 +98,30 @@ def prepare_run_state(checkpoint: dict[str, Any], module: LightningModule) -> No
     # Not where a tuner takes back what it has trained: it keeps the random state itself.
     if _lightning.data_fetcher(trainer) is None:
         check_no_search(trainer)
-        module_state(module).resumed_from = own
+        _wait_for_start(module, own)
     elif trainer.strategy.restore_checkpoint_after_setup and not searching(trainer):
         # `configure_optimizers` came before, and may have asked for the length of the data.
-        module_state(module).resumed_from = own
+        _wait_for_start(module, own)
+
+
+def _wait_for_start(module: LightningModule, own: dict[str, Any]) -> None:
+    """Keep `own`; no sanity check meanwhile: what validation moves of the module is loaded."""
+    own["sanity_steps"] = module.trainer.num_sanity_val_steps
+    module.trainer.num_sanity_val_steps = 0
+    module_state(module).resumed_from = own
+
+
+def end_wait(module: LightningModule) -> dict[str, Any] | None:
+    """What `_wait_for_start` has kept."""
+    own, module_state(module).resumed_from = module_state(module).resumed_from, None
+    if own is not None:
+        module.trainer.num_sanity_val_steps = own["sanity_steps"]
+    return own
 
 
 def continue_run(module: LightningModule) -> None:
     """Go on where the checkpoint left off; the last thing before batches are asked for."""
-    own, module_state(module).resumed_from = module_state(module).resumed_from, None
-    trainer = module.trainer
+    own, trainer = end_wait(module), module.trainer
     if own is not None:
         warn_of_averages(trainer, own["epoch_averages"])
         rates = module_state(module).learning_rates
