@@ -162,7 +162,8 @@ class AdapterModule(nn.Module):
         config: The options it was made from; shared by all adapters of one injection.
         autocast_adapter_dtype: True if its tensors stay fp32 when a model is cast to 16 bits.
         is_applied: True while it takes part in forward.
-        applied: The same as a tensor, for compiled code: so switching does not recompile.
+        applied: The same as a tensor, 1 or 0, for compiled code: so switching does not recompile.
+            As a number, because `AveragedModel(use_buffers=True)` averages all buffers.
 
     """
 
@@ -174,7 +175,7 @@ class AdapterModule(nn.Module):
     def __init__(self, config: AdapterConfig, device: torch.device | None = None) -> None:
         super().__init__()
         self.config = config
-        flag = torch.empty((), dtype=torch.bool, device=device)
+        flag = torch.empty((), device=device, dtype=torch.float32)
         self.register_buffer("applied", flag, persistent=False)
         self.set_applied(False)
 
@@ -274,7 +275,7 @@ class Adapter(AdapterModule):
         """
         if after is before or not torch.compiler.is_compiling():
             return after
-        return torch.where(self.applied, after, before)
+        return torch.where(self.applied != 0, after, before)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # `model.to(torch.bfloat16)` (Lightning's "bf16-true") narrows the base, not the fp32

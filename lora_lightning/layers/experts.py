@@ -119,7 +119,7 @@ class AdaptedExperts(AdaptedLayer):
         for adapter in cast("list[LoraExpertsAdapter]", adapters):
             left, right = adapter.stored_factors()
             if torch.compiler.is_compiling():
-                left = torch.where(adapter.applied, left, 0)
+                left = torch.where(adapter.applied != 0, left, 0)
             lefts.append(left.to(weight.dtype))
             rights.append(right.to(weight.dtype))
         left = torch.cat(lefts, dim=-1) if len(adapters) > 1 else lefts[0]

@@ -116,6 +116,14 @@ class FrozenAverage(Averaged):
     frozen = True
 
 
+class WithBuffers(Averaged):
+    """The equal average of all buffers as well."""
+
+    def build(self) -> None:
+        self.net = net()
+        self.average = AveragedModel(self.net, use_buffers=True)
+
+
 class OfOneLayer(FrozenAverage):
     """The student is a single layer, and the average that lies in another module, too."""
 
@@ -199,6 +207,7 @@ COPIES = [
     TargetNetwork,
     Averaged,
     FrozenAverage,
+    WithBuffers,
     OfOneLayer,
 ]
 FOLLOWING = [*COPIES, Dino, LateDino]
@@ -303,7 +312,7 @@ def test_both_are_in_step(make: type[Moving], lora: str, tmp_path: Path) -> None
                 seen.append(list(part.state_dict()))
                 tensors.append([t.clone() for t in part.state_dict().values()])
             asked_for = lora in ("by name", "head") and make in (Dino, LateDino)
-            if asked_for or make in (Free, TargetNetwork, Averaged):
+            if asked_for or make in (Free, TargetNetwork, Averaged, WithBuffers):
                 return
             for _ in range(2):
                 assert [n for n, p in other.named_parameters() if p.requires_grad] == []
