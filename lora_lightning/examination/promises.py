@@ -64,7 +64,7 @@ def moves_still_move(runs: Runs) -> Verdict:
 
     Each of its children as a whole: a teacher's copies of what does not train have no cause to.
     """
-    parameters = {name for name, _ in runs.recipe.module().named_parameters()}
+    parameters = {*runs.untouched} & {name for name, _ in runs.alone.module.named_parameters()}
     own = sorted(runs.own_moves & parameters)
     moving = {name.partition(".")[0] for name in runs.moved & {*parameters, *runs.adapted}}
     still = [name for name in own if name.partition(".")[0] not in moving]
@@ -268,6 +268,7 @@ def _sized(names: list[str], values: Mapping[str, Tensor]) -> str:
 
 
 def in_words(error: BaseException) -> str:
-    """An error in one line."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    """An error in one line: its first, and what that one announces."""
+    first, _, rest = str(error).strip().partition("\n")
+    announced = rest.strip().partition("\n")[0] if first.endswith(":") else ""
+    return ": ".join(filter(None, (type(error).__name__, f"{first} {announced}".strip())))

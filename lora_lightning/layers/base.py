@@ -104,6 +104,8 @@ class AdaptedLayer(LoadableLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the base's output with the adapters that are applied."""
+        if self._in_patch:  # which calls `type(self).forward(self, x)`, as it did before adapters
+            return super().forward(*args, **kwargs)
         self.check_recomputation(self.base_type.__name__)
         self.note_reached()
         of_rows = self._rows is not None and self.trains_in_place  # each of other tensors
@@ -152,7 +154,11 @@ class AdaptedLayer(LoadableLayer):
     def base_forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's own forward."""
         if self._instance_forward is not None:  # a forward patched onto the instance (accelerate)
-            return self._instance_forward(*args, **kwargs)
+            self._in_patch = True
+            try:
+                return self._instance_forward(*args, **kwargs)
+            finally:
+                self._in_patch = False
         return super().forward(*args, **kwargs)  # the base type's
 
     # -- merging ---------------------------------------------------------------------------------

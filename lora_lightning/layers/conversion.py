@@ -27,7 +27,7 @@ from lora_lightning.layers.recomputation import SwitchLog
 # What a layer has in its dictionary beside what the module had.
 _STATE = (
     "_rows", "_active", "_enabled", "_merged", "_kept", "_switches", "_shown", "_merge_again",
-    "_instance_forward", "_outer_forward", "_reached", "_has_acted",
+    "_instance_forward", "_outer_forward", "_reached", "_has_acted", "_in_patch",
 )  # fmt: skip
 # All that a layer would hide, or overwrite, of a module.
 _PARTS = (CarriedAdapters, PatchableLayer, LoadableLayer, AdaptedLayer)
@@ -113,7 +113,7 @@ def convert_to_adapted(module: nn.Module, layer_type: type[AdaptedLayer]) -> Non
     layer._switches, layer._shown, layer._merge_again = SwitchLog(), None, []
     layer._active, layer._merged, layer._kept = [], [], {}
     layer._enabled = True
-    layer._has_acted = False
+    layer._has_acted = layer._in_patch = False
     put_adapters_inside(layer, patch)
 
 

@@ -36,6 +36,7 @@ class PatchableLayer(CarriedAdapters):
     forward_with_adapters: Forward
     _instance_forward: Forward | None  # a patch of before the adapters
     _outer_forward: Forward | None  # accelerate's hook, or a patch of after the adapters
+    _in_patch: bool  # whether the former runs at the moment
     _reached: bool | None  # whether the latter came to the adapters when it ran
 
     def note_reached(self) -> None:

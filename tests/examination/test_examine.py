@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import time
 from collections.abc import Callable
@@ -157,6 +158,23 @@ def test_layers_that_are_built_later() -> None:
         "but for what no two runs have alike: metric time" in found["resume within an epoch"].reason
     )
     assert found["evaluation by ckpt_path"].reason == "validate, predict"  # as without adapters
+
+
+class LateTeacher(BuiltInSetup):
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if not hasattr(self, "teacher"):
+            self.teacher = copy.deepcopy(self.body).requires_grad_(False)
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        for student, teacher in zip(self.body.parameters(), self.teacher.parameters(), strict=True):
+            teacher.data.lerp_(student.data, 0.5)
+
+
+def test_a_teacher_that_setup_builds_is_seen(tmp_path: Path) -> None:
+    row = found("what moves still moves", LateTeacher, lora(), tmp_path)
+    assert row.holds, row.reason
+    assert row.reason.startswith("teacher.")
 
 
 def test_layers_that_load_from_checkpoint_does_not_build(tmp_path: Path) -> None:

@@ -213,6 +213,22 @@ def test_a_later_patch_that_passes_the_adapters_by_is_refused(
     torch.testing.assert_close(run(X), plain + delta)
 
 
+@pytest.mark.parametrize("compiles", [False, True])
+def test_an_earlier_patch_may_call_the_forward_of_its_class(compiles: bool) -> None:
+    model = linear()
+    layer = model[0]
+    layer.forward = lambda x: 2 * type(layer).forward(layer, x) + 1
+    plain = model(X)
+    delta = adapt(model)
+    run = torch.compile(model, backend="eager") if compiles else model
+    torch.testing.assert_close(run(X), plain + delta)
+    torch.testing.assert_close(run(X), plain + delta)
+    with disable_adapter(model):
+        assert torch.equal(model(X), plain)
+    unload(model)
+    assert torch.equal(model(X), plain)
+
+
 def test_the_class_s_own_forward_put_back_takes_off_the_patch_only() -> None:
     model = linear()
     plain, original = model(X), model[0].forward
