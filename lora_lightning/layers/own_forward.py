@@ -9,6 +9,7 @@ copy of the module with random weights, so that nothing of the module is touched
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any, cast
@@ -91,8 +92,14 @@ def makes_the_same(conv: nn.Conv2d, base_type: type[nn.Module]) -> bool:
 
 
 def is_lookup(module: nn.Module) -> bool:
-    """Tell whether a table's forward is E[ids], times `embed_scale` where it has one."""
+    """Tell whether a table's forward is E[ids], times `embed_scale` where it has one.
+
+    Where it takes more than ids it may do something else, when it is asked to (decode, say).
+    """
     table = cast(nn.Embedding, module)
+    taken = list(inspect.signature(type(module).forward).parameters.values())[2:]
+    if any(p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in taken):
+        return False
 
     def holds() -> bool:
         generator = torch.Generator().manual_seed(0)

@@ -143,6 +143,11 @@ class OnCircle(nn.Embedding):
         return F.normalize(super().forward(ids), dim=-1)
 
 
+class AlsoDecodes(nn.Embedding):
+    def forward(self, x: Tensor, decode: bool = False) -> Tensor:
+        return F.linear(x, self.weight) if decode else super().forward(x)
+
+
 # -- Linears ----------------------------------------------------------------------------------------
 
 
@@ -224,6 +229,7 @@ OF_WEIGHT = {
     "slice": (lambda: Slice(12, 8), IDS),
     "mask": (lambda: OfMask(12, 8), IDS),
     "circle": (lambda: OnCircle(12, 8), IDS),
+    "two modes": (lambda: AlsoDecodes(12, 8), IDS),
 }
 CONFIGS: dict[str, Any] = {
     "lora": lambda: LoraConfig(r=4, target_modules=["layer"]),
@@ -345,6 +351,17 @@ def test_folders_of_changed_weights_are_not_for_peft(kind: str, tmp_path: Path) 
     assert isinstance(net.layer, AdaptedByWeight)
     save_adapter(net, tmp_path)
     assert peft_type(tmp_path) == "LORA_LIGHTNING_LORA"
+
+
+def test_a_table_that_decodes_uses_the_same_weight_for_both() -> None:
+    net, ids = network(lambda: AlsoDecodes(12, 8), IDS)
+    inject_adapter(net, LoraConfig(r=2, target_modules=["layer"]))
+    shaken(net)
+    adapter, layer = net.layer.adapters["default"], net.layer
+    delta = adapter.scaling * (adapter.lora_embedding_B @ adapter.lora_embedding_A).T
+    weight = (layer.weight + delta).detach().double()
+    decoded = layer(layer(ids), decode=True).double()
+    torch.testing.assert_close(decoded, weight[ids] @ weight.T, rtol=1e-5, atol=1e-6)
 
 
 def test_trained_rows_of_a_scaled_table_are_not_for_peft(tmp_path: Path) -> None:
