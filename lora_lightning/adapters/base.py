@@ -22,6 +22,7 @@ from lora_lightning.adapters.config import AdapterConfig, pattern_value
 from lora_lightning.adapters.initialization import generator_for
 from lora_lightning.errors import RankError
 from lora_lightning.utilities.autocast import is_autocast
+from lora_lightning.utilities.offload_hooks import KeepsTensors
 
 
 @dataclass(frozen=True)
@@ -155,15 +156,14 @@ class AdapterSpec:
         return generator_for(self.seed, f"{self.name}.{tensor_name}")
 
 
-class AdapterModule(nn.Module):
+class AdapterModule(KeepsTensors):
     """The tensors that one adapter has on one module: the values of `AdapterDict`.
 
     Attributes:
         config: The options it was made from; shared by all adapters of one injection.
         autocast_adapter_dtype: True if its tensors stay fp32 when a model is cast to 16 bits.
         is_applied: True while it takes part in forward.
-        applied: The same as a tensor, 1 or 0, for compiled code: so switching does not recompile.
-            As a number, because `AveragedModel(use_buffers=True)` averages all buffers.
+        applied: The same as a number, so that switching recompiles nothing and it can be averaged.
 
     """
 
@@ -278,8 +278,7 @@ class Adapter(AdapterModule):
         return torch.where(self.applied != 0, after, before)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        # `model.to(torch.bfloat16)` (Lightning's "bf16-true") narrows the base, not the fp32
-        # master copy of the adapter: small updates would be rounded away.
+        # "bf16-true" narrows the base, not the adapter: small updates would be rounded away.
         def keep_master_copy(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
             # Single numbers are settings (`scaling_tensor`), no less exact in a narrow adapter.

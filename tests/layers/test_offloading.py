@@ -98,6 +98,38 @@ def test_an_offloaded_base_computes_and_trains_as_any_other(
     assert torch.equal(model(X), network()(X))
 
 
+@pytest.mark.parametrize("place", ["cpu", "disk", "half"])
+@pytest.mark.parametrize("config", TYPES.values(), ids=TYPES)
+def test_offloaded_after_its_adapters_it_trains_as_any_other(
+    place: str, config: Callable[[], Any], tmp_path: Path
+) -> None:
+    def trained(model: nn.Module) -> Tensor:
+        weights = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(weights, lr=0.01)
+        for _ in range(4):
+            optimizer.zero_grad()
+            model(X).square().sum().backward()
+            optimizer.step()
+        return model(X)
+
+    models = [network() for _ in range(2)]
+    for model in models:
+        inject_adapter(model, config())
+        fill(model)
+    if place == "cpu":
+        cpu_offload(models[1], execution_device=CPU)
+    elif place == "disk":
+        disk_offload(models[1], str(tmp_path / "weights"), execution_device=CPU)
+    else:
+        parts = {"0": "cpu", "1": "cpu", "2": "disk"}
+        folder = str(tmp_path / "weights")
+        dispatch_model(models[1], parts, CPU, offload_dir=folder, force_hooks=True)
+    one, other = map(trained, models)
+    assert torch.equal(one, other)
+    remove_hook_from_module(models[1], recurse=True)
+    assert torch.equal(models[1](X), one)
+
+
 def test_an_adapter_is_saved_from_and_loaded_onto_an_offloaded_base(tmp_path: Path) -> None:
     model = network()
     inject_adapter(model, TYPES["dora"]())
