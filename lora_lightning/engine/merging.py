@@ -190,7 +190,9 @@ def _written(
             if parameter is None:
                 raise AdapterStateError(
                     f"The {name} of {path!r} is computed from other tensors (a parametrization); "
-                    "nothing can be merged into it. Remove the parametrization first."
+                    "nothing can be merged into it. Keep the adapter unmerged; or save it, and "
+                    "load it onto a model whose parametrization was taken off while it required "
+                    "gradients (torch.nn.utils.parametrize.remove_parametrizations)."
                 )
             written.append((name, parameter))
         if getattr(layer, "max_norm", None) is not None:

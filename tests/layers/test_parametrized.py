@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 from lora_lightning import (
+    AdapterStateError,
     IA3Config,
     LohaConfig,
     LokrConfig,
@@ -28,6 +29,8 @@ from lora_lightning import (
     disable_adapter,
     inject_adapter,
     load_adapter,
+    merge_adapter,
+    merge_and_unload,
     save_adapter,
     set_adapter,
     unload,
@@ -223,3 +226,19 @@ def test_the_value_that_is_read_is_the_one_that_eval_mode_computes_with() -> Non
     assert torch.equal(found, model.eval().first.weight)
     assert value(model.first, "bias") is model.first.bias
     assert value(model.first, "none") is None
+
+
+def test_the_way_out_of_a_merge_that_is_refused(tmp_path: Path) -> None:
+    def made() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(OrderedDict(fc=parametrizations.weight_norm(nn.Linear(6, 5))))
+
+    x, model, plain = torch.randn(3, 6), made(), made()
+    inject_adapter(model, LoraConfig(r=2, target_modules=["fc"]))
+    nn.init.normal_(model.fc.adapters["default"].lora_B)
+    with pytest.raises(AdapterStateError, match="save it, and load it onto a model whose"):
+        merge_adapter(model)
+    save_adapter(model, tmp_path)
+    parametrize.remove_parametrizations(plain.fc, "weight")
+    load_adapter(plain, tmp_path)
+    torch.testing.assert_close(merge_and_unload(plain)(x), model(x))
