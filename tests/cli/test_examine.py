@@ -15,15 +15,15 @@ from tests.helpers.paths import ROOT
 
 CONFIG: dict[str, Any] = {
     "lora": {"r": 2, "lora_dropout": 0.1, "modules_to_save": ["head"]},
-    "model": {"class_path": "modules.Net"},
-    "data": {"class_path": "modules.Data", "init_args": {"batch_size": 8}},
+    "model": {"class_path": "examined_modules.Net"},
+    "data": {"class_path": "examined_modules.Data", "init_args": {"batch_size": 8}},
     "trainer": {"max_epochs": 1, "accelerator": "cpu", "default_root_dir": "runs/a"},
 }
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (tmp_path / "modules.py").write_text(
+    (tmp_path / "examined_modules.py").write_text(
         (ROOT / "tests/helpers/lightning_modules.py").read_text()
         + "\n\nimport os\n\n\nclass OfThisProcess(Net):\n"
         "    def predict_step(self, batch, batch_idx):\n"
@@ -40,11 +40,11 @@ def test_what_a_config_describes(folder: Path, monkeypatch: Any, capfd: Any) -> 
     assert output.count("│ yes   │") == 13
     assert "8 optimizer steps" in output
     assert "GPU available" not in output.partition("examination")[2]
-    assert {*os.listdir(folder)} - {"__pycache__"} == {"c.yaml", "modules.py"}
+    assert {*os.listdir(folder)} - {"__pycache__"} == {"c.yaml", "examined_modules.py"}
 
 
 def test_what_does_not_hold_is_an_exit_code(folder: Path, monkeypatch: Any, capfd: Any) -> None:
-    options = ("--model", "modules.OfThisProcess", "--batches", "3")
+    options = ("--model", "examined_modules.OfThisProcess", "--batches", "3")
     output = run_command(
         folder, monkeypatch, capfd, "examine", "--config", "c.yaml", *options, fails=1
     )

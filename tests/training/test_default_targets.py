@@ -59,7 +59,7 @@ def test_the_start_table_names_what_is_left_out(tmp_path: Path, capsys: Any) -> 
     make_trainer(tmp_path, LoraCallback(r=2)).fit(module, Data())
     out = capsys.readouterr().out
     assert ["teacher (frozen before)", "0 of 2", "-", "0"] in rows_of(out)
-    assert "left alone: teacher; to adapt it, name its layers" in out
+    assert "not trained: teacher; to adapt it, name its layers" in out
     assert "target_modules: [teacher.0, teacher.2] (lora.target_modules)" in out
     assert "too small for the rank, which is lower there: gate (r=1) (lora.rank_pattern)" in out
     assert ["gate", "1 of 1", "1", "4"] in rows_of(out)
