@@ -10,7 +10,7 @@ from torch import nn
 from lora_lightning.engine.bias import trained_biases
 from lora_lightning.engine.switching import active_adapters, adapter_names
 from lora_lightning.errors import first_few, printable
-from lora_lightning.layers.instance_forward import why_not_run
+from lora_lightning.layers.instance_forward import PatchableLayer, is_patched, why_not_run
 from lora_lightning.layers.traversal import named_adapted_layers
 from lora_lightning.utilities.rng import random_state_kept
 
@@ -170,7 +170,11 @@ def _trains(layer: LayerStatus, name: str) -> str:
 def _idle(model: nn.Module, layers: list[LayerStatus]) -> list[str]:
     # Of compiled code nobody notes what it calls.
     compiled = any(
-        "_orig_mod" in module._modules or module.__dict__.get("_compiled_call_impl")
+        "_orig_mod" in module._modules
+        or module.__dict__.get("_compiled_call_impl")
+        or (
+            isinstance(module, PatchableLayer) and is_patched(module)
+        )  # layer.forward = compile(...)
         for module in model.modules()
     )
     acting = [la for la in layers if any(_state(la, name) == "active" for name in la.adapters)]

@@ -181,7 +181,9 @@ def test_a_refusal_leaves_no_trace_of_freezing() -> None:
 def test_what_is_left_when_only_a_frozen_network_has_linears() -> None:
     model = modules(generator=nn.Conv2d(3, 3, 3), features=mlp(frozen=True))
     text = message_of(TargetError, lambda: inject_adapter(model, LoraConfig(r=2)))
-    assert "not trained: features; to adapt it, name its layers, target_modules: [features.0" in text
+    assert (
+        "not trained: features; to adapt it, name its layers, target_modules: [features.0" in text
+    )
     assert "left out by 'all-linear': 1 Conv2d; target_modules: all-layers takes them" in text
     assert list(selected(model, target_modules="all-layers").targets) == ["generator"]
 

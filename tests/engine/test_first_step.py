@@ -165,3 +165,11 @@ def test_what_is_in_eval_mode_does_not_train() -> None:
     assert ["0", "Linear", "other", "LoraAdapter", "active", "yes", "16"] in cells()
     set_adapter(model, "other", trainable=False)
     assert ["0", "Linear", "other", "LoraAdapter", "active", "no", "16"] in cells()
+
+
+def test_a_forward_that_was_compiled_by_itself_is_none_that_never_ran() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    inject_adapter(model, LoraConfig(r=2, target_modules=["0", "1"]))
+    model[0].forward = torch.compile(model[0].forward, backend="eager")
+    model(torch.randn(2, 4))
+    assert adapter_status(model).idle == []
