@@ -242,3 +242,9 @@ def test_the_way_out_of_a_merge_that_is_refused(tmp_path: Path) -> None:
     parametrize.remove_parametrizations(plain.fc, "weight")
     load_adapter(plain, tmp_path)
     torch.testing.assert_close(merge_and_unload(plain)(x), model(x))
+
+
+def test_a_name_that_a_parametrization_has_as_well_selects_the_layer() -> None:
+    model = nn.Sequential(parametrizations.spectral_norm(nn.Linear(6, 5)), nn.Linear(5, 2))
+    inject_adapter(model, LoraConfig(r=2, target_modules=["0"]))
+    assert [layer.path for layer in adapter_status(model).layers] == ["0"]

@@ -56,6 +56,11 @@ class Selection:
     tied: dict[str, str] = field(default_factory=dict)
 
 
+def _is_selectable(path: str, module: nn.Module) -> bool:
+    """False for a parametrization (`0.parametrizations.weight.0`), which a name like "0" fits."""
+    return ".parametrizations." not in f".{path}" or layer_type_for(module) is not None
+
+
 def select_modules(model: nn.Module, config: AdapterConfig) -> Selection:
     """The modules of `model` that `config` selects.
 
@@ -64,7 +69,9 @@ def select_modules(model: nn.Module, config: AdapterConfig) -> Selection:
             cannot be adapted.
 
     """
-    modules = {path: module for path, module in walk(model) if path}
+    modules = {
+        path: module for path, module in walk(model) if path and _is_selectable(path, module)
+    }
     obstacles = _attention_obstacles(model)
     selection = Selection(saved=_select_saved(modules, config, obstacles))
     _select_tokens(model, modules, config, selection)
