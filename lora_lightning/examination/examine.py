@@ -58,12 +58,13 @@ def examine(
         What was found, a row for each promise.
 
     Raises:
-        ConfigError: If `callback` is or has no LoraCallback, `make_module` returns no module or
-            the same one twice, or `batches` is no positive number.
+        ConfigError: If `callback` is or has no LoraCallback, `make_module` or `make_data` is no
+            function, the former returns no module or the same one twice, or `batches` is no
+            positive number.
 
     """
-    callbacks = (callback,) if isinstance(callback, Callback) else tuple(callback)
-    _check(make_module, callbacks, batches)
+    callbacks = tuple(callback) if isinstance(callback, (list, tuple)) else (callback,)
+    _check(make_module, make_data, callbacks, batches)
     state = random_state()
     try:
         with tempfile.TemporaryDirectory(prefix="examination-") as folder:
@@ -79,20 +80,30 @@ def examine(
 
 
 def _check(
-    make_module: Callable[[], LightningModule], callbacks: Sequence[Callback], batches: int
+    make_module: object, make_data: object, callbacks: Sequence[object], batches: int
 ) -> None:
     if not any(isinstance(one, AdapterCallback) for one in callbacks):
         raise ConfigError(
-            f"examine is given {[type(one).__name__ for one in callbacks]} as its callbacks, but "
-            "no LoraCallback: there would be nothing to examine. (callback)"
+            f"examine is given {[_kind(one) for one in callbacks]} as its callbacks, but no "
+            "LoraCallback: there would be nothing to examine. (callback)"
         )
     if batches < 1:
         raise ConfigError(f"batches is {batches}; an epoch has at least one. (batches)")
     if isinstance(make_module, LightningModule) or not callable(make_module):
         raise ConfigError(
-            f"make_module is a {type(make_module).__name__}; give a function that returns a fresh "
+            f"make_module is a {_kind(make_module)}; give a function that returns a fresh "
             "module each time, such as the module's class. (make_module)"
         )
+    if not callable(make_data):
+        raise ConfigError(
+            f"make_data is a {_kind(make_data)}; give a function that returns fresh data each "
+            "time, such as the data module's class; or one that returns None where the module "
+            "has its own. (make_data)"
+        )
+
+
+def _kind(value: object) -> str:
+    return type(value).__name__ if not isinstance(value, type) else f"class {value.__name__}"
 
 
 def _findings(runs: Runs) -> list[Finding]:

@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from lora_lightning import ConfigError, LoraCallback, examine
+from lora_lightning import ConfigError, LoraCallback, LoraConfig, examine
 from lora_lightning.examination.examine import finding
 from lora_lightning.examination.promises import PROMISES
 from lora_lightning.examination.recipe import Recipe, quiet
@@ -121,6 +121,10 @@ def test_wrong_arguments() -> None:
     module = Net()
     for arguments, words in (
         ((module, Data, lora()), "make_module is a Net; give a function"),
+        ((Net, Data(), lora()), "make_data is a Data; give a function"),
+        ((Net, None, lora()), "make_data is a NoneType; give a function"),
+        ((Net, Data, LoraConfig(r=2)), "given ['LoraConfig'] as its callbacks"),
+        ((lora(), Net, Data), "given ['class Data'] as its callbacks"),
         ((lambda: module, Data, lora()), "the same module twice"),
         ((lambda: 3, Data, lora()), "make_module returned a int"),
         ((Net, Data, []), "no LoraCallback"),
