@@ -26,6 +26,7 @@ from lora_lightning.adapters.config import AdapterConfig, Positive, Probability,
 from lora_lightning.adapters.initialization import constant_, normal_
 from lora_lightning.errors import AdapterStateError, ConfigError
 from lora_lightning.utilities.autocast import is_autocast
+from lora_lightning.utilities.offload_hooks import KeepsTensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +77,7 @@ class VeraConfig(AdapterConfig):
         return Projections(self, max(outs), max(ins))
 
 
-class Projections(nn.Module):
+class Projections(KeepsTensors):
     """The shared matrices vera_A (r, largest in) and vera_B (largest out, r)."""
 
     vera_A: Tensor

@@ -31,18 +31,15 @@ def active_adapters(model: nn.Module) -> list[str]:
 
 
 def layers_with(model: nn.Module, adapter_name: str) -> list[tuple[str, AdaptedLayer]]:
-    """(path, layer) of every module that the adapter is on, whose tensors are in place.
+    """(path, layer) of every module that the adapter is on.
 
     Teachers that carry it (`engine/followers.py`) are left out.
     """
-    found = [
+    return [
         (path, layer)
         for path, layer in named_adapted_layers(model)
         if adapter_name in layer.adapters and not is_carried(layer.adapters[adapter_name])
     ]
-    for _, layer in found:
-        layer.bring_adapters_back()
-    return found
 
 
 def set_adapter(model: nn.Module, names: str | Sequence[str], *, trainable: bool = True) -> None:

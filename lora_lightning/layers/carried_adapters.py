@@ -26,7 +26,7 @@ from lora_lightning.layers.in_place import (
     show,
     take,
 )
-from lora_lightning.layers.offloading import bring_back, compute_device
+from lora_lightning.layers.offloading import compute_device
 from lora_lightning.layers.recomputation import Acting, SwitchLog
 
 
@@ -112,8 +112,6 @@ class CarriedAdapters(nn.Module):
             adapter = self.adapters[adapter_name].by_weight().get(name)
             if adapter is None:
                 continue
-            if "_hf_hook" in adapter.__dict__:
-                self.bring_adapters_back()
             if adapter.applied.is_meta:
                 if adapter_name not in self.applied_names():
                     continue
@@ -126,12 +124,6 @@ class CarriedAdapters(nn.Module):
         own = {id(p) for p in self.adapters.parameters()}
         weight = next(p for p in self.parameters() if id(p) not in own)
         return compute_device(self, weight)
-
-    def bring_adapters_back(self) -> None:
-        """Undo what accelerate did to adapters when it offloaded the model around them."""
-        for adapter in self.adapters.values():
-            if adapter.by_weight():  # a module that trains in full is refused when offloaded
-                bring_back(adapter, self.compute_device())
 
     # -- tensors that train in full, in the module's own places (`modules_to_save`) ---------------
 

@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.adapters.base import AdapterModule
-
 
 def offloading_hook(module: nn.Module) -> Any:
     """Accelerate's hook that takes the module's weights away between forwards, or None."""
@@ -53,14 +51,3 @@ def weights_in_place(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         hook.post_forward(module, None)
-
-
-def bring_back(adapter: AdapterModule, device: torch.device) -> None:
-    """Take off the hooks that offload an adapter: `cpu_offload(model)` puts one on every module."""
-    hooked = [part for part in adapter.modules() if offloading_hook(part) is not None]
-    for part in hooked:
-        part.__dict__.pop("_hf_hook").detach_hook(part)
-        for name in ("forward", "_old_forward"):
-            part.__dict__.pop(name, None)
-    if hooked:
-        adapter.to(device)

@@ -8,7 +8,7 @@ from torch import nn
 
 
 class KeepsTensors(nn.Module):
-    """Takes its tensors back from an offloading hook at once.
+    """Takes its tensors back from an offloading hook at once, to where the hook has it compute.
 
     They are small and train: an optimizer that is made next holds them.
     """
@@ -20,3 +20,5 @@ class KeepsTensors(nn.Module):
                 if getattr(hook, "offload", False):
                     hook.detach_hook(self)
                     hook.offload = False
+                    if hook.execution_device is not None:
+                        self.to(hook.execution_device)

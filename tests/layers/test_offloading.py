@@ -20,6 +20,7 @@ from lora_lightning import (
     IA3Config,
     LoraConfig,
     TargetError,
+    VeraConfig,
     inject_adapter,
     load_adapter,
     merge_adapter,
@@ -54,6 +55,7 @@ TYPES: dict[str, Callable[[], Any]] = {
     "dora": lambda: LoraConfig(r=2, use_dora=True, target_modules=["0", "2"]),
     "pissa": lambda: LoraConfig(r=2, init_lora_weights="pissa", target_modules=["0", "2"]),
     "ia3": lambda: IA3Config(target_modules=["0", "2"], feedforward_modules=["2"]),
+    "vera": lambda: VeraConfig(r=2, target_modules=["0", "2"]),
 }
 
 
