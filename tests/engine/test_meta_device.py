@@ -130,7 +130,8 @@ def test_made_without_memory_then_filled(name: str, second: bool) -> None:
         ):
             model(ids)
     before()
-    with disable_adapter(model):
+    # Some machines compute otherwise in the last bit where gradients are asked for.
+    with disable_adapter(model), torch.no_grad():
         assert bit_equal(model(ids), base(ids))
 
     load_adapter_state_dict(model, state)

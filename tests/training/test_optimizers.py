@@ -260,7 +260,7 @@ OPTIMIZERS = {
     "named parameters": named,
     "one cycle": one_cycle,
     "Adagrad": lambda self: torch.optim.Adagrad(self.parameters(), lr=0.1),
-    "LBFGS": lambda self: torch.optim.LBFGS(self.parameters(), lr=0.1),
+    "LBFGS": lambda self: torch.optim.LBFGS(self.parameters(), lr=0.01),
     "filtered": lambda self: torch.optim.Adam(
         [p for p in self.parameters() if p.requires_grad], lr=0.1
     ),
