@@ -130,8 +130,10 @@ def test_made_without_memory_then_filled(name: str, second: bool) -> None:
         ):
             model(ids)
     before()
-    # Some machines compute otherwise in the last bit where gradients are asked for.
-    with disable_adapter(model), torch.no_grad():
+    # torch.matmul takes another kernel for a weight that requires gradients, even under no_grad,
+    # where the input is not contiguous: on some machines with another last bit.
+    base.requires_grad_(False)
+    with disable_adapter(model):
         assert bit_equal(model(ids), base(ids))
 
     load_adapter_state_dict(model, state)
