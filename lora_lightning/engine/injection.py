@@ -54,6 +54,7 @@ from lora_lightning.layers.conversion import (
     check_detachable,
     detach_adapter,
 )
+from lora_lightning.layers.in_place import kept_beside
 from lora_lightning.layers.multihead_attention import route_out_projections
 from lora_lightning.layers.offloading import offloaded_as_a_whole, offloading_hook
 from lora_lightning.layers.parametrized import value
@@ -197,6 +198,13 @@ def _check_in_place(model: nn.Module, path: str, module: nn.Module) -> None:
             f"modules_to_save names a {type(module).__name__} that fully_shard made a unit of its "
             "own, which cannot be copied. Build the model in __init__, so that the copy is made "
             "before it is sharded. (lora.modules_to_save)"
+        )
+    if (beside := kept_beside(model, module)) is not None:
+        raise TargetError(
+            f"{path!r} ({type(module).__name__}) cannot train in full: {beside!r} keeps some of "
+            "its tensors by itself, and what reads them there would go on with those of the base. "
+            "Register them where they are used (nn.ParameterList, nn.ModuleList) or read them from "
+            "the module each time. (lora.modules_to_save)"
         )
     for other, layer in named_adapted_layers(model):
         inside, around = other.startswith(path + "."), path.startswith(other + ".")

@@ -13,6 +13,7 @@ does, which may have been given a new buffer or parameter since.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -61,6 +62,32 @@ def places(module: nn.Module, held: HeldTensors, originals: HeldTensors) -> list
         child = child if name in WRAPPED else unwrapped(child)
         found += places(child, cast(HeldTensors, below), original)
     return found
+
+
+def kept_beside(model: nn.Module, module: nn.Module) -> str | None:
+    """The attribute in `model` that keeps tensors of `module` by itself, as a list of them does.
+
+    What reads it would go on with the tensors that were there before.
+    """
+    tensors = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
+    for path, part in model.named_modules():
+        if isinstance(part, nn.RNNBase):  # brings its list in line itself
+            continue
+        for name, value in vars(part).items():
+            registered = name in ("_parameters", "_buffers")
+            if not registered and any(id(item) in tensors for item in _items(value)):
+                return f"{path}.{name}" if path else name
+    return None
+
+
+def _items(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict):
+        value = [*value.values()]
+    if isinstance(value, (list, tuple, set, deque)):
+        for item in value:
+            yield from _items(item)
+    else:
+        yield value
 
 
 def show(layer: nn.Module, held: HeldTensors, originals: OriginalTensors) -> None:

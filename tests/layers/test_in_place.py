@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -25,7 +26,8 @@ from lora_lightning import (
     set_adapter,
     unload,
 )
-from lora_lightning.errors import AdapterStateError
+from lora_lightning.errors import AdapterStateError, TargetError
+from lora_lightning.layers.base import AdaptedLayer
 from tests.helpers.tensors import bit_equal, randomize
 
 X = torch.linspace(-2, 2, 30, dtype=torch.float64).reshape(5, 6)
@@ -249,6 +251,39 @@ def test_copies_and_pickles(kind: str, how: Any) -> None:
         assert value.data_ptr() != tensors(again.head)[name].data_ptr()
     with disable_adapter(again), disable_adapter(model):
         assert torch.equal(again.eval()(X), model.eval()(X))
+
+
+class Listed(Decoder):
+    """Its method reads the weight where a list keeps it."""
+
+    def __init__(self, keep: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.kernels = keep(self.out.weight)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h @ next(iter(self.kernels)).mT
+
+
+@pytest.mark.parametrize(
+    "keep", [lambda w: [w], lambda w: ([w],), lambda w: {"k": w}, lambda w: deque([w])]
+)
+@pytest.mark.parametrize("outside", [False, True])
+def test_tensors_that_are_kept_beside_refuse(keep: Callable[[Tensor], Any], outside: bool) -> None:
+    model = Model("method")
+    model.head = Decoder() if outside else Listed(keep)
+    if outside:
+        model.kernels = keep(model.head.out.weight)
+    at = "'kernels'" if outside else "'head.kernels'"
+    config = LoraConfig(r=1, target_modules=["body"], modules_to_save=["head"])
+    with pytest.raises(TargetError, match=rf"'head' .* cannot train in full: {at} keeps"):
+        inject_adapter(model, config)
+    assert not any(isinstance(module, AdaptedLayer) for module in model.modules())
+    if outside:
+        del model.kernels
+    else:  # what the error says to do
+        model.head.kernels = nn.ParameterList([model.head.out.weight])
+    inject_adapter(model, config)
+    assert outside or model.head.kernels[0] is model.head.out.weight
 
 
 # -- graphs, loading, several ------------------------------------------------------------------------
