@@ -14,12 +14,14 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from lora_lightning.adapters.carried import is_carried
+from lora_lightning.adapters.modules_to_save import base_tensors_of
 from lora_lightning.checkpoint.fingerprint import base_tensors
 from lora_lightning.checkpoint.state_dict import adapter_state_dict
 from lora_lightning.engine.bias import trained_biases
 from lora_lightning.engine.construction import fitted_ranks
 from lora_lightning.engine.followers import carried_tensors
 from lora_lightning.engine.injection import adapters_named
+from lora_lightning.engine.switching import layers_with
 from lora_lightning.engine.targets.hints import shown_name
 from lora_lightning.engine.targets.selection import Selection
 from lora_lightning.errors import first_few
@@ -72,7 +74,7 @@ def show_start(callback: AdapterCallback, trainer: Trainer, module: LightningMod
         root, name = callback._root(module), callback.adapter_name
         selection = callback._selection
         notes = [*new_modules_line(callback), *fitted_line(root, name)]
-        notes += selection.passed_over.lines()
+        notes += [*selection.passed_over.lines(), *untied_lines(root, name)]
         show(start_table(root, name, selection), *notes, *start_lines(module, root, name))
 
 
@@ -119,6 +121,24 @@ def fitted_line(model: nn.Module, adapter_name: str) -> list[str]:
         return []
     names = first_few(dict.fromkeys(f"{shown_name(path)} (r={r})" for path, r in ranks.items()))
     return [f"too small for the rank, which is lower there: {names} (lora.rank_pattern)"]
+
+
+def untied_lines(model: nn.Module, adapter_name: str) -> list[str]:
+    """Modules that train in full away from what they share a tensor with (tied embeddings)."""
+    holders: dict[int, list[str]] = defaultdict(list)
+    for path, module in walk(model):
+        for parameter in base_tensors_of(module)._parameters.values():
+            holders[id(parameter)].append(path)
+    lines = {}
+    for path, layer in layers_with(model, adapter_name):
+        own = layer.original_tensors.parameters() if layer.trains_in_place else ()
+        for other in [other for tensor in own for other in holders[id(tensor)]]:
+            if not f"{other}.".startswith(f"{path}."):
+                lines[frozenset((path, other))] = (
+                    f"{path} shared a weight with {other}, and trains by itself now, as in PEFT: "
+                    "the two are no longer tied (lora.modules_to_save)"
+                )
+    return [*lines.values()]
 
 
 def start_lines(model: nn.Module, root: nn.Module, adapter_name: str) -> list[str]:

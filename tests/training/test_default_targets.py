@@ -177,3 +177,33 @@ def test_tied_tensors_count_once() -> None:
     table = torch.zeros(10, 4)
     assert total_bytes([table, table.detach(), table.clone(), table[:5]]) == 4 * (40 + 40 + 20)
     assert total_bytes([torch.zeros(3, device="meta"), torch.zeros(3, device="meta")]) == 24
+
+
+@pytest.mark.parametrize("saved", [["head"], ["embed"], ["embed", "head"]], ids=str)
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_that_is_trained_apart_from_its_table(
+    saved: list[str], tied: bool, tmp_path: Path, capsys: Any
+) -> None:
+    class LanguageModel(Distillation):
+        def __init__(self) -> None:
+            super().__init__()
+            del self.student, self.teacher, self.gate
+            self.embed, self.body = nn.Embedding(9, 8), nn.Linear(8, 8)
+            self.head = nn.Linear(8, 9, bias=False)
+            if tied:
+                self.head.weight = self.embed.weight
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            h = self.body(self.embed(batch[0].abs().long().clamp(max=8)))
+            return self.head(h).square().mean()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.Adam(self.parameters())
+
+    options = {"target_modules": ["body"], "modules_to_save": saved}
+    make_trainer(tmp_path, LoraCallback(r=2, **options), max_steps=1).fit(LanguageModel(), Data())
+    out = " ".join(capsys.readouterr().out.split())
+    assert out.count("shared a weight with") == tied
+    if tied:
+        one, other = ("embed", "head") if saved == ["embed"] else ("head", "embed")
+        assert f"{one} shared a weight with {other}, and trains by itself now" in out
