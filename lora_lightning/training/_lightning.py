@@ -8,14 +8,18 @@ changes. Objects of the `pytorch_lightning` package have the same names.
 
 from __future__ import annotations
 
+import builtins
 import signal
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor
+from dataclasses import fields
 from datetime import timedelta
 from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -35,6 +39,7 @@ if TYPE_CHECKING:
     from lightning.pytorch.trainer.connectors.logger_connector.result import (
         _ResultMetric as ResultMetric,
     )
+    from torchmetrics import Metric
 
 SignalHandler = Callable[[int, FrameType | None], Any]
 Loops = dict[str, dict[str, Any]]  # checkpoint["loops"]["fit_loop"]
@@ -143,6 +148,70 @@ def stop_restarting(loop: Loop) -> None:
 def logged_results(of: Trainer | TrainingEpochLoop) -> Mapping[str, ResultMetric]:
     """Results logged in the epoch under way, of a loop or a Trainer's active loop. Since 1.5."""
     return of._results or {}
+
+
+def saved_results(loop: TrainingEpochLoop) -> list[dict[str, Any]]:
+    """What a loop's logged results hold, in plain values. Since 1.9.
+
+    `options` is None for those that a process group averages, which cannot be saved.
+    """
+    return [
+        {
+            "key": key,
+            "name": result.meta.name,
+            "options": _saved_options(result.meta) if result.meta.sync.group is None else None,
+            "tensors": result.metric_state,
+            "last": result._forward_cache,
+        }
+        for key, result in loop._results.items()
+        if not result.has_reset
+    ]
+
+
+def _saved_options(meta: Any) -> dict[str, Any]:
+    plain = {option.name for option in fields(meta)} - {"reduce_fx", "_sync"}
+    return {
+        "plain": {name: getattr(meta, name) for name in plain},
+        # As it was given: `max` is not `torch.max`, and other options are an error.
+        "reduce_fx": (meta.reduce_fx in (min, max, sum), meta.reduce_fx.__name__),
+        "sync_dist": meta.sync.should,
+        "rank_zero_only": meta.sync.rank_zero_only,
+    }
+
+
+def restore_results(module: LightningModule, saved: list[dict[str, Any]]) -> None:
+    """Give the training loop what `saved_results` held, as in the middle of an epoch. Since 1.9."""
+    trainer = module.trainer
+    results = trainer.fit_loop.epoch_loop._results
+    classes: Any = sys.modules[type(results).__module__]
+    metrics = dict(module.named_modules())
+    for entry in saved:
+        options, metric = entry["options"], None
+        builtin, name = options["reduce_fx"]
+        meta = classes._Metadata(
+            **options["plain"], reduce_fx=getattr(builtins if builtin else torch, name)
+        )
+        meta.sync = classes._Sync(
+            trainer.strategy.reduce, options["sync_dist"], options["rank_zero_only"]
+        )
+        result = classes._ResultMetric(meta, is_tensor=bool(entry["tensors"]))
+        if not result.is_tensor:
+            metric = metrics.get(meta.metric_attribute)
+            if metric is None:
+                continue
+            result.value = metric
+        restore_metric(result, 1, entry["tensors"])
+        result._forward_cache = entry["last"]
+        results[entry["key"]] = result
+    if saved:
+        trainer._logger_connector._first_loop_iter = True  # the batch that follows is not the first
+
+
+def restore_metric(metric: Metric, updates: int, state: dict[str, Any]) -> None:
+    """Have a metric go on from a state after so many updates. Since torchmetrics 0.2."""
+    for name, value in state.items():
+        setattr(metric, name, value)
+    metric._update_count, metric._computed = updates, None
 
 
 def last_value(result: ResultMetric) -> Any:

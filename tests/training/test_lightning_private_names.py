@@ -7,6 +7,7 @@ as the last tests check.
 from __future__ import annotations
 
 import ast
+import copy
 import importlib
 import inspect
 import pkgutil
@@ -262,6 +263,37 @@ def test_logged_results(tmp_path: Path) -> None:
     found = during_fit(tmp_path, ask, module=Logging(), limit_train_batches=3)
     assert found == [(0, 0, 0, 2), (1, 1, 2, 4), (2, 2, 6, 6)]
     assert private.logged_results(make_trainer(tmp_path).fit_loop.epoch_loop) == {}
+
+
+def test_saved_and_restored_results(tmp_path: Path) -> None:
+    """Put back in a Trainer that trains on from there, they are what they would have been."""
+
+    def save(trainer: Trainer, _: Any) -> Any:
+        return copy.deepcopy(private.saved_results(trainer.fit_loop.epoch_loop))
+
+    found = during_fit(tmp_path, save, module=Logging(), limit_train_batches=3)
+    assert [entry["name"] for entry in found[1]][:2] == ["mean", "number"]
+    torch.save(found[1], tmp_path / "plain.pt")
+    assert torch.load(tmp_path / "plain.pt", weights_only=True)[1]["key"] == "training_step.number"
+
+    class GoesOn(Logging):
+        def on_train_start(self) -> None:
+            private.restore_results(self, copy.deepcopy(found[1]))
+
+    again = during_fit(tmp_path, save, module=GoesOn(), limit_train_batches=1)
+    (number,) = (entry for entry in again[0] if entry["name"] == "number")
+    tensors = {name: float(tensor) for name, tensor in number["tensors"].items()}
+    assert tensors == {"value": 2.0, "cumulated_batch_size": 6}  # 0 and 1 before, and 0
+
+
+def test_restore_metric() -> None:
+    metric, other = MeanMetric(), MeanMetric()
+    metric.update(3.0)
+    other.update(1.0)
+    other.compute()  # which it remembers
+    private.restore_metric(other, metric.update_count, metric.metric_state)
+    assert float(other.compute()) == 3
+    assert other.update_count == 1
 
 
 def test_logs_this_batch_and_logged_step(tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, ReduceLROnPlateau, SequentialLR
 from torch.optim.swa_utils import get_ema_avg_fn
 from torch.utils.data import DataLoader
+from torchmetrics import CatMetric, MaxMetric, MeanMetric, MetricCollection, MinMaxMetric
+from torchmetrics.classification import MulticlassAccuracy, MulticlassRecall
 
 import lora_lightning.training.resume.loop_state
 import lora_lightning.training.resume.run_state
@@ -327,26 +329,90 @@ def test_what_a_checkpoint_says_is_for_one_run_only(tmp_path: Path) -> None:
     assert torch.equal(drawn[0], torch.get_rng_state())
 
 
-class AveragesLoss(Net):
+class Averages(Net):
+    """Logs in every way that sums up over an epoch, and what sums up beside it; reads both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        shared = {"accuracy": MulticlassAccuracy(3), "recall": MulticlassRecall(3)}
+        self.mean, self.all, self.seen = MeanMetric(), MetricCollection(shared), CatMetric()
+        self.best, self.span = MaxMetric(), MinMaxMetric(MeanMetric())
+        self.read: list[dict[str, float]] = []
+
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         loss = super().training_step(batch, batch_idx)
-        self.log("mean_loss", loss, on_step=True, on_epoch=True)
+        self.log("mean_loss", loss, on_step=True, on_epoch=True, batch_size=batch_idx + 1)
+        self.log("sum_loss", loss, on_step=False, on_epoch=True, reduce_fx=torch.sum)
+        self.log("worst", loss, on_step=False, on_epoch=True, reduce_fx=max)
+        self.log("least", loss, on_step=False, on_epoch=True, reduce_fx="min")
+        self.mean(loss)
+        self.log("metric", self.mean, on_step=True, on_epoch=True)
+        self.all.update(torch.randn(4, 3), torch.randint(3, (4,)))
+        self.seen.update(loss)
+        self.best.update(loss)  # which is never reset
+        self.span.update(loss)
+        self.span.compute()
+        if batch_idx == 0:
+            self.log("first", loss, on_step=True, on_epoch=True)
+        return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.log("late", float(batch_idx), on_step=False, on_epoch=True, sync_dist=True)
+
+    def on_train_epoch_end(self) -> None:
+        self.log_dict({f"all_{name}": value for name, value in self.all.compute().items()})
+        self.log("seen", self.seen.compute().std())
+        self.log("best", self.best.compute())
+        self.log_dict(self.span.compute())
+        self.all.reset()
+        self.seen.reset()
+        metrics = self.trainer.callback_metrics
+        self.read.append({name: float(value) for name, value in sorted(metrics.items())})
+        assert metrics["mean_loss_epoch"] > 0
+
+
+@pytest.mark.parametrize("spot", SPOTS)
+def test_averages_over_the_training_epoch_go_on(spot: str, tmp_path: Path) -> None:
+    modules: list[Averages] = []
+
+    def module() -> Averages:
+        modules.append(Averages())
+        return modules[-1]
+
+    watch = lambda: [EarlyStopping("mean_loss_epoch", patience=9)]  # noqa: E731
+    ResumableRun(module, callbacks=watch, spots=(spot,)).check(tmp_path)
+    whole, *_, resumed = (m.read for m in modules)
+    assert len(whole) == 3
+    assert len(resumed) >= 1
+    assert differences(resumed, whole[-len(resumed) :]) == []
+    assert len({values["mean_loss_epoch"] for values in whole}) == 3
+
+
+def test_negative_control_without_the_averages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watch = lambda: [EarlyStopping("mean_loss_epoch", patience=9)]  # noqa: E731
+    run = ResumableRun(Averages, callbacks=watch, options=options(max_epochs=1), spots=("batch2",))
+    straight = run.fit(tmp_path)
+    monkeypatch.setattr(
+        lora_lightning.training.resume.run_state, "continue_metrics", lambda module, saved: None
+    )
+    resumed = run.fit(tmp_path / "resumed", tmp_path / "batch2.ckpt")
+    assert any("best_score" in path for path in differences(straight, resumed))
+
+
+class ByGroup(Net):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        self.log("far", loss, on_epoch=True, sync_dist=True, sync_dist_group="a group")
         return loss
 
 
-def test_averages_over_the_training_epoch_are_not_held(tmp_path: Path) -> None:
-    watch = lambda: [EarlyStopping("mean_loss_epoch", check_on_train_epoch_end=True)]  # noqa: E731
-    one_epoch = ResumableRun(
-        AveragesLoss, callbacks=watch, options=options(max_epochs=1), spots=("batch2",)
-    )
-    straight = one_epoch.fit(tmp_path)
-    with pytest.warns(UserWarning, match="'mean_loss_epoch' is averaged over the training epoch"):
-        resumed = one_epoch.fit(tmp_path / "resumed", tmp_path / "batch2.ckpt")
-    assert differences(straight["weights"], resumed["weights"]) == []
-    assert any("best_score" in path for path in differences(straight, resumed))
-    ResumableRun(AveragesLoss, callbacks=watch, spots=("end4",)).check(
-        tmp_path / "end"
-    )  # no warning
+def test_an_average_of_a_process_group_begins_anew(tmp_path: Path) -> None:
+    run = ResumableRun(ByGroup, spots=("batch2",))
+    run.fit(tmp_path)
+    with pytest.warns(UserWarning, match="'far' is logged with a sync_dist_group, which no check"):
+        run.fit(tmp_path / "resumed", tmp_path / "batch2.ckpt")
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler
 
 from lora_lightning.training import _lightning
-from lora_lightning.training.messages import rank_zero_info, rank_zero_warn
+from lora_lightning.training.messages import rank_zero_info
 
 
 def complete_loops(loops: dict[str, Any], trainer: Trainer) -> None:
@@ -52,29 +52,6 @@ def monitored(trainer: Trainer) -> dict[str, torch.Tensor]:
     """The metrics that callbacks and schedulers see."""
     metrics = trainer.callback_metrics
     return {name: torch.as_tensor(value).detach().cpu().clone() for name, value in metrics.items()}
-
-
-def epoch_averages(trainer: Trainer) -> list[str]:
-    """Names of the metrics that training averages over the epoch under way."""
-    if not in_epoch(trainer):
-        return []
-    results = _lightning.logged_results(trainer.fit_loop.epoch_loop).values()
-    logged = [result.meta for result in results if result.meta.on_epoch]
-    return sorted({name for m in logged for name in (m.name, f"{m.name}_epoch")})
-
-
-def warn_of_averages(trainer: Trainer, averages: list[str]) -> None:
-    """Warn where something monitors an average over the epoch, of which a part is not saved."""
-    watching = [*_lightning.all_callbacks(trainer), *trainer.lr_scheduler_configs]
-    monitors = {str(getattr(watcher, "monitor", None)) for watcher in watching}
-    watched = monitors & set(averages)
-    if watched:
-        rank_zero_warn(
-            f"{', '.join(map(repr, sorted(watched)))} is averaged over the training epoch, and a "
-            "checkpoint from the middle of an epoch does not hold the average so far: what "
-            "monitors it sees the remaining batches of this epoch only. Monitor a validation "
-            "metric, or resume from the end of an epoch, for an exact resume. (trainer.callbacks)"
-        )
 
 
 def continue_loops(trainer: Trainer, metrics: dict[str, torch.Tensor]) -> None:

@@ -25,11 +25,10 @@ from lora_lightning.training.resume.checks import check_no_search, searching, wa
 from lora_lightning.training.resume.loop_state import (
     complete_loops,
     continue_loops,
-    epoch_averages,
     in_epoch,
     monitored,
-    warn_of_averages,
 )
+from lora_lightning.training.resume.metrics import continue_metrics, metrics_so_far
 from lora_lightning.training.resume.resumable_loader import (
     Pass,
     ResumableLoader,
@@ -51,7 +50,6 @@ def add_run_state(checkpoint: dict[str, Any], module: LightningModule) -> None:
         checkpoint[KEY]["processes"] = gathered(trainer.strategy, own)
     checkpoint[KEY]["waiting"] = waiting_parameters(module)
     checkpoint[KEY]["metrics"] = monitored(trainer)
-    checkpoint[KEY]["epoch_averages"] = epoch_averages(trainer)
     checkpoint[KEY]["learning_rates"] = module_state(module).learning_rates
     complete_loops(loops, trainer)
 
@@ -71,6 +69,7 @@ def _own_state(module: LightningModule, loops: dict[str, Any]) -> dict[str, Any]
         "generators": [generator_states(loader) for loader in _stateless_loaders(trainer)],
         "positions": _positions(trainer, loops),
         "gradients": _gradients(module),
+        "metrics": metrics_so_far(module),
     }
 
 
@@ -81,18 +80,25 @@ def prepare_run_state(checkpoint: dict[str, Any], module: LightningModule) -> No
     if processes is None or trainer.state.fn != "fit":
         return
     rank, before, now = trainer.global_rank, len(processes), trainer.world_size
-    shared = {key: checkpoint[KEY][key] for key in ("metrics", "epoch_averages")}
-    own = {**processes[rank % before], **shared}
+    own = {**processes[rank % before], "monitored": checkpoint[KEY]["metrics"]}
     own["learning_rates"] = checkpoint[KEY].get("learning_rates")  # older checkpoints: none
     own["waiting"] = checkpoint[KEY].get("waiting", [])  # likewise
     if before != now:
-        lost = "; gradients accumulated so far are lost" if own["gradients"] else ""
+        lost = "".join(
+            f"; {what} so far are lost"
+            for what, there in (
+                ("gradients accumulated", own["gradients"]),
+                ("averages of metrics", own.get("metrics", {}).get("logged")),
+            )
+            if there
+        )
         rank_zero_warn(
             f"The checkpoint was written by {before} processes, and {now} go on: random numbers "
             "(and, in the middle of an epoch, the order of the data) are not those of the "
             f"uninterrupted run{lost}. Use as many processes for an exact resume. (trainer.devices)"
         )
         own["gradients"] = {}
+        own.pop("metrics", None)
         own["rank_seed"] = rank if rank >= before else None
     _lightning.save_loader_states(checkpoint["loops"]["fit_loop"], own["positions"])
     # Not where a tuner takes back what it has trained: it keeps the random state itself.
@@ -123,11 +129,10 @@ def continue_run(module: LightningModule) -> None:
     """Go on where the checkpoint left off; the last thing before batches are asked for."""
     own, trainer = end_wait(module), module.trainer
     if own is not None:
-        warn_of_averages(trainer, own["epoch_averages"])
         rates = module_state(module).learning_rates
         warn_of_changed_rates(own["learning_rates"], rates)
         module_state(module).learning_rates = own["learning_rates"] or rates  # what it goes on from
-        continue_loops(trainer, own["metrics"])
+        continue_loops(trainer, own["monitored"])
         _continue(module, own)
         fetcher = _lightning.data_fetcher(trainer)
         if fetcher is not None and _lightning.fetched_ahead(fetcher) and not in_epoch(trainer):
@@ -149,6 +154,8 @@ def _continue(module: LightningModule, own: dict[str, Any]) -> None:
         iter(fetcher)
     for loader, saved in zip(_stateless_loaders(trainer), own["generators"], strict=False):
         set_generator_states(loader, saved)
+    if "metrics" in own:  # not in older checkpoints
+        continue_metrics(module, own["metrics"])
     parameters = dict(named_parameters(module))
     for name, gradient in own["gradients"].items():
         parameter = parameters[name]
