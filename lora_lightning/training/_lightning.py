@@ -159,7 +159,7 @@ def saved_results(loop: TrainingEpochLoop) -> list[dict[str, Any]]:
         {
             "key": key,
             "name": result.meta.name,
-            "options": _saved_options(result.meta) if result.meta.sync.group is None else None,
+            "options": None if result.meta.sync.group is not None else result_options(result),
             "tensors": result.metric_state,
             "last": result._forward_cache,
         }
@@ -168,7 +168,9 @@ def saved_results(loop: TrainingEpochLoop) -> list[dict[str, Any]]:
     ]
 
 
-def _saved_options(meta: Any) -> dict[str, Any]:
+def result_options(result: ResultMetric) -> dict[str, Any]:
+    """The options that a result was logged with, in plain values. Since 1.9."""
+    meta = result.meta
     plain = {option.name for option in fields(meta)} - {"reduce_fx", "_sync"}
     return {
         "plain": {name: getattr(meta, name) for name in plain},

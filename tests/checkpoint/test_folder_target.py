@@ -231,6 +231,50 @@ def test_the_folder_is_for_the_pretrained_model_inside(kind: str, tmp_path: Path
     assert bit_equal(run.eval()(IDS), expected)
 
 
+class Aliased(Holder):
+    """Keeps a part of its model under a name of its own, and that first."""
+
+    def __init__(self, folder: Path) -> None:
+        LightningModule.__init__(self)
+        network = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        self.attribute, self.encoder, self.network = "network", network.model, network
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [3]}, {"bias": "all"}],
+    ids=str,
+)
+def test_a_part_of_it_that_has_another_name(options: dict[str, Any], tmp_path: Path) -> None:
+    saved_base("LlamaForCausalLM", tmp_path / "base")
+    module = adapted(Aliased(tmp_path / "base"), target_modules=["q_proj"], **options)
+    save_adapter(module, tmp_path / "adapter")
+    assert config_of(tmp_path / "adapter")["task_type"] == "CAUSAL_LM"
+    theirs = by_peft("AutoPeftModelForCausalLM", tmp_path / "adapter")
+    torch.testing.assert_close(theirs(IDS).logits, module(IDS), rtol=1e-5, atol=1e-6)
+    other = Aliased(tmp_path / "base").eval()
+    load_adapter(other, tmp_path / "adapter")
+    assert bit_equal(other(IDS), module(IDS))
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+@pytest.mark.parametrize("saved", [None, HEAD])
+def test_biases_beside_a_head_that_peft_saves_along(
+    bias: str, saved: list[str] | None, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    model = saved_base("BertForSequenceClassification", base)
+    adapted(model, target_modules=["query"], bias=bias, modules_to_save=saved)
+    save_adapter(model, tmp_path / "ours")
+    theirs = by_peft("AutoPeftModelForSequenceClassification", tmp_path / "ours")
+    torch.testing.assert_close(output_of(theirs), output_of(model), rtol=1e-5, atol=1e-6)
+    other = transformers.BertForSequenceClassification.from_pretrained(base).eval()
+    load_adapter(other, tmp_path / "ours")
+    assert bit_equal(output_of(other), output_of(model))
+    trains = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert {n for n, p in other.named_parameters() if p.requires_grad} == trains
+
+
 def test_an_attribute_called_as_its_head(tmp_path: Path) -> None:
     """PEFT takes every path that ends with a saved name for a trained copy."""
     saved_base("LlamaForCausalLM", tmp_path / "base")

@@ -141,6 +141,23 @@ def test_options_both_ways(name: str, tmp_path: Path) -> None:
     both_ways(Transformer().double(), token_ids(), tmp_path, **OPTIONS[name])
 
 
+@pytest.mark.parametrize("option", ["rank_pattern", "alpha_pattern"])
+def test_patterns_keep_their_order(option: str, tmp_path: Path) -> None:
+    """Of which the first that fits counts. (PEFT's own files are sorted, and lose it.)"""
+    base = Transformer().double()
+    model = copy.deepcopy(base)
+    pattern = {"q": 5, "attn.*": 2, "0.attn.v": 7}
+    inject_adapter(model, LoraConfig(r=3, target_modules=["q", "v"], **{option: pattern}))
+    randomize([p for p in model.parameters() if p.requires_grad], 0.3)
+    save_adapter(model, tmp_path)
+    assert list(config_of(tmp_path)[option].items()) == list(pattern.items())
+    other = copy.deepcopy(base)
+    load_adapter(other, tmp_path)
+    assert bit_equal(other(token_ids()), model(token_ids()))
+    theirs = load_theirs(base, tmp_path)
+    torch.testing.assert_close(theirs(token_ids()), model(token_ids()), **CLOSE)
+
+
 def test_pefts_modules_to_save_by_ending(tmp_path: Path) -> None:
     """Peft also copies what merely ends with the name: `overhead` and `subhead`."""
 

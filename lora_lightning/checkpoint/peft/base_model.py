@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from lora_lightning.checkpoint.peft.keys import PREFIX, tensors_to_load
+from lora_lightning.engine.bias import trained_biases
+from lora_lightning.engine.switching import layers_with
 from lora_lightning.layers.carried_adapters import CarriedAdapters
 from lora_lightning.layers.traversal import walk
 from lora_lightning.utilities.is_a import is_a
@@ -60,6 +61,8 @@ def pretrained_inside(model: nn.Module) -> list[Target]:
         if not known and is_pretrained(module):
             if not path:
                 return []
+            inside = {id(part) for part in module.modules()}  # by another name, say
+            found = [target for target in found if id(target.model) not in inside]
             found.append(Target(module, f"{path}."))
     return found
 
@@ -71,11 +74,17 @@ def folder_target(model: nn.Module, adapter_name: str) -> Target:
     model inside, it is for that one. Else it is for `model` as it is.
     """
     if is_a(model, "LightningModule"):
-        keys = [key for key in tensors_to_load(model, adapter_name) if key.startswith(PREFIX)]
+        carriers = _carriers(model, adapter_name)
         for target in pretrained_inside(model):
-            if keys and all(key.startswith(PREFIX + target.prefix) for key in keys):
+            if carriers and carriers <= {*target.model.modules()}:
                 return target
     return Target(model, "")
+
+
+def _carriers(model: nn.Module, adapter_name: str) -> set[nn.Module]:
+    """The modules that have an adapter, or whose bias trains with it."""
+    layers = {layer for _, layer in layers_with(model, adapter_name)}
+    return layers | {module for _, module, _ in trained_biases(model, adapter_name)}
 
 
 def head_names(task_type: object) -> tuple[str, ...]:

@@ -82,40 +82,41 @@ def content_of_file(
 
     """
     reading = read_keys(model, keys, config.shared_file_keys, origin.made_for, where)
-    modules, prefix, places = reading.modules, reading.target.prefix, reading.places
+    modules, places, outside = reading.modules, reading.places, reading.outside
     tables = _tables(modules, places)
     ends = (*(config.modules_to_save or ()), *origin.heads)
     saved = _trained_in_full(reading, config, ends, unchanged)
     content = FileContent(config, dict(reading.shared))
+    adapted = {p for _, p, tensor in places.values() if tensor not in own_tensors(modules[p])}
     targets: set[str] = set()
     for key, (name, path, tensor) in places.items():
         copied = _saved_module(path, ends) in saved
-        own = PREFIX + prefix + name.removeprefix(PREFIX)
+        own = PREFIX + outside(name.removeprefix(PREFIX))
         if _is_rows(tensor):
             table = path if path in tables else _tied(modules, path, tables)
-            content.own[key] = f"{PREFIX}{prefix}{table or path}.{TOKEN_ROWS}"
+            content.own[key] = f"{PREFIX}{outside(table or path)}.{TOKEN_ROWS}"
         elif tensor not in own_tensors(modules[path]):
             content.own[key] = own
             if layer_type_for(modules[path]) is not None and not copied:
                 targets.add(path)
-        elif copied or (config.bias != "none" and tensor == "bias"):
+        elif copied or (tensor == "bias" and _trains_bias(config, path in adapted)):
             content.own[key] = own
         elif ".base_layer." not in key and _tied(modules, path, saved):
             content.own[key] = own  # PEFT's ensure_weight_tying saves the copies of both
             saved.add(path)
         else:
-            content.of_base[key] = f"{prefix}{path}.{tensor}"
+            content.of_base[key] = outside(f"{path}.{tensor}")
     parameters = matching_parameters(modules, getattr(config, "target_parameters", None) or ())
     targets -= {path for path, _ in parameters.values()}
     if not (targets or tables or parameters):
         raise AdapterMismatchError(f"{where} holds no tensors of an adapter.")
     config = dataclasses.replace(config, **_fitting_patterns(config, [*targets, *parameters]))
-    config = moved_config(config, {p: prefix + p for p in (*targets, *parameters, *tables)})
+    config = moved_config(config, {p: outside(p) for p in (*targets, *parameters, *tables)})
     around = {path: module for path, module in walk(model) if path}
-    changes = _selecting(around, {prefix + path for path in targets})
-    changes["modules_to_save"] = sorted(prefix + path for path in saved) or None
+    changes = _selecting(around, set(map(outside, targets)))
+    changes["modules_to_save"] = sorted(map(outside, saved)) or None
     ids = getattr(config, "trainable_token_indices", None)
-    rows = sorted(prefix + path for path in tables)
+    rows = sorted(map(outside, tables))
     if isinstance(ids, list) and set(rows) != set(input_embeddings(model)):
         changes["trainable_token_indices"] = dict.fromkeys(rows, ids) or None
     content.config = dataclasses.replace(config, **changes)
@@ -132,14 +133,20 @@ def _trained_in_full(
 
     PEFT copies more than what has the name, and may not have trained it.
     """
-    prefix, saved = reading.target.prefix, set()
+    saved = set()
     for key, (_, path, tensor) in reading.places.items():
         outer = _saved_module(path, ends)
         if tensor in own_tensors(reading.modules[path]) and outer:
             named = any(matches_name(name, outer) for name in config.modules_to_save or ())
-            if named or not unchanged(key, f"{prefix}{path}.{tensor}"):
+            bias = tensor == "bias" and _trains_bias(config, False)
+            if named or not (bias or unchanged(key, reading.outside(f"{path}.{tensor}"))):
                 saved.add(outer)
     return saved
+
+
+def _trains_bias(config: AdapterConfig, is_adapted: bool) -> bool:
+    """Tell whether the option `bias` has a module's bias train, in a model of PEFT's."""
+    return config.bias == "all" or (config.bias != "none" and is_adapted)
 
 
 def _tables(modules: dict[str, nn.Module], places: dict[str, Place]) -> set[str]:

@@ -54,6 +54,11 @@ class Reading:
     modules: dict[str, nn.Module]
     places: dict[str, Place]
     shared: dict[str, str]
+    _given: _Places
+
+    def outside(self, name: str) -> str:
+        """The name that what `target` calls `name` has in the model that is to be loaded."""
+        return self._given.first_name(self.target.prefix + name)
 
 
 def read_keys(
@@ -72,6 +77,7 @@ def read_keys(
     if not is_pretrained(model):
         targets += pretrained_inside(model)
     looked_up = [(target, _Places(target.model)) for target in targets]
+    (_, given), *_ = looked_up
     for spelt in _spellings(names):
         common = _common(spelt, shared)
         fitting: dict[tuple[str, ...], Reading] = {}
@@ -80,10 +86,11 @@ def read_keys(
                 places = in_model.of(rest)
                 if places is None:
                     continue
-                reading = Reading(target, in_model.modules, places, common)
+                reading = Reading(target, in_model.modules, places, common, given)
                 if around == PREFIX and not target.prefix:
                     return reading  # as PEFT writes it
-                outcome = tuple(target.prefix + place.key for place in places.values())
+                names_of = (place.key.removeprefix(PREFIX) for place in places.values())
+                outcome = tuple(map(reading.outside, names_of))
                 fitting.setdefault(outcome, reading)
         meant = [way for way in fitting.values() if way.target.prefix == f"{made_for}."]
         if len(meant) == 1 or len(fitting) == 1:
@@ -152,13 +159,13 @@ class _Places:
         return places
 
     def find(self, name: str) -> Place | None:
-        name = self._with_first_names(name)
+        name = self.first_name(name)
         path, tensor = self._owner(name)
         if path not in self.modules or not _may_hold(self.modules[path], tensor):
             return None
         return Place(PREFIX + name, path, tensor)
 
-    def _with_first_names(self, name: str) -> str:
+    def first_name(self, name: str) -> str:
         """`name` with the path that `walk` gives to a module that has several."""
         parts = name.split(".")
         for length in range(len(parts) if self.aliases else 0, 0, -1):

@@ -103,7 +103,7 @@ def _files(model: nn.Module, folder: Path, adapter_name: str) -> dict[Path, byte
     if not config["peft_type"].startswith(OWN):
         saved = config.get("modules_to_save") or []
         copied = keys.also_saved_by_peft(model, saved, head_names(config["task_type"]))
-        own |= keys.tensors_of_base(model, copied)
+        own = {**keys.tensors_of_base(model, copied), **own}  # of which biases may train
         if doubled := [key for key in own if key.endswith(keys.OUT_PROJ_B)]:
             config["peft_version"] = TWICE_UP_TO
             for key in doubled:
@@ -165,4 +165,5 @@ def _with_metadata(content: bytes, metadata: dict[str, str]) -> bytes:
 
 
 def _json(content: dict[str, Any]) -> bytes:
-    return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
+    ordered = {key: content[key] for key in sorted(content)}  # inside, patterns have an order
+    return (json.dumps(ordered, indent=2) + "\n").encode()

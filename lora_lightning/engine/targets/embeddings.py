@@ -26,7 +26,8 @@ def input_embeddings(model: nn.Module) -> list[str]:
 
 def _embeddings(model: nn.Module, getter: str) -> list[str]:
     found = []
-    for path, module in walk(model):
+    paths = {id(module): path for path, module in walk(model)}  # of which each has one, the first
+    for module in [module for _, module in walk(model)]:
         if not (hasattr(module, "base_model_prefix") and hasattr(module, getter)):
             continue
         try:
@@ -35,6 +36,6 @@ def _embeddings(model: nn.Module, getter: str) -> list[str]:
             continue
         if part is None and getter == "get_output_embeddings":
             part = getattr(module, "score", None) or getattr(module, "classifier", None)
-        part = unwrapped(part)
-        found += [f"{path}.{sub}" if path else sub for sub, m in walk(module) if m is part]
+        if part is not None and id(part := unwrapped(part)) in paths:
+            found.append(paths[id(part)])
     return list(dict.fromkeys(found))
