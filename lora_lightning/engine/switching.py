@@ -167,6 +167,8 @@ def scale_adapter(model: nn.Module, adapter_name: str, factor: float) -> None:
         raise AdapterStateError(f"factor is {factor!r}; it must be a finite number.")
     for part in scaled:
         part.set_scaling(part.config_scaling * factor)
+    for _, layer in layers_with(model, adapter_name):
+        layer.note_switch()
 
 
 def activate_new(model: nn.Module, name: str, active: bool) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_lightning.adapters.base import Adapter, AdapterDict
+from lora_lightning.adapters.base import Adapter, AdapterDict, DeltaAdapter
 from lora_lightning.adapters.modules_to_save import (
     HeldTensors,
     ModulesToSaveCopy,
@@ -80,13 +80,26 @@ class CarriedAdapters(nn.Module):
             return []
         return [n for n in self.adapters if n in self._active and n not in self._merged]
 
+    def note_switch(self) -> None:
+        """Record what acts from now on, for layers that are computed again in backward."""
+        rows = None if self._rows is None or not self._enabled else tuple(self._rows)
+        applied = self.applied_names()
+        names = {name for name in rows or applied if name is not None}
+        acting = [adapter for name, adapter in self.adapters.items() if name in names]
+        scalings = tuple(
+            part.scaling
+            for adapter in acting
+            for part in adapter.modules()
+            if isinstance(part, DeltaAdapter) and part.scaling != part.config_scaling
+        )
+        self._switches.add(Acting(tuple(applied), tuple(self._merged), rows, scalings))
+
     def _tell_adapters(self) -> None:
         of_rows = self._rows if self._rows is not None and self._enabled else ()
         applied = {*self.applied_names(), *of_rows}
         for name, adapter in self.adapters.items():
             adapter.set_applied(name in applied)
-        rows = None if self._rows is None or not self._enabled else tuple(self._rows)
-        self._switches.add(Acting(tuple(self.applied_names()), tuple(self._merged), rows))
+        self.note_switch()
         if self.trains_in_place:
             reconcile(self, self._held_now(), self.original_tensors)
             self.show_active()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import pickle
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -17,6 +19,7 @@ from lora_lightning import (
     disable_adapter,
     inject_adapter,
     merge_adapter,
+    scale_adapter,
     set_adapter,
     unmerge_adapter,
 )
@@ -78,6 +81,7 @@ SWITCHES: dict[str, Callable[[nn.Module], object]] = {
     "none": lambda net: set_adapter(net, []),
     "deleted": lambda net: delete_adapter(net, "a"),
     "merged": lambda net: merge_adapter(net),
+    "scaled": lambda net: scale_adapter(net, "a", 3.0),
 }
 KINDS = pytest.mark.parametrize("kind", ["linear", "attention"])
 REENTRANT = pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not"])
@@ -173,3 +177,50 @@ def assert_equal(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
     for name, gradient in wanted.items():
         assert gradient.abs().max() > 1e-3
         torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-9)
+
+
+def in_thread(function: Callable[[], object]) -> None:
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            function()
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    if failed:
+        raise failed[0]
+
+
+@REENTRANT
+def test_training_in_another_thread(reentrant: bool) -> None:
+    """Ray's workers, a notebook's: autograd numbers operations for each thread."""
+    for _ in range(50):
+        start().square().sum().backward()
+    net, plain = model("linear", reentrant), model("linear", None)
+    plain(start()).square().sum().backward()
+    in_thread(lambda: net(start()).square().sum().backward())
+    for name, gradient in gradients(plain).items():
+        torch.testing.assert_close(gradients(net)[name], gradient)
+
+    def switch_between() -> None:
+        loss = net(start()).square().sum()
+        set_adapter(net, "b")
+        loss.backward()
+
+    with pytest.raises(AdapterStateError, match=r"with \['b'\] where forward had \['a'\]"):
+        in_thread(switch_between)
+
+
+@REENTRANT
+def test_a_model_that_comes_from_another_process(
+    reentrant: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(50):
+        start().square().sum().backward()
+    net = pickle.loads(pickle.dumps(model("linear", reentrant)))
+    monkeypatch.setattr("os.getpid", lambda: -5)
+    in_thread(lambda: net(start()).square().sum().backward())
