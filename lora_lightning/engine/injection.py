@@ -233,7 +233,8 @@ def _put_on(
         trained = ModulesToSaveCopy(module, config, context.device)
         plain = AdaptedSequential if isinstance(module, nn.Sequential) else AdaptedLayer
         attach_adapter(module, layer_type_for(module) or plain, name, trained)
-        trained.train(model.training)  # also where the module itself is a frozen norm layer
+        # Also where the module itself is a frozen norm layer
+        module.get_submodule("adapters").train(model.training)
     for module in new.biases:
         train_bias(module, name)
     for adapter in adapters_named(model, name).values():

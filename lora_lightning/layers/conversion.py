@@ -109,6 +109,7 @@ def convert_to_adapted(module: nn.Module, layer_type: type[AdaptedLayer]) -> Non
     module.__class__ = adapted_class(layer_type, type(module))
     layer = cast(AdaptedLayer, module)
     layer.adapters = AdapterDict()
+    layer.adapters.training = module.training
     layer._rows = None
     layer._switches, layer._shown, layer._merge_again = SwitchLog(), None, []
     layer._active, layer._merged, layer._kept = [], [], {}

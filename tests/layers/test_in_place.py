@@ -6,6 +6,7 @@ import copy
 import pickle
 from collections import deque
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import accelerate
@@ -21,8 +22,10 @@ from lora_lightning import (
     delete_adapter,
     disable_adapter,
     inject_adapter,
+    load_adapter,
     load_adapter_state_dict,
     merge_and_unload,
+    save_adapter,
     set_adapter,
     unload,
 )
@@ -284,6 +287,26 @@ def test_tensors_that_are_kept_beside_refuse(keep: Callable[[Tensor], Any], outs
         model.head.kernels = nn.ParameterList([model.head.out.weight])
     inject_adapter(model, config)
     assert outside or model.head.kernels[0] is model.head.out.weight
+
+
+@pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
+def test_statistics_move_as_the_models_mode_says(mode: bool, tmp_path: Path) -> None:
+    """Put on, switched, read from a folder: whatever the order."""
+    plain, model = (
+        Model("batch norm").double().train(mode),
+        Model("batch norm").double().train(mode),
+    )
+    config = LoraConfig(r=1, target_modules=["body"], modules_to_save=["head"])
+    inject_adapter(model, config, "a")
+    assert bit_equal(model(X), plain(X))
+    save_adapter(model, tmp_path, "a")
+    other = Model("batch norm").double().train(mode)
+    load_adapter(other, tmp_path)
+    assert bit_equal(other(X), plain(X))
+    inject_adapter(other, config, "b")
+    set_adapter(other, "b")
+    assert bit_equal(Model("batch norm").double().train(mode)(X), other(X))
+    assert other.head[1].training is mode
 
 
 # -- graphs, loading, several ------------------------------------------------------------------------
