@@ -9,7 +9,7 @@ master copies, as all that trains.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lora_lightning.adapters.base import AdapterDict, AdapterModule
 from lora_lightning.adapters.config import AdapterConfig
+from lora_lightning.utilities._torch import share_gradient_hooks
 from lora_lightning.utilities.dtensor import full_tensor, is_sharded
 
 _Held = TypeVar("_Held", bound="HeldTensors")
@@ -122,19 +123,25 @@ class ModulesToSaveCopy(AdapterModule):
         module: The module, whose tensors they start from.
         config: The options shared by all adapters of the injection.
         device: Where the tensors of state dicts lie, without values; None: beside the base's.
+        frozen: Names of the module's parameters that do not train: their user froze them.
 
     """
 
     def __init__(
-        self, module: nn.Module, config: AdapterConfig, device: torch.device | None = None
+        self,
+        module: nn.Module,
+        config: AdapterConfig,
+        device: torch.device | None = None,
+        frozen: Collection[str] = (),
     ) -> None:
         held = HeldTensors.of(module, lambda tensor, saved: _start(tensor, saved, device))
         tensors = (*held.parameters(), *held.buffers())
         super().__init__(config, tensors[0].device if tensors else None)
         self.module = held
-        for parameter in held.parameters():
+        self.kept_frozen = frozenset(f"module.{name}" for name in frozen)
+        for name, parameter in self.named_parameters():
             if parameter.is_floating_point():
-                parameter.requires_grad_(True)
+                parameter.requires_grad_(name not in self.kept_frozen)
 
     def set_autocast_dtype(self, wanted: bool) -> None:
         """Hold the parameters as fp32 master copies, or leave them in the base's dtype."""
@@ -167,6 +174,7 @@ def _start(tensor: Tensor, saved: bool, device: torch.device | None) -> Tensor:
     plain = is_sharded(tensor) or device is not None
     new = nn.Parameter(values, tensor.requires_grad) if plain else copy.deepcopy(tensor)
     new.__dict__.update(tensor.__dict__)  # marks such as "no weight decay"
+    share_gradient_hooks(tensor, new)
     return new
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_lightning.adapters.modules_to_save import base_tensors_of
 from lora_lightning.checkpoint.state_entries import overrides, owner_of, writes_entries
 from lora_lightning.engine.followers import carried_places
 from lora_lightning.layers.traversal import walk
@@ -22,15 +23,16 @@ Place = tuple[nn.Module, str]  # a module, and the name of a tensor of its own
 
 
 def tensor_places(model: nn.Module) -> dict[str, Place]:
-    """Parameters and persistent buffers, also those that are None, by their keys.
+    """Parameters and persistent buffers of the base, also those that are None, by their keys.
 
     Those of adapters are among them where a teacher carries them.
     """
     base = {
-        f"{path}.{name}" if path else name: (module, name)
+        f"{path}.{name}" if path else name: (own, name)
         for path, module in walk(model)
-        for name in (*module._parameters, *module._buffers)
-        if name not in module._non_persistent_buffers_set
+        for own in [base_tensors_of(module)]
+        for name in (*own._parameters, *own._buffers)
+        if name not in own._non_persistent_buffers_set
     }
     return {**base, **carried_places(model)}
 

@@ -51,6 +51,16 @@ def frozen_for_adapters(module: nn.Module) -> set[str]:
     return set(names)
 
 
+def partly_frozen(module: nn.Module) -> set[str]:
+    """Names of the parameters in `module` that its user froze, if he left others in it free."""
+    free = {
+        f"{path}.{name}" if path else name: name in frozen_for_adapters(part)
+        for path, part in walk(module)
+        for name, _ in own_parameters(part)
+    }
+    return {name for name, is_free in free.items() if not is_free} if any(free.values()) else set()
+
+
 def remember_frozen(module: nn.Module, names: set[str]) -> None:
     """Record what `frozen_for_adapters` says of the module."""
     module.__dict__.pop(_RECORD, None)

@@ -33,6 +33,7 @@ from lora_lightning.engine.freezing import (
     freeze_parameters,
     frozen_for_adapters,
     keep_records_beside,
+    partly_frozen,
     remember_frozen,
 )
 from lora_lightning.engine.loftq import original_weights, start_from_rounding_error
@@ -230,7 +231,7 @@ def _put_on(
     for path, module in new.tokens.items():
         train_tokens(context, model, path, module, selection)
     for module in new.saved.values():
-        trained = ModulesToSaveCopy(module, config, context.device)
+        trained = ModulesToSaveCopy(module, config, context.device, partly_frozen(module))
         plain = AdaptedSequential if isinstance(module, nn.Sequential) else AdaptedLayer
         attach_adapter(module, layer_type_for(module) or plain, name, trained)
         # Also where the module itself is a frozen norm layer

@@ -8,8 +8,9 @@ from math import isfinite
 
 from torch import nn
 
-from lora_lightning.adapters.base import Adapter, DeltaAdapter
+from lora_lightning.adapters.base import Adapter, AdapterModule, DeltaAdapter
 from lora_lightning.adapters.carried import is_carried
+from lora_lightning.adapters.modules_to_save import ModulesToSaveCopy
 from lora_lightning.engine.bias import trained_biases
 from lora_lightning.errors import AdapterStateError, nearest_hint
 from lora_lightning.layers.base import AdaptedLayer
@@ -201,11 +202,12 @@ def check_known(model: nn.Module, *names: str) -> None:
             raise AdapterStateError(f"No adapter {name!r}; the model has {known or 'none'}.{hint}")
 
 
-def _require_grad(adapter: nn.Module, wanted: bool) -> None:
+def _require_grad(adapter: AdapterModule, wanted: bool) -> None:
     wanted = wanted and not is_carried(adapter)
-    for parameter in adapter.parameters():
+    frozen = adapter.kept_frozen if isinstance(adapter, ModulesToSaveCopy) else ()
+    for name, parameter in adapter.named_parameters():
         if parameter.is_floating_point():
-            parameter.requires_grad_(wanted)
+            parameter.requires_grad_(wanted and name not in frozen)
 
 
 def check_enabled(model: nn.Module) -> None:

@@ -68,6 +68,17 @@ def version_kept(tensor: Tensor) -> AbstractContextManager[None]:
     return _unsafe_preserve_version_counter(tensor)
 
 
+def share_gradient_hooks(parameter: nn.Parameter, other: nn.Parameter) -> None:
+    """Have the hooks on the gradient of `parameter` act on that of `other`, too.
+
+    They stay the same ones: what the handle of one takes off is gone from both.
+    """
+    for name in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+        hooks = getattr(parameter, name)
+        if hooks is not None:
+            setattr(other, name, hooks)
+
+
 def is_flattened(tensor: object) -> bool:
     """True if FSDP1 has laid this parameter into a flat one that it shards."""
     return bool(getattr(tensor, "_fsdp_flattened", False))

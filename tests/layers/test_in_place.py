@@ -289,6 +289,58 @@ def test_tensors_that_are_kept_beside_refuse(keep: Callable[[Tensor], Any], outs
     assert outside or model.head.kernels[0] is model.head.out.weight
 
 
+def masked(head: nn.Module) -> Any:
+    """Only the first row of the weight is to train; the handle takes the hook off again."""
+    rows = torch.tensor([[1.0], [0.0], [0.0]], dtype=torch.float64)
+    return head.get_parameter("out.weight").register_hook(lambda gradient: gradient * rows)
+
+
+def halved(head: nn.Module) -> Any:
+    def halve(parameter: Tensor) -> None:
+        parameter.grad = None if parameter.grad is None else parameter.grad / 2
+
+    return head.get_parameter("out.weight").register_post_accumulate_grad_hook(halve)
+
+
+@pytest.mark.parametrize("hook", [masked, halved])
+def test_hooks_on_its_gradients_stay(hook: Callable[[nn.Module], Any]) -> None:
+    plain, model = Model("method").double(), Model("method").double()
+    plain.body.requires_grad_(False)
+    handles = [hook(plain.head), hook(model.head)]
+    inject_adapter(model, LoraConfig(r=1, target_modules=["body"], modules_to_save=["head"]))
+    for _ in range(2):
+        train(plain), train(model)
+        for name, value in tensors(plain.head).items():
+            torch.testing.assert_close(tensors(model.head)[name], value, rtol=1e-12, atol=1e-12)
+        for handle in handles:  # from now on without
+            handle.remove()
+    with disable_adapter(model):
+        assert torch.equal(model(X), Model("method").double()(X))
+
+
+def test_what_its_user_froze_inside_stays_frozen() -> None:
+    """DINO's `weight_g`, say; where all of it is frozen, all of it trains: it was asked for."""
+    plain, model, whole = (Model("weight_norm of old").double() for _ in range(3))
+    plain.body.requires_grad_(False)
+    for one in (plain, model):
+        one.head.weight_g.requires_grad_(False)
+    whole.requires_grad_(False)
+    config = LoraConfig(r=1, target_modules=["body"], modules_to_save=["head"])
+    for one in (model, whole):
+        inject_adapter(one, config, "a")
+    train(plain), train(model)
+    for name, value in tensors(plain.head).items():
+        torch.testing.assert_close(tensors(model.head)[name], value, rtol=1e-12, atol=1e-12)
+    inject_adapter(model, config, "b")
+    for name in ("a", "b"):
+        set_adapter(model, name)
+        trains = {n for n, p in model.head.named_parameters() if p.requires_grad}
+        assert trains == {"bias", "weight_v"}
+    assert {n for n, p in whole.head.named_parameters() if p.requires_grad} == {
+        "bias", "weight_g", "weight_v",
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
 def test_statistics_move_as_the_models_mode_says(mode: bool, tmp_path: Path) -> None:
     """Put on, switched, read from a folder: whatever the order."""

@@ -28,7 +28,6 @@ from tests.helpers.moving_modules import (
     InPlace,
     Masked,
     Moving,
-    Summed,
     data,
     everything,
     saved,
@@ -86,7 +85,8 @@ def test_read_back_in_every_way(make: type[Moving], tmp_path: Path) -> None:
     assert seen == trainer(tmp_path / "d").test(trained, data(), ckpt_path=file, verbose=False)[0]
 
 
-@pytest.mark.parametrize("make", [DataAssigned, Centred, Summed, AddsEntry])
+# Not `Summed`: the state of each process has those of all metrics, for a resume.
+@pytest.mark.parametrize("make", [DataAssigned, Centred, AddsEntry])
 def test_what_moved_counts(
     make: type[Moving], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -145,6 +145,40 @@ def test_a_base_that_its_user_exchanges_is_another(tmp_path: Path) -> None:
         trainer(tmp_path / "b").test(
             InPlace(), data(), ckpt_path=str(tmp_path / "more/step=4.ckpt"), verbose=False
         )
+
+
+class Clipped(Moving):
+    """WGAN's way: all that the head has, what is kept aside of the base as well."""
+
+    def build(self) -> None:
+        self.head = nn.Linear(4, 4)
+
+    def output(self, x: Tensor) -> Tensor:
+        return self.head(self.net(x))
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        for parameter in self.head.parameters():
+            parameter.data.clamp_(-0.1, 0.1)
+
+
+def test_a_head_that_trains_and_whose_base_moves(tmp_path: Path) -> None:
+    options = {"r": 2, "target_modules": ["net"], "modules_to_save": ["head"]}
+    module = Clipped()
+    run = trainer(tmp_path, LoraCallback(**options))
+    run.fit(module, data())
+    path, x = saved(run), torch.ones(2, 8)
+    expected = module.eval().output(x)
+    assert torch.equal(load_from_checkpoint(Clipped, path).eval().output(x), expected)
+    loaded = Clipped()
+    load_adapter(loaded, path)
+    assert torch.equal(loaded.eval().output(x), expected)
+    assert {k: v.tolist() for k, v in loaded.state_dict().items()} == {
+        k: v.tolist() for k, v in module.state_dict().items()
+    }
+    begun = Clipped()
+    again = trainer(tmp_path / "again", LoraCallback(init_from=str(path)), max_epochs=0)
+    again.fit(begun, data())
+    assert torch.equal(begun.eval().output(x), expected)
 
 
 class MovesLate(InPlace):

@@ -102,6 +102,20 @@ def test_version_kept() -> None:
         graph_after(lambda tensor: tensor.zero_())
 
 
+def test_share_gradient_hooks() -> None:
+    one, other = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    seen: list[str] = []
+    first = one.register_hook(lambda gradient: seen.append("gradient"))
+    one.register_post_accumulate_grad_hook(lambda parameter: seen.append("after"))
+    private.share_gradient_hooks(one, other)
+    other.sum().backward()
+    assert seen == ["gradient", "after"]
+    first.remove()
+    other.sum().backward()
+    assert seen == ["gradient", "after", "after"]
+    private.share_gradient_hooks(torch.nn.Parameter(torch.ones(2)), other)  # none to share
+
+
 def sharded_names() -> dict[str, Any]:
     """What the accessors say of FSDP1 and FSDP2, in a process of its own."""
     import torch.distributed as dist

@@ -100,6 +100,8 @@ def _why_not(paths: list[str], config: AdapterConfig) -> str:
     saved = config.modules_to_save or ()
     if any(matches_name(name, path) for name in saved for path in paths):
         return f"is in modules_to_save already ({first_few(paths, 2)})"
+    if all(is_excluded(replace(config, exclude_modules=None), path) for path in paths):
+        return f"{there} inside of what trains in full: {first_few(saved)} (lora.modules_to_save)"
     layers = sorted({i for p in paths if (i := layer_index(config, p)) is not None})
     if layers:
         return (
