@@ -13,6 +13,8 @@ from torch import nn
 
 from lora_lightning.adapters.config import AdapterConfig
 from lora_lightning.checkpoint.state_dict import saved_keys
+from lora_lightning.engine.bias import trained_biases
+from lora_lightning.engine.injection import adapters_named
 from lora_lightning.engine.targets.selection import Selection
 from lora_lightning.errors import ConfigError, nearest_hint
 from lora_lightning.layers.traversal import walk
@@ -68,6 +70,19 @@ class AdapterCallback(Callback, ABC):
         prefix = f"{self.module}." if self.module else ""
         keys = saved_keys(self._root(pl_module), self.adapter_name)
         return {prefix + key: shape for key, shape in keys.items()}
+
+    def _unnamed_parameters(self, pl_module: LightningModule) -> set[int]:
+        """By `id`, what trains on modules that the options do not name: they select by kind."""
+        if not self.config.names_no_module:
+            return set()
+        root = self._root(pl_module)
+        biases = trained_biases(root, self.adapter_name)
+        return {
+            id(parameter)
+            for adapter in adapters_named(root, self.adapter_name).values()
+            if adapter.by_weight()
+            for parameter in adapter.parameters()
+        } | {id(record.parameter(module)) for _, module, record in biases}
 
     @abstractmethod
     def _leaves_step_out(self) -> bool:

@@ -14,13 +14,15 @@ from lora_lightning.errors import AdapterStateError, first_few
 from lora_lightning.layers.traversal import named_parameters
 from lora_lightning.training.messages import rank_zero_warn
 from lora_lightning.training.module_state import module_state
+from lora_lightning.training.optimizers import is_left_out
 
 
 def settle_what_trains(module: LightningModule) -> None:
     """Remember what trains, and what does not, at the start of a fit."""
     state = module_state(module)
     parameters = [p for _, p in named_parameters(module)]
-    state.trained = [p for p in parameters if p.requires_grad]
+    state.trained = [p for p in parameters if p.requires_grad and not is_left_out(p)]
+    state.left_out = [p for p in parameters if is_left_out(p)]
     state.frozen = [p for p in parameters if not p.requires_grad]
     state.refrozen = False
 
@@ -28,7 +30,11 @@ def settle_what_trains(module: LightningModule) -> None:
 def trained_parameters(module: LightningModule) -> dict[str, nn.Parameter]:
     """What trains in this run, by name: also what waits just now, or has come since."""
     trained = {id(p) for p in module_state(module).trained}
-    return {n: p for n, p in named_parameters(module) if p.requires_grad or id(p) in trained}
+    return {
+        n: p
+        for n, p in named_parameters(module)
+        if (p.requires_grad and not is_left_out(p)) or id(p) in trained
+    }
 
 
 def waiting_parameters(module: LightningModule) -> list[str]:
@@ -37,11 +43,13 @@ def waiting_parameters(module: LightningModule) -> list[str]:
 
 
 def freeze_again(trainer: Trainer, module: LightningModule) -> None:
-    """Freeze what did not train at the start; said once.
+    """Freeze what did not train at the start; said once. What no optimizer has needs no gradient.
 
     AdapterStateError, before the step, if an optimizer was given such a tensor as well.
     """
     state = module_state(module)
+    for p in state.left_out:
+        p.grad = None
     woken = {id(p): p for p in state.frozen if p.requires_grad or p.grad is not None}
     if not woken:
         return

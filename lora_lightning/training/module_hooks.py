@@ -36,6 +36,7 @@ from lora_lightning.training.optimizers import (
     default_optimizer,
     find_optimizers,
     frozen_left_out,
+    mark_left_out,
     may_be_fused,
 )
 from lora_lightning.training.resume.hook_turns import run_in_turn
@@ -92,6 +93,7 @@ def configure_optimizers(self: LightningModule) -> Any:
     callbacks = callbacks_of(self)
     if not callbacks:
         return original_hook(self, "configure_optimizers")()
+    mark_left_out(self, [])
     configured = None
     with frozen_left_out() as meant_for:
         if defines_hook(self, "configure_optimizers"):
@@ -100,7 +102,8 @@ def configure_optimizers(self: LightningModule) -> Any:
         return default_optimizer(self, callbacks[0].lr, may_be_fused(self.trainer))
     optimizers = find_optimizers(configured)
     if optimizers:
-        cover_trainable(optimizers, self, meant_for)
+        unnamed = {i for callback in callbacks for i in callback._unnamed_parameters(self)}
+        mark_left_out(self, cover_trainable(optimizers, self, meant_for, unnamed))
     return configured  # whatever it is: Lightning judges it
 
 

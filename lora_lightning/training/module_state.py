@@ -57,6 +57,7 @@ class ModuleState:
     learning_rates: list[float] = field(default_factory=list)  # as configured in this run
     trained: list[nn.Parameter] = field(default_factory=list)  # of this run, see frozen_base.py
     frozen: list[nn.Parameter] = field(default_factory=list)
+    left_out: list[nn.Parameter] = field(default_factory=list)  # that no optimizer is to have
     refrozen: bool = False  # True once that was said
     final_states: list[dict[str, Any]] = field(default_factory=list)  # of all processes, after fit
     unreadable: set[str] = field(default_factory=set)  # in checkpoints of this run, as was said

@@ -8,7 +8,7 @@ one group, and groups stay where they are, because schedulers count them.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from threading import RLock, get_ident
 from typing import Any
@@ -26,6 +26,7 @@ from lora_lightning.utilities.is_a import is_a
 # id of a parameter -> the groups that it was in or was meant for; of several optimizers perhaps
 Groups = dict[int, list[dict[str, Any]]]
 
+_LEFT_OUT = "_in_no_optimizer"
 _one_at_a_time = RLock()  # a method of torch's class is exchanged for a while
 
 
@@ -60,13 +61,26 @@ def frozen_left_out() -> Iterator[Groups]:
             Optimizer.add_param_group = original  # type: ignore[method-assign]
 
 
-def cover_trainable(optimizers: list[Optimizer], model: nn.Module, meant_for: Groups) -> None:
+def cover_trainable(
+    optimizers: list[Optimizer],
+    model: nn.Module,
+    meant_for: Groups,
+    unnamed: Collection[int] = (),
+) -> list[nn.Parameter]:
     """Drop frozen parameters and add missing trainable ones, in place.
 
     A missing one joins the group of a base weight of the module that it adapts, in every optimizer
     that holds that weight, else the first group of the first optimizer; one that is no matrix a
-    group that is not Muon's. OptimizerError if an optimizer is left without a parameter, or takes
-    none of this shape.
+    group that is not Muon's. But where the optimizers hold some of the modules that carry adapters
+    which nobody asked for by name (`unnamed`, ids of their parameters), the others are left out:
+    their user wants them as they are (the network of a perceptual loss).
+
+    Returns:
+        What is left out.
+
+    Raises:
+        OptimizerError: If an optimizer is left without a parameter, or takes none of this shape.
+
     """
     groups_of: Groups = defaultdict(list, {i: list(groups) for i, groups in meant_for.items()})
     covered: set[int] = set()
@@ -82,11 +96,21 @@ def cover_trainable(optimizers: list[Optimizer], model: nn.Module, meant_for: Gr
                 del optimizer.state[p]
     base = {name: p for name, p in named_parameters(model) if not p.requires_grad}
     owners = adapter_owners(model)
+    missing: list[tuple[str, nn.Parameter, list[list[dict[str, Any]]]]] = []
+    some_held = False
     for name, p in trainable_parameters(model).items():
+        wished = []
         if id(p) not in covered:
-            owner = owners.get(id(p), name) + "."
-            of_owner = [groups_of[id(q)] for n, q in base.items() if n.startswith(owner)]
-            _join(name, p, _groups_for(p, optimizers, of_owner))
+            owner = owners.get(id(p), name.rpartition(".")[0]) + "."
+            wished = [groups_of[id(q)] for n, q in base.items() if n.startswith(owner)]
+            missing.append((name, p, wished))
+        some_held |= id(p) in unnamed and (id(p) in covered or any(wished))
+    left_out = []
+    for name, p, wished in missing:
+        if some_held and id(p) in unnamed and not any(wished):
+            left_out.append(p)
+        else:
+            _join(name, p, _groups_for(p, optimizers, wished))
     for index, optimizer in enumerate(optimizers):
         if not any(group["params"] for group in optimizer.param_groups):
             raise OptimizerError(
@@ -94,6 +118,7 @@ def cover_trainable(optimizers: list[Optimizer], model: nn.Module, meant_for: Gr
                 "all that configure_optimizers gave it is frozen. Return it only when some of its "
                 "parameters train: list their module in modules_to_save. (lora.modules_to_save)"
             )
+    return left_out
 
 
 def _groups_for(
@@ -193,8 +218,24 @@ def plain_optimizer(optimizer: Any) -> Any:
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that require gradients, by name."""
-    return {name: p for name, p in named_parameters(model) if p.requires_grad}
+    """The parameters that require gradients, by name, but for those that are left out."""
+    return {n: p for n, p in named_parameters(model) if p.requires_grad and not is_left_out(p)}
+
+
+def mark_left_out(model: nn.Module, parameters: list[nn.Parameter]) -> None:
+    """Record what requires gradients (which DDP counts on) and no optimizer of the run is to have.
+
+    What was recorded before is forgotten.
+    """
+    for _, p in named_parameters(model):
+        p.__dict__.pop(_LEFT_OUT, None)
+    for p in parameters:
+        p.__dict__[_LEFT_OUT] = True
+
+
+def is_left_out(parameter: nn.Parameter) -> bool:
+    """Tell whether `mark_left_out` has recorded it."""
+    return _LEFT_OUT in parameter.__dict__
 
 
 def _tensor(param: Any) -> Any:

@@ -32,7 +32,7 @@ from lora_lightning.training.adapter_callback import AdapterCallback
 from lora_lightning.training.messages import show
 from lora_lightning.training.module_state import module_state
 from lora_lightning.training.new_modules import new_modules_line
-from lora_lightning.training.optimizers import trainable_parameters
+from lora_lightning.training.optimizers import is_left_out, trainable_parameters
 
 LEFT_OUT_ROWS = 8  # at most, of what default targets leave out
 
@@ -74,7 +74,8 @@ def show_start(callback: AdapterCallback, trainer: Trainer, module: LightningMod
         root, name = callback._root(module), callback.adapter_name
         selection = callback._selection
         notes = [*new_modules_line(callback), *fitted_line(root, name)]
-        notes += [*selection.passed_over.lines(), *untied_lines(root, name)]
+        notes += [*selection.passed_over.lines(), *left_out_lines(root, name)]
+        notes += untied_lines(root, name)
         show(start_table(root, name, selection), *notes, *start_lines(module, root, name))
 
 
@@ -121,6 +122,18 @@ def fitted_line(model: nn.Module, adapter_name: str) -> list[str]:
         return []
     names = first_few(dict.fromkeys(f"{shown_name(path)} (r={r})" for path, r in ranks.items()))
     return [f"too small for the rank, which is lower there: {names} (lora.rank_pattern)"]
+
+
+def left_out_lines(model: nn.Module, adapter_name: str) -> list[str]:
+    """A line for modules that carry adapters which no optimizer has."""
+    adapters = adapters_named(model, adapter_name)
+    paths = [p for p, a in adapters.items() if any(map(is_left_out, a.parameters()))]
+    names = dict.fromkeys(map(shown_name, paths))
+    return [
+        "in no optimizer that configure_optimizers returns, so that adapters there do not train: "
+        f"{first_few(paths)}; to train them, name these layers, target_modules: "
+        f"[{first_few(names)}] (lora.target_modules)"
+    ][: len(paths)]
 
 
 def untied_lines(model: nn.Module, adapter_name: str) -> list[str]:

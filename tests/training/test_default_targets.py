@@ -155,6 +155,9 @@ def test_the_callback_alone_speaks_of_its_first_step(tmp_path: Path) -> None:
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             return self.student(batch[0]).square().mean()
 
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.Adam(self.parameters(), lr=1e-2)
+
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         make_trainer(tmp_path, LoraCallback(r=2)).fit(Idle(), Data())

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import LightningModule, seed_everything
-from torch import nn
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
 from torch.optim import SGD, Optimizer, lr_scheduler
 
 from lora_lightning import LoraCallback, LoraConfig, delete_adapter, inject_adapter, set_adapter
@@ -302,6 +303,87 @@ def test_adapter_joins_the_group_of_its_base_weight(tmp_path: Path) -> None:
         "embed.adapters.default.lora_A",
         "embed.adapters.default.lora_B",
     ]
+
+
+class Perceptual(LightningModule):
+    """Super-resolution: outputs are compared by a network that is frozen only by its optimizer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            self.net = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8))
+            self.features = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 6))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x = batch[0]
+        y = self.net(x + torch.randn_like(x))
+        return (self.features(y) - self.features(x)).square().mean()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", self.training_step(batch, batch_idx))
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam(self.net.parameters(), lr=0.02)
+
+
+NET = ["net.0", "net.2"]
+FEATURES = ["features.0", "features.2"]
+LEFT_OUT: dict[str, tuple[dict[str, Any], list[str]]] = {  # options, where adapters train
+    "default": ({}, NET),
+    "all layers": ({"target_modules": "all-layers"}, NET),
+    "biases": ({"bias": "all"}, NET),
+    "DoRA": ({"use_dora": True}, NET),
+    "by name": ({"target_modules": [*NET, *FEATURES]}, [*NET, *FEATURES]),
+    "by its module": ({"module": "features"}, FEATURES),  # where the optimizer has nothing of it
+}
+
+
+@pytest.mark.parametrize("name", LEFT_OUT)
+def test_what_the_optimizers_leave_out_stays_as_it_is(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options, trains = LEFT_OUT[name]
+    module, fresh = Perceptual(), Perceptual()
+    trainer = make_trainer(tmp_path, LoraCallback(r=2, **options), max_epochs=3)
+    trainer.fit(module, Data())
+    names = {id(p): n for n, p in module.named_parameters()}
+    (optimizer,) = trainer.optimizers
+    held = {names[id(p)] for group in optimizer.param_groups for p in group["params"]}
+    layers = {n.partition(".adapters")[0].removesuffix(".bias") for n in held}
+    assert layers == {*trains}
+    x = torch.randn(5, 8)
+    moved = not torch.equal(module.eval().features(x), fresh.features(x))
+    assert moved == (trains != NET)
+    assert all(p.grad is None for n, p in module.features.named_parameters() if trains == NET)
+    out = " ".join(capsys.readouterr().out.split())
+    said = "in no optimizer that configure_optimizers returns, so that adapters there do not train"
+    assert (f"{said}: features.0, features.2;" in out) == (trains == NET)
+
+
+def test_what_was_left_out_is_in_checkpoints_and_resumes(tmp_path: Path) -> None:
+    """As the next run finds it, whose optimizers may be others."""
+    straight = make_trainer(tmp_path / "a", LoraCallback(r=2), max_epochs=2)
+    module = Perceptual()
+    seed_everything(1)
+    straight.fit(module, Data())
+    seed_everything(1)
+    saver = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    make_trainer(tmp_path, LoraCallback(r=2), saver, max_epochs=1).fit(Perceptual(), Data())
+    again = Perceptual()
+    resumed = make_trainer(tmp_path, LoraCallback(r=2), max_epochs=2)
+    resumed.fit(again, Data(), ckpt_path=tmp_path / "epoch=0.ckpt")
+    for key, value in module.state_dict().items():
+        assert torch.equal(value, again.state_dict()[key]), key
+    both = Perceptual()
+    both.configure_optimizers = lambda: torch.optim.Adam(both.parameters())  # type: ignore[method-assign]
+    trainer = make_trainer(tmp_path, LoraCallback(r=2), max_epochs=1)
+    trainer.fit(both, Data())
+    assert sum(len(g["params"]) for o in trainer.optimizers for g in o.param_groups) == 8
+    both.configure_optimizers = lambda: torch.optim.Adam(both.net.parameters())  # type: ignore[method-assign]
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(both, Data())
+    assert sum(len(g["params"]) for o in trainer.optimizers for g in o.param_groups) == 4
 
 
 def test_optimizer_left_with_nothing(tmp_path: Path) -> None:
