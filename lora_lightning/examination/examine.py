@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,13 +12,20 @@ from lightning.pytorch import Callback, LightningModule
 
 from lora_lightning.errors import ConfigError
 from lora_lightning.examination.promises import PROMISES, in_words
-from lora_lightning.examination.recipe import Recipe, quiet
+from lora_lightning.examination.recipe import EPOCHS, Recipe, quiet
 from lora_lightning.examination.result import Examination, Finding
 from lora_lightning.examination.runs import Runs
 from lora_lightning.training.adapter_callback import AdapterCallback
 from lora_lightning.utilities.rng import random_state, set_random_state
 
 _TRAINS = "trains"
+# Arguments of a Trainer that would make something else of the runs.
+_OWN = {
+    "barebones", "callbacks", "default_root_dir", "devices", "enable_checkpointing",
+    "enable_progress_bar", "fast_dev_run", "limit_predict_batches", "limit_test_batches",
+    "limit_train_batches", "limit_val_batches", "max_epochs", "max_steps", "max_time",
+    "min_epochs", "min_steps", "num_nodes", "overfit_batches",
+}  # fmt: skip
 
 
 def examine(
@@ -51,20 +59,23 @@ def examine(
             or None where the module has its own.
         callback: The LoraCallback, or several callbacks, as a recipe: copies of it run.
         batches: Batches of an epoch.
-        trainer_options: Further arguments of each run's Trainer, such as `precision`.
+        trainer_options: Further arguments of each run's Trainer, such as `precision`. It is one
+            process with two epochs.
         show: Print the table.
 
     Returns:
         What was found, a row for each promise.
 
     Raises:
-        ConfigError: If `callback` is or has no LoraCallback, `make_module` or `make_data` is no
-            function, the former returns no module or the same one twice, or `batches` is no
-            positive number.
+        ConfigError: If `callback` is or has no LoraCallback that is enabled, or one that cannot be
+            copied, `make_module` or `make_data` is no function, the former returns no module or
+            the same one twice, `batches` is no positive number, or `trainer_options` has one that
+            an examination sets itself.
 
     """
     callbacks = tuple(callback) if isinstance(callback, (list, tuple)) else (callback,)
     _check(make_module, make_data, callbacks, batches)
+    _check_options(trainer_options or {})
     state = random_state()
     try:
         with tempfile.TemporaryDirectory(prefix="examination-") as folder:
@@ -82,11 +93,19 @@ def examine(
 def _check(
     make_module: object, make_data: object, callbacks: Sequence[object], batches: int
 ) -> None:
-    if not any(isinstance(one, AdapterCallback) for one in callbacks):
+    if not any(isinstance(one, AdapterCallback) and one.enabled for one in callbacks):
         raise ConfigError(
             f"examine is given {[_kind(one) for one in callbacks]} as its callbacks, but no "
-            "LoraCallback: there would be nothing to examine. (callback)"
+            "LoraCallback that is enabled: there would be nothing to examine. (callback)"
         )
+    for one in callbacks:
+        try:
+            copy.deepcopy(one)
+        except Exception as error:  # of the user's class
+            raise ConfigError(
+                f"A {_kind(one)} cannot be copied ({in_words(error)}), and each run of an "
+                "examination has callbacks of its own. Leave it out. (callback)"
+            ) from error
     if batches < 1:
         raise ConfigError(f"batches is {batches}; an epoch has at least one. (batches)")
     if isinstance(make_module, LightningModule) or not callable(make_module):
@@ -99,6 +118,16 @@ def _check(
             f"make_data is a {_kind(make_data)}; give a function that returns fresh data each "
             "time, such as the data module's class; or one that returns None where the module "
             "has its own. (make_data)"
+        )
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    own = [name for name in options if name in _OWN]
+    if own:
+        raise ConfigError(
+            f"trainer_options has {', '.join(own)}, but an examination sets this itself: it is "
+            f"{EPOCHS} epochs of a few `batches`, in one process, with checkpoints of its own, and "
+            "callbacks are given as `callback`. Leave it out. (trainer_options)"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import wraps
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -10,6 +11,7 @@ from torch.optim import Optimizer
 
 from lora_lightning.checkpoint.fingerprint import digest
 from lora_lightning.examination.state import own_tensors, tensors
+from lora_lightning.training.optimizers import is_left_out
 
 
 class GradientProbe(Callback):
@@ -23,7 +25,7 @@ class GradientProbe(Callback):
     ) -> None:
         """Look at all gradients."""
         for name, parameter in pl_module.named_parameters():
-            if parameter.requires_grad:
+            if parameter.requires_grad and not is_left_out(parameter):
                 gradient = parameter.grad
                 reached = gradient is not None and bool(gradient.count_nonzero())
                 self.reached[name] = reached or self.reached.get(name, False)
@@ -37,13 +39,16 @@ class OptimizerProbe(Callback):
         self.missing: list[str] = []
         self.more: list[str] = []
         self.held: list[str] = []
+        self.left_out: list[str] = []
         self.at_start: dict[str, Tensor] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take them down by name, and every tensor as it is then."""
         self.at_start = tensors(pl_module)
         names = {id(p): name for name, p in pl_module.named_parameters()}
-        trained = {name for name, p in pl_module.named_parameters() if p.requires_grad}
+        trains = {n: p for n, p in pl_module.named_parameters() if p.requires_grad}
+        self.left_out = sorted(name for name, p in trains.items() if is_left_out(p))
+        trained = trains.keys() - {*self.left_out}
         held: set[str] = set()
         for optimizer in trainer.optimizers:
             here = [
@@ -70,14 +75,15 @@ class MoveProbe(Callback):
         self._module: nn.Module = nn.Module()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Copy every tensor of the module as it was built."""
+        """Copy every tensor of the module as it was built, and begin to watch."""
         self.untouched = tensors(pl_module)
+        self._module, self._before = pl_module, _digests(pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to watch."""
-        self._module, self._before = pl_module, _digests(pl_module)
+        """Compare with what was built: a sanity check may have moved it. Watch the optimizers."""
+        self.compare()
         for optimizer in trainer.optimizers:
-            optimizer.register_step_post_hook(self._after_step)
+            self._watch(optimizer)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
@@ -91,8 +97,16 @@ class MoveProbe(Callback):
         self.moved |= {name for name in now if now[name] != self._before.get(name)}
         self._before = now
 
-    def _after_step(self, *_: Any) -> None:
-        self._before = _digests(self._module)
+    def _watch(self, optimizer: Any) -> None:
+        step = optimizer.step
+
+        @wraps(step)  # not by a hook, which wrappers of optimizers do not take
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            result = step(*args, **kwargs)
+            self._before = _digests(self._module)
+            return result
+
+        optimizer.step = watched
 
 
 def _digests(module: nn.Module) -> dict[str, str]:

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.loggers.logger import DummyLogger
 
 from lora_lightning.errors import ConfigError
+from lora_lightning.examination.leaves import leaves
 from lora_lightning.training.module_state import defines_hook
 from lora_lightning.utilities.rng import seed_all
 
@@ -32,14 +34,23 @@ STAGES = {
 
 
 class _Quiet(DummyLogger):
-    """Takes what modules log, images and all, and has no folder."""
+    """Takes what modules log, images and all; they may write files beside, as in real logs."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self._folder = folder
 
     @property
-    def save_dir(self) -> None:
-        return None
+    def save_dir(self) -> str:
+        return str(self._folder)
+
+    @property
+    def log_dir(self) -> str:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        return str(self._folder)
 
     def __reduce__(self) -> Any:  # DummyLogger's answers to pickle's questions cannot be pickled
-        return type(self), ()
+        return type(self), (self._folder,)
 
 
 @dataclass
@@ -87,7 +98,8 @@ class Recipe:
 
     def trainer(self, *more: Callback, adapted: bool = True) -> Trainer:
         """A Trainer of a few batches, with the user's callbacks before `more`, or without them."""
-        own = copy.deepcopy(self.callbacks) if adapted else ()
+        kept = tuple(c for c in self.callbacks if not isinstance(c, ProgressBar))
+        own = copy.deepcopy(kept) if adapted else ()
         small: dict[str, Any] = {
             "max_epochs": EPOCHS,
             "limit_train_batches": self.batches,
@@ -96,13 +108,15 @@ class Recipe:
             "limit_predict_batches": 2,
             "log_every_n_steps": 1,
             "devices": 1,
-            "logger": _Quiet(),
+            "logger": _Quiet(self.folder / "logs"),
             "enable_progress_bar": False,
             "enable_model_summary": False,
-            "enable_checkpointing": any(hasattr(c, "best_model_path") for c in (*own, *more)),
             "default_root_dir": self.folder,
         }
-        return Trainer(callbacks=[*own, *more, _Seed()], **{**small, **self.options})
+        callbacks = [*own, *more, _Seed()]
+        if not any(isinstance(c, ModelCheckpoint) for c in callbacks):
+            callbacks.append(ModelCheckpoint(save_top_k=0))  # modules may ask for it; never writes
+        return Trainer(callbacks=callbacks, **{**small, **self.options})
 
     def fit(
         self,
@@ -130,7 +144,8 @@ class Recipe:
         options: dict[str, Any] = {"datamodule" if is_module else "dataloaders": data}
         _seed(run, RUN_SEED)
         if stage == "predict":
-            return {"predictions": run.trainer.predict(run.module, ckpt_path=ckpt_path, **options)}
+            found = run.trainer.predict(run.module, ckpt_path=ckpt_path, **options)
+            return leaves(found, "predictions")
         way = run.trainer.validate if stage == "validate" else run.trainer.test
         logged = way(run.module, ckpt_path=ckpt_path, verbose=False, **options)
         return {name: value for one in logged for name, value in one.items()}

@@ -44,20 +44,25 @@ class Runs:
     @property
     def own_moves(self) -> set[str]:
         """What the module moves by itself, in a run without adapters."""
-        probe, error = self._plain
+        probe, _, error = self._plain
         if error is not None:
             raise error
         return probe.moved
 
+    @property
+    def plain_gradients(self) -> dict[str, bool]:
+        """Which parameter ever had a gradient without adapters."""
+        return self._plain[1].reached
+
     @cached_property
-    def _plain(self) -> tuple[MoveProbe, Exception | None]:
-        probe = MoveProbe()
+    def _plain(self) -> tuple[MoveProbe, GradientProbe, Exception | None]:
+        probes = MoveProbe(), GradientProbe()
         try:
-            self.recipe.fit(probe, adapted=False)
+            self.recipe.fit(*probes, adapted=False)
         except Exception as error:  # of the user's module
-            return probe, error
-        probe.compare()
-        return probe, None
+            return *probes, error
+        probes[0].compare()
+        return *probes, None
 
     @cached_property
     def of_base(self) -> Evaluations:
@@ -65,6 +70,27 @@ class Runs:
 
         A stage that fails so is none of this module's and these data's.
         """
+        return self._of_base()
+
+    @cached_property
+    def of_base_unfused(self) -> Evaluations:
+        """The same without torch's fused kernels of Transformer layers in eval mode."""
+        enabled = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            return self._of_base()
+        finally:
+            torch.backends.mha.set_fastpath_enabled(enabled)
+
+    def by_chance(self, stage: str) -> set[str]:
+        """What a stage gives otherwise when it is run once more, before any training."""
+        return {*differences(self.of_base[stage], self._of_base_again[stage])}
+
+    @cached_property
+    def _of_base_again(self) -> Evaluations:
+        return self._of_base()
+
+    def _of_base(self) -> Evaluations:
         found = {}
         for stage in self.recipe.stages():
             run = Run(self.recipe.trainer(adapted=False), self.recipe.module())
@@ -158,16 +184,19 @@ class Runs:
         assert self.saved.trainer  # they are written by then
         return _in_order(self.recipe.folder / "saved" / "epochs")
 
-    def within_epoch(self) -> Path | None:
-        """A checkpoint from the middle of the last epoch; None where an epoch is one step."""
+    def within_epoch(self) -> list[Path]:
+        """Two checkpoints in a row from the middle of the last epoch, as far as it has as many."""
         assert self.saved.trainer
         steps = _in_order(self.recipe.folder / "saved" / "steps")
         of_epoch = len(steps) // EPOCHS
-        return steps[(EPOCHS - 1) * of_epoch + of_epoch // 2 - 1] if of_epoch > 1 else None
+        inside = steps[(EPOCHS - 1) * of_epoch : -1]
+        middle = max(of_epoch // 2 - 1, 0)
+        return inside[middle : middle + 2]
 
     def content(self, checkpoint: Path) -> dict[str, Any]:
         """What a checkpoint holds."""
-        content: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        # Our own, of this moment: it may hold objects, as hyperparameters.
+        content: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=False)
         return content
 
     def _savers(self, name: str) -> list[ModelCheckpoint]:

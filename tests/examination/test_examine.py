@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import os
+import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -400,6 +403,277 @@ def test_what_differs_by_itself_is_no_fault(tmp_path: Path) -> None:
     row = found("resume at an epoch's end", Clocked, lora(), tmp_path)
     assert row.holds is None
     assert row.reason.startswith("two uninterrupted runs from the same seed differ, too, in ")
+
+
+# -- what people's modules do, which is no fault of theirs ------------------------------------------
+
+
+@dataclass
+class Prediction:
+    scores: np.ndarray
+    label: Tensor
+
+
+class Plain:
+    def __init__(self, value: Any) -> None:
+        self.value = value
+        self.itself = self
+
+
+class Predicts(Net):
+    """Returns what `kind` makes of a tensor."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.save_hyperparameters()
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        y = self(batch[0]).softmax(-1)
+        return {
+            "array": lambda: y.numpy(),
+            "arrays": lambda: [y.numpy(), {"names": np.array(["a", "b"]), "mean": y.mean()}],
+            "dataclass": lambda: Prediction(y.numpy(), y.argmax()),
+            "object": lambda: Plain(y),
+            "sparse": lambda: y.to_sparse(),
+            "nothing": lambda: None,
+        }[self.kind]()
+
+
+EVALUATIONS = [
+    "starts as the base", "evaluation by ckpt_path", "evaluation in a fresh process",
+    "load_from_checkpoint",
+]  # fmt: skip
+
+
+def all_found(
+    make: Any,
+    folder: Path,
+    names: list[str],
+    callback: Any = None,
+    data: Any = Data,
+    **options: Any,
+) -> dict[str, Finding]:
+    callbacks = (lora() if callback is None else callback,)
+    runs = Runs(Recipe(make, data, callbacks, folder, 4, {**CPU, **options}))
+    with quiet():
+        return {name: finding(name, runs) for name in names}
+
+
+def array() -> Predicts:
+    return Predicts("array")
+
+
+def test_predictions_of_a_fresh_process(tmp_path: Path) -> None:
+    for row in all_found(array, tmp_path, EVALUATIONS).values():
+        assert row.holds, row
+
+
+@pytest.mark.parametrize("kind", ["arrays", "dataclass", "object", "sparse", "nothing"])
+def test_predictions_of_every_kind(kind: str, tmp_path: Path) -> None:
+    rows = all_found(lambda: Predicts(kind), tmp_path, EVALUATIONS[:2])
+    assert all(row.holds for row in rows.values()), rows
+    wrong = found("starts as the base", lambda: Predicts(kind), lora(StartsElsewhere), tmp_path)
+    assert wrong.holds is False
+    assert (kind == "nothing") != ("predict: predictions" in wrong.reason)
+
+
+class TimesValidation(Net):
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        super().validation_step(batch, batch_idx)
+        self.log("seconds", torch.tensor(time.perf_counter()))
+
+
+def test_a_validation_that_logs_a_time(tmp_path: Path) -> None:
+    rows = all_found(TimesValidation, tmp_path, EVALUATIONS)
+    for row in rows.values():
+        assert row.holds, row
+        assert "but for what no two evaluations have alike: validate: seconds (" in row.reason
+    wrong = found("starts as the base", TimesValidation, lora(StartsElsewhere), tmp_path)
+    assert wrong.holds is False
+
+
+class WritesFiles(Net):
+    """Samples beside the logs, and a look at the best checkpoint, as from Lightning's defaults."""
+
+    def on_fit_end(self) -> None:
+        for folder in (self.logger.log_dir, self.logger.save_dir):
+            Path(folder, "sample.txt").write_text("a sample")
+        assert isinstance(self.trainer.checkpoint_callback.best_model_path, str)
+
+
+def test_files_beside_the_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    row = examine(WritesFiles, Data, lora(), trainer_options=CPU, batches=1, show=False)["trains"]
+    assert row.holds, row
+    assert list(tmp_path.iterdir()) == []
+
+
+class SavesSome(Net):
+    def __init__(self, backbone: nn.Module, width: int = 8) -> None:
+        super().__init__(width)
+        self.save_hyperparameters(ignore=["backbone"])
+
+
+class SavesObjects(Net):
+    def __init__(self, part: Any) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+
+
+def test_arguments_that_are_not_saved_or_not_plain(tmp_path: Path) -> None:
+    row = found("load_from_checkpoint", lambda: SavesSome(nn.Linear(2, 2)), lora(), tmp_path)
+    assert row.holds is None
+    assert "SavesSome does not save backbone: call self.save_hyperparameters()" in row.reason
+    names = ["checkpoint complete", "resume at an epoch's end", "evaluation by ckpt_path"]
+    rows = all_found(lambda: SavesObjects(nn.Linear(2, 2)), tmp_path / "b", names)
+    assert rows.pop("checkpoint complete").holds
+    for row in rows.values():
+        assert row.holds is False
+        assert (
+            "beside tensors and plain values it holds torch.nn.modules.linear.Linear" in row.reason
+        )
+        assert row.reason.isprintable()
+
+
+class ActNorm(Net):
+    """What it scales by is found in its first forward: in Lightning's sanity check."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(8))
+        self.register_buffer("known", torch.tensor(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.known:
+            self.scale.data = 1 / (x.detach().std(0) + 0.1)
+            self.known += 1
+        return super().forward(x * self.scale)
+
+
+def test_a_start_that_depends_on_data(tmp_path: Path) -> None:
+    rows = all_found(ActNorm, tmp_path, ["base untouched", "resume at an epoch's end"])
+    assert all(row.holds for row in rows.values()), rows
+    assert "the module itself moves scale, known" in rows["base untouched"].reason
+
+
+class Encoder(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.encoder(x[:, None])[:, 0])
+
+
+def test_fused_kernels_of_torch(tmp_path: Path) -> None:
+    row = found("starts as the base", Encoder, lora(target_modules=["linear1"]), tmp_path)
+    assert row.holds, row
+    if "but for rounding" not in row.reason:  # the same bits on this machine
+        assert row.reason == "validate, test, predict"
+    wrong = found("starts as the base", Encoder, lora(StartsElsewhere), tmp_path)
+    assert wrong.holds is False
+
+
+class Lookahead(torch.optim.SGD):
+    """Every second step goes back half of the way; it does not save where it is."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, lr=0.1)
+        self.count = 0
+        self.slow = [p.detach().clone() for g in self.param_groups for p in g["params"]]
+
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
+        self.count += 1
+        params = [p for g in self.param_groups for p in g["params"]]
+        for p, slow in zip(params, self.slow, strict=False):
+            if self.count % 2 == 0:
+                slow.add_(p.detach() - slow, alpha=0.5)
+                p.data.copy_(slow)
+        return loss
+
+
+class LooksAhead(Net):
+    def configure_optimizers(self) -> Any:
+        return Lookahead([p for p in self.parameters() if p.requires_grad])
+
+
+def test_what_returns_every_second_step_is_found(tmp_path: Path) -> None:
+    names = ["what moves still moves", "resume within an epoch"]
+    rows = all_found(LooksAhead, tmp_path, names)
+    assert rows["what moves still moves"].holds
+    assert rows["resume within an epoch"].holds is False
+
+
+class Stops(Net):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if batch_idx == 2:
+            raise AssertionError  # of a bare `assert`
+        return super().training_step(batch, batch_idx)
+
+
+def test_an_error_without_words_says_where() -> None:
+    row = examine(Stops, Data, lora(), trainer_options=CPU, show=False)["trains"]
+    assert "AssertionError: test_examine.py, line " in row.reason
+    assert row.reason.endswith("in training_step: raise AssertionError  # of a bare `assert`")
+
+
+class WithTarget(Net):
+    """A target network (DQN): a free copy that the module moves, and that gets no gradient."""
+
+    def __init__(self, all_of_it: bool) -> None:
+        super().__init__()
+        self.all_of_it = all_of_it
+        self.target = copy.deepcopy(self.body)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        with torch.no_grad():
+            for t, s in zip(self.target.parameters(), self.body.parameters(), strict=True):
+                t.mul_(0.9).add_(s, alpha=0.1)
+            wanted = self.target(batch[0][:, :1] * torch.ones(16))
+        y = self.body(batch[0][:, :1] * torch.ones(16))
+        return super().training_step(batch, batch_idx) + (y - wanted).square().mean()
+
+    def configure_optimizers(self) -> Any:
+        parts = (self,) if self.all_of_it else (self.embed, self.body, self.head)
+        return torch.optim.Adam([p for part in parts for p in part.parameters()], lr=0.01)
+
+
+@pytest.mark.parametrize("all_of_it", [True, False])
+def test_a_target_network_gets_no_gradient(all_of_it: bool, tmp_path: Path) -> None:
+    names = ["gradients reach every adapter", "optimizers hold exactly what trains"]
+    rows = all_found(lambda: WithTarget(all_of_it), tmp_path, names)
+    assert all(row.holds for row in rows.values()), rows
+    words = ("in none of target", "as without adapters") if all_of_it else ("none of target",)
+    row = rows[names[0] if all_of_it else names[1]]
+    assert all(word in row.reason for word in words)
+    assert "leave out" in row.reason or all_of_it
+
+
+class Uncopied(LoraCallback):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.lock = threading.Lock()
+
+
+def test_options_that_are_the_examinations_own() -> None:
+    for options, words in (
+        ({"devices": 2, "strategy": "ddp"}, "trainer_options has devices, but"),
+        ({"max_epochs": 1}, "has max_epochs"),
+        ({"fast_dev_run": True, "callbacks": []}, "has fast_dev_run, callbacks"),
+    ):
+        arguments = {"trainer_options": options, "show": False}
+        assert words in message_of(ConfigError, examine, Net, Data, lora(), **arguments)
+    assert "that is enabled" in message_of(ConfigError, examine, Net, Data, lora(enabled=False))
+    said = message_of(ConfigError, examine, Net, Data, lora(Uncopied))
+    assert "A Uncopied cannot be copied (TypeError: cannot pickle '_thread.lock' object)" in said
+
+
+def test_a_precision_that_only_a_trainer_knows(tmp_path: Path) -> None:
+    row = all_found(Random, tmp_path, ["load_from_checkpoint"], precision="64-true")
+    assert row["load_from_checkpoint"].holds is not False
 
 
 class Clocked(Net):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import os
+import pickle
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator
@@ -25,7 +26,12 @@ from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import Strategy
 
-from lora_lightning.checkpoint.integrity import HASHES, damaged_parts, with_hashes
+from lora_lightning.checkpoint.integrity import (
+    HASHES,
+    damaged_parts,
+    why_unreadable,
+    with_hashes,
+)
 from lora_lightning.checkpoint.peft.config import CONFIG
 from lora_lightning.checkpoint.sharded_folder import is_checkpoint_folder
 from lora_lightning.checkpoint.state_dict import KEY
@@ -207,6 +213,10 @@ def damage_explained(path: str | Path) -> Iterator[None]:
         found = damage(file) if file is not None and file.is_file() else None
         if file is not None and found is None and "PytorchStreamReader" in str(error):
             found = str(error).partition(". ")[0]  # in a field that Python's reader leaves out
+        if found is None and isinstance(error, pickle.UnpicklingError):
+            raise CheckpointError(
+                f"{str(path)!r} cannot be read as a checkpoint: {why_unreadable(error)}."
+            ) from error
         if file is None or found is None:
             raise
         raise _damaged(file, found) from error
