@@ -40,7 +40,8 @@ def read_adapter_checkpoint(
     if not isinstance(checkpoint, dict) or KEY not in checkpoint:
         raise CheckpointError(
             f"{str(file)!r} is no adapter checkpoint: it was not written by a run with "
-            "LoraCallback. A PEFT adapter is loaded from its folder."
+            "LoraCallback (one that trained all of the module is loaded by the module's own "
+            "load_from_checkpoint, with its arguments). A PEFT adapter is loaded from its folder."
         )
     metadata = checkpoint[KEY]
     found = metadata.get("format") if isinstance(metadata, dict) else None

@@ -18,6 +18,7 @@ KEY = "lora_lightning"  # under which a Lightning checkpoint says whose adapters
 FORMAT = 1  # of what it says there
 # Under which a LightningModule without hyperparameters says how it is made again.
 OPTIONS = "module_options"
+TASK = "lora_lightning_task"  # the class of one that this library has
 
 
 def adapter_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:

@@ -32,6 +32,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lora_lightning.adapters.base import AdapterModule
 from lora_lightning.adapters.carried import is_carried, mark_alike, mark_carried, starts_alike
@@ -44,7 +45,7 @@ from lora_lightning.layers.torch_fast_path import close_fast_path
 from lora_lightning.layers.traversal import named_adapted_layers, walk
 from lora_lightning.utilities.dtensor import is_sharded
 
-Layout = tuple[type[nn.Module], tuple[tuple[str, torch.Size], ...]]
+Layout = tuple[type[nn.Module], tuple[tuple[str, torch.Size | None], ...]]
 
 
 @dataclass(frozen=True)
@@ -251,7 +252,8 @@ def _has_parameters(module: nn.Module, recurse: bool = True) -> bool:
 
 
 def _layout(module: nn.Module) -> Layout:
-    return type(module), tuple((name, p.shape) for name, p in module.named_parameters())
+    shapes = ((n, None if is_lazy(p) else p.shape) for n, p in module.named_parameters())
+    return type(module), tuple(shapes)
 
 
 def _same_values(one: nn.Module, other: nn.Module) -> bool:
@@ -260,6 +262,7 @@ def _same_values(one: nn.Module, other: nn.Module) -> bool:
 
 def _equal(one: Tensor, other: Tensor) -> bool:
     unknown = one.is_meta or other.is_meta or is_sharded(one) or is_sharded(other)
+    unknown |= is_lazy(one) or is_lazy(other)
     if unknown or one is other or one.dtype != other.dtype:
         return False
     return torch.equal(one, other.to(one.device))

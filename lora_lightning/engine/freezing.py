@@ -12,12 +12,14 @@ from collections.abc import Iterator
 from weakref import WeakKeyDictionary
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from lora_lightning.adapters.modules_to_save import base_tensors_of
 from lora_lightning.engine.bias import trained_biases
+from lora_lightning.errors import AdapterStateError
 from lora_lightning.layers.quantized.bitsandbytes import is_linear4bit, is_linear8bit
 from lora_lightning.layers.quantized.torchao import has_torchao_weight
-from lora_lightning.layers.traversal import walk
+from lora_lightning.layers.traversal import named_parameters, walk
 
 _RECORD = "_frozen_for_adapters"
 _QUANTISED = "_frozen_before_quantised"
@@ -25,7 +27,18 @@ _kept_beside: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
 
 def freeze_parameters(model: nn.Module) -> None:
-    """`requires_grad=False` on everything that is in no adapter."""
+    """`requires_grad=False` on everything that is in no adapter.
+
+    Raises:
+        AdapterStateError: If a layer is lazy: it has no weights yet that could be frozen, or saved.
+
+    """
+    lazy = [name for name, parameter in named_parameters(model) if is_lazy(parameter)]
+    if lazy:
+        raise AdapterStateError(
+            f"{lazy[0]!r} is lazy and has no size yet: it would be made at random later, as a part "
+            "of the base that is in no file. Run one batch through the model first. (model)"
+        )
     kept = {id(record.parameter(module)) for _, module, record in trained_biases(model)}
     free = {module: _free_parameters(module) for _, module in walk(model)}
     for module, parameters in free.items():  # after all are found: one may have several owners

@@ -224,18 +224,18 @@ def _put_on(
     adapters = make_adapters(context, new.targets, selection, adapters_named(model, name))
     others = adapter_names(model)
     active = not others or name in active_adapters(model)
+    modes = {path: _mode_of(module, model) for path, module in new.saved.items()}
     if not others:
         freeze(model)
     for path, adapter in adapters.items():
         attach_adapter(new.targets[path], AdaptedLayer, name, adapter)
     for path, module in new.tokens.items():
         train_tokens(context, model, path, module, selection)
-    for module in new.saved.values():
+    for path, module in new.saved.items():
         trained = ModulesToSaveCopy(module, config, context.device, partly_frozen(module))
         plain = AdaptedSequential if isinstance(module, nn.Sequential) else AdaptedLayer
         attach_adapter(module, layer_type_for(module) or plain, name, trained)
-        # Also where the module itself is a frozen norm layer
-        module.get_submodule("adapters").train(model.training)
+        module.get_submodule("adapters").train(modes[path])
     for module in new.biases:
         train_bias(module, name)
     for adapter in adapters_named(model, name).values():
@@ -309,6 +309,13 @@ def check_unmerged(model: nn.Module, adapter_name: str | None = None) -> None:
                 f"Adapters {layer.merged_adapters} are merged into the base ({path!r}, for one). "
                 "Call unmerge_adapter(model) first."
             )
+
+
+def _mode_of(module: nn.Module, model: nn.Module) -> bool:
+    """Whether the module is in train mode, or would be if it were no norm frozen for adapters."""
+    if isinstance(module, AdaptedLayer):
+        return module.adapters.training
+    return model.training if "train" in module.__dict__ else module.training
 
 
 def _without_adapter(modules: dict[str, nn.Module], name: str) -> dict[str, nn.Module]:

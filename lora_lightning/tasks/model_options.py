@@ -34,6 +34,8 @@ class ModelOptions:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
+        if isinstance(self.dtype, torch.dtype):  # as transformers takes it, too
+            object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
         check_choice("dtype", self.dtype, Dtype)
         check_choice("quantize", self.quantize, Quantization)
         if self.quantize and not self.pretrained:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import Any, ClassVar
 
 import torch
@@ -10,7 +11,7 @@ from lightning.pytorch import Callback
 from torch import Tensor, nn
 
 from lora_lightning.adapters.base import Adapter
-from lora_lightning.checkpoint.state_dict import OPTIONS
+from lora_lightning.checkpoint.state_dict import OPTIONS, TASK
 from lora_lightning.errors import ConfigError, first_few
 from lora_lightning.layers.traversal import adapter_owners
 from lora_lightning.tasks.evaluation import Evaluation
@@ -95,7 +96,7 @@ class PretrainedTask(Evaluation):
         super().__init__()
         check_not_negative(learning_rate=learning_rate, weight_decay=weight_decay)
         check_schedule(lr_schedule, warmup_fraction, warmup_steps)
-        self.model_name = model
+        self.model_name = os.fspath(model)  # a Path, too
         self.options = ModelOptions(
             dtype=dtype,
             attn_implementation=attn_implementation,
@@ -210,6 +211,9 @@ class PretrainedTask(Evaluation):
         """Keep the options, and the weight decay, which parameters are grouped by."""
         super().on_save_checkpoint(checkpoint)
         checkpoint[OPTIONS] = self.options_to_keep()
+        checkpoint[TASK] = next(
+            cls.__name__ for cls in type(self).__mro__ if cls.__module__.startswith(__package__)
+        )
         trainer = trainer_of(self)
         if trainer is not None:
             checkpoint["precision"] = str(trainer.precision)

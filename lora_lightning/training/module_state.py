@@ -91,7 +91,12 @@ def override_hook(module: LightningModule, hook: str, override: Callable[..., An
 def original_hook(module: LightningModule, hook: str) -> Callable[..., Any]:
     """The hook that an override stands before."""
     on_instance: Callable[..., Any] | None = module_state(module).original_hooks.get(hook)
-    return on_instance or MethodType(getattr(type(module), hook), module)
+    if on_instance is not None:
+        return on_instance
+    # As Python binds it, be it a static or a class method.
+    found = next(vars(cls)[hook] for cls in type(module).__mro__ if hook in vars(cls))
+    bound: Callable[..., Any] = found.__get__(module, type(module))
+    return bound
 
 
 def defines_hook(module: LightningModule, hook: str) -> bool:

@@ -204,7 +204,7 @@ LEFT_OVER: dict[str, dict[str, Any]] = {
     "LoRA-GA, converted": {"lora_ga_config": {"direction": "ArB2r", "stable_gamma": 16}},
     "EVA": {"init_lora_weights": "eva", "eva_config": {"rho": 2.0}},
     "Megatron": {"megatron_config": {"hidden_size": 8}, "megatron_core": "megatron.core"},
-    "ms-swift": {"lora_dtype": "bf16", "lorap_lr_ratio": 16.0, "use_merged_linear": False,
+    "ms-swift": {"lora_dtype": "bf16", "lorap_lr_ratio": 16.0, "lorap_emb_lr": 1e-6, "use_merged_linear": False,
                  "enable_lora": None, "use_qa_lora": False, "swift_type": "LORA"},
     "unsloth": {"auto_mapping": {"base_model_class": "LlamaForCausalLM", "unsloth_fixed": True,
                                  "parent_library": "transformers.models.llama.modeling_llama"}},

@@ -24,7 +24,7 @@ from lora_lightning import (
     load_from_checkpoint,
 )
 from lora_lightning.checkpoint.state_dict import OPTIONS
-from lora_lightning.errors import AdapterMismatchError, ModelError
+from lora_lightning.errors import AdapterMismatchError, CheckpointError, ModelError
 from tests.helpers.lightning_modules import make_trainer
 from tests.helpers.tensors import bit_equal
 from tests.helpers.tiny_bert import save_tiny_bert
@@ -93,6 +93,25 @@ def test_from_another_folder_offline(tmp_path: Path, monkeypatch: pytest.MonkeyP
         load_from_checkpoint(CausalLM, file)
     other = load_from_checkpoint(CausalLM, file, model=str(tmp_path / "moved"))
     assert bit_equal(other.eval()({"input_ids": IDS}), module({"input_ids": IDS}))
+
+
+def test_arguments_as_people_give_them(tmp_path: Path) -> None:
+    """Paths, dtypes of torch, and what tutorials give Lightning's own method."""
+    base = tiny_llama(tmp_path / "base")
+    module = CausalLM(base, dtype=torch.bfloat16)  # type: ignore[arg-type]
+    file = train(module, TextDataModule(texts(tmp_path), max_length=32), tmp_path)
+    assert module.model_name == str(base)
+    for more in ({"map_location": "cpu"}, {"map_location": torch.device("cpu")}, {"strict": False}):
+        loaded = load_from_checkpoint(CausalLM, file, model=base, **more)  # type: ignore[arg-type]
+        assert bit_equal(loaded.eval()({"input_ids": IDS}), module.eval()({"input_ids": IDS}))
+    meta = load_from_checkpoint(CausalLM, file, map_location="meta")
+    assert all(p.is_meta for p in meta.parameters())
+    with pytest.raises(CheckpointError, match=r"map_location is a dict; name the device"):
+        load_from_checkpoint(CausalLM, file, map_location={"cuda:0": "cpu"})
+    with pytest.raises(
+        CheckpointError, match=r"is the checkpoint of a CausalLM, not of a Sequence"
+    ):
+        load_from_checkpoint(SequenceClassification, file)
 
 
 def test_the_tokenizer_of_the_data(tmp_path: Path) -> None:

@@ -194,7 +194,7 @@ def test_what_only_looks_like_an_optimizer(tmp_path: Path) -> None:
     assert all(o.steps == 6 for o in trainer.optimizers)  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("form", ["keyword only", "anything"])
+@pytest.mark.parametrize("form", ["keyword only", "anything", "static", "class"])
 def test_setup_is_called_as_lightning_does(tmp_path: Path, form: str) -> None:
     seen: list[Any] = []
 
@@ -206,7 +206,18 @@ def test_setup_is_called_as_lightning_does(tmp_path: Path, form: str) -> None:
         def setup(self, *args: Any, **kwargs: Any) -> None:
             seen.append((args, kwargs))
 
-    kind = KeywordOnly if form == "keyword only" else Anything
+    class Static(SharedEncoder):
+        @staticmethod
+        def setup(stage: str) -> None:
+            seen.append(((), {"stage": stage}))
+
+    class OfClass(SharedEncoder):
+        @classmethod
+        def setup(cls, stage: str) -> None:
+            seen.append(((), {"stage": stage}))
+
+    kinds = {"keyword only": KeywordOnly, "static": Static, "class": OfClass}
+    kind = kinds.get(form, Anything)
     for callbacks in ([], [LoraCallback(CONFIG)]):
         make_trainer(tmp_path, *callbacks, fast_dev_run=True).fit(kind(), data())
     assert seen[0] == seen[1]

@@ -23,6 +23,7 @@ from lora_lightning.errors import (
     AdapterStateError,
     CheckpointError,
     ConfigError,
+    LoraError,
 )
 from tests.helpers.lightning_modules import OPTIONS, BuiltInConfigureModel, Data, Net, make_trainer
 from tests.helpers.tensors import adapter_tensors, assert_same_state
@@ -299,3 +300,17 @@ def test_base_on_the_meta_device(tmp_path: Path, make: Any, count: int, name: st
     assert not adapter_names(module)
     module.trainer = None
     assert type(pickle.loads(pickle.dumps(module))) is type(module)
+
+
+@pytest.mark.parametrize("options", [{}, {"target_modules": ["body.2"]}])
+def test_lazy_layers(options: dict[str, Any], tmp_path: Path) -> None:
+    """Wherever they are: what they become is a base that nobody has."""
+
+    class Lazy(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = torch.nn.LazyLinear(3)
+
+    trainer = make_trainer(tmp_path, LoraCallback(r=2, **options), num_sanity_val_steps=0)
+    with pytest.raises(LoraError, match=r"'head(.weight)?' .*is lazy and has no size yet"):
+        trainer.fit(Lazy(), Data())

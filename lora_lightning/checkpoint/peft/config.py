@@ -49,7 +49,10 @@ _START = {"corda_config", "eva_config", "loftq_config", "lora_ga_config"}
 _TRAINING = {
     "ensure_weight_tying",
     "lora_dtype",
+    "lorap_emb_lr",
     "lorap_lr_ratio",
+    "loraplus_lr_embedding",
+    "loraplus_lr_ratio",
     "megatron_config",
     "megatron_core",
     "merge_weights",

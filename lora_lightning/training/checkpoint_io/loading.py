@@ -12,7 +12,7 @@ from torch import nn
 
 from lora_lightning.checkpoint.loading import load_adapter
 from lora_lightning.checkpoint.single_file import read_adapter_checkpoint
-from lora_lightning.checkpoint.state_dict import KEY, OPTIONS
+from lora_lightning.checkpoint.state_dict import KEY, OPTIONS, TASK
 from lora_lightning.engine.injection import delete_adapter
 from lora_lightning.engine.switching import adapter_names, set_adapter
 from lora_lightning.errors import CheckpointError
@@ -25,8 +25,8 @@ def load_from_checkpoint(
 ) -> Module:
     """`module_class.load_from_checkpoint` for a checkpoint that a run with `LoraCallback` wrote.
 
-    The module is made from the checkpoint's hyperparameters, on the CPU; it brings its own base,
-    which has to be the one that the adapters were trained on. Then they are put on and act. No
+    The module is made from the checkpoint's hyperparameters; it brings its own base, which has to
+    be the one that the adapters were trained on. Then they are put on and act. No
     LoraCallback and no Trainer is needed. The tasks of this library keep their own options, and the
     precision of their base, in every checkpoint: with the same model at hand, the file is enough.
 
@@ -35,18 +35,28 @@ def load_from_checkpoint(
         checkpoint_path: The file.
         **kwargs: What `LightningModule.load_from_checkpoint` takes: hyperparameters that are to
             differ from the saved ones, or that were not saved; `weights_only=False` for a file
-            that you trust, whose hyperparameters or states hold objects of classes.
+            that you trust, whose hyperparameters or states hold objects of classes;
+            `map_location`: a device that the module is moved to, by default the CPU. `strict` has
+            no say: the base is in no file, and adapters are always complete.
 
     Returns:
         The module, in train mode, its adapters active.
 
     Raises:
-        CheckpointError: If the file is damaged or of another kind.
+        CheckpointError: If the file is damaged or of another kind, or another task wrote it.
         AdapterMismatchError: If adapters or base do not fit.
 
     """
     weights_only = kwargs.get("weights_only") is not False  # default: as torch has it
+    device = _device(kwargs.pop("map_location", None))
+    kwargs.pop("strict", None)
     checkpoint = read_adapter_checkpoint(checkpoint_path, weights_only)
+    task = checkpoint.get(TASK)
+    if isinstance(task, str) and task not in {kind.__name__ for kind in module_class.__mro__}:
+        raise CheckpointError(
+            f"{str(checkpoint_path)!r} is the checkpoint of a {task}, not of a "
+            f"{module_class.__name__}: load_from_checkpoint({task}, ...)."
+        )
     # Tensors come with the adapters; a `load_state_dict` of its own may ask for its other entries.
     owned = {key for entry in checkpoint[KEY]["adapters"].values() for key in entry["tensors"]}
     tensors = owned | checkpoint[KEY]["base"].keys()
@@ -74,4 +84,15 @@ def load_from_checkpoint(
         if name in adapter_names(module):  # they came with a network that is a hyperparameter
             delete_adapter(module, name)
     set_adapter(module, load_adapter(module, checkpoint_path, weights_only=weights_only))
-    return module
+    return module if device is None else module.to(device)
+
+
+def _device(map_location: Any) -> torch.device | None:
+    if map_location is None:
+        return None
+    if not isinstance(map_location, (str, int, torch.device)):
+        raise CheckpointError(
+            f"map_location is a {type(map_location).__name__}; name the device that the module is "
+            "to be on, such as 'cpu' or 'cuda:0'. (map_location)"
+        )
+    return torch.device(map_location)
