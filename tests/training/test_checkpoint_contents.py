@@ -6,6 +6,7 @@ fresh modules, ends in the same bits, and what is read back computes the same.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from pathlib import Path
 from typing import Any
@@ -166,7 +167,7 @@ def test_a_head_that_trains_and_whose_base_moves(tmp_path: Path) -> None:
     module = Clipped()
     run = trainer(tmp_path, LoraCallback(**options))
     run.fit(module, data())
-    path, x = saved(run), torch.ones(2, 8)
+    path, x = tmp_path / "step=8.ckpt", torch.ones(2, 8)
     expected = module.eval().output(x)
     assert torch.equal(load_from_checkpoint(Clipped, path).eval().output(x), expected)
     loaded = Clipped()
@@ -179,6 +180,37 @@ def test_a_head_that_trains_and_whose_base_moves(tmp_path: Path) -> None:
     again = trainer(tmp_path / "again", LoraCallback(init_from=str(path)), max_epochs=0)
     again.fit(begun, data())
     assert torch.equal(begun.eval().output(x), expected)
+
+
+class FollowedHead(Clipped):
+    """A head that trains in full, and a frozen copy that follows all that it has."""
+
+    def build(self) -> None:
+        super().build()
+        self.ema = copy.deepcopy(self.head).requires_grad_(False)
+
+    def output(self, x: Tensor) -> Tensor:
+        return super().output(x) + self.ema(self.net(x))
+
+    @torch.no_grad()
+    def on_train_batch_end(self, *args: Any) -> None:
+        for s, t in zip(self.head.parameters(), self.ema.parameters(), strict=True):
+            t.mul_(0.9).add_(s, alpha=0.1)
+
+
+def test_a_copy_that_follows_a_head(tmp_path: Path) -> None:
+    module, plain = FollowedHead(), FollowedHead()
+    options = {"r": 2, "target_modules": ["net"], "modules_to_save": ["head"]}
+    run = trainer(tmp_path, LoraCallback(**options))
+    run.fit(module, data())
+    x = torch.ones(2, 8)
+    expected = module.eval().output(x)
+    assert (module.ema.weight - plain.ema.weight).abs().max() > 1e-3
+    loaded = load_from_checkpoint(FollowedHead, tmp_path / "step=8.ckpt").eval()
+    assert torch.equal(loaded.output(x), expected)
+    other = FollowedHead()
+    load_adapter(other, tmp_path / "step=8.ckpt")
+    assert torch.equal(other.eval().output(x), expected)
 
 
 class MovesLate(InPlace):

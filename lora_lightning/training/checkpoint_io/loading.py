@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import warnings
 from typing import Any, TypeVar
 
@@ -59,8 +60,11 @@ def load_from_checkpoint(
         )
     # Tensors come with the adapters; a `load_state_dict` of its own may ask for its other entries.
     owned = {key for entry in checkpoint[KEY]["adapters"].values() for key in entry["tensors"]}
-    tensors = owned | checkpoint[KEY]["base"].keys()
     state = checkpoint["state_dict"]
+    # What trains in full, or follows it, has a base that no fingerprint holds.
+    in_full = re.compile(r"(.+)\.adapters\.[^.]+\.module\.(.+)").fullmatch
+    originals = {".".join(found.groups()) for found in map(in_full, state) if found}
+    tensors = owned | checkpoint[KEY]["base"].keys() | originals
     checkpoint["state_dict"] = {key: state[key] for key in state if key not in tensors}
     options = checkpoint.get(OPTIONS, {})
     if not isinstance(options, dict):
