@@ -13,6 +13,7 @@ from lora_lightning.callback import LoraCallback
 from lora_lightning.examination.examine import examine
 from lora_lightning.examination.recipe import quiet
 from lora_lightning.examination.result import Examination
+from lora_lightning.utilities.rng import random_state, set_random_state
 
 # Of the trainer's section; the rest, loggers and other callbacks say nothing of the module.
 _OPTIONS = (
@@ -56,7 +57,9 @@ class FromCommand:
 
     def __call__(self) -> Any:
         """Make all anew, and give the part that is asked for."""
+        state = random_state()
         built = _built(self.cli, self.arguments)
+        set_random_state(state)  # the first call in a process has made all of it once
         built.instantiate_classes()
         return getattr(built, self.part)
 

@@ -28,6 +28,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         + "\n\nimport os\n\n\nclass OfThisProcess(Net):\n"
         "    def predict_step(self, batch, batch_idx):\n"
         "        return self(batch[0]) + os.getpid()\n"
+        "\n\nclass Drawn(Net):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.head.reset_parameters()  # by the global generator, as most modules\n"
     )
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(CONFIG))
     monkeypatch.syspath_prepend(tmp_path)
@@ -36,7 +40,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_what_a_config_describes(folder: Path, monkeypatch: Any, capfd: Any) -> None:
-    output = run_command(folder, monkeypatch, capfd, "examine", "--config", "c.yaml")
+    arguments = ("examine", "--config", "c.yaml", "--model", "examined_modules.Drawn")
+    output = run_command(folder, monkeypatch, capfd, *arguments)
     assert output.count("│ yes   │") == 13
     assert "8 optimizer steps" in output
     assert "GPU available" not in output.partition("examination")[2]
