@@ -31,7 +31,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "\n\nclass Drawn(Net):\n"
         "    def __init__(self):\n"
         "        super().__init__()\n"
-        "        self.head.reset_parameters()  # by the global generator, as most modules\n"
+        "        self.embed.reset_parameters()  # by the global generator, as most modules\n"
     )
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(CONFIG))
     monkeypatch.syspath_prepend(tmp_path)
