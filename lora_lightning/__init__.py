@@ -64,8 +64,6 @@ if TYPE_CHECKING:
     from lora_lightning.engine.injection import delete_adapter as delete_adapter
     from lora_lightning.engine.injection import inject_adapter as inject_adapter
     from lora_lightning.engine.merging import merge_adapter as merge_adapter
-    from lora_lightning.engine.merging import merge_and_unload as merge_and_unload
-    from lora_lightning.engine.merging import unload as unload
     from lora_lightning.engine.merging import unmerge_adapter as unmerge_adapter
     from lora_lightning.engine.status import adapter_status as adapter_status
     from lora_lightning.engine.switching import active_adapters as active_adapters
@@ -75,6 +73,8 @@ if TYPE_CHECKING:
     from lora_lightning.engine.switching import scale_adapter as scale_adapter
     from lora_lightning.engine.switching import set_adapter as set_adapter
     from lora_lightning.engine.targets.selection import Selection as Selection
+    from lora_lightning.engine.unloading import merge_and_unload as merge_and_unload
+    from lora_lightning.engine.unloading import unload as unload
     from lora_lightning.errors import AdapterMismatchError as AdapterMismatchError
     from lora_lightning.errors import AdapterStateError as AdapterStateError
     from lora_lightning.errors import CheckpointError as CheckpointError

@@ -39,6 +39,7 @@ from lora_lightning.engine.freezing import (
 from lora_lightning.engine.loftq import original_weights, start_from_rounding_error
 from lora_lightning.engine.norm_stats import freeze_norm_stats, unfreeze_norm_stats
 from lora_lightning.engine.resizing import hold_sizes, release_sizes
+from lora_lightning.engine.saving import hold_saving, release_saving
 from lora_lightning.engine.switching import (
     activate_new,
     active_adapters,
@@ -244,6 +245,7 @@ def _put_on(
     close_fast_path(model)
     close_cpu_packing(model)
     hold_sizes(model)
+    hold_saving(model)
     activate_new(model, name, active)
     freeze_norm_stats(model)
     loftq = getattr(config, "loftq_config", None)
@@ -281,6 +283,8 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     close_cpu_packing(model)
     release_sizes(model)
     hold_sizes(model)
+    release_saving(model)
+    hold_saving(model)
     if not adapter_names(model):
         unfreeze_norm_stats(model)
         keep_records_beside(model)

@@ -11,18 +11,10 @@ from torch.nn.utils.parametrize import is_parametrized
 from lora_lightning.adapters.base import Adapter, AdapterModule
 from lora_lightning.adapters.modules_to_save import HeldTensors, base_tensors_of
 from lora_lightning.adapters.trainable_tokens import TiedTrainableTokensAdapter
-from lora_lightning.engine.bias import trained_biases
-from lora_lightning.engine.injection import delete_adapter
 from lora_lightning.engine.merge_check import checks_before_merge
-from lora_lightning.engine.switching import (
-    active_adapters,
-    adapter_names,
-    check_enabled,
-    set_adapter,
-)
+from lora_lightning.engine.switching import active_adapters, check_enabled
 from lora_lightning.errors import AdapterStateError
 from lora_lightning.layers.base import AdaptedLayer, WeightView
-from lora_lightning.layers.conversion import check_detachable
 from lora_lightning.layers.instance_forward import why_not_run
 from lora_lightning.layers.offloading import offloading_hook
 from lora_lightning.layers.traversal import named_adapted_layers
@@ -84,52 +76,9 @@ def unmerge_adapter(model: nn.Module) -> None:
         layer.unmerge()
 
 
-def merge_and_unload(model: nn.Module, names: str | Sequence[str] | None = None) -> nn.Module:
-    """Make the active adapters part of the base for good and take all adapters off.
-
-    Returns:
-        `model`, with the classes and parameter names it had before any adapter.
-
-    Raises:
-        AdapterStateError: As `merge_adapter`; nothing is changed then.
-
-    """
-    for path, layer in named_adapted_layers(model):
-        check_detachable(layer, path)
-    before = active_adapters(model)
-    trained = [(p, p.requires_grad) for p in model.parameters()]
-    if names is not None:
-        set_adapter(model, names)
-    try:
-        _check_weights(model, active_adapters(model), copies_too=True)
-        merge_adapter(model)
-    except AdapterStateError:
-        if names is not None:
-            set_adapter(model, before)
-            for parameter, required in trained:
-                parameter.requires_grad_(required)
-        raise
-    for _, layer in list(named_adapted_layers(model)):
-        layer.forget_originals()
-        layer.keep_trained()
-    for _, module, record in list(trained_biases(model)):
-        record.hidden = record.parameter(module).detach().clone()
-    return unload(model)
-
-
-def unload(model: nn.Module) -> nn.Module:
-    """Take all adapters off; the model is its base model again, bit for bit.
-
-    Returns:
-        `model`.
-
-    """
-    for path, layer in named_adapted_layers(model):
-        check_detachable(layer, path)
-    unmerge_adapter(model)
-    for name in adapter_names(model):
-        delete_adapter(model, name)
-    return model
+def check_mergeable(model: nn.Module) -> None:
+    """Refuse (AdapterStateError) where active adapters and trained copies cannot be the base."""
+    _check_weights(model, active_adapters(model), copies_too=True)
 
 
 def _check_weights(model: nn.Module, names: Sequence[str], copies_too: bool = False) -> None:

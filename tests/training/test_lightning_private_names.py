@@ -286,6 +286,19 @@ def test_saved_and_restored_results(tmp_path: Path) -> None:
     assert tensors == {"value": 2.0, "cumulated_batch_size": 6}  # 0 and 1 before, and 0
 
 
+def test_result_options(tmp_path: Path) -> None:
+    """Logged again with the same options, a restored result is taken for the same one."""
+
+    def ask(trainer: Trainer, _: Any) -> Any:
+        results = private.logged_results(trainer).values()
+        return {r.meta.name: private.result_options(r) for r in results}
+
+    options = during_fit(tmp_path, ask, module=Logging(), limit_train_batches=1)[0]["number"]
+    assert (options["plain"]["fx"], options["plain"]["on_step"]) == ("training_step", True)
+    assert options["reduce_fx"] == (False, "mean")
+    assert (options["sync_dist"], options["rank_zero_only"]) == (False, False)
+
+
 def test_restore_metric() -> None:
     metric, other = MeanMetric(), MeanMetric()
     metric.update(3.0)

@@ -58,14 +58,9 @@ def load_from_checkpoint(
             f"{str(checkpoint_path)!r} is the checkpoint of a {task}, not of a "
             f"{module_class.__name__}: load_from_checkpoint({task}, ...)."
         )
-    # Tensors come with the adapters; a `load_state_dict` of its own may ask for its other entries.
-    owned = {key for entry in checkpoint[KEY]["adapters"].values() for key in entry["tensors"]}
     state = checkpoint["state_dict"]
-    # What trains in full, or follows it, has a base that no fingerprint holds.
-    in_full = re.compile(r"(.+)\.adapters\.[^.]+\.module\.(.+)").fullmatch
-    originals = {".".join(found.groups()) for found in map(in_full, state) if found}
-    tensors = owned | checkpoint[KEY]["base"].keys() | originals
-    checkpoint["state_dict"] = {key: state[key] for key in state if key not in tensors}
+    came_along = _with_the_adapters(checkpoint)
+    checkpoint["state_dict"] = {key: state[key] for key in state if key not in came_along}
     options = checkpoint.get(OPTIONS, {})
     if not isinstance(options, dict):
         raise CheckpointError(
@@ -100,3 +95,14 @@ def _device(map_location: Any) -> torch.device | None:
             "to be on, such as 'cpu' or 'cuda:0'. (map_location)"
         )
     return torch.device(map_location)
+
+
+def _with_the_adapters(checkpoint: dict[str, Any]) -> set[str]:
+    """Tensors that come with the adapters; a `load_state_dict` may ask for its other entries."""
+    owned = {key for entry in checkpoint[KEY]["adapters"].values() for key in entry["tensors"]}
+    # What trains in full, or follows it, has a base that no fingerprint holds.
+    in_full = re.compile(r"(.+)\.adapters\.[^.]+\.module\.(.+)").fullmatch
+    originals = {
+        ".".join(found.groups()) for found in map(in_full, checkpoint["state_dict"]) if found
+    }
+    return owned | checkpoint[KEY]["base"].keys() | originals
