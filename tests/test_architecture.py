@@ -218,6 +218,7 @@ def test_package_import_is_light() -> None:
     assert done.stdout.strip() == "False"
 
 
+@pytest.mark.slow
 def test_the_import_test_can_fail() -> None:
     assert "rich" in heavy_after("import lora_lightning.training.summary")
 

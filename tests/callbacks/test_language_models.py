@@ -58,6 +58,7 @@ def losses(folder: str, module: CausalLM | None = None) -> torch.Tensor:
     return torch.stack(rows)
 
 
+@pytest.mark.slow
 def test_a_causal_lm(tmp_path: Path, capsys: Any) -> None:
     folder = str(tiny_llama(tmp_path / "model"))
     module = CausalLM(folder, learning_rate=3e-2)

@@ -67,6 +67,7 @@ def final(folder: Path, run: str = "a") -> dict[str, torch.Tensor]:
     return torch.load(path, weights_only=True)["state_dict"]
 
 
+@pytest.mark.slow
 def test_fit_resume_validate(cli: Any, folder: Path) -> None:
     out = cli("fit", "--config", "my.yaml")
     assert "LoRA adapter 'default'" in out
@@ -120,6 +121,7 @@ def test_samples_and_progress(cli: Any, folder: Path) -> None:
     assert "trained on 64 samples in " in out
 
 
+@pytest.mark.slow
 def test_fit_says_whether_it_helped(cli: Any, folder: Path) -> None:
     out = cli("fit", "--config", "my.yaml", "--trainer.max_epochs", "8")
     title = "validation without and with the adapter, weights in memory (step 32)"
@@ -138,6 +140,7 @@ def test_fit_says_whether_it_helped(cli: Any, folder: Path) -> None:
     assert title not in cli("validate", "--config", config, "--ckpt_path", "best")
 
 
+@pytest.mark.slow
 def test_resume_from_the_middle_of_an_epoch(cli: Any, folder: Path) -> None:
     saver = {"filename": "{step}", "every_n_train_steps": 3, "save_last": True, "save_top_k": -1}
     entry = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": saver}
@@ -156,6 +159,7 @@ def test_resume_from_the_middle_of_an_epoch(cli: Any, folder: Path) -> None:
     assert differences(straight["optimizer_states"], resumed["optimizer_states"]) == []
 
 
+@pytest.mark.slow
 def test_section_and_callback_entry_are_the_same(cli: Any, folder: Path) -> None:
     more = ["--trainer.max_epochs", "2"]
     cli("fit", "--config", "my.yaml", *more)
@@ -181,6 +185,7 @@ def test_section_and_callback_entry_are_the_same(cli: Any, folder: Path) -> None
     assert "LoRA options are given twice" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ModelCheckpoint", "LoraCallback"])
 def test_a_single_callback_needs_no_list(cli: Any, folder: Path, name: str) -> None:
     lora = {"class_path": "lora_lightning.LoraCallback", "init_args": CONFIG["lora"]}
@@ -321,6 +326,7 @@ MISTAKES: dict[str, tuple[list[str], int, list[str]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistakes(cli: Any, folder: Path, mistake: str) -> None:
     arguments, code, sentences = MISTAKES[mistake]
@@ -349,6 +355,7 @@ def test_unknown_key_in_a_callback_entry(cli: Any, folder: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_damaged_checkpoint(cli: Any, folder: Path) -> None:
     cli("fit", "--config", "my.yaml")
     (path,) = (folder / "runs/a/checkpoints").glob("*.ckpt")
@@ -362,6 +369,7 @@ def test_damaged_checkpoint(cli: Any, folder: Path) -> None:
         )
 
 
+@pytest.mark.slow
 def test_the_newest_good_checkpoint_is_named(cli: Any, folder: Path) -> None:
     saver = {"filename": "{epoch}", "save_top_k": -1}
     entry = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": saver}
@@ -384,6 +392,7 @@ def test_printed_commands_keep_brackets(cli: Any) -> None:
     assert "fit --config my.yaml --lora.target_modules '[embed]' --ckpt_path last" in out
 
 
+@pytest.mark.slow
 def test_last_is_kept_beside_the_best(cli: Any, folder: Path) -> None:
     saver = {"monitor": "val_loss", "mode": "max", "filename": "best", "dirpath": "runs/elsewhere"}
     entry = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": saver}
@@ -419,6 +428,7 @@ def test_messages_of_others(cli: Any, monkeypatch: Any, capfd: Any) -> None:
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.slow
 def test_help_explains_every_option(cli: Any, folder: Path) -> None:
     text = cli("fit", "--help")
     for option in (

@@ -39,6 +39,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_what_a_config_describes(folder: Path, monkeypatch: Any, capfd: Any) -> None:
     arguments = ("examine", "--config", "c.yaml", "--model", "examined_modules.Drawn")
     output = run_command(folder, monkeypatch, capfd, *arguments)
@@ -48,6 +49,7 @@ def test_what_a_config_describes(folder: Path, monkeypatch: Any, capfd: Any) -> 
     assert {*os.listdir(folder)} - {"__pycache__"} == {"c.yaml", "examined_modules.py"}
 
 
+@pytest.mark.slow
 def test_what_does_not_hold_is_an_exit_code(folder: Path, monkeypatch: Any, capfd: Any) -> None:
     options = ("--model", "examined_modules.OfThisProcess", "--batches", "3")
     output = run_command(

@@ -65,6 +65,7 @@ def predictions(folder: Path) -> list[dict[str, Any]]:
     return torch.load(path, weights_only=True)
 
 
+@pytest.mark.slow
 def test_images(cli: Any, folder: Path) -> None:
     out = cli(IMAGES, "fit")
     assert "val_accuracy" in out
@@ -82,6 +83,7 @@ def test_images(cli: Any, folder: Path) -> None:
     assert rows[31]["probabilities"] == batch["probabilities"][31].tolist()
 
 
+@pytest.mark.slow
 def test_words(cli: Any, folder: Path) -> None:
     out = cli(WORDS, "fit")
     assert "val_entity_f1" in out
@@ -90,6 +92,7 @@ def test_words(cli: Any, folder: Path) -> None:
     assert [len(labels) for labels in batch["labels"]] == [2, 4]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "option", "problem"),
     [

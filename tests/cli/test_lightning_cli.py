@@ -82,6 +82,7 @@ CONFIGS: dict[str, tuple[str, AdapterConfig]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("text", "config"), CONFIGS.values(), ids=CONFIGS)
 def test_plain_cli_takes_any_config(in_folder: Path, text: str, config: AdapterConfig) -> None:
     """Without settings of its own for jsonargparse; what it saves gives the same again."""
@@ -131,6 +132,7 @@ def test_plain_cli_with_a_model_that_is_not_built_yet(in_folder: Path) -> None:
     cli("fit", *SHORT, model=BuiltInConfigureModel)
 
 
+@pytest.mark.slow
 def test_plain_cli_resumes_and_evaluates(in_folder: Path) -> None:
     """It reads the file with weights_only=True whatever one says, and takes hparams out of it."""
     cli("fit", *SHORT, model=WithHparams)

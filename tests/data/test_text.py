@@ -116,6 +116,7 @@ def test_the_comparison_of_modes_can_fail(model, train):
     assert sum(learned(data.train_dataloader()).values()) < 0.7 * sum(examples.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_the_order_follows_seed_and_epoch(mode, model, train):
     def epochs(seed: int) -> list[list[Any]]:

@@ -22,6 +22,7 @@ def ids_of(tokenizer, text):
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("manner", MANNERS)
 @settings(max_examples=200, deadline=None)
 @given(texts=st.lists(st.lists(piece, min_size=1, max_size=4), min_size=1, max_size=3))
@@ -37,6 +38,7 @@ def test_pieces_are_the_text(manner, texts):
         assert tokenizer.decode(ids) == tokenizer.decode(ids_of(tokenizer, text))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("manner", MANNERS)
 @settings(max_examples=100, deadline=None)
 @given(first=piece, second=piece)

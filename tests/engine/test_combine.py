@@ -271,6 +271,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_cat_is_the_exact_sum_on_every_kind_of_module(options):
     bias = {"target_modules": EVERY[1:-1]} if options.get("lora_bias") else {}

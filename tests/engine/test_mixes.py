@@ -310,7 +310,7 @@ class Mixes(RuleBasedStateMachine):
                 assert bit_equal(self.model.state_dict()[key], tensor)
 
 
-TestMixes = Mixes.TestCase
+TestMixes = pytest.mark.slow(Mixes.TestCase)
 TestMixes.settings = settings(
     max_examples=40, stateful_step_count=20, deadline=None, derandomize=True, database=None
 )
@@ -426,7 +426,7 @@ class BaseInHalf(RuleBasedStateMachine):
                 assert bit_equal(self.model.state_dict()[key], tensor)
 
 
-TestBaseInHalf = BaseInHalf.TestCase
+TestBaseInHalf = pytest.mark.slow(BaseInHalf.TestCase)
 TestBaseInHalf.settings = settings(
     max_examples=40, stateful_step_count=20, deadline=None, derandomize=True, database=None
 )

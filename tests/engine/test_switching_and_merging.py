@@ -180,7 +180,7 @@ class Adapters(RuleBasedStateMachine):
                 assert before.__dict__.keys() == after.__dict__.keys()
 
 
-TestAdapters = Adapters.TestCase
+TestAdapters = pytest.mark.slow(Adapters.TestCase)
 TestAdapters.settings = settings(
     max_examples=40, stateful_step_count=20, deadline=None, derandomize=True, database=None
 )

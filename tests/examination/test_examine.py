@@ -54,6 +54,7 @@ def found(
         return finding(name, Runs(recipe))
 
 
+@pytest.mark.slow
 def test_a_module_that_keeps_every_promise(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
@@ -96,6 +97,7 @@ def test_what_cannot_be_examined_says_why(capsys: Any) -> None:
     assert "call self.save_hyperparameters()" in reasons["load_from_checkpoint"]
 
 
+@pytest.mark.slow
 def test_what_the_module_moves_itself_is_named() -> None:
     folder = {"trainer_options": CPU, "show": False}
     row = examine(SpectralNorm, Points, lora(), **folder)["base untouched"]
@@ -151,12 +153,14 @@ class NoTestData(Data):
         raise ValueError("there are none")
 
 
+@pytest.mark.slow
 def test_a_base_that_the_trainer_casts() -> None:
     options = {**CPU, "precision": "bf16-true"}
     found = examine(Net, Data, lora(), trainer_options=options, show=False)
     assert {row.name: row.reason for row in found.rows if row.holds is not True} == {}
 
 
+@pytest.mark.slow
 def test_layers_that_are_built_later() -> None:
     found = examine(Timed, NoTestData, lora(), trainer_options=CPU, show=False)
     assert {row.name: row.reason for row in found.rows if row.holds is not True} == {}
@@ -190,6 +194,7 @@ def test_layers_that_load_from_checkpoint_does_not_build(tmp_path: Path) -> None
     assert row.reason.startswith("where setup() builds layers, load_from_checkpoint has none: ")
 
 
+@pytest.mark.slow
 def test_loaders_in_place_of_a_data_module() -> None:
     for make_data in (Data().train_dataloader, OwnLoaders.nothing):
         module = Net if make_data is not OwnLoaders.nothing else OwnLoaders
@@ -377,6 +382,7 @@ TWINS: dict[str, tuple[str, Any, type[LoraCallback], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("twin", TWINS)
 def test_every_promise_can_be_found_broken(twin: str, tmp_path: Path) -> None:
     name, module, callback, words = TWINS[twin]
@@ -469,6 +475,7 @@ def test_predictions_of_a_fresh_process(tmp_path: Path) -> None:
         assert row.holds, row
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["arrays", "dataclass", "object", "sparse", "nothing"])
 def test_predictions_of_every_kind(kind: str, tmp_path: Path) -> None:
     rows = all_found(lambda: Predicts(kind), tmp_path, EVALUATIONS[:2])
@@ -484,6 +491,7 @@ class TimesValidation(Net):
         self.log("seconds", torch.tensor(time.perf_counter()))
 
 
+@pytest.mark.slow
 def test_a_validation_that_logs_a_time(tmp_path: Path) -> None:
     rows = all_found(TimesValidation, tmp_path, EVALUATIONS)
     for row in rows.values():
@@ -502,6 +510,7 @@ class WritesFiles(Net):
         assert isinstance(self.trainer.checkpoint_callback.best_model_path, str)
 
 
+@pytest.mark.slow
 def test_files_beside_the_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     row = examine(WritesFiles, Data, lora(), trainer_options=CPU, batches=1, show=False)["trains"]

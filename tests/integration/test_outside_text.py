@@ -164,6 +164,7 @@ def test_samples_are_shown_escaped_and_kept_as_they_are(
     assert json.loads(files[0].read_text(encoding="utf-8")) == {"prediction": text}
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text('model: {"a\\e]52;c;aGk=\\ab": 1}\n')
     code = "from lora_lightning.cli.main import main; main()"

@@ -43,6 +43,7 @@ def _fresh() -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TYPES)
 def test_one_graph_for_all_states(name: str) -> None:
     model, backend, x = net(name), CompileCounter(), torch.randn(4, 6)

@@ -167,6 +167,7 @@ def close(ours, theirs, tolerance: float = 1e-10) -> None:
         torch.testing.assert_close(our, their, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inputs", INPUTS)
 @pytest.mark.parametrize("options", MODULES.values(), ids=MODULES)
 def test_outputs_and_gradients_are_those_of_changed_weights(options, inputs):

@@ -54,6 +54,7 @@ def lora(kind, **options):
     return LoraCallback(**{"r": 2, "target_modules": targets, "modules_to_save": [head], **options})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_learns(tmp_path, models, folder, others, kind):
     seed_everything(0, verbose=False)

@@ -66,6 +66,7 @@ def reviews(folder: Path) -> Path:
     return folder / "my.csv"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", BASES)
 def test_the_stock_config_and_what_is_served(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]

@@ -61,11 +61,13 @@ def assert_taken_up(make: type[Moving], folder: Path) -> Moving:
     return straight
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", MOVING, ids=lambda make: make.__name__)
 def test_taken_up_again_under_another_seed(make: type[Moving], tmp_path: Path) -> None:
     assert_taken_up(make, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", MOVING, ids=lambda make: make.__name__)
 def test_read_back_in_every_way(make: type[Moving], tmp_path: Path) -> None:
     trained = fit(make, tmp_path)
@@ -442,6 +444,7 @@ def in_two(folder: Path) -> list[str]:
     return [name for name in straight if not torch.equal(straight[name], again[name])]
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path: Path) -> None:
     assert on_processes(2, in_two, tmp_path) == [[], []]
     assert "slow.weight" in saved(tmp_path / "step=1.ckpt")

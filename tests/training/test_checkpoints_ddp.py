@@ -77,12 +77,14 @@ def within(folder: Path, how: str) -> Any:
     return None
 
 
+@pytest.mark.slow
 def test_after_fit_rank_zero_saves_alone(tmp_path: Path) -> None:
     for ends in on_processes(2, after_fit, tmp_path):
         assert ends == {"alone": [], "dumped": [], "all": []}
     assert len(saved(tmp_path / "alone.ckpt")[KEY]["processes"]) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["dump", "weights"])
 def test_within_a_run_the_cause_is_named(tmp_path: Path, how: str) -> None:
     first, _ = on_processes(2, within, tmp_path, how)

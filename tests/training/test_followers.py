@@ -325,6 +325,7 @@ def test_both_are_in_step(make: type[Moving], lora: str, tmp_path: Path) -> None
     assert any("adapters" in name for name in seen[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [*FOLLOWING, Distillation], ids=lambda make: make.__name__)
 @pytest.mark.parametrize("lora", ["all-linear", "dora", "head"])
 def test_taken_up_again_under_another_seed(make: type[Moving], lora: str, tmp_path: Path) -> None:
@@ -348,6 +349,7 @@ def test_without_the_teachers_adapters_it_would_not(
     assert any(not torch.equal(straight[name], again[name]) for name in straight)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", FOLLOWING, ids=lambda make: make.__name__)
 def test_read_back_in_every_way(make: type[Moving], tmp_path: Path) -> None:
     trained = fit(make, tmp_path)

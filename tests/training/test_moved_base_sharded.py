@@ -80,6 +80,7 @@ def sharded(folder: Path, folders: bool) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folders", [False, True], ids=["file", "folder"])
 def test_fsdp2(folders: bool, tmp_path: Path) -> None:
     assert on_processes(2, sharded, tmp_path, folders) == [[], []]
@@ -98,6 +99,7 @@ def flattened(folder: Path) -> str:
     return ""
 
 
+@pytest.mark.slow
 def test_fsdp1(tmp_path: Path) -> None:
     for message in on_processes(2, flattened, tmp_path):
         assert re.search(r"moves parameters of its base \((some|body\.2\.weight)\)", message)

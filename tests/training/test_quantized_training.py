@@ -89,6 +89,7 @@ def all_parts(module: Any) -> dict[str, Tensor]:
     return {f"{path}.{name}": t for path, layer in layers for name, t in parts(layer).items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
 def test_fit_checkpoint_and_resume(llama: str, method: str, precision: str, tmp_path: Path) -> None:

@@ -52,12 +52,7 @@ def load_from_checkpoint(
     device = _device(kwargs.pop("map_location", None))
     kwargs.pop("strict", None)
     checkpoint = read_adapter_checkpoint(checkpoint_path, weights_only)
-    task = checkpoint.get(TASK)
-    if isinstance(task, str) and task not in {kind.__name__ for kind in module_class.__mro__}:
-        raise CheckpointError(
-            f"{str(checkpoint_path)!r} is the checkpoint of a {task}, not of a "
-            f"{module_class.__name__}: load_from_checkpoint({task}, ...)."
-        )
+    _check_task(checkpoint.get(TASK), module_class, checkpoint_path)
     state = checkpoint["state_dict"]
     came_along = _with_the_adapters(checkpoint)
     checkpoint["state_dict"] = {key: state[key] for key in state if key not in came_along}
@@ -86,6 +81,14 @@ def load_from_checkpoint(
     return module if device is None else module.to(device)
 
 
+def _check_task(task: object, module_class: type, path: str | os.PathLike[str]) -> None:
+    if isinstance(task, str) and task not in {kind.__name__ for kind in module_class.__mro__}:
+        raise CheckpointError(
+            f"{str(path)!r} is the checkpoint of a {task}, not of a {module_class.__name__}: "
+            f"load_from_checkpoint({task}, ...)."
+        )
+
+
 def _device(map_location: Any) -> torch.device | None:
     if map_location is None:
         return None
@@ -99,10 +102,10 @@ def _device(map_location: Any) -> torch.device | None:
 
 def _with_the_adapters(checkpoint: dict[str, Any]) -> set[str]:
     """Tensors that come with the adapters; a `load_state_dict` may ask for its other entries."""
-    owned = {key for entry in checkpoint[KEY]["adapters"].values() for key in entry["tensors"]}
+    found: set[str] = {*checkpoint[KEY]["base"]}
+    for entry in checkpoint[KEY]["adapters"].values():
+        found |= {*entry["tensors"]}
     # What trains in full, or follows it, has a base that no fingerprint holds.
     in_full = re.compile(r"(.+)\.adapters\.[^.]+\.module\.(.+)").fullmatch
-    originals = {
-        ".".join(found.groups()) for found in map(in_full, checkpoint["state_dict"]) if found
-    }
-    return owned | checkpoint[KEY]["base"].keys() | originals
+    matches = map(in_full, checkpoint["state_dict"])
+    return found | {".".join(match.groups()) for match in matches if match}
