@@ -26,6 +26,7 @@ from lora_lightning.training.module_hooks import bind
 from lora_lightning.training.module_state import callbacks_of, defines_hook, module_state
 from lora_lightning.training.nonfinite import NonfiniteGuard
 from lora_lightning.training.options import LoraOptions, check_options, log_options
+from lora_lightning.training.own_averages import explain_failure, warn_of_notes
 from lora_lightning.training.preemption import Preemption, lines_without_checkpoint, set_exit_code
 from lora_lightning.training.resume.checks import configured_rates
 from lora_lightning.training.resume.hook_turns import follow_hooks
@@ -168,6 +169,7 @@ class LoraCallback(AdapterCallback):
         summary.show_start(self, trainer, pl_module)
         if self._is_last(pl_module):
             check_states(trainer, pl_module)
+            warn_of_notes(pl_module)
         if self._is_last(pl_module) and trainer.is_global_zero:
             log_options(trainer, callbacks_of(pl_module))
             messages.show(summary.batch_line(trainer))
@@ -219,6 +221,8 @@ class LoraCallback(AdapterCallback):
     ) -> None:
         """Set the exit code; tell what there is to resume from when Ctrl-C ends a run."""
         set_exit_code(trainer, exception)
+        if self._is_first(pl_module):
+            explain_failure(pl_module, exception)
         if isinstance(exception, KeyboardInterrupt) and trainer.state.fn == "fit":
             self.on_fit_end(trainer, pl_module)
             if self._is_last(pl_module) and trainer.is_global_zero:

@@ -385,7 +385,7 @@ class AdapterDict(nn.ModuleDict):
 
     def forward(self, *args: Any) -> Any:
         """Nothing enters here; FSDP wants a forward of what it shards."""
-        raise NotImplementedError("Adapters run inside their module's forward.")
+        raise NotImplementedError("Adapters run in the forward around (children() has them, too).")
 
     def values(self) -> ValuesView[AdapterModule]:
         """Return the adapters in the order in which they were added."""

@@ -12,7 +12,7 @@ from lora_lightning.adapters.base import Adapter, AdapterModule, DeltaAdapter
 from lora_lightning.adapters.carried import is_carried
 from lora_lightning.adapters.modules_to_save import ModulesToSaveCopy
 from lora_lightning.engine.bias import trained_biases
-from lora_lightning.errors import AdapterStateError, nearest_hint
+from lora_lightning.errors import AdapterStateError, first_few, nearest_hint, warn
 from lora_lightning.layers.base import AdaptedLayer
 from lora_lightning.layers.torch_fast_path import close_fast_path, reopen_fast_path
 from lora_lightning.layers.traversal import named_adapted_layers
@@ -130,10 +130,34 @@ def adapters_per_row(model: nn.Module, names: Sequence[str | None]) -> Iterator[
     for layer, _ in before:
         layer.row_adapters = list(names)
     try:
-        yield
+        with _heads_called(model, names):
+            yield
     finally:
         for layer, rows in before:
             layer.row_adapters = rows
+
+
+@contextmanager
+def _heads_called(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
+    """Warn where rows have heads of their own, and what a head is was not asked for as a whole."""
+    layers = dict(named_adapted_layers(model))
+    heads = [path for path, layer in layers.items() if {*layer.trained_copies()} & {*names}]
+    acted = {path: layer._has_acted for path, layer in layers.items()}
+    for layer in layers.values():
+        layer._has_acted = False
+    try:
+        yield
+        passed_over = [path for path in heads if not layers[path]._has_acted]
+        if passed_over and any(layer._has_acted for layer in layers.values()):
+            warn(
+                f"adapters_per_row: {first_few(passed_over)} trains in full, and was not called "
+                "itself. If its parts were called, or its weights read, these were those of the "
+                "base for all rows: call it as a whole. (lora.modules_to_save)",
+                stacklevel=4,
+            )
+    finally:
+        for path, layer in layers.items():
+            layer._has_acted |= acted[path]
 
 
 def scale_adapter(model: nn.Module, adapter_name: str, factor: float) -> None:

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from torch import nn
 
+from lora_lightning.errors import AdapterStateError
 from lora_lightning.layers.base import AdaptedLayer
 
 
@@ -25,6 +26,16 @@ class AdaptedSequential(AdaptedLayer):
 
     def __len__(self) -> int:
         return len(self.layers())
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+        """Neither what trains nor what is kept aside of the base would have the new layers."""
+        raise AdapterStateError(
+            f"The layers of a {self.base_type.__name__} that trains in full cannot be exchanged "
+            "while its adapter is on. Change it before, or take the adapter off first "
+            "(delete_adapter, merge_and_unload). (lora.modules_to_save)"
+        )
+
+    append = extend = insert = pop = __setitem__ = __delitem__ = __iadd__ = _refuse
 
     def __getitem__(self, index: int | slice) -> Any:
         if isinstance(index, slice):

@@ -42,6 +42,7 @@ from lora_lightning.training.eva import ranks_of_checkpoint, start_values, take_
 from lora_lightning.training.module_state import callbacks_of, module_state
 from lora_lightning.training.new_modules import train_new_modules
 from lora_lightning.training.options import check_same_adapter
+from lora_lightning.training.own_averages import check_teachers, find_notes
 from lora_lightning.training.precision import convert_before_attaching
 from lora_lightning.training.strategies.fsdp1 import check_not_wrapped
 from lora_lightning.training.strategies.fsdp2 import is_fsdp, is_model_parallel
@@ -58,6 +59,7 @@ def attach(callback: AdapterCallback, module: LightningModule) -> None:
     load_base_at_once(module)
     if not switching.adapter_names(module):  # later values differ, and quantised ones say nothing
         module_state(module).followers = find_followers(module)
+        module_state(module).notes = find_notes(module)
     convert_before_attaching(module)
     check_base_has_values(module)
     root = callback._root(module)
@@ -144,6 +146,7 @@ def _make_and_activate(
         callback._selection = injection.extend_adapter(root, context)
         if callback.adapter_name not in switching.active_adapters(root):
             switching.set_adapter(root, [*switching.active_adapters(root), callback.adapter_name])
+        check_teachers(module, module_state(module).followers)
         carry_adapters(module, module_state(module).followers, callback.adapter_name, fresh)
     injection.freeze(module)
     forget_first_step(module)  # `check_first_gradients` says more

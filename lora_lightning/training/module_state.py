@@ -44,6 +44,7 @@ class ModuleState:
     # Of the base, taken when the adapters were attached
     base_fingerprint: Fingerprint | None = None
     followers: list[Follower] = field(default_factory=list)
+    notes: list[Any] = field(default_factory=list)  # of own_averages.py, from then
     baseline: Baseline = field(default_factory=Baseline)
     handed: Handed | None = None  # while a checkpoint is put together
     base_on_meta: bool = False  # until the strategy has loaded it

@@ -11,6 +11,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -21,9 +22,11 @@ from lora_lightning import (
     hotswap_adapter,
     inject_adapter,
     load_adapter,
+    save_adapter,
     unload,
 )
 from lora_lightning.checkpoint.peft import reading
+from tests.helpers.tensors import randomize
 
 OLD, NEW = 12, 16
 IDS = torch.tensor([[1, 13, 15, 2]])
@@ -204,3 +207,47 @@ def test_an_error_after_the_rows_are_in_takes_them_out_again(
         load_adapter(model, tmp_path)
     for name, tensor in grown(2).state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor), name
+
+
+# -- folders of ours ---------------------------------------------------------------------------
+
+
+OURS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "table": {"target_modules": ["q_proj", "embed_tokens"]},
+    "rows": {"trainable_token_indices": [13, 2]},
+    "head": {"modules_to_save": ["lm_head"]},
+    "adapted head": {"target_modules": ["q_proj", "lm_head"]},
+}
+
+
+def as_users_have_it(folder: Path, tied: bool, seed: int) -> LlamaForCausalLM:
+    """The model from its folder, with rows for the added tokens that start at random."""
+    model = LlamaForCausalLM.from_pretrained(folder).eval()
+    torch.manual_seed(seed)
+    model.resize_token_embeddings(NEW, mean_resizing=False)
+    return model
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("what", OURS)
+def test_our_folders_come_with_them(what: str, tied: bool, tmp_path: Path) -> None:
+    pretrained(tied).save_pretrained(tmp_path / "base")
+    model = as_users_have_it(tmp_path / "base", tied, 1)
+    inject_adapter(model, LoraConfig(**{"r": 2, "target_modules": ["q_proj"], **OURS[what]}))
+    randomize([p for p in model.parameters() if p.requires_grad], 0.3)
+    save_adapter(model, tmp_path / "adapter")
+    expected = model(IDS).logits
+    for seed in (1, 2):  # the same rows as there, and others
+        other = as_users_have_it(tmp_path / "base", tied, seed)
+        load_adapter(other, tmp_path / "adapter")
+        torch.testing.assert_close(other(IDS).logits, expected)
+        theirs = loaded_by_peft(
+            tmp_path / "adapter", as_users_have_it(tmp_path / "base", tied, seed)
+        )
+        torch.testing.assert_close(theirs(IDS).logits, expected)
+    plain = LlamaForCausalLM.from_pretrained(tmp_path / "base").eval()
+    inject_adapter(plain, LoraConfig(r=2, target_modules=["q_proj"]))
+    save_adapter(plain, tmp_path / "plain")
+    with safe_open(tmp_path / "plain" / "adapter_model.safetensors", "pt") as file:
+        assert not any("embed_tokens" in key or "lm_head" in key for key in file.keys())  # noqa: SIM118

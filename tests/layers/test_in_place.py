@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -146,8 +147,6 @@ class Model(nn.Module):
 
 @pytest.fixture(autouse=True)
 def _old_weight_norm_is_deprecated() -> Any:
-    import warnings
-
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*weight_norm.*is deprecated", FutureWarning)
         yield
@@ -581,3 +580,61 @@ def test_a_module_that_is_offloaded_afterwards_is_refused() -> None:
         AdapterStateError, match=r"was offloaded .* after an adapter that trains it"
     ):
         model(X)
+
+
+class Taken(Model):
+    """Uses its head in one of several ways."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__("batch norm")
+        self.how = how
+        self.other = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.body(x))
+        if self.how == "parts":
+            for layer in self.head:
+                h = layer(h)
+            return h
+        return h if self.how == "not at all" else self.head(h)
+
+
+@pytest.mark.parametrize("how", ["whole", "parts", "not at all"])
+def test_rows_whose_head_is_not_called_as_a_whole(how: str) -> None:
+    model = Taken(how).double().eval()
+    for name in "ab":
+        inject_adapter(
+            model, LoraConfig(r=1, target_modules=["body"], modules_to_save=["head"]), name
+        )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with adapters_per_row(model, ["a", "b", None, "a", "b"]):
+            pass
+        assert not caught
+        with adapters_per_row(model, ["a", "b", None, "a", "b"]):
+            model(X)
+    said = [str(w.message) for w in caught if "was not called itself" in str(w.message)]
+    assert len(said) == (how != "whole")
+    assert all("'head'" in text or "head trains" in text for text in said)
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "append": lambda head: head.append(nn.Linear(2, 2)),
+    "extend": lambda head: head.extend([nn.Identity()]),
+    "insert": lambda head: head.insert(0, nn.Identity()),
+    "pop": lambda head: head.pop(-1),
+    "set": lambda head: head.__setitem__(0, nn.Identity()),
+    "delete": lambda head: head.__delitem__(-1),
+    "add": lambda head: head.__iadd__(nn.Sequential(nn.Identity())),
+}
+
+
+@pytest.mark.parametrize("how", CHANGES)
+def test_the_layers_of_a_head_stay(how: str) -> None:
+    model = with_head("batch norm").eval()
+    before = model(X)
+    with pytest.raises(AdapterStateError, match=r"layers of a Sequential that trains in full"):
+        CHANGES[how](model.head)
+    assert torch.equal(model(X), before)
+    unload(model)
+    CHANGES[how](model.head)

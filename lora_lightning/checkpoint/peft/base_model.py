@@ -10,6 +10,7 @@ from torch import nn
 
 from lora_lightning.engine.bias import trained_biases
 from lora_lightning.engine.switching import layers_with
+from lora_lightning.engine.targets.embeddings import input_embeddings, output_heads
 from lora_lightning.layers.carried_adapters import CarriedAdapters
 from lora_lightning.layers.traversal import walk
 from lora_lightning.utilities.is_a import is_a
@@ -107,6 +108,29 @@ def task_type(model: nn.Module) -> str | None:
         if plain_class(model) in known:
             return task
     return None
+
+
+def grown_tables(model: nn.Module) -> list[str]:
+    """Embeddings and heads with other rows than the base has where its name says: added tokens.
+
+    Their random start is in no file of the base. Nothing where that cannot be looked up here.
+    """
+    config: Any = getattr(model, "config", None)
+    name = getattr(config, "name_or_path", None)
+    if not (is_a(model, "PreTrainedModel", module="transformers.modeling_utils") and name):
+        return []
+    try:
+        base = type(config).from_pretrained(name, local_files_only=True)
+        rows = base.get_text_config().vocab_size
+    except (OSError, ValueError, AttributeError):
+        return []
+    weights = {
+        path: weight
+        for path in (*input_embeddings(model), *output_heads(model))
+        if (weight := model.get_submodule(path)._parameters.get("weight")) is not None
+    }
+    sizes = {len(weights[path]) for path in input_embeddings(model) if path in weights} - {rows}
+    return [path for path, weight in weights.items() if len(weight) in sizes]
 
 
 def taken_for_experts(model: nn.Module, paths: Iterable[str]) -> list[str]:

@@ -91,7 +91,8 @@ def describe(model: nn.Module, adapter_name: str) -> Description:
 
 def _of_base(model: nn.Module, targets: list[str], saved: list[str]) -> dict[str, Any]:
     """The base's name, and by which class PEFT can load it."""
-    base_name = getattr(getattr(model, "config", None), "name_or_path", None)
+    base = getattr(model, "config", None)
+    base_name = getattr(base, "name_or_path", None)
     task = task_type(model)
     heads = also_saved_by_peft(model, saved, head_names(task))
     if any(_is_inside(target, heads) for target in targets):
@@ -101,6 +102,8 @@ def _of_base(model: nn.Module, targets: list[str], saved: list[str]) -> dict[str
         "auto_mapping": None if task else auto_mapping(model),
         "inference_mode": True,
         "base_model_name_or_path": base_name if base_name and isinstance(base_name, str) else None,
+        # The commit on the hub that it came from; what the name stands for may move on.
+        "revision": getattr(base, "_commit_hash", None),
     }
 
 

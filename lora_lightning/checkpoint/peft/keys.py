@@ -87,6 +87,26 @@ def tensors_of_base(model: nn.Module, paths: Sequence[str]) -> dict[str, Tensor]
     return {PREFIX + name: tensor for name, tensor in found if name.startswith(inside)}
 
 
+def tables_of_base(model: nn.Module, adapter_name: str, paths: Sequence[str]) -> dict[str, Tensor]:
+    """The base's own tensors of embeddings and heads, where PEFT's wrappers of them put these.
+
+    Those that train in full have others in their place, which are in the file.
+    """
+    layers = dict(layers_with(model, adapter_name))
+    found = {}
+    for path in paths:
+        adapter = layers[path].adapters[adapter_name] if path in layers else None
+        if isinstance(adapter, (TrainableTokensAdapter, TiedTrainableTokensAdapter)):
+            inner = "token_adapter.base_layer."
+        else:
+            inner = "base_layer." if adapter is not None else ""
+        if path not in layers or adapter_name not in layers[path].trained_copies():
+            for key, tensor in tensors_of_base(model, [path]).items():
+                prefix = f"{PREFIX}{path}."
+                found[prefix + inner + key.removeprefix(prefix)] = tensor
+    return found
+
+
 def parts_in_file(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Adapter]]:
     """(what stands before the tensors' names in the file, adapter) for every weight adapted."""
     layers = dict(layers_with(model, adapter_name))

@@ -43,6 +43,7 @@ from lora_lightning.checkpoint.state_dict import materialize
 from lora_lightning.engine.construction import BuildContext
 from lora_lightning.engine.injection import adapters_named, delete_adapter, extend_adapter
 from lora_lightning.engine.switching import adapter_names
+from lora_lightning.engine.targets.checks import check_not_of_peft
 from lora_lightning.errors import (
     AdapterMismatchError,
     AdapterStateError,
@@ -156,6 +157,7 @@ def check_means_the_same(
 def _load_folder(
     model: nn.Module, folder: Path, name: str, options: dict[str, Any], autocast: bool
 ) -> None:
+    check_not_of_peft(model)
     others = adapter_names(model)
     if name in others:
         raise AdapterStateError(

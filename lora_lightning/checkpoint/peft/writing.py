@@ -18,7 +18,9 @@ from torch import nn
 from lora_lightning.checkpoint.peft import keys
 from lora_lightning.checkpoint.peft.base_model import (
     folder_target,
+    grown_tables,
     head_names,
+    is_pretrained,
     plain_class,
     pretrained_inside,
 )
@@ -34,7 +36,7 @@ from lora_lightning.checkpoint.peft.config import (
 )
 from lora_lightning.checkpoint.peft.description import Description, describe
 from lora_lightning.engine.switching import check_known
-from lora_lightning.errors import AdapterStateError, CheckpointError
+from lora_lightning.errors import AdapterStateError, CheckpointError, first_few
 from lora_lightning.utilities.atomic_write import write_atomically
 from lora_lightning.utilities.dtensor import is_sharded
 from lora_lightning.utilities.is_a import is_a
@@ -109,6 +111,13 @@ def _files(model: nn.Module, folder: Path, adapter_name: str) -> dict[Path, byte
             for key in doubled:
                 # Halved without rounding: float16 has too few bits for small numbers.
                 own[key] = (own[key].float() if own[key].dtype == torch.float16 else own[key]) / 2
+    if grown := grown_tables(model):
+        say_once(
+            f"The vocabulary is larger than that of {config['base_model_name_or_path']!r}: the "
+            f"folder of adapter {adapter_name!r} comes with {first_few(grown)} of this base, whose "
+            "added rows are in no other file."
+        )
+        own = {**keys.tables_of_base(model, adapter_name, grown), **own}
     tensors = {}
     for key, tensor in sorted(own.items()):
         if tensor.is_meta:
@@ -140,8 +149,14 @@ def _say_who_can_load(
             "folder that PEFT loads, train without that (exclude_modules leaves modules out); or "
             "hand the model on with the adapter merged into it (merge_and_unload)."
         )
-    if given is model and is_a(model, "LightningModule"):
-        inside = [target.prefix[:-1] for target in pretrained_inside(model)]
+    inside = [target.prefix[:-1] for target in pretrained_inside(model)]
+    if inside and not is_a(model, "LightningModule") and not is_pretrained(model):
+        say_once(
+            f"The folder of adapter {adapter_name!r} is for a {kind} and has its names: in the "
+            f"model inside ({', '.join(inside)}) PEFT would find none of its modules, and only "
+            f"warn. For a folder of that: save_adapter(module.{inside[0]}, folder)."
+        )
+    elif given is model and is_a(model, "LightningModule"):
         reason = (
             f"the adapter is not inside one of the pretrained models in it ({', '.join(inside)})"
             if inside

@@ -18,6 +18,7 @@ from lora_lightning.engine.targets.matching import (
     wanted_layers,
 )
 from lora_lightning.errors import TargetError, first_few
+from lora_lightning.layers.traversal import walk
 
 _OTHER_KINDS = f"{ALL_LAYERS!r} takes in convolutions, embeddings and attentions, too."
 
@@ -121,18 +122,16 @@ def _why_not(paths: list[str], config: AdapterConfig) -> str:
     )
 
 
-def check_not_of_peft(path: str, modules: dict[str, nn.Module]) -> None:
-    """Refuse a target that is a module of the peft package, or inside one."""
-    parts = path.split(".")
-    for owner in (".".join(parts[:depth]) for depth in range(1, len(parts) + 1)):
-        kind = type(modules.get(owner))
-        if kind.__module__.startswith("peft."):
+def check_not_of_peft(model: nn.Module) -> None:
+    """Refuse (TargetError) a model that carries adapters of the peft package, wherever they are."""
+    for path, module in walk(model):
+        kind = type(module)
+        if kind.__module__.startswith("peft.tuners."):
             raise TargetError(
-                f"target_modules selects {path!r}, but {owner!r} is a {kind.__module__}."
-                f"{kind.__name__}: the model carries adapters of peft already, which would be "
-                "frozen. Give the model without them (peft's model.unload(), or merge_and_unload() "
-                "to keep their effect); to train a PEFT folder on, name it in init_from. "
-                "(lora.target_modules)"
+                f"{path!r} is a {kind.__module__}.{kind.__name__}: the model carries adapters of "
+                "peft already, which would be frozen, and be a part of the base. Give the model "
+                "without them (peft's model.unload(), or merge_and_unload() to keep their "
+                "effect); to train a PEFT folder on, name it in init_from. (lora.init_from)"
             )
 
 

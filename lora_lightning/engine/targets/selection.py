@@ -69,6 +69,7 @@ def select_modules(model: nn.Module, config: AdapterConfig) -> Selection:
             cannot be adapted.
 
     """
+    checks.check_not_of_peft(model)
     modules = {
         path: module for path, module in walk(model) if path and _is_selectable(path, module)
     }
@@ -206,7 +207,6 @@ def _check_adaptable(
     obstacles: dict[str, str],
 ) -> None:
     _check_attention("target_modules", path, obstacles)
-    checks.check_not_of_peft(path, modules)
     if isinstance(module, torch.jit.ScriptModule):
         check_convertible(module, path)
     layer_type = layer_type_for(module)
