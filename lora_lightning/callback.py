@@ -31,7 +31,7 @@ from lora_lightning.training.preemption import Preemption, lines_without_checkpo
 from lora_lightning.training.resume.checks import configured_rates
 from lora_lightning.training.resume.hook_turns import follow_hooks
 from lora_lightning.training.resume.resumable_loader import make_loaders_resumable
-from lora_lightning.training.resume.run_state import end_wait, remember_final_states
+from lora_lightning.training.resume.run_state import end_wait
 from lora_lightning.training.strategies.launchers import hand_back_adapters
 from lora_lightning.training.strategies.state_overrides import override_state_methods
 from lora_lightning.training.weight_averaging import average_what_trains
@@ -237,12 +237,7 @@ class LoraCallback(AdapterCallback):
             messages.show(*lines)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Note what the module has moved of its base: at the next run that is no other base.
-
-        And keep what checkpoints after fit need of every process: rank 0 may write them alone.
-        """
-        if stage == "fit" and self._is_first(pl_module):
-            remember_final_states(pl_module)
+        """Note what the module has moved of its base: at the next run that is no other base."""
         end_wait(pl_module)  # of a run that never came to train
         if self._is_last(pl_module):
             moved = module_state(pl_module).baseline.changed(pl_module)

@@ -14,6 +14,7 @@ from torch.distributed.constants import default_pg_timeout
 from lora_lightning.errors import CheckpointError
 from lora_lightning.training._lightning import collective_timeout, trainer_of
 from lora_lightning.training.messages import show
+from lora_lightning.training.module_state import module_state
 from lora_lightning.utilities._torch import default_store
 
 WAIT = timedelta(minutes=5)  # for the others; a timeout given to the strategy goes before
@@ -64,8 +65,10 @@ def gathered(strategy: Strategy, own: Any) -> list[Any]:
 
 
 def is_over(trainer: Trainer | None) -> bool:
-    """True once a run has ended: from then on processes need not do the same."""
-    return trainer is not None and trainer.state.finished
+    """True once training has ended: from then on processes need not do the same."""
+    if trainer is None or trainer.lightning_module is None:
+        return False
+    return trainer.state.finished or bool(module_state(trainer.lightning_module).final_states)
 
 
 def wait_for_all(strategy: Strategy) -> None:
@@ -100,7 +103,8 @@ def wait_for_all(strategy: Strategy) -> None:
         store.delete_key(names[rank])
         raise CheckpointError(
             f"No checkpoint was written: {said} They did not come within "
-            f"{limit.total_seconds():g} s. After fit, rank 0 may save alone. (trainer.strategy)"
+            f"{limit.total_seconds():g} s. Once training has ended (on_train_end), rank 0 may save "
+            "alone. (trainer.strategy)"
         )
 
 

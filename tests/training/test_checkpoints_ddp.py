@@ -67,6 +67,43 @@ def after_fit(folder: Path) -> Any:
     return ends
 
 
+class DumpsAtTheEnd(Callback):
+    """Rank 0 alone, in each hook after training."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def dump(self, trainer: Any, where: str) -> None:
+        if trainer.is_global_zero:
+            content = trainer._checkpoint_connector.dump_checkpoint()
+            torch.save(content, self.folder / f"{where}.ckpt")
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self.dump(trainer, "train_end")
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        self.dump(trainer, "fit_end")
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        self.dump(trainer, "teardown")
+
+
+def at_the_end(folder: Path) -> Any:
+    straight = fit(folder, epochs=2)
+    lora = LoraCallback(lora_dropout=0.3, **OPTIONS)
+    strategy = DDPStrategy(process_group_backend="gloo", timeout=LIMIT)
+    seed_everything(7, verbose=False)
+    make_trainer(  # before LoraCallback, which has to be ready by then
+        folder, DumpsAtTheEnd(folder), lora, strategy=strategy, devices=2, max_epochs=1
+    ).fit(OwnLuck(), Shared())
+    ends = {}
+    for name in ("train_end", "fit_end", "teardown"):
+        resumed = fit(folder / name, epochs=2, ckpt_path=folder / f"{name}.ckpt")
+        states = [t.lightning_module.state_dict() for t in (straight, resumed)]
+        ends[name] = differences(*states)
+    return ends
+
+
 def within(folder: Path, how: str) -> Any:
     began = time.monotonic()
     try:
@@ -82,6 +119,12 @@ def test_after_fit_rank_zero_saves_alone(tmp_path: Path) -> None:
     for ends in on_processes(2, after_fit, tmp_path):
         assert ends == {"alone": [], "dumped": [], "all": []}
     assert len(saved(tmp_path / "alone.ckpt")[KEY]["processes"]) == 2
+
+
+@pytest.mark.slow
+def test_rank_zero_saves_alone_once_training_has_ended(tmp_path: Path) -> None:
+    for ends in on_processes(2, at_the_end, tmp_path):
+        assert ends == {"train_end": [], "fit_end": [], "teardown": []}
 
 
 @pytest.mark.slow

@@ -24,6 +24,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lora_lightning.training._lightning import all_callbacks
 from lora_lightning.training.module_state import callbacks_of, module_state, original_hook
+from lora_lightning.training.resume.run_state import remember_final_states
 from lora_lightning.utilities.is_a import is_a
 
 HOOKS = ("on_train_batch_end", "on_validation_end", "on_train_epoch_end")
@@ -83,6 +84,19 @@ class _HookInTurn:
             self.original(trainer, module, *args)
 
 
+@dataclass(eq=False)
+class _AtTheEnd:
+    """`on_train_end` of a callback, before the first of which the processes still do the same."""
+
+    callback: Callback
+    original: Callable[..., Any]
+
+    def __call__(self, trainer: Trainer, module: LightningModule) -> None:
+        if callbacks_of(module):
+            remember_final_states(module)
+        self.original(trainer, module)
+
+
 def follow_hooks(trainer: Trainer) -> None:
     """Override the hooks of all callbacks; doing it again changes nothing."""
     for callback in all_callbacks(trainer):
@@ -90,6 +104,8 @@ def follow_hooks(trainer: Trainer) -> None:
             original = getattr(callback, hook)
             if not isinstance(original, _HookInTurn):
                 callback.__dict__[hook] = _HookInTurn(callback, hook, original)
+        if not isinstance(callback.on_train_end, _AtTheEnd):
+            callback.__dict__["on_train_end"] = _AtTheEnd(callback, callback.on_train_end)
 
 
 def run_in_turn(module: LightningModule, hook: str, *args: Any) -> None:

@@ -2,8 +2,8 @@
 
 Each process has random numbers, a position in its data and, between two optimizer steps of
 accumulated gradients, gradients of its own; Lightning writes none of them. All processes take part
-in saving, so they are gathered, and each takes its own back. After fit rank 0 may save alone: they
-are gathered at the end of fit.
+in saving, so they are gathered, and each takes its own back. Once training has ended rank 0 may
+save alone: they are gathered right then.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ def add_run_state(checkpoint: dict[str, Any], module: LightningModule) -> None:
 
 
 def remember_final_states(module: LightningModule) -> None:
-    """Gather the states of all processes at the end of fit, for checkpoints after it."""
+    """Gather the states of all processes when training ends, for checkpoints from then on."""
     trainer = module.trainer
-    if trainer.world_size > 1:
+    if trainer.world_size > 1 and not module_state(module).final_states:
         own = _own_state(module, trainer.fit_loop.state_dict())
         module_state(module).final_states = gathered(trainer.strategy, own)
 
