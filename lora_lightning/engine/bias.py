@@ -7,7 +7,7 @@ disabling, deactivating or taking off the adapter brings the base model back bit
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lora_lightning.adapters.modules_to_save import base_tensors_of
 from lora_lightning.layers.base import AdaptedLayer
+from lora_lightning.layers.recomputation import Acting, SwitchLog, unwatch, watch
 from lora_lightning.layers.traversal import walk
 from lora_lightning.utilities._torch import version_kept
 
@@ -36,6 +37,7 @@ class TrainedBias:
     adapter_name: str
     hidden: Tensor
     shown: bool = True
+    switches: SwitchLog = field(default_factory=SwitchLog)
 
     @staticmethod
     def parameter(module: nn.Module) -> nn.Parameter:
@@ -57,8 +59,13 @@ class TrainedBias:
         with version_kept(bias):
             bias.copy_(self.hidden)
         self.hidden, self.shown = kept, shown
+        self.note_switch()
         if layer is not None:
             layer.merge(merged)
+
+    def note_switch(self) -> None:
+        """Record whose bias acts from now on, for modules that are computed again in backward."""
+        self.switches.add(Acting((self.adapter_name,) if self.shown else ()))
 
     def original(self, module: nn.Module) -> Tensor:
         """The values of before any training and merging."""
@@ -74,10 +81,14 @@ def _unmerged(module: nn.Module) -> Tensor:
     return kept.get("bias", TrainedBias.parameter(module))
 
 
-def train_bias(module: nn.Module, adapter_name: str) -> None:
-    """Make `module.bias` train as part of an adapter."""
+def train_bias(module: nn.Module, adapter_name: str, is_watched: bool = True) -> None:
+    """Make `module.bias` train as part of an adapter; `is_watched` as in `layers.recomputation`."""
     bias = TrainedBias.parameter(module)
-    module.__dict__[_RECORD] = TrainedBias(adapter_name, bias.detach().clone())
+    record = TrainedBias(adapter_name, bias.detach().clone())
+    record.note_switch()
+    module.__dict__[_RECORD] = record
+    if is_watched:
+        watch(module, record.switches)
 
 
 def trained_biases(
@@ -96,6 +107,7 @@ def forget_bias(module: nn.Module) -> None:
     record.show(module, False)
     record.parameter(module).requires_grad_(False)
     del module.__dict__[_RECORD]
+    unwatch(module)
 
 
 def biases_to_train(

@@ -237,8 +237,10 @@ def _put_on(
         plain = AdaptedSequential if isinstance(module, nn.Sequential) else AdaptedLayer
         attach_adapter(module, layer_type_for(module) or plain, name, trained)
         module.get_submodule("adapters").train(modes[path])
+    fused = (m for m in model.modules() if isinstance(m, nn.TransformerEncoderLayer))
+    inside = {part for layer in fused for part in layer.modules()}
     for module in new.biases:
-        train_bias(module, name)
+        train_bias(module, name, module not in inside)
     for adapter in adapters_named(model, name).values():
         adapter.set_autocast_dtype(context.autocast_adapter_dtype)
     route_out_projections(model)

@@ -27,7 +27,7 @@ from lora_lightning.layers.in_place import (
     take,
 )
 from lora_lightning.layers.offloading import compute_device
-from lora_lightning.layers.recomputation import Acting, SwitchLog
+from lora_lightning.layers.recomputation import Acting, SwitchLog, unwatch, watch
 
 
 def _told(name: str) -> Any:
@@ -167,6 +167,8 @@ class CarriedAdapters(nn.Module):
         """Keep the base's tensors aside, so that the module can hold others."""
         if not self.trains_in_place:
             self.original_tensors = OriginalTensors.aside(self)
+            for part in self._parts():
+                watch(part, self._switches)
 
     def show_active(self) -> None:
         """Have the module hold the tensors of the adapter that is applied, else the base's."""
@@ -177,6 +179,22 @@ class CarriedAdapters(nn.Module):
         if not names:
             del self.original_tensors
             forget_originals(self)
+            for part in self._parts():
+                unwatch(part)
+
+    def _parts(self) -> Iterator[nn.Module]:
+        """Return what is inside, where a part may be called by itself."""
+        whole = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+        ahead = [] if isinstance(self, whole) else [*self._modules.values()]
+        seen: set[nn.Module] = set()
+        while ahead:
+            part = ahead.pop()
+            others = (AdapterDict, HeldTensors, CarriedAdapters, *whole)
+            if part is None or part in seen or isinstance(part, others):
+                continue
+            seen.add(part)
+            yield part
+            ahead += part._modules.values()
 
     def show_base(self) -> None:
         """Have the module hold the base's tensors, until `show_active`."""

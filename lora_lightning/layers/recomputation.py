@@ -14,6 +14,9 @@ import os
 import threading
 from typing import NamedTuple
 
+import torch
+from torch import nn
+
 from lora_lightning.errors import AdapterStateError
 from lora_lightning.utilities._torch import next_operation_number, number_of_running_backward
 
@@ -79,6 +82,34 @@ class SwitchLog:
                 "which would give wrong gradients. Call backward before you switch, or switch back "
                 "(leave `disable_adapter`, enter `adapters_per_row`) before you call it."
             )
+
+
+class RecomputationCheck:
+    """Before the forward of a module that is no adapted layer, but shows tensors of an adapter."""
+
+    def __init__(self, switches: SwitchLog, name: str) -> None:
+        self.switches, self.name = switches, name
+
+    def __call__(self, module: nn.Module, args: object) -> None:
+        """Refuse to be computed again with the tensors of another adapter."""
+        if not torch.compiler.is_compiling():
+            self.switches.check(self.name)
+
+
+def watch(module: nn.Module, switches: SwitchLog) -> None:
+    """Check the module each time that it is called, until `unwatch`.
+
+    Not what torch's own Transformer layers run: a hook there keeps them from their fused kernels,
+    and the base would compute with other bits.
+    """
+    module.register_forward_pre_hook(RecomputationCheck(switches, type(module).__name__))
+
+
+def unwatch(module: nn.Module) -> None:
+    """Undo `watch`."""
+    for key, hook in list(module._forward_pre_hooks.items()):
+        if isinstance(hook, RecomputationCheck):
+            del module._forward_pre_hooks[key]
 
 
 def _thread() -> tuple[int, int]:

@@ -125,8 +125,8 @@ def test_made_without_memory_then_filled(name: str, second: bool) -> None:
         save_adapter(model, "nowhere")
     if name != "biases":  # which rows refuse in any case
         with (
-            adapters_per_row(model, ["default", None]),
             pytest.raises(AdapterStateError, match="no values yet"),
+            adapters_per_row(model, ["default", None]),
         ):
             model(ids)
     before()

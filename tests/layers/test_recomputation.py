@@ -224,3 +224,55 @@ def test_a_model_that_comes_from_another_process(
     net = pickle.loads(pickle.dumps(model("linear", reentrant)))
     monkeypatch.setattr("os.getpid", lambda: -5)
     in_thread(lambda: net(start()).square().sum().backward())
+
+
+class Parts(nn.Module):
+    """Its norm, and the layers of its head, are computed again, each by itself."""
+
+    def __init__(self, reentrant: bool | None) -> None:
+        super().__init__()
+        self.reentrant = reentrant
+        self.proj, self.norm = nn.Linear(6, 6), nn.LayerNorm(6)
+        self.head = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.proj(x)
+        for part in (self.norm, *self.head):
+            again = self.reentrant is not None and torch.is_grad_enabled()
+            x = checkpoint(part, x, use_reentrant=self.reentrant) if again else part(x)
+        return x
+
+
+def parts(reentrant: bool | None, options: dict[str, object]) -> Parts:
+    torch.manual_seed(0)
+    net = Parts(reentrant).double()
+    inject_adapter(net, LoraConfig(r=2, target_modules=["proj"], **options), "a")  # type: ignore[arg-type]
+    randomize([p for p in net.parameters() if p.requires_grad], 0.5)
+    return net
+
+
+IN_PARTS = pytest.mark.parametrize("options", [{"bias": "all"}, {"modules_to_save": ["head"]}])
+
+
+@IN_PARTS
+@REENTRANT
+def test_parts_that_no_adapter_sits_on(reentrant: bool, options: dict[str, object]) -> None:
+    net, plain = parts(reentrant, options), parts(None, options)
+    for one in (net, plain):
+        loss = one(start()).square().sum()
+        with torch.no_grad(), disable_adapter(one):
+            one(X)
+        loss.backward()
+    assert gradients(net).keys() == gradients(plain).keys()
+    for name, gradient in gradients(plain).items():
+        torch.testing.assert_close(gradients(net)[name], gradient)
+    loss = net(start()).square().sum()
+    words = r"computed again with none where forward had \['a'\]"
+    with disable_adapter(net), pytest.raises(AdapterStateError, match=words):
+        loss.backward()
+    for one in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        loss = one(start()).square().sum()
+        with disable_adapter(one), pytest.raises(AdapterStateError, match=words):
+            loss.backward()
+    delete_adapter(net, "a")
+    assert not any(module._forward_pre_hooks for module in net.modules())
