@@ -397,6 +397,21 @@ def test_a_template_without_end_names_the_record(code, marked_turns):
     assert "\x1b" not in text
 
 
+COUNTING = {
+    "loops in loops": "{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}",
+    "two calls of itself": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+    "a filter": "{{ 'abc' | slice(1000000000) | list | length }}",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("code", COUNTING.values(), ids=COUNTING)
+def test_a_template_that_counts_without_end(code, monkeypatch):
+    monkeypatch.setattr("lora_lightning.data.encoding.chat_template.LONGEST_RENDERING", 0.3)
+    text = refusal(code + "{{ messages[0].content }}", TALK)
+    assert text.startswith(f"{WHERE}: the chat template refuses this chat: what it computes is wit")
+    assert "it did not end within 0.3 seconds" in text
+
+
 @pytest.mark.parametrize("marked_turns", [False, True])
 def test_a_template_that_writes_without_end(marked_turns, monkeypatch):
     monkeypatch.setattr("lora_lightning.data.encoding.chat_template.LONGEST_LINE", 1000)

@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING, Any
 from lora_lightning.data.samples.sample import Chat
 from lora_lightning.data.sources.row import LONGEST_LINE, check_characters
 from lora_lightning.errors import ConfigError, RecordError, nearest_hint
+from lora_lightning.utilities.time_limit import time_limit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Message = dict[str, Any]
 Span = tuple[int, int]
+
+LONGEST_RENDERING = 20.0  # seconds, for one chat
 
 # Around what the model generates, in templates that say so themselves.
 _GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -96,7 +99,8 @@ def _template_errors(where: str) -> Iterator[None]:
     from jinja2 import TemplateSyntaxError
 
     try:
-        yield
+        with time_limit(LONGEST_RENDERING):
+            yield
     except TemplateSyntaxError as error:
         raise ConfigError(
             f"the chat template is no valid Jinja, line {error.lineno}: {error.message}. "
@@ -104,6 +108,8 @@ def _template_errors(where: str) -> Iterator[None]:
         ) from error
     except Exception as error:  # a template is a program, and raises what it wants
         reason = str(error) or type(error).__name__
+        if isinstance(error, TimeoutError):
+            reason = f"what it computes is without end, or {reason}"
         if isinstance(error, (MemoryError, RecursionError)):
             reason = "what it writes, or its own nesting, is without end"
         advice = "Change the messages"
