@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
 from lora_lightning.errors import AdapterStateError, first_few
-from lora_lightning.layers.traversal import named_parameters
+from lora_lightning.layers.traversal import named_adapted_layers, named_parameters
 from lora_lightning.training.messages import rank_zero_warn
 from lora_lightning.training.module_state import module_state
 from lora_lightning.training.optimizers import is_left_out
@@ -53,17 +53,24 @@ def freeze_again(trainer: Trainer, module: LightningModule) -> None:
     woken = {id(p): p for p in state.frozen if p.requires_grad or p.grad is not None}
     if not woken:
         return
-    names = [name for name, p in named_parameters(module) if id(p) in woken]
+    aside = {
+        id(p)
+        for _, layer in named_adapted_layers(module)
+        if layer.trains_in_place
+        for p in layer.original_tensors.parameters()
+    }  # of what trains in full: the module that was meant trains already
+    found = {name: p for name, p in named_parameters(module) if id(p) in woken}
+    names = [name for name, p in found.items() if id(p) not in aside]
     held = {id(p) for o in trainer.optimizers for g in o.param_groups for p in g["params"]}
     if held & woken.keys():
         raise AdapterStateError(
-            f"{first_few(names)} began to train, but belong to no adapter: they would not be "
+            f"{first_few(found)} began to train, but belong to no adapter: they would not be "
             "saved. Train them as a copy instead: lora.modules_to_save. (lora.modules_to_save)"
         )
     for p in woken.values():
         p.requires_grad_(False)
         p.grad = None
-    if not state.refrozen:
+    if names and not state.refrozen:
         state.refrozen = True
         rank_zero_warn(
             f"requires_grad was set on {len(names)} tensors of the base while it trains "

@@ -146,7 +146,7 @@ def untied_lines(model: nn.Module, adapter_name: str) -> list[str]:
     for path, layer in layers_with(model, adapter_name):
         own = layer.original_tensors.parameters() if layer.trains_in_place else ()
         for other in [other for tensor in own for other in holders[id(tensor)]]:
-            if not f"{other}.".startswith(f"{path}."):
+            if other and not f"{other}.".startswith(f"{path}."):
                 lines[frozenset((path, other))] = (
                     f"{path} shared a weight with {other}, and trains by itself now, as in PEFT: "
                     "the two are no longer tied (lora.modules_to_save)"

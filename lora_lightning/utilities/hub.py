@@ -63,8 +63,12 @@ def load_pretrained(auto_class: str, name: str, key: str = "model.model", **opti
         if auto_class == "AutoTokenizer" and _is_made_up(loaded, Path(path)):
             raise ValueError("no backend tokenizer")
         return loaded
-    except (OSError, ValueError, SafetensorError) as error:
+    except Exception as error:  # of files that anybody may have written
         reason = str(error).strip().split("\n")[0]
+        if not isinstance(error, (OSError, ValueError, SafetensorError)):
+            reason = f"{type(error).__name__}: {reason}"
+        if "ignore_mismatched_sizes" in str(error):
+            reason = "its tensors do not have the shapes that its config.json says"
         if "trust_remote_code" in str(error):
             raise ModelError(
                 f"{auto_class} cannot load {name!r} without running Python code that comes with "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -173,3 +174,19 @@ def test_an_adapter_that_does_not_train_stays_as_it_is(tmp_path: Path) -> None:
         trainer.fit(module, Data())
     assert not module.body[2].adapters["kept"].lora_B.any()
     assert module.body[2].adapters["default"].lora_B.any()
+
+
+def test_a_head_that_trains_in_full_may_be_told_to(tmp_path: Path) -> None:
+    """Of what is kept aside of the base nothing is said: what was meant trains."""
+
+    class Unfreezes(Net):
+        def on_train_epoch_start(self) -> None:
+            self.head.requires_grad_(True)
+
+    module = Unfreezes()
+    callback = LoraCallback(r=2, target_modules=["body.2"], modules_to_save=["head"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        make_trainer(tmp_path, callback, max_epochs=2).fit(module, Data())
+    assert not any(p.requires_grad for p in module.head.original_tensors.parameters())
+    assert module.head.weight.requires_grad

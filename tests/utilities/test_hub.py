@@ -1,4 +1,5 @@
 import hashlib
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -140,7 +141,7 @@ def test_a_model_without_tokenizer(tmp_path, kind):
         load_pretrained("AutoTokenizer", str(tmp_path))
 
 
-@pytest.mark.parametrize("damage", ["truncated", "absent", "not json"])
+@pytest.mark.parametrize("damage", ["truncated", "absent", "not json", "shapes", "activation"])
 def test_damaged_models(tmp_path, damage):
     folder = save_tiny_bert(tmp_path / "tiny")
     weights = folder / "model.safetensors"
@@ -148,11 +149,19 @@ def test_damaged_models(tmp_path, damage):
         weights.write_bytes(weights.read_bytes()[:1000])
     elif damage == "absent":
         weights.unlink()
-    else:
+    elif damage == "not json":
         (folder / "config.json").write_text("{")
+    else:
+        config = json.loads((folder / "config.json").read_text())
+        changed = {
+            "shapes": {"hidden_size": 2 * config["hidden_size"]},
+            "activation": {"hidden_act": "gull"},
+        }
+        (folder / "config.json").write_text(json.dumps({**config, **changed[damage]}))
     with pytest.raises(ModelError) as error:
         load_pretrained("AutoModelForSequenceClassification", str(folder))
     text = str(error.value)
+    assert "its tensors do not have the shapes" in text or damage != "shapes"
     assert f"AutoModelForSequenceClassification cannot load {str(folder)!r}: " in text
     assert "Check that the folder holds a complete model. (model.model)" in text
 
