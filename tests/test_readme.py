@@ -169,6 +169,7 @@ def test_there_are_calls() -> None:
     assert len(CALLS) == 15
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", CALLS)
 def test_commands_parse(call: str, monkeypatch: Any) -> None:
     """Every `lora-lightning` call of a page is one that the parser takes."""

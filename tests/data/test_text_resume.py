@@ -85,17 +85,14 @@ MODES = {
 }
 
 
-FAST = (
-    "streaming, packed",
-    2,
-    True,
-)  # of those with workers, which take longer to start than to train
+# Those with workers take longer to start than to train.
+FAST = ("map", 0, True), ("streaming, packed", 0, True), ("streaming, packed", 2, True)
 
 
 @pytest.mark.parametrize(
     ("mode", "workers", "lora"),
     [
-        pytest.param(*case, marks=[pytest.mark.slow] if case[1] and case != FAST else [])
+        pytest.param(*case, marks=[] if case in FAST else [pytest.mark.slow])
         for case in itertools.product(MODES, (0, 2), (True, False))
     ],
 )

@@ -470,6 +470,7 @@ def array() -> Predicts:
     return Predicts("array")
 
 
+@pytest.mark.slow
 def test_predictions_of_a_fresh_process(tmp_path: Path) -> None:
     for row in all_found(array, tmp_path, EVALUATIONS).values():
         assert row.holds, row

@@ -521,6 +521,7 @@ def test_negative_control_that_is_compiled_for_each_length(llama: str) -> None:
     assert backend.graphs == 3
 
 
+@pytest.mark.slow
 def test_a_compiled_task_trains_as_it_does_without(tmp_path: Path, llama: str) -> None:
     torch._dynamo.reset()
 

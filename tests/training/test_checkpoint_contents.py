@@ -386,6 +386,7 @@ HOOKED = [DropsBig, Renames, Halves, KeepsNothing, LoadsOtherwise]
 HOOKED += [SavesLess, SavesNone, SavesCast, LoadsLess, PopsOnLoad]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", HOOKED, ids=lambda make: make.__name__)
 def test_no_hook_of_the_module_takes_anything_away(make: type[Hooked], tmp_path: Path) -> None:
     module = assert_taken_up(make, tmp_path)

@@ -293,6 +293,7 @@ def test_a_copied_teacher_follows_what_its_student_computes_with(
     assert distance(effective(module.target), watch.average) < 0.15 * went
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", FOLLOWING, ids=lambda make: make.__name__)
 @pytest.mark.parametrize("lora", TYPES)
 def test_both_are_in_step(make: type[Moving], lora: str, tmp_path: Path) -> None:

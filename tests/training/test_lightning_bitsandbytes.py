@@ -118,6 +118,7 @@ def assert_base_is_that_of(mode: str, module: Any) -> None:
         assert torch.equal(module.head.weight, original.head.weight)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize("mode", MODES)
 def test_fit_and_resume(mode: str, tmp_path: Path) -> None:

@@ -106,6 +106,7 @@ def fit(folder: Path, callbacks: list[Any], log: Log, ckpt_path: Path | None = N
     return {"module": module.state_dict(), "follows": follows.state_dict()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hook", HOOKS)
 @pytest.mark.parametrize("who", ["first of all", "callback", "ModelCheckpoint", "module"])
 def test_what_hooks_keep_up_is_saved(tmp_path: Path, hook: str, who: str) -> None:
