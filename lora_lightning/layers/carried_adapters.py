@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from operator import attrgetter
 from typing import Any
@@ -134,9 +134,11 @@ class CarriedAdapters(nn.Module):
 
     def compute_device(self) -> torch.device:
         """The device on which the module computes, offloaded or not."""
+        return compute_device(self, next(self._base_parameters()))
+
+    def _base_parameters(self) -> Iterator[nn.Parameter]:
         own = {id(p) for p in self.adapters.parameters()}
-        weight = next(p for p in self.parameters() if id(p) not in own)
-        return compute_device(self, weight)
+        return (p for _, p in nn.Module.named_parameters(self) if id(p) not in own)
 
     # -- tensors that train in full, in the module's own places (`modules_to_save`) ---------------
 
@@ -251,6 +253,32 @@ class CarriedAdapters(nn.Module):
         with computing_with(self, copy.module, self.original_tensors):
             yield
 
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """Return what the module itself has; of one that trains in full, what trains now alone.
+
+        So a loop over `head.parameters()` finds neither what is kept aside of the base nor what
+        other adapters have. Those of a model around it, which optimizers are made of, has all.
+        """
+        inside = f"{prefix}." if prefix else ""
+        aside = (f"{inside}adapters.", f"{inside}original_tensors.")
+        for name, parameter in super().named_parameters(prefix, recurse, remove_duplicate):
+            if not (self.trains_in_place and name.startswith(aside)):
+                yield name, parameter
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Load into the module; of one that trains in full, into what acts now.
+
+        Unless the state has tensors of adapters: then it is one of this module, with all of it.
+        """
+        copy = self.trained_copy() if self.trains_in_place else None
+        if copy is None or any(key.startswith("adapters.") for key in state_dict):
+            return super().load_state_dict(state_dict, strict, assign)
+        return copy.module.load_state_dict(state_dict, strict)
+
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Return the base's tensors under their own names, and the adapters' under theirs."""
         with self.base_shown():
@@ -269,8 +297,7 @@ class CarriedAdapters(nn.Module):
             AdapterStateError: Naming the adapter and what fills it.
 
         """
-        own = {id(p) for p in self.adapters.parameters()}
-        if any(not p.is_meta for p in self.parameters() if id(p) not in own):
+        if any(not p.is_meta for p in self._base_parameters()):
             raise AdapterStateError(
                 f"Adapter {name!r} is on the meta device and has no values yet "
                 "(low_cpu_mem_usage): fill it with load_adapter_state_dict, or take it off and "

@@ -72,11 +72,11 @@ def _new_modules(root: nn.Module, new: set[int], listed: list[str]) -> list[str]
     found: list[str] = []
     covered: set[int] = set()
     for path, child in walk(root):
-        own = {id(p) for p in child.parameters()} - adapters.keys()
+        own = {id(p) for _, p in nn.Module.named_parameters(child)} - adapters.keys()
         if any(matches_name(name, path) for name in listed):
             covered |= own
     for path, child in walk(root):
-        own = {id(p) for p in child.parameters()} - adapters.keys()
+        own = {id(p) for _, p in nn.Module.named_parameters(child)} - adapters.keys()
         container = isinstance(child, (nn.ModuleList, nn.ModuleDict))
         if path and own and own <= new - covered and not container:
             found.append(path)

@@ -638,3 +638,45 @@ def test_the_layers_of_a_head_stay(how: str) -> None:
     assert torch.equal(model(X), before)
     unload(model)
     CHANGES[how](model.head)
+
+
+# -- what its user does with all of it ------------------------------------------------------------
+
+
+def test_a_loop_over_its_parameters() -> None:
+    """MAML's inner gradients, a penalty, a clamp: of what trains, and nothing beside it."""
+    plain, model = Model("method").double(), two_heads()
+    set_adapter(model, "a")
+    assert [n for n, _ in model.head.named_parameters()] == ["out.weight", "out.bias"]
+    assert [n for n, _ in model.head.named_parameters("x")] == ["x.out.weight", "x.out.bias"]
+    found = torch.autograd.grad(model(X).sum(), model.head.parameters())
+    assert len(found) == 2
+    for parameter in model.head.parameters():
+        parameter.data.zero_()
+    with disable_adapter(model):
+        assert torch.equal(model(X), plain(X))
+        assert len(list(model.head.parameters())) == 2
+    names = {n for n, _ in model.named_parameters()}  # for optimizers, of all that there is
+    assert "head.original_tensors.out.weight" in names
+    assert "body.adapters.b.lora_A" in names
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_state_that_is_loaded_into_it(strict: bool) -> None:
+    """A head that is begun anew, or taken over from elsewhere, in the middle of a run."""
+    plain, model = Model("method").double(), with_head("method")
+    new = Decoder().double()
+    own = model.head.out.weight
+    model.head.load_state_dict(new.state_dict(), strict=strict)
+    assert model.head.out.weight is own  # as the optimizer has it
+    assert torch.equal(model.head(X), new(X))
+    with disable_adapter(model):
+        assert torch.equal(model(X), plain(X))
+        model.head.load_state_dict(new.state_dict(), strict=False)  # the base's turn
+        assert torch.equal(model.head(X), new(X))
+    with pytest.raises(RuntimeError, match="Missing key"):
+        model.head.load_state_dict({"out.weight": own})
+    state = copy.deepcopy(model.head.state_dict())
+    train(model)
+    model.head.load_state_dict(state)  # its own, with all of it
+    assert torch.equal(model.head(X), new(X))
