@@ -19,6 +19,7 @@ from lora_lightning.engine.merging import check_mergeable, merge_adapter
 from lora_lightning.errors import AdapterStateError
 from lora_lightning.layers.traversal import named_adapted_layers, named_parameters, walk
 from lora_lightning.utilities.dtensor import is_sharded
+from lora_lightning.utilities.is_a import is_a
 
 _METHOD = "save_pretrained"
 
@@ -26,7 +27,7 @@ _METHOD = "save_pretrained"
 def hold_saving(model: nn.Module) -> None:
     """Have every model inside that has the method, and carries adapters, write all of itself."""
     for _, module in walk(model):
-        if hasattr(type(module), _METHOD) and any(True for _ in named_adapted_layers(module)):
+        if _writes_state(module) and any(True for _ in named_adapted_layers(module)):
             module.__dict__.setdefault(_METHOD, partial(_save, module))
 
 
@@ -35,6 +36,13 @@ def release_saving(model: nn.Module) -> None:
     for _, module in walk(model):
         if getattr(module.__dict__.get(_METHOD), "func", None) is _save:
             del module.__dict__[_METHOD]
+
+
+def _writes_state(module: nn.Module) -> bool:
+    """Tell whether the method is that of transformers, diffusers or huggingface_hub."""
+    return hasattr(type(module), _METHOD) and is_a(
+        module, "PreTrainedModel", "ModelMixin", "PyTorchModelHubMixin"
+    )
 
 
 def _save(model: Any, *args: Any, **kwargs: Any) -> Any:

@@ -38,11 +38,12 @@ class Note(NamedTuple):
 
 def find_notes(module: LightningModule) -> list[Note]:
     """What the module notes of all parameters of a network that carries no adapters yet."""
+    ends = {name for _, part in walk(module) for name in part._parameters}
     candidates = [
         (f"{path}.{name}" if path else name, values, is_helper)
         for path, part in walk(module)
         for name, values, is_helper in _attributes(part)
-        if len(values) > 1
+        if sum(_may_note(value, ends) for value in values) > 1
     ]
     if not candidates:
         return []
@@ -123,6 +124,13 @@ def _attributes(part: nn.Module) -> Iterator[tuple[str, list[Any], bool]]:
             for inner, held in vars(value).items():
                 if isinstance(held, _COLLECTIONS):
                     yield f"{name}.{inner}", list(held), True
+
+
+def _may_note(value: Any, ends: set[str]) -> bool:
+    """Tell whether it could stand for a parameter, of which names have one of these `ends`."""
+    if isinstance(value, str):
+        return value.rpartition(".")[2] in ends
+    return isinstance(value, (Tensor, weakref.ReferenceType))
 
 
 def _is_plain(value: Any) -> bool:
