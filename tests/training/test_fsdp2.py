@@ -375,10 +375,23 @@ def folder(tmp_path_factory: Any) -> Path:
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "sharded"
     with FileLock(f"{folder}.lock"):
         if not (folder / "ranks.pt").exists():
-            torch.save(fit(Quiet, folder / "alone", 4), folder / "alone.pt")
-            fit(Factored, folder / "factored", 2)
-            torch.save(dict(enumerate(on_processes(2, on_two, folder))), folder / "ranks.pt")
+            try:
+                write_all(folder)
+            except AssertionError as error:
+                # glibc's words for a fault in native code, which no Python can make: seen once in
+                # a dozen runs, in torch's or gloo's gathering of a checkpoint. Once more, anew.
+                if "double free or corruption" not in str(error):
+                    raise
+                print(f"a process ended in native code, and all is run once more: {error}")
+                shutil.rmtree(folder)
+                write_all(folder)
     return folder
+
+
+def write_all(folder: Path) -> None:
+    torch.save(fit(Quiet, folder / "alone", 4), folder / "alone.pt")
+    fit(Factored, folder / "factored", 2)
+    torch.save(dict(enumerate(on_processes(2, on_two, folder))), folder / "ranks.pt")
 
 
 @pytest.fixture(scope="module")
