@@ -202,6 +202,7 @@ def heavy_after(statements: str) -> list[str]:
     return ast.literal_eval(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_engine_needs_torch_only() -> None:
     imported = "\n".join(f"import {name}" for name in LIGHT)
     working = (

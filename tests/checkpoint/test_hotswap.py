@@ -52,6 +52,7 @@ SWAPS = {
 }
 
 
+@pytest.mark.slow
 def test_swaps_under_torch_compile(tmp_path: Path) -> None:
     torch._dynamo.reset()
     base = Transformer().double()

@@ -395,6 +395,7 @@ def any_type(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:oft_block_size")
 @settings(
     max_examples=60, deadline=None, derandomize=True, database=None,

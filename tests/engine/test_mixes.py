@@ -155,6 +155,7 @@ def adapted(kinds: tuple[str, ...], **options) -> tuple[nn.Module, nn.Module]:
     return base, model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kinds", list(itertools.permutations(MIXED, 2)), ids="-".join)
 def test_two_types_on_the_same_modules(kinds: tuple[str, str], tmp_path) -> None:
     base, model = adapted(kinds)

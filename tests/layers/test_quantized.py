@@ -576,6 +576,7 @@ def test_a_quantised_model_of_transformers_trains(llama: str, method: str) -> No
     assert base_fingerprint(loaded(llama, method)) == fingerprint
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:Int8Tensor does not implement _stable_hash_for_caching")
 @pytest.mark.parametrize(

@@ -128,6 +128,7 @@ def test_two_graphs_of_different_adapters(reentrant: bool) -> None:
     assert_equal(gradients(net), gradients(plain))
 
 
+@pytest.mark.slow
 @REENTRANT
 @KINDS
 def test_a_reference_in_between_does_no_harm(kind: str, reentrant: bool) -> None:

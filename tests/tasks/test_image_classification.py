@@ -129,6 +129,7 @@ def test_it_resumes_in_mid_epoch(tmp_path, folder, others, workers):
     resumed(tmp_path, folder, others, workers=workers).check(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_frozen_batchnorm_resumes(tmp_path, folder, others):
     resumed(tmp_path, folder, others, kind="resnet").check(tmp_path)
 

@@ -106,6 +106,7 @@ def scores_and_labels(module: Any, collate: Any) -> tuple[Tensor, Tensor]:
     return scores[labels != IGNORE_INDEX], labels[labels != IGNORE_INDEX]
 
 
+@pytest.mark.slow
 @both
 def test_it_learns_and_logs(tmp_path: Path, task: Any) -> None:
     kind, model, collate = task

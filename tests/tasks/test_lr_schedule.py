@@ -245,6 +245,7 @@ def test_a_warmup_longer_than_the_run(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_trials_may_end_in_warmup(tmp_path: Path) -> None:
     class Sized(LightningDataModule):
         batch_size = 1

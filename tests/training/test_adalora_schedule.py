@@ -325,6 +325,7 @@ def fit(
     return {**module.state_dict(), **moments}, lora
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_resume_is_exact(tmp_path: Path, accumulate: int) -> None:
     """Before anything was allocated, in the middle of the schedule, and when ranks are final."""

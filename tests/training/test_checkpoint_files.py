@@ -185,6 +185,7 @@ def flips(path: Path, count: int, io: Any) -> tuple[int, int]:
     return refused, harmless
 
 
+@pytest.mark.slow
 def test_a_turned_bit_anywhere_is_noticed(good: Path, tmp_path: Path) -> None:
     path = tmp_path / "a.ckpt"
     path.write_bytes(good.read_bytes())
@@ -510,6 +511,7 @@ class Watch(Callback):
         assert any(damaged_parts(torch.load(p, weights_only=True)) == [] for p in others)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("link", [True, "link"], ids=["copy", "link"])
 @pytest.mark.parametrize("plugins", [False, True], ids=["plain", "async"])
 def test_old_files_go_after_new_ones_are_there(

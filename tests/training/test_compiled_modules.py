@@ -65,6 +65,7 @@ def test_negative_control_names_as_they_are_would_not_be_found(
         trained(tmp_path, Compiled())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo
 def test_compiled_after_growth_and_as_a_folder(tmp_path: Path) -> None:
     """Compiled modules in adapted ones, adapted ones compiled: files and folders fit both."""

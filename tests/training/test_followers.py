@@ -280,6 +280,7 @@ def distance(one: list[Tensor], other: list[Tensor]) -> float:
     return float(torch.cat([(a - b).flatten() for a, b in zip(one, other, strict=True)]).norm())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [Byol, ByStateDict, ByName, Moco, Free])
 @pytest.mark.parametrize("lora", TYPES)
 def test_a_copied_teacher_follows_what_its_student_computes_with(

@@ -159,6 +159,7 @@ def test_a_teacher_that_goes_by_names_is_refused(tmp_path: Path) -> None:
     assert fit(EachTime, tmp_path) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "attribute", "what"),
     [

@@ -235,6 +235,7 @@ def test_what_trains_in_16_bits_is_named(precision: str, tmp_path: Path, capsys:
     assert "in 16 bits" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["32-true", "16-mixed", "bf16-mixed", "bf16-true", "16-true"])
 def test_a_checkpoint_goes_on_under_any_precision(first: str, tmp_path: Path) -> None:
     """The base is known by the values that it had before the plugin cast it."""
