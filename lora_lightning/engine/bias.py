@@ -107,7 +107,7 @@ def forget_bias(module: nn.Module) -> None:
     record.show(module, False)
     record.parameter(module).requires_grad_(False)
     del module.__dict__[_RECORD]
-    unwatch(module)
+    unwatch(module, record.switches)
 
 
 def biases_to_train(

@@ -182,7 +182,7 @@ class CarriedAdapters(nn.Module):
             del self.original_tensors
             forget_originals(self)
             for part in self._parts():
-                unwatch(part)
+                unwatch(part, self._switches)
 
     def _parts(self) -> Iterator[nn.Module]:
         """Return what is inside, where a part may be called by itself."""

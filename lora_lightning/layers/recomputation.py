@@ -105,10 +105,10 @@ def watch(module: nn.Module, switches: SwitchLog) -> None:
     module.register_forward_pre_hook(RecomputationCheck(switches, type(module).__name__))
 
 
-def unwatch(module: nn.Module) -> None:
-    """Undo `watch`."""
+def unwatch(module: nn.Module, switches: SwitchLog) -> None:
+    """Undo `watch`; a part of what trains in full may have a bias of another adapter."""
     for key, hook in list(module._forward_pre_hooks.items()):
-        if isinstance(hook, RecomputationCheck):
+        if isinstance(hook, RecomputationCheck) and hook.switches is switches:
             del module._forward_pre_hooks[key]
 
 

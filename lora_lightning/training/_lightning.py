@@ -188,7 +188,7 @@ def restore_results(module: LightningModule, saved: list[dict[str, Any]]) -> Non
     classes: Any = sys.modules[type(results).__module__]
     metrics = dict(module.named_modules())
     for entry in saved:
-        options, metric = entry["options"], None
+        options = entry["options"]
         builtin, name = options["reduce_fx"]
         meta = classes._Metadata(
             **options["plain"], reduce_fx=getattr(builtins if builtin else torch, name)

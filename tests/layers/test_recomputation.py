@@ -277,3 +277,15 @@ def test_parts_that_no_adapter_sits_on(reentrant: bool, options: dict[str, objec
             loss.backward()
     delete_adapter(net, "a")
     assert not any(module._forward_pre_hooks for module in net.modules())
+
+
+def test_a_bias_of_another_adapter_in_what_trains_in_full() -> None:
+    """Taking the one off leaves the other's check where it was."""
+    net = parts(False, {"bias": "all"})
+    inject_adapter(net, LoraConfig(r=2, target_modules=["proj"], modules_to_save=["head"]), "b")
+    inner = net.head[2]
+    assert len(inner._forward_pre_hooks) == 2
+    delete_adapter(net, "b")
+    assert len(inner._forward_pre_hooks) == 1
+    delete_adapter(net, "a")
+    assert not inner._forward_pre_hooks
