@@ -26,7 +26,7 @@ from lora_lightning import (
     inject_adapter,
     save_adapter,
 )
-from lora_lightning.cli.main import LoraCLI
+from lora_lightning.cli.lora_cli import LoraCLI
 from lora_lightning.data import TextDataModule
 from lora_lightning.data.samples.formats import FORMATS
 from lora_lightning.errors import CheckpointError

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 # The packages from the bottom up: each imports itself and those before it, never one behind it.
 PACKAGES = [
     "errors", "utilities", "adapters", "layers", "engine", "checkpoint", "training", "callback",
-    "tasks", "data", "callbacks", "examination", "cli",
+    "tasks", "data", "callbacks", "runs", "examination", "verbs", "cli",
 ]  # fmt: skip
 
 

@@ -90,6 +90,7 @@ ALONE = {
     "engine/status.py": {"Console"},  # a text, which asks `printable` itself
     "cli/main.py": {"sys.stderr"},  # a LoraError
     "cli/parser.py": {"sys.stderr"},  # likewise itself
+    "cli/verbs.py": {"sys.stderr"},  # likewise itself
     "cli/log_filter.py": {"sys.stderr"},
     "training/messages.py": {"Console", "print"},
 }

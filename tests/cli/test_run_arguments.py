@@ -1,0 +1,51 @@
+"""A run directory in the place of config and checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora_lightning.cli.run_arguments import with_run
+from lora_lightning.errors import ConfigError
+from tests.helpers.command import run_command
+from tests.helpers.trained_runs import own_module_run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return own_module_run(tmp_path_factory.mktemp("run"))
+
+
+def test_which_config_and_checkpoint(run: Path) -> None:
+    config, checkpoints = ["--config", str(run / "config.yaml")], run / "checkpoints"
+    best = [*config, "--ckpt_path", str(checkpoints / "best.ckpt")]
+    assert with_run(["test", str(run), "--a", "b"]) == ["test", *best, "--a", "b"]
+    last = [*config, "--ckpt_path", str(checkpoints / "last.ckpt")]
+    assert with_run(["fit", str(run)]) == ["fit", *last]
+    assert with_run(["examine", str(run)]) == ["examine", *config]
+    named = [str(run), "--ckpt_path", "last"]
+    assert with_run(["predict", *named]) == ["predict", *config, *named[1:]]
+    plain = ["fit", "--config", "a.yaml"]
+    assert with_run(plain) == plain
+
+
+def test_a_run_of_python(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "last.ckpt").write_bytes((run / "checkpoints/last.ckpt").read_bytes())
+    with pytest.raises(ConfigError, match=r"no config.yaml of .*--config FILE --ckpt_path"):
+        with_run(["validate", str(tmp_path)])
+
+
+def test_a_run_goes_on_and_is_evaluated(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = run.parents[1]
+    monkeypatch.syspath_prepend(folder)
+    before = torch.load(run / "checkpoints/last.ckpt", weights_only=True)["epoch"]
+    output = run_command(folder, monkeypatch, capfd, "fit", "runs/own", "--trainer.max_epochs=2")
+    assert "adapter" in output
+    assert torch.load(run / "checkpoints/last.ckpt", weights_only=True)["epoch"] == before + 1
+    output = run_command(folder, monkeypatch, capfd, "validate", "runs/own")
+    assert "val_loss" in output
+    assert "before any fine-tuning" not in output
