@@ -42,7 +42,8 @@ def rendered(*items: RenderableType) -> str:
 
 def console_of_terminal() -> Console:
     """As wide and colourful as the terminal; in text there is neither markup nor emoji codes."""
-    return Console(soft_wrap=True, markup=False, emoji=False, highlight=False)
+    # In a notebook rich would show an empty output of its own beside the printed text.
+    return Console(soft_wrap=True, markup=False, emoji=False, highlight=False, force_jupyter=False)
 
 
 @dataclass
