@@ -26,7 +26,7 @@ from lora_lightning.callback import LoraCallback
 from lora_lightning.callbacks.comparison import compare_with_base
 from lora_lightning.cli.examination import ExaminingTrainer, examine_config
 from lora_lightning.cli.parser import PROGRAM, LoraParser
-from lora_lightning.cli.predictions import save_predictions
+from lora_lightning.cli.predictions import PredictionFiles
 from lora_lightning.cli.saved_config import RunConfig
 from lora_lightning.errors import CheckpointError, ConfigError, first_few
 from lora_lightning.runs.checkpoints import best_of, checkpoints_in, last_of
@@ -138,6 +138,8 @@ class LoraCLI(LightningCLI):
             self._check_section_is_unused()
         else:
             callbacks = [*callbacks, made["lora"]]
+        if self.subcommand == "predict":
+            callbacks = [*callbacks, PredictionFiles()]
         trainer = super().instantiate_trainer(**kwargs, callbacks=callbacks)
         # First, so that wrong options are found before other callbacks write files.
         trainer.callbacks.sort(key=lambda callback: not isinstance(callback, LoraCallback))  # type: ignore[attr-defined]
@@ -228,21 +230,6 @@ class LoraCLI(LightningCLI):
             f"to train on (raise trainer.{limit}):\n  {self._again()}",
             "to evaluate:\n  " + shlex.join([_typed_program(), *evaluate, "--ckpt_path", "best"]),
         )
-
-    def after_predict(self) -> None:
-        """Keep what was predicted, which LightningCLI would drop: files for each process."""
-        trainer = self.trainer
-        folder = Path(trainer.log_dir or self.run_directory)  # all processes ask for it together
-        predictions = trainer.predict_loop.predictions
-        if not predictions:
-            return
-        number = f"_{trainer.global_rank}" if trainer.world_size > 1 else ""
-        # `save_predictions` makes the folder, on a machine that does not share it.
-        *lines, whole = save_predictions(predictions, folder / f"predictions{number}")
-        if trainer.is_global_zero:
-            others = f" of process 0 of {trainer.world_size}" if number else ""
-            read = "".join(f"{path}, a line for each row; " for path in lines)
-            show(f"predictions{others}: {read}{whole} (torch.load), batch by batch")
 
 
 def _as_list(callbacks: Any) -> list[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -96,6 +97,10 @@ class ImageDataModule(LabelledDataModule):
     ) -> tuple[list[ImageRecord], list[ImageRecord]]:
         """Training and validation images of those of `train`."""
         return split_records(records, self.val_fraction, content=lambda record: record.content)
+
+    def input_of(self, record: ImageRecord) -> dict[str, Any]:
+        """The path of the image, or its place in a dataset."""
+        return {"image": str(record.image) if isinstance(record.image, Path) else record.where}
 
     def label_place(self, record: ImageRecord) -> str:
         """Place of `record`: the label may be its folder's name."""

@@ -87,6 +87,13 @@ class SplitDataModule(LightningDataModule):
         """Make what the loaders of `split` serve; a split without records is not prepared."""
         raise NotImplementedError
 
+    def input_of(self, record: Any) -> dict[str, Any]:
+        """What a record of `predict` says, to stand beside what is predicted; nothing by default.
+
+        It holds for loaders that serve `prepared("predict")`.
+        """
+        return {}
+
     def hold_out(self, records: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
         """Training and validation records of those of `train`."""
         return split_records(records, self.val_fraction)

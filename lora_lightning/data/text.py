@@ -23,7 +23,7 @@ from lora_lightning.data.batches.stream import TextStream
 from lora_lightning.data.encoding.for_model import BlockEncoder, Encoding, encoding_for, held_out
 from lora_lightning.data.encoding.sample_encoder import EncodingReport, SampleEncoder
 from lora_lightning.data.samples.formats import TextSource, check_format
-from lora_lightning.data.samples.sample import Sample
+from lora_lightning.data.samples.sample import Chat, Document, Sample
 from lora_lightning.data.split_data_module import SplitDataModule, SplitOptions
 from lora_lightning.data.validation_split import sample_content, split_records
 from lora_lightning.errors import ConfigError, ModelError, RecordError
@@ -154,6 +154,13 @@ class TextDataModule(SplitDataModule):
         if not samples:
             raise RecordError(f"{path}: no rows; it is empty. (data.{split})")
         return samples
+
+    def input_of(self, record: Sample) -> dict[str, Any]:
+        """The prompt, or the messages of a chat."""
+        if isinstance(record, Chat):
+            tools = {"tools": list(record.tools)} if record.tools else {}
+            return {"messages": list(record.messages), **tools}
+        return {"prompt": record.text if isinstance(record, Document) else record.prompt}
 
     def hold_out(self, records: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
         """Training and validation samples."""

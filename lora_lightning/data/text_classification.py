@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lora_lightning.data.labelled_text_data_module import Example, LabelledTextDataModule
 from lora_lightning.data.sources.labelled_texts import Record, read_records
@@ -63,6 +63,10 @@ class TextClassificationDataModule(LabelledTextDataModule):
             text_column=self.text_column,
             label_column=None if split == "predict" else self.label_column,
         )
+
+    def input_of(self, record: Record) -> dict[str, Any]:
+        """The text."""
+        return {"text": record.text}
 
     def prepare(self, split: str, records: Sequence[Record]) -> list[Example]:
         """Token ids and class ids."""

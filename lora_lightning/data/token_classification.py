@@ -87,6 +87,10 @@ class TokenClassificationDataModule(LabelledTextDataModule):
         """The labels of one sentence."""
         return record.labels
 
+    def input_of(self, record: Sentence) -> dict[str, Any]:
+        """The words."""
+        return {"tokens": list(record.words)}
+
     def prepare(self, split: str, records: Sequence[Sentence]) -> list[Example]:
         """Token ids; the class ids of first sub-tokens, or the words that are to be predicted."""
         encoded, cut = self._encode([sentence.text for sentence in records])
