@@ -32,6 +32,7 @@ from lora_lightning.errors import CheckpointError, ConfigError, first_few
 from lora_lightning.runs.checkpoints import best_of, checkpoints_in, last_of
 from lora_lightning.training.checkpoint_io import files
 from lora_lightning.training.messages import show
+from lora_lightning.verbs.preview.preview import idle_trainer
 
 
 class LoraCLI(LightningCLI):
@@ -67,8 +68,9 @@ class LoraCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Lightning's, and `examine`."""
-        return {**LightningCLI.subcommands(), "examine": {"model", "datamodule"}}
+        """Lightning's, and those of data and module before training."""
+        given = {"model", "datamodule"}
+        return {**LightningCLI.subcommands(), "examine": given, "preview": given}
 
     def examine(self, **kwargs: Any) -> None:
         """Tell what holds for the module, which is made anew many times; exit with 1 if not all."""
@@ -103,8 +105,8 @@ class LoraCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Look the checkpoint up, and refuse to start a run over an existing one."""
-        if self.subcommand == "examine":
-            return  # which leaves the run directory alone
+        if self.subcommand in ("examine", "preview"):
+            return  # which leave the run directory alone
         options = self._options()
         found = self.found_checkpoints()
         wanted = options.get("ckpt_path")
@@ -130,6 +132,8 @@ class LoraCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the Trainer, with logs and checkpoints inside the run directory."""
+        if self.subcommand == "preview":  # whatever devices the run is for
+            return idle_trainer(ExaminingTrainer)
         made = self.config_init[self.subcommand]
         if made["trainer"].get("logger") in (None, True):
             kwargs["logger"] = CSVLogger(save_dir=str(self.run_directory), name="logs")

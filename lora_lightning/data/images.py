@@ -19,7 +19,6 @@ from lora_lightning.data.sources.labelled_images import read_images
 from lora_lightning.data.split_data_module import SplitOptions
 from lora_lightning.data.validation_split import split_records
 from lora_lightning.errors import ConfigError
-from lora_lightning.training.messages import rank_zero_info
 
 Example = dict[str, Any]
 
@@ -108,7 +107,7 @@ class ImageDataModule(LabelledDataModule):
 
     def prepare(self, split: str, records: Sequence[ImageRecord]) -> ImageDataset:
         """A dataset of pixels and class ids."""
-        rank_zero_info(f"{split}: {len(records):,} images")
+        self.tell(split, f"{split}: {len(records):,} images")
         predicts = split == "predict"
         return ImageDataset(
             records,

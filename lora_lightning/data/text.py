@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
@@ -27,7 +27,6 @@ from lora_lightning.data.samples.sample import Chat, Document, Sample
 from lora_lightning.data.split_data_module import SplitDataModule, SplitOptions
 from lora_lightning.data.validation_split import sample_content, split_records
 from lora_lightning.errors import ConfigError, ModelError, RecordError
-from lora_lightning.training.messages import rank_zero_info
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -180,6 +179,16 @@ class TextDataModule(SplitDataModule):
             return self._records["val"]
         return super().records(split)
 
+    def samples(self, split: str) -> Iterator[Sample]:
+        """The samples of a split in the order in which they are encoded."""
+        if self.streaming and split == "train":
+            fraction = 0.0 if self.paths["val"] else self.val_fraction
+            return (s for s in self._streamed_source.samples() if not held_out(s, fraction))
+        samples = self.records(split)
+        if split == "train" and split in self._prepared:  # they were let go, and are again
+            self._records.pop("train")
+        return iter(samples)
+
     def sample_prompts(self, count: int) -> list[Sample]:
         """The first samples of the validation data; none where there are none."""
         given = self.paths["val"] is not None or (self.paths["train"] and self.val_fraction)
@@ -222,7 +231,7 @@ class TextDataModule(SplitDataModule):
                 f"; packed into {len(rows):,} rows of {encoder.max_length:,} tokens, "
                 f"{100 * full:.0f} % full (data.packing)"
             )
-        rank_zero_info(line)
+        self.tell(split, line)
         return BatchRows(store, rows)
 
     # -- loaders -----------------------------------------------------------------------------------
@@ -314,7 +323,7 @@ class TextDataModule(SplitDataModule):
         first, report = list(islice(source.rows(), self.shuffle_buffer)), EncodingReport()
         list(encode(first, report))
         line = report.line("train", self.encoding.encoder.limit)
-        rank_zero_info(f"{line}: of the first {len(first):,} rows; all are read while training")
+        self.tell("train", f"{line}: of the first {len(first):,} rows; all are read while training")
         shares = self.shares()
         return TextStream(
             source.rows,
