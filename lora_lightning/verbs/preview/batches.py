@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from rich.console import RenderableType
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from lora_lightning.errors import ConfigError, LoraError
 from lora_lightning.utilities.constants import IGNORE_INDEX
@@ -62,19 +63,25 @@ def _loaders(data: Any, module: Any) -> Iterator[tuple[str, Any]]:
 
 def _each(split: str, loaders: Any) -> Iterator[tuple[str, Any]]:
     """One loader, or several in a list or a dict, or one within the other."""
-    if isinstance(loaders, Mapping):
-        for name, loader in loaders.items():
+    if _holds_loaders(loaders):
+        named = isinstance(loaders, Mapping)
+        for name, loader in loaders.items() if named else enumerate(loaders):
             yield from _each(f"{split}[{name!r}]", loader)
-    elif isinstance(loaders, (list, tuple)):
-        for number, loader in enumerate(loaders):
-            yield from _each(f"{split}[{number}]", loader)
-    elif loaders is not None:
-        if not hasattr(loaders, "__iter__"):
-            raise ConfigError(
-                f"the {split} data are of the type {type(loaders).__name__}, which gives no "
-                "batches; give a LightningDataModule or a DataLoader. (data)"
-            )
+    elif not hasattr(loaders, "__iter__") or isinstance(loaders, (Mapping, Tensor, str)):
+        raise ConfigError(
+            f"the {split} data are of the type {type(loaders).__name__}, which gives no batches; "
+            "give a LightningDataModule or a DataLoader. (data)"
+        )
+    else:
         yield split, loaders
+
+
+def _holds_loaders(value: Any) -> bool:
+    """Tell loaders in a list or a dict from a list of batches."""
+    if not isinstance(value, (Mapping, list, tuple)):
+        return False
+    parts = list(value.values() if isinstance(value, Mapping) else value)
+    return any(isinstance(part, DataLoader) or _holds_loaders(part) for part in parts)
 
 
 def _amount(loader: Any) -> str:
@@ -158,14 +165,14 @@ def _texts(tokenizer: Any, batch: Mapping[str, Any], rows: int, most: int) -> It
     """The first rows without their padding, cut where positions begin anew."""
     ids, mask = batch["input_ids"], batch.get("attention_mask")
     labels, positions = batch.get("labels"), batch.get("position_ids")
-    aligned = isinstance(labels, Tensor) and labels.shape == ids.shape
     for number in range(min(rows, len(ids))):
-        whole = isinstance(mask, Tensor) and mask.shape == ids.shape
-        kept = mask[number].bool() if whole else torch.ones_like(ids[number], dtype=torch.bool)
+        kept = torch.ones_like(ids[number], dtype=torch.bool)
+        if isinstance(mask, Tensor) and mask.shape == ids.shape:
+            kept = mask[number].bool()
         tokens = ids[number][kept].tolist()
         learned = [False] * len(tokens)
         title = f"row {number + 1} of the first batch: {len(tokens):,} tokens"
-        if aligned:
+        if isinstance(labels, Tensor) and labels.shape == ids.shape:
             learned = (labels[number][kept] != IGNORE_INDEX).tolist()
             title += f", {sum(learned):,} of them learned"
         starts = [0]

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import RenderableType
 
-from lora_lightning.data.batches.example_store import ExampleStore, Tokens
+from lora_lightning.data.batches.example_store import BatchRows, ExampleStore, Tokens
 from lora_lightning.data.encoding.sample_encoder import EncodingReport
 from lora_lightning.data.samples.sample import Example
 from lora_lightning.data.text import TextDataModule
@@ -73,7 +73,10 @@ def _example(data: TextDataModule, number: int, found: _Found, most: int) -> Tok
 def _rows(data: TextDataModule, split: str, count: int) -> Iterator[tuple[int, Sequence[Tokens]]]:
     """The first rows of packed examples."""
     if data.packing:
-        yield from enumerate(islice(iter(data.prepared(split)), count), start=1)
+        served = data.prepared(split)
+        # Past its end a row fills up what processes share out; a stream has no length.
+        rows = islice(iter(served), len(served) if isinstance(served, BatchRows) else None)
+        yield from enumerate(islice(rows, count), start=1)
 
 
 def _packed(data: TextDataModule, number: int, row: Sequence[Tokens], most: int) -> TokenText:
@@ -150,7 +153,7 @@ def _ends(data: TextDataModule, store: ExampleStore) -> list[RenderableType]:
             elif place + 1 == len(whole) and len(whole) >= _limit(data):
                 found.cut += 1
             else:
-                behind = whole[place + 1] if place + 1 < len(whole) else None
+                behind = whole[place + 1] if place + 1 < len(whole) else IGNORE_INDEX
                 found.plain[added.get(behind, "")] += 1
     of = f" (of the first {count:,} examples)" if count < len(store) else ""
     return [line + of for line in _lines_of(found)]

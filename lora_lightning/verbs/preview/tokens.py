@@ -56,7 +56,7 @@ def pieces_of(
         end += count
         text = tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False)
         if end < len(ids):  # half a character goes with its other half
-            text = text.rstrip("\ufffd")
+            text = max(text.rstrip("\ufffd"), before, key=len)
         pieces.append(Piece(text[len(before) :], is_learned, count, left_out=left_out))
         before = text
     return pieces
