@@ -208,7 +208,7 @@ def test_it_is_a_command(tmp_path: Path) -> None:
     rows = [{"prompt": f"What is {n}?", "completion": f"\x1b[31m{n}"} for n in range(9)]
     in_lines(tmp_path / "my.jsonl", rows)
     config = Path(__file__).parents[2] / "configs" / "sft.yaml"
-    words = ["preview", "--config", str(config), "--model.model", "base", "--data.train", "my.jsonl", "--data.max_length", "64", "--rows", "2"]  # fmt: skip
+    words = ["preview", "--config", str(config), "--model.model", "base", "--data.train", "my.jsonl", "--data.max_length", "64", "--data.val", "0", "--rows", "2"]  # fmt: skip
     code = "from lora_lightning.cli.main import main; main()"
     done = subprocess.run(
         [sys.executable, "-c", code, *words], cwd=tmp_path, env=child_environment(),
