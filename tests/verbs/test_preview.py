@@ -138,7 +138,7 @@ def test_counts_are_those_of_training(folder: Path) -> None:
     assert found.told["train"] in text
     assert f"shortest {min(lengths)}, median {sorted(lengths)[1]}, 95 % up to" in text
     bars = {line.split()[0]: line.split()[-1] for line in text.splitlines() if "█" in line}
-    of = [range(int(bar.split("-")[0]), int(bar.split("-")[1]) + 1) for bar in bars]
+    of = [range(int(bar.split("-")[0]), int(bar.split("-")[-1]) + 1) for bar in bars]
     assert [sum(n in span for n in lengths) for span in of] == [int(n) for n in bars.values()]
     assert sum(int(n) for n in bars.values()) == 3
 

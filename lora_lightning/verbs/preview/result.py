@@ -65,7 +65,7 @@ def histogram(title: str, numbers: Sequence[int]) -> list[RenderableType]:
     table.add_column(no_wrap=True)
     table.add_column(justify="right", no_wrap=True)
     for place, count in list(enumerate(counts))[first:]:
-        low, high = place * width, (place + 1) * width - 1
+        low, high = place * width, min((place + 1) * width - 1, max(numbers))
         bar = "█" * max(round(_BAR * count / max(counts)), 1) if count else ""
         table.add_row(f"{low:,}" if low == high else f"{low:,}-{high:,}", bar, f"{count:,}")
     ordered = sorted(numbers)
