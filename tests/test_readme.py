@@ -166,7 +166,7 @@ CALLS = [line for line in LINES if line.startswith("lora-lightning")]
 
 
 def test_there_are_calls() -> None:
-    assert len(CALLS) == 15
+    assert len(CALLS) == 16
 
 
 @pytest.mark.slow
@@ -174,7 +174,7 @@ def test_there_are_calls() -> None:
 def test_commands_parse(call: str, monkeypatch: Any) -> None:
     """Every `lora-lightning` call of a page is one that the parser takes."""
     words = shlex.split(call)
-    assert words[1] in {"fit", "validate", "test", "predict", "examine"}
+    assert words[1] in {"fit", "validate", "test", "predict", "examine", "preview"}
     (mine,) = (block for _, block in blocks("yaml") if "runs/mine" in block)
     Path("mine.yaml").write_text(mine)
     monkeypatch.setattr(sys, "argv", words)

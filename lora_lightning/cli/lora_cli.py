@@ -26,12 +26,13 @@ from lora_lightning.callback import LoraCallback
 from lora_lightning.callbacks.comparison import compare_with_base
 from lora_lightning.cli.examination import ExaminingTrainer, examine_config
 from lora_lightning.cli.parser import PROGRAM, LoraParser
-from lora_lightning.cli.predictions import save_predictions
+from lora_lightning.cli.predictions import PredictionFiles
 from lora_lightning.cli.saved_config import RunConfig
 from lora_lightning.errors import CheckpointError, ConfigError, first_few
 from lora_lightning.runs.checkpoints import best_of, checkpoints_in, last_of
 from lora_lightning.training.checkpoint_io import files
 from lora_lightning.training.messages import show
+from lora_lightning.verbs.preview.preview import idle_trainer
 
 
 class LoraCLI(LightningCLI):
@@ -67,8 +68,9 @@ class LoraCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Lightning's, and `examine`."""
-        return {**LightningCLI.subcommands(), "examine": {"model", "datamodule"}}
+        """Lightning's, and those of data and module before training."""
+        given = {"model", "datamodule"}
+        return {**LightningCLI.subcommands(), "examine": given, "preview": given}
 
     def examine(self, **kwargs: Any) -> None:
         """Tell what holds for the module, which is made anew many times; exit with 1 if not all."""
@@ -103,8 +105,8 @@ class LoraCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Look the checkpoint up, and refuse to start a run over an existing one."""
-        if self.subcommand == "examine":
-            return  # which leaves the run directory alone
+        if self.subcommand in ("examine", "preview"):
+            return  # which leave the run directory alone
         options = self._options()
         found = self.found_checkpoints()
         wanted = options.get("ckpt_path")
@@ -130,6 +132,8 @@ class LoraCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the Trainer, with logs and checkpoints inside the run directory."""
+        if self.subcommand == "preview":  # whatever devices the run is for
+            return idle_trainer(ExaminingTrainer)
         made = self.config_init[self.subcommand]
         if made["trainer"].get("logger") in (None, True):
             kwargs["logger"] = CSVLogger(save_dir=str(self.run_directory), name="logs")
@@ -138,6 +142,8 @@ class LoraCLI(LightningCLI):
             self._check_section_is_unused()
         else:
             callbacks = [*callbacks, made["lora"]]
+        if self.subcommand == "predict":
+            callbacks = [*callbacks, PredictionFiles()]
         trainer = super().instantiate_trainer(**kwargs, callbacks=callbacks)
         # First, so that wrong options are found before other callbacks write files.
         trainer.callbacks.sort(key=lambda callback: not isinstance(callback, LoraCallback))  # type: ignore[attr-defined]
@@ -228,21 +234,6 @@ class LoraCLI(LightningCLI):
             f"to train on (raise trainer.{limit}):\n  {self._again()}",
             "to evaluate:\n  " + shlex.join([_typed_program(), *evaluate, "--ckpt_path", "best"]),
         )
-
-    def after_predict(self) -> None:
-        """Keep what was predicted, which LightningCLI would drop: files for each process."""
-        trainer = self.trainer
-        folder = Path(trainer.log_dir or self.run_directory)  # all processes ask for it together
-        predictions = trainer.predict_loop.predictions
-        if not predictions:
-            return
-        number = f"_{trainer.global_rank}" if trainer.world_size > 1 else ""
-        # `save_predictions` makes the folder, on a machine that does not share it.
-        *lines, whole = save_predictions(predictions, folder / f"predictions{number}")
-        if trainer.is_global_zero:
-            others = f" of process 0 of {trainer.world_size}" if number else ""
-            read = "".join(f"{path}, a line for each row; " for path in lines)
-            show(f"predictions{others}: {read}{whole} (torch.load), batch by batch")
 
 
 def _as_list(callbacks: Any) -> list[Any]:

@@ -21,7 +21,7 @@ def test_by_directory_checkpoint_and_config(own_run: Path, monkeypatch: pytest.M
     assert run.monitored
     assert run.checkpoint == own_run / "checkpoints/best.ckpt"
     assert run.config["model"]["class_path"] == "own_modules.Net"
-    assert run.config["ckpt_path"] is None
+    assert "ckpt_path" not in run.config  # which not all verbs take
     assert find_run(own_run, "last").checkpoint.name == "last.ckpt"
     lone = find_run(run.checkpoint)
     assert (lone.directory, lone.config) == (own_run, run.config)
