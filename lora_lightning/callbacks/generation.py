@@ -53,7 +53,9 @@ class TextGenerator:
         if not options.get("do_sample", False):  # what the model brings for sampling
             greedy.update(dict.fromkeys(("temperature", "top_p", "top_k"), None))
         padding = tokenizer.pad_token_id
-        ends: dict[str, Any] = {"pad_token_id": tokenizer.eos_token_id if padding is None else padding}
+        ends: dict[str, Any] = {
+            "pad_token_id": tokenizer.eos_token_id if padding is None else padding
+        }
         learned = template_end_tokens(tokenizer) if end_tokens is None else end_tokens
         stops = stop_tokens(network, learned) or as_ids(tokenizer.eos_token_id)
         ends |= {"eos_token_id": stops} if stops else {}

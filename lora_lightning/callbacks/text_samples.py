@@ -40,9 +40,9 @@ class TextSamples(Callback):
 
     It goes to the console and into every logger: TensorBoard, W&B, MLflow and Comet as text,
     any other (CSVLogger) as lines of `samples.jsonl` beside its metrics. The base's text is
-    written once, with the adapters disabled, kept, and shown on the console once. A text ends where
-    the model's files say, and where turns were taught to end. Training goes on as if nothing had been
-    written: random numbers, train and eval mode stay as they are.
+    written once, with the adapters disabled, kept, and shown on the console once. A text ends
+    where the model's files say, and where turns were taught to end. Training goes on as if nothing
+    had been written: random numbers, train and eval mode stay as they are.
 
     It works with the language models of this package and with every LightningModule that holds
     exactly one Hugging Face model that generates. Under DDP the first process writes; under FSDP2

@@ -1,4 +1,4 @@
-"""The tokens at which generation stops: the model's own, and those that it was taught to end with."""
+"""The tokens at which a text ends: the model's own, and those that training taught."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lora_lightning.data.encoding.chat_template import ChatTemplate, Message, Span
 from lora_lightning.data.samples.sample import Chat
@@ -46,7 +46,8 @@ class ChatTurns:
     @property
     def end_tokens(self) -> list[int]:
         """Ids of the tokens that ended the turns so far, each by the first one that does."""
-        return sorted(self._ids(token) for token in self._ends)
+        found: Any = self._ids(sorted(self._ends))
+        return sorted(found)
 
     def texts(self, chat: Chat) -> list[Marked]:
         """One text or, where the template rewrites earlier turns, several; [] without a turn.
