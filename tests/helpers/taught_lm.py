@@ -60,6 +60,6 @@ def taught(
         limit_val_batches=0,
     )
     module = task(str(base), learning_rate=2e-2, max_new_tokens=24)
-    module_data = TextDataModule(str(file), val=0, max_length=64, batch_size=8, **data)
+    module_data = TextDataModule(str(file), val=0, batch_size=8, **{"max_length": 64, **data})
     trainer.fit(module, module_data)
     return run

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from lora_lightning.data.samples.formats import TextSource
@@ -44,41 +45,31 @@ def generate(
     """Answer prompts with a trained language model, or chat with it in the terminal.
 
     Prompts are written as the training data were: turns of a chat by the chat template, or plain
-    texts. A text ends where the model's files say, and where turns were taught to end. Without
-    `prompt` and `file` it is a chat; where there is no terminal, each line of the standard input is
-    a prompt.
+    texts. Without `prompt` and `file` it is a chat; where there is no terminal, each line of the
+    standard input is a prompt.
 
     Args:
-        run: The run directory, a checkpoint, a config that names the directory, or an adapter's
-            PEFT folder.
+        run: The run directory, a checkpoint, a config that names the directory, or a PEFT folder.
         prompt: A text; in Python also several, or a chat as messages (`role`, `content`).
         file: Prompts, read as `predict` reads them: one of each row.
         out: JSONL with the prompt and the text of each row, in the place of showing them.
         compare: Let the base answer, too.
         max_new_tokens: The most tokens of an answer. Default: the run's `model.max_new_tokens`.
         system: What a chat begins with, unless it has a system message itself.
-        ckpt: Of a run directory: `best`, `last` or a path. Default: the best, where something was
-            monitored, else the last.
+        ckpt: Of a run directory: `best`, `last` or a path. Default: the best, else the last.
         adapter: Further adapters of the same base, as runs, checkpoints or PEFT folders. All
             answer; in a chat, the one that `/adapter NAME` names.
-        generation: Further options of transformers' `generate`, such as
-            `{do_sample: true, temperature: 0.7}`. Default: the run's `model.generation`.
+        generation: Further options of transformers' `generate`, before the run's own.
         chat: Whether a prompt is a turn of a chat. Default: as in training.
         device: Such as `cuda:1` or `cpu`. Default: the GPU, where there is one.
         stream: Show each text as it comes. The command does.
         force: Replace `out` where it exists.
 
     Returns:
-        The text for one prompt, a list for several, for `file` a list of rows {"prompt": ...,
-        "prediction": ...}. With `compare` or `adapter`, a dict of the base's and each adapter's in
-        the place of a text. Of a chat, None.
-
-    Raises:
-        ConfigError: Options that cannot be had together, a run of another kind of model.
-        CheckpointError: No such run, or a damaged one.
-        RecordError: A prompt that is too long for the model or that the chat template refuses.
+        A text, for several prompts a list, for `file` a list of rows {"prompt", "prediction"};
+        with `compare` or `adapter` a dict of each one's text in the place of a text; of a chat None.
     """
-    several = _check_options(prompt, file, out, max_new_tokens, force)
+    _check_options(prompt, file, out, max_new_tokens, force)
     check_generation_options(generation or {}, _REFUSED, "generation")
     module, found = open_module(run, ckpt)
     voices = add_adapters(module, adapter or [])
@@ -87,25 +78,9 @@ def generate(
     speaker = Speaker(module, voices, chat, system, longest, generation or {})
     for line in (f"{found.checkpoint if found else run} on {module.model_name}", *speaker.about()):
         rank_zero_info(line)
-    asked = [*([BASE] if compare else []), *speaker.voices]
     if file is not None:
-        return _answer_file(speaker, asked, _source(speaker, file, found), out, stream)
-    if prompt is not None:
-        prompts: Any = prompt if several else [prompt]
-        answers = _answers(speaker, asked, map(speaker.sample, prompts), stream)
-        return list(answers) if several else next(answers)
-    if os.isatty(0) and os.isatty(1):
-        TerminalChat(speaker, compare).run()
-        return None
-    lines = (line.rstrip("\r\n") for line in sys.stdin)
-    samples = (speaker.sample(line) for line in lines if line.strip())
-    texts = list(_answers(speaker, asked, samples, stream))
-    if not texts:
-        raise ConfigError(
-            "there is nothing to answer: give a prompt or a file, write prompts into the standard "
-            "input, or chat in a terminal. (prompt)"
-        )
-    return texts
+        return _answer_file(speaker, _source(speaker, file, found), out, compare, stream)
+    return _answer(speaker, prompt, compare, stream)
 
 
 # What the command does otherwise than a call from Python; words that it takes as they are.
@@ -115,8 +90,8 @@ generate.command_texts = ("prompt", "system")  # type: ignore[attr-defined]
 
 def _check_options(
     prompt: Any, file: str | None, out: str | None, max_new_tokens: int | None, force: bool
-) -> bool:
-    """Refuse what cannot be had; True if there are several prompts."""
+) -> None:
+    """Refuse what cannot be had."""
     if prompt is not None and file is not None:
         raise ConfigError("give a prompt or a file of prompts, not both. (prompt, file)")
     if out is not None:
@@ -127,14 +102,37 @@ def _check_options(
         raise ConfigError(
             f"max_new_tokens must be at least 1, found {max_new_tokens}. (max_new_tokens)"
         )
-    if prompt is None or isinstance(prompt, str):
-        return False
-    if not isinstance(prompt, list) or not prompt:
+    if prompt is not None and (not isinstance(prompt, (str, list)) or prompt == []):
         raise ConfigError(
             f"prompt must be a text, a list of texts, or a list of messages; found {prompt!r}. "
             "(prompt)"
         )
-    return not isinstance(prompt[0], dict)  # a dict is a message: one chat
+
+
+def _answer(speaker: Speaker, prompt: Any, compare: bool, stream: bool) -> Any:
+    """Answer what is given or, if that is nothing, what the terminal or standard input says."""
+    voices = _voices(speaker, compare)
+    if prompt is not None:
+        alone = isinstance(prompt, str) or isinstance(prompt[0], dict)  # a message: of one chat
+        samples = map(speaker.sample, [prompt] if alone else prompt)
+        answers = _answers(speaker, voices, samples, stream)
+        return next(answers) if alone else list(answers)
+    if os.isatty(0) and os.isatty(1):
+        TerminalChat(speaker, compare).run()
+        return None
+    lines = (line.rstrip("\r\n") for line in sys.stdin)
+    samples = (speaker.sample(line) for line in lines if line.strip())
+    texts = list(_answers(speaker, voices, samples, stream))
+    if not texts:
+        raise ConfigError(
+            "there is nothing to answer: give a prompt or a file, write prompts into the standard "
+            "input, or chat in a terminal. (prompt)"
+        )
+    return texts
+
+
+def _voices(speaker: Speaker, compare: bool) -> list[str]:
+    return [*([BASE] if compare else []), *speaker.voices]
 
 
 def _source(speaker: Speaker, file: str, run: Run | None) -> TextSource:
@@ -168,25 +166,35 @@ def _answers(
 
 
 def _answer_file(
-    speaker: Speaker, voices: list[str], source: TextSource, out: str | None, stream: bool
+    speaker: Speaker, source: TextSource, out: str | None, compare: bool, stream: bool
 ) -> list[dict[str, Any]]:
     samples = [speaker.framed(sample) for sample in source.samples()]
     if not samples:
         raise ConfigError(f"{source.path!r} holds no prompts. (file)")
     for sample in samples:  # before the work
         speaker.ids(sample)
-    answers = _answers(
-        speaker, voices, _announced(samples, stream and out is None), stream and out is None
-    )
+    shown = stream and out is None
+    answers = _answers(speaker, _voices(speaker, compare), _announced(samples, shown), shown)
     rows = []
     for sample, texts in zip(samples, answers, strict=True):
         texts = texts if isinstance(texts, dict) else {"prediction": texts}
         rows.append({"prompt": _plain(sample), **texts})
     if out is not None:
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        write_atomically({check_new_file(out, force=True): lines.encode("utf-8", "replace")})
+        _write_rows(rows, Path(out))
         rank_zero_info(f"{len(rows):,} rows: {out}")
     return rows
+
+
+def _write_rows(rows: list[dict[str, Any]], out: Path) -> None:
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically({out: lines.encode("utf-8", "replace")})
+    except OSError as error:
+        raise ConfigError(
+            f"{str(out)!r} cannot be written: {error.strerror or error}. Nothing was left there. "
+            "(out)"
+        ) from error
 
 
 def _announced(samples: list[Sample], shown: bool) -> Iterator[Sample]:
