@@ -111,7 +111,7 @@ def test_a_chat(terminal: Terminal) -> None:
 @pytest.mark.slow
 def test_nothing_of_a_text_is_obeyed(run: Path) -> None:
     """The words are drawn at random, control characters among them."""
-    drawn = "{do_sample: true, temperature: 100.0, top_k: 0, eos_token_id: 0}"
+    drawn = "{do_sample: true, temperature: 100.0, top_k: 0, eos_token_id: 99999}"
     options = ("--max_new_tokens", "90000", "--generation", drawn)
     terminal = Terminal(run.parent, "generate", "run", *options)
     terminal.until(r"\n> ")

@@ -67,7 +67,7 @@ def generate(
 
     Returns:
         A text, for several prompts a list, for `file` a list of rows {"prompt", "prediction"};
-        with `compare` or `adapter` a dict of each one's text in the place of a text; of a chat None.
+        with `compare` or `adapter` a dict of each one's text in its place; of a chat None.
     """
     _check_options(prompt, file, out, max_new_tokens, force)
     check_generation_options(generation or {}, _REFUSED, "generation")
@@ -114,8 +114,8 @@ def _answer(speaker: Speaker, prompt: Any, compare: bool, stream: bool) -> Any:
     voices = _voices(speaker, compare)
     if prompt is not None:
         alone = isinstance(prompt, str) or isinstance(prompt[0], dict)  # a message: of one chat
-        samples = map(speaker.sample, [prompt] if alone else prompt)
-        answers = _answers(speaker, voices, samples, stream)
+        asked = map(speaker.sample, [prompt] if alone else prompt)
+        answers = _answers(speaker, voices, asked, stream)
         return next(answers) if alone else list(answers)
     if os.isatty(0) and os.isatty(1):
         TerminalChat(speaker, compare).run()
