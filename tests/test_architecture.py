@@ -125,6 +125,7 @@ WIDE = {
     "TextClassificationDataModule.__init__": "options of the command line, --data",
     "TokenClassificationDataModule.__init__": "options of the command line, --data",
     "PretrainedTask.__init__": "options of the command line, --model",
+    "generate": "options of the command line, lora-lightning generate",
     "add_weighted_adapter": "PEFT's signature",
     "AdaptedMultiheadAttention.forward": "torch's signature",
 }

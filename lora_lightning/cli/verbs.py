@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from jsonargparse import ArgumentParser
 
@@ -13,9 +13,11 @@ from lora_lightning.errors import nearest_hint, printable
 from lora_lightning.runs.run import directory_of_config
 
 # By name; a function that the package has under the same name.
-VERBS: tuple[str, ...] = ()
+VERBS: tuple[str, ...] = ("generate",)
 # Arguments that take a Python object: on the command line, an import path.
 _OBJECTS = ("module", "data")
+# Before a word that is a text whatever it looks like: `null`, `[a]`. No argument can hold it.
+_TEXT = "\0"
 
 
 class VerbParser(ArgumentParser):
@@ -34,8 +36,11 @@ def run_verb(verb: str, *arguments: str) -> None:
     """Call the function of a verb with what the command line says."""
     function = getattr(importlib.import_module("lora_lightning"), verb)
     parser = parser_of(verb, function)
-    options = parser.parse_args(_with_directory([*arguments]))
+    options = parser.parse_args(_with_directory(_spelled_out(function, arguments)))
     values = parser.instantiate_classes(options).as_dict()
+    for name in getattr(function, "command_texts", ()):
+        if values[name] is not None:
+            values[name] = values[name].removeprefix(_TEXT)
     for name in _OBJECTS:
         if values.get(name):
             values[name] = _imported(values[name])
@@ -46,7 +51,32 @@ def parser_of(verb: str, function: Any) -> VerbParser:
     """The parser of a verb: what has no default is a positional argument."""
     parser = VerbParser(prog=f"{PROGRAM} {verb}", allow_abbrev=False)
     parser.add_function_arguments(function, as_positional=True, fail_untyped=False)
+    parser.set_defaults(getattr(function, "command_defaults", {}))
     return parser
+
+
+def _spelled_out(function: Any, arguments: tuple[str, ...]) -> list[str]:
+    """Write out what is typed shorter: a switch alone, and a list's option once for each entry."""
+    kinds = get_type_hints(function)
+    switches = {f"--{name}" for name, kind in kinds.items() if kind is bool}
+    lists = {
+        f"--{name}" for name, kind in kinds.items() if list[str] in (kind, *get_args(kind)[:1])
+    }
+    words = []
+    for word, after in zip(arguments, [*arguments[1:], ""], strict=True):
+        option = word.partition("=")[0]
+        alone = word in switches and after not in ("true", "false")
+        words.append(f"{word}=true" if alone else word)
+        if option in lists:
+            words[-1] = f"{option}+{word.removeprefix(option)}"
+    texts = {f"--{name}" for name in getattr(function, "command_texts", ())}
+    for place, word in enumerate(words):
+        option, given, text = word.partition("=")
+        if option in texts and given:
+            words[place] = f"{option}={_TEXT}{text}"
+        elif place and words[place - 1] in texts and not word.startswith("--"):
+            words[place] = f"{_TEXT}{word}"
+    return words
 
 
 def _with_directory(arguments: list[str]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from itertools import islice
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch.utils.data import DataLoader
@@ -22,7 +22,7 @@ from lora_lightning.data.batches.packing import (
 from lora_lightning.data.batches.stream import TextStream
 from lora_lightning.data.encoding.for_model import BlockEncoder, Encoding, encoding_for, held_out
 from lora_lightning.data.encoding.sample_encoder import EncodingReport, SampleEncoder
-from lora_lightning.data.samples.formats import TextSource, check_format
+from lora_lightning.data.samples.formats import TextSource, check_format, recognised_format
 from lora_lightning.data.samples.sample import Chat, Document, Sample
 from lora_lightning.data.split_data_module import SplitDataModule, SplitOptions
 from lora_lightning.data.validation_split import sample_content, split_records
@@ -119,6 +119,7 @@ class TextDataModule(SplitDataModule):
         self.streaming = streaming
         self.shuffle_buffer = shuffle_buffer
         self._packing_checked = False
+        self._format = format  # of the training data, once they are read
 
     # -- what there is -----------------------------------------------------------------------------
 
@@ -149,10 +150,24 @@ class TextDataModule(SplitDataModule):
 
     def read(self, split: str, path: str) -> list[Sample]:
         """The samples of one split."""
-        samples = list(self.source(split).samples())
-        if not samples:
+        source = self.source(split)
+        rows = source.rows()
+        first = list(islice(rows, 1))
+        if not first:
             raise RecordError(f"{path}: no rows; it is empty. (data.{split})")
-        return samples
+        if split == "train":
+            self._format = source.format or recognised_format(first[0], self.columns or {})
+        return list(source.samples(chain(first, rows)))
+
+    @property
+    def end_tokens(self) -> list[int]:
+        """Ids of the tokens with which the training data teach the model to stop."""
+        return self.encoding.encoder.end_tokens
+
+    @property
+    def prompting(self) -> dict[str, Any]:
+        """How the training data's prompts are written, in plain values, for later prompts."""
+        return {**self.encoding.encoder.prompting(), "format": self._format}
 
     def input_of(self, record: Sample) -> dict[str, Any]:
         """The prompt, or the messages of a chat."""
@@ -318,6 +333,7 @@ class TextDataModule(SplitDataModule):
             # Tokenizers that have worked in parallel warn of being forked, and stop doing so.
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         source = self._streamed_source
+        self._format = source.format
         fraction = 0.0 if self.paths["val"] else self.val_fraction
         encode = BlockEncoder(source, self.encoding, fraction)
         first, report = list(islice(source.rows(), self.shuffle_buffer)), EncodingReport()

@@ -52,6 +52,11 @@ def show(*items: RenderableType) -> None:
     print(rendered(*items), end="", flush=True)
 
 
+def write(text: str) -> None:
+    """Print a piece of a text as it comes: what is not `printable` is spelled out."""
+    print(printable(text), end="", flush=True)
+
+
 def rendered(*items: RenderableType) -> str:
     """What `show` prints."""
     console = console_of_terminal()
