@@ -42,7 +42,7 @@ class ChatTemplate:
         options: Mapping[str, Any] | None = None,
     ) -> None:
         self._tokenizer = tokenizer
-        self._template = template and _read(template, tokenizer)
+        self._template = template and read_template(template, tokenizer)
         self._options = dict(options or {})
 
     def marks_turns(self, chat: Chat) -> bool:
@@ -132,7 +132,7 @@ def _checked(text: str, chat: Chat) -> str:
     return text
 
 
-def _read(template: str, tokenizer: PreTrainedTokenizerBase) -> str:
+def read_template(template: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """Jinja, or the name of one of the tokenizer's templates."""
     own = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
     if "{" in template or template in own:

@@ -1,0 +1,108 @@
+"""The verb `merge`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from lora_lightning.checkpoint.single_file import read_adapter_checkpoint
+from lora_lightning.checkpoint.state_dict import KEY, TASK
+from lora_lightning.engine.switching import set_adapter
+from lora_lightning.errors import ConfigError, nearest_hint
+from lora_lightning.runs.build import data_of, trained_module
+from lora_lightning.runs.run import find_run
+from lora_lightning.training.messages import show
+from lora_lightning.utilities.new_output import check_new_file
+from lora_lightning.verbs.merge.result import MergeResult
+from lora_lightning.verbs.merge.whole_model import Wanted, merge_model
+from lora_lightning.verbs.merge.whole_module import merge_module
+
+
+def merge(
+    run: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None,
+    dequantize: bool = False,
+    ckpt: str | None = None,
+    adapter: str | list[str] | None = None,
+    check: int = 8,
+    max_shard_size: str = "5GB",
+    force: bool = False,
+    module: Any = None,
+    data: Any = None,
+) -> MergeResult:
+    """Make the adapters of a run part of its model, and write that.
+
+    Of a task of this library it becomes a Hugging Face folder, which plain transformers loads; of
+    a LightningModule of one's own a checkpoint, which the module's `load_from_checkpoint` loads.
+    Neither needs this library any more.
+
+    Args:
+        run: The run directory, a checkpoint of it, or its config.
+        out: The folder, or of a LightningModule of one's own the file, that is written.
+        dtype: Of the weights. They are computed in float32, or wider. Default: each tensor keeps
+            the dtype that it has in the base's files.
+        dequantize: Write a plain model where the base was rounded to few bits.
+        ckpt: Which checkpoint of a run directory: best, last or a path. Default: the best, where
+            something was monitored, else the last.
+        adapter: The adapters that are merged, by name. Default: all of the checkpoint.
+        check: On how many validation rows the merged model is compared with the unmerged one; 0:
+            on none.
+        max_shard_size: The most that a file of weights holds, and that is in memory at a time.
+        force: Replace what is there.
+        module: The class of the LightningModule, where the run's config does not say it.
+        data: A data module to compare on, where the run's config does not say it.
+
+    Returns:
+        What was written, and how it compares.
+
+    Raises:
+        CheckpointError: If there is no such run, or its checkpoint is damaged.
+        ConfigError: If an option does not go with the run, the output exists, or cannot be written.
+        AdapterMismatchError: If the base is not the one that the adapters were trained on.
+        AdapterStateError: If the merged model would not compute the same.
+
+    """
+    place = Path(out)
+    found = find_run(run, ckpt)
+    checkpoint = read_adapter_checkpoint(found.checkpoint)
+    names = _chosen([*checkpoint[KEY]["adapters"]], adapter)
+    result = MergeResult(place, found.checkpoint, names)
+    wide = None if dtype is None else getattr(torch, dtype)
+    if check < 0:
+        raise ConfigError(f"check must be 0 or more validation rows, found {check}. (check)")
+    if TASK in checkpoint:
+        wanted = Wanted(
+            found, checkpoint, names, wide, dequantize, module, data, check, max_shard_size
+        )
+        merge_model(wanted, result, force)
+    else:
+        if dequantize:
+            raise ConfigError(
+                "dequantize is for the tasks of this library, which round their base themselves; "
+                f"{str(found.checkpoint)!r} is of another module. Leave it out. (dequantize)"
+            )
+        check_new_file(place, force)
+        whole = trained_module(found, module)
+        set_adapter(whole, names)
+        rows = data_of(found, data) if check else None
+        merge_module(whole, checkpoint, result, rows, check, wide, force)
+    show(*result.lines())
+    return result
+
+
+def _chosen(known: list[str], adapter: str | list[str] | None) -> list[str]:
+    names = known if adapter is None else [adapter] if isinstance(adapter, str) else [*adapter]
+    for name in names:
+        if name not in known:
+            raise ConfigError(
+                f"The checkpoint has no adapter {name!r}.{nearest_hint(name, known)} It has: "
+                f"{', '.join(known)}. (adapter)"
+            )
+    if not names:
+        raise ConfigError("No adapter is named that could be merged. (adapter)")
+    return names
