@@ -27,6 +27,8 @@ def tiny_causal_lm(folder: Path, config_class: str, **options: Any) -> Path:
     sizes = {"vocab_size": len(tokenizer), "bos_token_id": None, "initializer_range": 0.1}
     for name, value in {**sizes, **ids, "max_position_embeddings": 128, **options}.items():
         setattr(config, name, value)
+    if hasattr(config, "layer_types"):
+        config.layer_types = ["full_attention"] * config.num_hidden_layers
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
 
@@ -62,7 +64,12 @@ def classification_run(folder: Path) -> Path:
     }
     config["data"] = {
         "class_path": "lora_lightning.TextClassificationDataModule",
-        "init_args": {"train": "rows.jsonl", "val": "rows.jsonl", "batch_size": 4},
+        "init_args": {
+            "train": "rows.jsonl",
+            "val": "rows.jsonl",
+            "max_length": 16,
+            "batch_size": 4,
+        },
     }
     return fit(folder, config, "--compare_with_base", "false")
 

@@ -52,11 +52,11 @@ def base_files(name: str, revision: str | None) -> BaseFiles | None:
         files = [single]
     else:
         files = []
-        for file in _files_of(index):
-            found = _find(name, file, revision)
+        for named in _files_of(index):
+            found = _find(name, named, revision)
             if found is None:
                 raise ModelError(
-                    f"{str(index)!r} names {file!r}, which is not there: the model is not "
+                    f"{str(index)!r} names {named!r}, which is not there: the model is not "
                     "complete. Fetch it again. (model.model)"
                 )
             files.append(found)
@@ -86,7 +86,7 @@ _DTYPES = {
 }  # fmt: skip
 
 
-class _damage_named:  # noqa: N801  (a context manager)
+class _damage_named:
     def __init__(self, file: Path) -> None:
         self.file = file
 
@@ -101,7 +101,7 @@ class _damage_named:  # noqa: N801  (a context manager)
 
 
 def _find(name: str, file: str, revision: str | None) -> Path | None:
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     try:
         found = cached_file(

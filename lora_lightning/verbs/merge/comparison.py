@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from lora_lightning.errors import AdapterStateError
 
-# Of the largest score: beyond it, a merge in float32 has gone wrong. Rounding is 1e-6 to 1e-5.
-_WRONG = 1e-3
+# Mean difference, of the largest score, beyond which a merge has gone wrong: where it is rounded to
+# float32 it is about 1e-7, and to bfloat16 about 1e-3. (The largest one may be one token that is
+# sent to another expert.)
+_WRONG = {True: 1e-4, False: 0.1}
 
 
 @dataclass(frozen=True)
@@ -40,33 +42,32 @@ class Difference:
 
 
 def difference(found: list[Tensor], wanted: list[Tensor]) -> Difference:
-    """Compare scores, batch by batch; non-finite ones are refused by `check_close`."""
+    """Compare scores, batch by batch."""
     gaps = [(a.double() - b.double()).abs().flatten() for a, b in zip(found, wanted, strict=True)]
     gap = torch.cat(gaps)
     scale = max(float(b.abs().max()) for b in wanted)
     return Difference(float(gap.max()), float(gap.mean()), scale)
 
 
-def check_close(found: Difference) -> None:
-    """Refuse a merge that answers otherwise than by rounding.
+def check_close(found: Difference, what: str, exact: bool = True) -> None:
+    """Refuse a merge that answers otherwise than by rounding; `exact`: of float32.
 
     Raises:
         AdapterStateError: With both numbers.
 
     """
-    if not found.largest <= _WRONG * max(found.scale, 1e-3):
+    if not found.mean <= _WRONG[exact] * max(found.scale, 1e-3):
         raise AdapterStateError(
-            f"The merged model answers otherwise than the model with its adapters: on validation "
-            f"rows by up to {found.largest:.3g}, with scores up to {found.scale:.3g}. Nothing was "
-            "written. Keep the adapter unmerged, and report this model."
+            f"The model {what} answers otherwise than the one with its adapters: on validation "
+            f"rows by {found.mean:.3g} in the mean and {found.largest:.3g} at most, with scores up "
+            f"to {found.scale:.3g}. Nothing was written. Keep the adapter unmerged, and report "
+            "this model."
         )
 
 
 def widen(module: nn.Module) -> None:
     """Hold all numbers of fewer than 32 bits as float32; indices and packed weights stay."""
-    module._apply(
-        lambda t: t.float() if t.is_floating_point() and t.dtype.itemsize in (2,) else t
-    )
+    module._apply(lambda t: t.float() if t.is_floating_point() and t.dtype.itemsize == 2 else t)
 
 
 def validation_batches(module: LightningModule, data: Any, rows: int) -> list[Any]:
@@ -78,11 +79,11 @@ def validation_batches(module: LightningModule, data: Any, rows: int) -> list[An
             enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         )  # fmt: skip
         trainer.validate(module, datamodule=data, verbose=False)
-    module.trainer = None  # type: ignore[assignment]
+    module.trainer = None
     return seen.batches
 
 
-class _Enough(Exception):  # noqa: N818  (no error)
+class _Enough(Exception):
     """All rows that were asked for are there."""
 
 
@@ -108,7 +109,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     """All tensors in a nest of containers."""
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, dict):
+    elif isinstance(value, Mapping):  # transformers' batches are no dicts
         for inner in value.values():
             yield from tensors_in(inner)
     elif isinstance(value, (list, tuple)):

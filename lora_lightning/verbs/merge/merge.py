@@ -67,32 +67,33 @@ def merge(
         AdapterStateError: If the merged model would not compute the same.
 
     """
-    place = Path(out)
+    if check < 0:
+        raise ConfigError(f"check must be 0 or more validation rows, found {check}. (check)")
     found = find_run(run, ckpt)
     checkpoint = read_adapter_checkpoint(found.checkpoint)
     names = _chosen([*checkpoint[KEY]["adapters"]], adapter)
-    result = MergeResult(place, found.checkpoint, names)
     wide = None if dtype is None else getattr(torch, dtype)
-    if check < 0:
-        raise ConfigError(f"check must be 0 or more validation rows, found {check}. (check)")
+    wanted = Wanted(found, checkpoint, names, wide, dequantize, module, data, check, max_shard_size)
+    result = MergeResult(Path(out), found.checkpoint, names)
     if TASK in checkpoint:
-        wanted = Wanted(
-            found, checkpoint, names, wide, dequantize, module, data, check, max_shard_size
-        )
         merge_model(wanted, result, force)
     else:
-        if dequantize:
-            raise ConfigError(
-                "dequantize is for the tasks of this library, which round their base themselves; "
-                f"{str(found.checkpoint)!r} is of another module. Leave it out. (dequantize)"
-            )
-        check_new_file(place, force)
-        whole = trained_module(found, module)
-        set_adapter(whole, names)
-        rows = data_of(found, data) if check else None
-        merge_module(whole, checkpoint, result, rows, check, wide, force)
+        _merge_module(wanted, result, force)
     show(*result.lines())
     return result
+
+
+def _merge_module(wanted: Wanted, result: MergeResult, force: bool) -> None:
+    if wanted.dequantize:
+        raise ConfigError(
+            "dequantize is for the tasks of this library, which round their base themselves; "
+            f"{str(result.checkpoint)!r} is of another module. Leave it out. (dequantize)"
+        )
+    check_new_file(result.out, force)
+    module = trained_module(wanted.run, wanted.module)
+    set_adapter(module, wanted.adapters)
+    rows = data_of(wanted.run, wanted.data) if wanted.check else None
+    merge_module(module, wanted.checkpoint, result, rows, wanted.check, wanted.dtype, force)
 
 
 def _chosen(known: list[str], adapter: str | list[str] | None) -> list[str]:

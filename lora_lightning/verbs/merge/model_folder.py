@@ -58,7 +58,9 @@ def save_generation_config(task: Any, checkpoint: dict[str, Any], folder: Path) 
     if added:
         generation.eos_token_id = every
     generation.save_pretrained(folder)
-    return f"generation ends at the tokens {every}, of which {added} were learned" if added else None
+    return (
+        f"generation ends at the tokens {every}, of which {added} were learned" if added else None
+    )
 
 
 def _revision(options: dict[str, Any]) -> dict[str, Any]:

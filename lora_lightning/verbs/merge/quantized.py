@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_lightning.checkpoint.fingerprint import Fingerprint
@@ -23,17 +24,18 @@ def is_rounded(name: str, base: Fingerprint) -> bool:
 
 def rounded(weight: Tensor, kind: str) -> Packed:
     """A weight (out, in) rounded as the tasks' `quantize` does it: `nf4`, `fp4` or `int8`."""
-    import bitsandbytes as bnb
+    from bitsandbytes.nn import modules as bnb
 
     out, width = weight.shape
     linear: Any
     if kind == "int8":
-        linear = bnb.nn.Linear8bitLt(width, out, bias=False, has_fp16_weights=False)
-        linear.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+        linear = bnb.Linear8bitLt(width, out, bias=False, has_fp16_weights=False)
+        linear.weight = bnb.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
     else:
         settle_rounding_table(kind)
-        linear = bnb.nn.Linear4bit(width, out, bias=False, quant_type=kind)
-        linear.weight = bnb.nn.Params4bit(
+        make: Any = bnb.Linear4bit
+        linear = make(width, out, bias=False, quant_type=kind)
+        linear.weight = bnb.Params4bit(
             weight, requires_grad=False, quant_type=kind, compress_statistics=True, module=linear
         )
     linear.weight = linear.weight.to("cpu")
@@ -43,7 +45,7 @@ def rounded(weight: Tensor, kind: str) -> Packed:
 
 
 def make_dense(network: nn.Module) -> None:
-    """Exchange all quantised Linears for dense ones in float32, active adapters merged into them."""
+    """Exchange quantised Linears for dense ones in float32, active adapters merged into them."""
     active = active_adapters(network)
     for path, module in [*walk(network)]:
         packed = packed_weight(module)
@@ -60,10 +62,16 @@ def make_dense(network: nn.Module) -> None:
 
 
 def compute_in_float32(network: nn.Module) -> None:
-    """Have 4-bit layers dequantise to float32, and compute in it."""
+    """Have quantised layers multiply by their dense weight in float32.
+
+    Those of 8 bits round what they read, too: differently with each input, and with every merge.
+    """
     for module in network.modules():
-        state = getattr(getattr(module, "weight", None), "quant_state", None)
-        if state is not None and hasattr(module, "compute_dtype"):
-            state.dtype = torch.float32
-            module.compute_dtype = torch.float32
-            module.compute_type_is_set = True  # else the first input decides
+        packed = packed_weight(module)
+        if packed is not None:
+            name = "base_forward" if isinstance(module, AdaptedLayer) else "forward"
+            module.__dict__[name] = partial(_product, module, packed)
+
+
+def _product(module: Any, packed: Packed, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return F.linear(x, packed.dense(), module.bias)

@@ -121,7 +121,7 @@ class Skeleton:
             other = [n for n, t in group.targets.items() if t.shape != shapes[n].shape]
             if not other:
                 groups.append(group)
-            elif not other == [*group.targets] or not {*other} <= self.constants.keys():
+            elif other != [*group.targets] or not {*other} <= self.constants.keys():
                 raise NotByShardsError(f"{first_few(other)} has another shape in its files")
         there = {name for group in groups for name in group.targets}
         more = {n: t for n, t in self.constants.items() if n not in there and n in shapes}

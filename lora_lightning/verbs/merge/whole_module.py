@@ -63,7 +63,7 @@ def merge_module(
     merge_and_unload(module)
     if batches:
         result.merged = difference(scores(ask, batches), wanted)
-        check_close(result.merged)
+        check_close(result.merged, "merged in float32")
     for key, place in tensor_places(module).items():
         if key in dtypes:
             tensor = getattr(*place)
