@@ -100,3 +100,38 @@ def llama_run(folder: Path, lora: dict[str, Any], **config: Any) -> Path:
     """A run of a tiny Llama; `config`: of LlamaConfig."""
     tiny_llama(folder / "base", "chatml", **config)
     return chat_run(folder, lora)
+
+
+IDS = torch.randint(5, 60, (3, 11), generator=torch.Generator().manual_seed(3))
+
+
+def asked(network: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
+    """The logits of a network of transformers in eval mode, in float32."""
+    inputs = {"input_ids": ids % network.config.vocab_size}
+    if network.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids[:, :5] % network.config.vocab_size
+    with torch.no_grad():
+        return network.eval()(**inputs).logits.float()
+
+
+def unmerged_logits(run: str | Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the model with its adapters active, and with none."""
+    from lora_lightning import disable_adapter
+    from lora_lightning.runs.build import trained_module
+    from lora_lightning.runs.run import find_run
+
+    network = trained_module(find_run(run)).network
+    wanted = asked(network)
+    with disable_adapter(network):
+        return wanted, asked(network)
+
+
+def plain_logits(folder: Path, auto_class: str = "AutoModelForCausalLM") -> torch.Tensor:
+    """Of the model in a folder, loaded by transformers alone, in float32."""
+    import transformers
+
+    network, info = getattr(transformers, auto_class).from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    return asked(network)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -75,10 +78,11 @@ def merge(
     wide = None if dtype is None else getattr(torch, dtype)
     wanted = Wanted(found, checkpoint, names, wide, dequantize, module, data, check, max_shard_size)
     result = MergeResult(Path(out), found.checkpoint, names)
-    if TASK in checkpoint:
-        merge_model(wanted, result, force)
-    else:
-        _merge_module(wanted, result, force)
+    with _bars_on_terminals():
+        if TASK in checkpoint:
+            merge_model(wanted, result, force)
+        else:
+            _merge_module(wanted, result, force)
     show(*result.lines())
     return result
 
@@ -94,6 +98,21 @@ def _merge_module(wanted: Wanted, result: MergeResult, force: bool) -> None:
     set_adapter(module, wanted.adapters)
     rows = data_of(wanted.run, wanted.data) if wanted.check else None
     merge_module(module, wanted.checkpoint, result, rows, wanted.check, wanted.dtype, force)
+
+
+@contextmanager
+def _bars_on_terminals() -> Iterator[None]:
+    """Leave out transformers' progress bars where they would fill a log file."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _chosen(known: list[str], adapter: str | list[str] | None) -> list[str]:

@@ -49,6 +49,8 @@ def write_shards(folder: Path, parts: Sequence[Part], limit: int) -> int:
         The number of shards.
 
     """
+    from transformers.utils.logging import tqdm  # which can be told to be silent
+
     shards: list[list[Part]] = []
     filled = 0
     for part in parts:
@@ -59,7 +61,7 @@ def write_shards(folder: Path, parts: Sequence[Part], limit: int) -> int:
         shards[-1].append(part)
         filled += size
     homes: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
+    for number, shard in enumerate(tqdm(shards, desc="Writing shards"), 1):
         name = "model.safetensors"
         if len(shards) > 1:
             name = f"model-{number:05}-of-{len(shards):05}.safetensors"
