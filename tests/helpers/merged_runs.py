@@ -74,7 +74,7 @@ def classification_run(folder: Path) -> Path:
     return fit(folder, config, "--compare_with_base", "false")
 
 
-def seq2seq_run(folder: Path) -> Path:
+def seq2seq_run(folder: Path, lora: dict[str, Any] | None = None) -> Path:
     """A run of a T5."""
     from transformers import T5Config, T5ForConditionalGeneration
 
@@ -90,7 +90,7 @@ def seq2seq_run(folder: Path) -> Path:
     rows = [{"prompt": f"After {i}", "completion": f"comes {i + 1}"} for i in range(16)]
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     run = copy.deepcopy(LANGUAGE_MODEL)
-    run["lora"] = {"r": 4}
+    run["lora"] = {"r": 4, **(lora or {})}
     run["model"]["class_path"] = "lora_lightning.Seq2SeqLM"
     run["data"]["init_args"]["train"] = "rows.jsonl"
     return fit(folder, run, "--compare_with_base", "false")
@@ -102,7 +102,8 @@ def llama_run(folder: Path, lora: dict[str, Any], **config: Any) -> Path:
     return chat_run(folder, lora)
 
 
-IDS = torch.randint(5, 60, (3, 11), generator=torch.Generator().manual_seed(3))
+# Every token but padding and the like.
+IDS = torch.randperm(400, generator=torch.Generator().manual_seed(3)).view(16, 25)
 
 
 def asked(network: Any, ids: torch.Tensor = IDS) -> torch.Tensor:

@@ -26,7 +26,7 @@ from lora_lightning.errors import (
 from lora_lightning.runs.build import trained_module
 from lora_lightning.runs.run import find_run
 from tests.helpers.command import run_command
-from tests.helpers.merged_runs import IDS, chat_run, plain_logits, unmerged_logits
+from tests.helpers.merged_runs import chat_run, plain_logits, unmerged_logits
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny_lm import tiny_llama
 
@@ -412,7 +412,3 @@ def test_failures_of_a_process(folder: Path) -> None:
     save_file(state, "base/model.safetensors", {"format": "pt"})
     assert "trained on another base" in call("merge", "runs/lm", "merged", *free)
     assert nothing_left(folder)
-
-
-def test_ids_are_within_the_vocabulary() -> None:
-    assert int(IDS.max()) < 400

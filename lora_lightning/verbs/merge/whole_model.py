@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,11 +60,13 @@ def merge_model(wanted: Wanted, result: MergeResult, force: bool) -> None:
     """
     limit = size_in_bytes(wanted.max_shard_size)
     quantize = wanted.checkpoint.get(OPTIONS, {}).get("quantize")
-    _check_quantized(bool(quantize), wanted.dequantize, str(quantize), wanted.module is None)
+    if quantize and not wanted.dequantize:
+        _check_quantized(True, False, str(quantize))
     with new_folder(result.out, force) as folder:
         skeleton, reason = _skeleton(wanted)
         task: Any = None
         if skeleton is not None:
+            _check_quantized(bool(quantize), wanted.dequantize, str(quantize))
             _write_by_shards(skeleton, folder, wanted, result, limit)
             size = 4 * sum(t.numel() for t in skeleton.layout.shapes.values())
             holder = skeleton.task
@@ -80,7 +83,7 @@ def merge_model(wanted: Wanted, result: MergeResult, force: bool) -> None:
                 task = trained_module(wanted.run)
         else:
             task = holder = trained_module(wanted.run, wanted.module)
-            _check_quantized(_packed(task), wanted.dequantize, "few bits", True)
+            _check_quantized(_packed(task), wanted.dequantize, "few bits")
         if task is not None:
             _merge_in_memory(task, folder, wanted, result, limit if reason else None, reason)
         _write_the_rest(holder, folder, wanted, result)
@@ -88,8 +91,10 @@ def merge_model(wanted: Wanted, result: MergeResult, force: bool) -> None:
 
 def _skeleton(wanted: Wanted) -> tuple[Skeleton | None, str]:
     """What is written shard by shard; or why it cannot be."""
-    if wanted.module is not None or not wanted.checkpoint.get(OPTIONS):
-        return None, "its task is not one of this library's own, as its checkpoint describes it"
+    if wanted.module is not None:
+        return None, "the module was given (module)"
+    if not wanted.checkpoint.get(OPTIONS):
+        return None, "its task is not one of this library's own"
     section = wanted.run.config.get("model")
     options = (section.get("init_args") or {}) if isinstance(section, dict) else {}
     trusted = {"trust_remote_code": True} if options.get("trust_remote_code") else {}
@@ -208,6 +213,8 @@ def _write_the_rest(task: Any, folder: Path, wanted: Wanted, result: MergeResult
         save_processor(task, wanted.checkpoint, wanted.run.config, folder),
     ]
     copy_code(task, folder)
+    for file in folder.glob("*.safetensors"):  # which safetensors lets nobody else read
+        shutil.copymode(folder / "config.json", file)
     result.notes += [note for note in notes if note]
     result.use = f"transformers.{task.auto_class}.from_pretrained({str(result.out)!r})"
 
@@ -220,7 +227,7 @@ def _packed(task: nn.Module) -> bool:
     return any(packed_weight(module) is not None for module in task.modules())
 
 
-def _check_quantized(quantized: bool, dequantize: bool, kind: str, known: bool) -> None:
+def _check_quantized(quantized: bool, dequantize: bool, kind: str) -> None:
     if quantized and not dequantize:
         raise ConfigError(
             f"The base of this run was rounded to {kind}, and rounding a merged weight again would "
@@ -228,7 +235,7 @@ def _check_quantized(quantized: bool, dequantize: bool, kind: str, known: bool) 
             "the rounded base and what was learned on it, with --dequantize; or keep base and "
             "adapter apart (lora_lightning.save_adapter). (dequantize)"
         )
-    if dequantize and not quantized and known:
+    if dequantize and not quantized:
         raise ConfigError(
             "The base of this run is not quantized: there is nothing to dequantize. Leave the "
             "option out. (dequantize)"
