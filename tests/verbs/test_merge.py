@@ -184,6 +184,7 @@ def test_without_learned_end_tokens_generation_is_as_in_the_base(folder: Path) -
     assert GenerationConfig.from_pretrained("merged").eos_token_id == before
 
 
+@pytest.mark.slow
 def test_a_narrower_dtype_is_rounded_once(folder: Path) -> None:
     exact = trained_module(find_run("runs/lm")).network
     lora_lightning.merge_and_unload(exact)
@@ -326,6 +327,7 @@ def test_an_existing_output(folder: Path) -> None:
     ("options", "message"),
     [
         ({"max_shard_size": "many"}, r"no size of a file; write 5GB.*\(max_shard_size\)"),
+        ({"dtype": "bf16"}, r"dtype='bf16' is not known\. .*Known are float32, .*\(dtype\)"),
         ({"check": -1}, r"check must be 0 or more.*\(check\)"),
         ({"dequantize": True}, r"is not quantized: there is nothing to dequantize.*\(dequantize\)"),
         ({"adapter": []}, r"No adapter is named.*\(adapter\)"),

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -23,12 +23,14 @@ from lora_lightning.verbs.merge.result import MergeResult
 from lora_lightning.verbs.merge.whole_model import Wanted, merge_model
 from lora_lightning.verbs.merge.whole_module import merge_module
 
+Dtype = Literal["float32", "bfloat16", "float16", "float64"]
+
 
 def merge(
     run: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
-    dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None,
+    dtype: Dtype | None = None,
     dequantize: bool = False,
     ckpt: str | None = None,
     adapter: str | list[str] | None = None,
@@ -75,7 +77,7 @@ def merge(
     found = find_run(run, ckpt)
     checkpoint = read_adapter_checkpoint(found.checkpoint)
     names = _chosen([*checkpoint[KEY]["adapters"]], adapter)
-    wide = None if dtype is None else getattr(torch, dtype)
+    wide = None if dtype is None else _dtype(str(dtype).removeprefix("torch."))
     wanted = Wanted(found, checkpoint, names, wide, dequantize, module, data, check, max_shard_size)
     result = MergeResult(Path(out), found.checkpoint, names)
     with _bars_on_terminals():
@@ -98,6 +100,16 @@ def _merge_module(wanted: Wanted, result: MergeResult, force: bool) -> None:
     set_adapter(module, wanted.adapters)
     rows = data_of(wanted.run, wanted.data) if wanted.check else None
     merge_module(module, wanted.checkpoint, result, rows, wanted.check, wanted.dtype, force)
+
+
+def _dtype(name: str) -> torch.dtype:
+    if name not in get_args(Dtype):
+        hint = nearest_hint(name, get_args(Dtype))
+        raise ConfigError(
+            f"dtype={name!r} is not known.{hint} Known are {', '.join(get_args(Dtype))}. (dtype)"
+        )
+    found: torch.dtype = getattr(torch, name)
+    return found
 
 
 @contextmanager

@@ -44,8 +44,8 @@ class MergeResult:
         lines = [f"merged {names} of {self.checkpoint}: {self.how}"]
         if self.merged is not None and self.saved is not None:
             lines += [
-                f"|logit difference| to the model with its adapter, {self.rows} validation rows, "
-                f"largest logit {self.merged.scale:.3g}:",
+                f"|logit difference| to the model with its adapter, {self.rows} validation rows",
+                f"(logits up to {self.merged.scale:.3g}):",
                 f"  merged in float32:            {self.merged}",
                 f"  as saved ({self.dtype or 'as the base'}): ".ljust(32) + str(self.saved),
             ]

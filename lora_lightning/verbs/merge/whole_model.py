@@ -191,7 +191,8 @@ def _batches(task: Any, wanted: Wanted, result: MergeResult) -> list[Any]:
 
 def _save(network: Any, folder: Path, dtype: torch.dtype, max_shard_size: str) -> None:
     nn.Module.to(network, dtype)
-    network.__dict__.pop("hf_quantizer", None)
+    if network.__dict__.pop("hf_quantizer", None) is not None:
+        network._weight_conversions = None  # of packed weights; those of the architecture stay
     if hasattr(network.config, "quantization_config"):
         del network.config.quantization_config
     with disk_named():
