@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +16,7 @@ from lora_lightning.engine.switching import set_adapter
 from lora_lightning.errors import ConfigError, nearest_hint
 from lora_lightning.runs.build import data_of, trained_module
 from lora_lightning.runs.run import find_run
-from lora_lightning.training.messages import show
+from lora_lightning.training.messages import console_of_terminal, show
 from lora_lightning.utilities.new_output import check_new_file
 from lora_lightning.verbs.merge.result import MergeResult
 from lora_lightning.verbs.merge.whole_model import Wanted, merge_model
@@ -72,19 +71,15 @@ def merge(
         AdapterStateError: If the merged model would not compute the same.
 
     """
-    if check < 0:
-        raise ConfigError(f"check must be 0 or more validation rows, found {check}. (check)")
     found = find_run(run, ckpt)
     checkpoint = read_adapter_checkpoint(found.checkpoint)
     names = _chosen([*checkpoint[KEY]["adapters"]], adapter)
-    wide = None if dtype is None else _dtype(str(dtype).removeprefix("torch."))
-    wanted = Wanted(found, checkpoint, names, wide, dequantize, module, data, check, max_shard_size)
+    wanted = Wanted(
+        found, checkpoint, names, _dtype(dtype), dequantize, module, data, check, max_shard_size
+    )
     result = MergeResult(Path(out), found.checkpoint, names)
     with _bars_on_terminals():
-        if TASK in checkpoint:
-            merge_model(wanted, result, force)
-        else:
-            _merge_module(wanted, result, force)
+        (merge_model if TASK in checkpoint else _merge_module)(wanted, result, force)
     show(*result.lines())
     return result
 
@@ -102,7 +97,10 @@ def _merge_module(wanted: Wanted, result: MergeResult, force: bool) -> None:
     merge_module(module, wanted.checkpoint, result, rows, wanted.check, wanted.dtype, force)
 
 
-def _dtype(name: str) -> torch.dtype:
+def _dtype(dtype: object) -> torch.dtype | None:
+    if dtype is None:
+        return None
+    name = str(dtype).removeprefix("torch.")
     if name not in get_args(Dtype):
         hint = nearest_hint(name, get_args(Dtype))
         raise ConfigError(
@@ -118,7 +116,7 @@ def _bars_on_terminals() -> Iterator[None]:
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
-    if not sys.stderr.isatty():
+    if not console_of_terminal().is_terminal:
         logging.disable_progress_bar()
     try:
         yield

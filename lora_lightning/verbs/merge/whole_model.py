@@ -48,6 +48,12 @@ class Wanted:
     check: int
     max_shard_size: str
 
+    def __post_init__(self) -> None:
+        if self.check < 0:
+            raise ConfigError(
+                f"check must be 0 or more validation rows, found {self.check}. (check)"
+            )
+
 
 def merge_model(wanted: Wanted, result: MergeResult, force: bool) -> None:
     """Write the folder `result.out`, and take down in `result` how it was done.
