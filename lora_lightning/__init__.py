@@ -104,6 +104,7 @@ if TYPE_CHECKING:
     )
     from lora_lightning.training.progress import TrainingProgress as TrainingProgress
     from lora_lightning.verbs.generate.generate import generate as generate
+    from lora_lightning.verbs.merge.merge import merge as merge
     from lora_lightning.verbs.preview.preview import preview as preview
 
 __all__, __getattr__, __dir__ = lazy_names(__name__)

@@ -128,6 +128,7 @@ WIDE = {
     "generate": "options of the command line, lora-lightning generate",
     "add_weighted_adapter": "PEFT's signature",
     "AdaptedMultiheadAttention.forward": "torch's signature",
+    "merge": "options of the command line",
 }
 
 

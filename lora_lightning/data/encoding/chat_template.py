@@ -46,7 +46,7 @@ class ChatTemplate:
         options: Mapping[str, Any] | None = None,
     ) -> None:
         self._tokenizer = tokenizer
-        self.own = template and _read(template, tokenizer)
+        self.own = template and read_template(template, tokenizer)
         self.options = dict(options or {})
 
     def marks_turns(self, chat: Chat) -> bool:
@@ -136,7 +136,7 @@ def _checked(text: str, chat: Chat) -> str:
     return text
 
 
-def _read(template: str, tokenizer: PreTrainedTokenizerBase) -> str:
+def read_template(template: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """Jinja, or the name of one of the tokenizer's templates."""
     own = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
     if "{" in template or template in own:
