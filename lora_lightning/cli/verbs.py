@@ -13,7 +13,7 @@ from lora_lightning.errors import nearest_hint, printable
 from lora_lightning.runs.run import directory_of_config
 
 # By name; a function that the package has under the same name.
-VERBS: tuple[str, ...] = ()
+VERBS: tuple[str, ...] = ("export",)
 # Arguments that take a Python object: on the command line, an import path.
 _OBJECTS = ("module", "data")
 

@@ -83,6 +83,16 @@ def build_network(
     return network, new
 
 
+def network_skeleton(
+    auto_class: str, name: str, options: ModelOptions, **network_options: Any
+) -> Any:
+    """The network on the meta device, from its config alone: not quantized, nothing compiled."""
+    how = {**options.hub(), **network_options, "dtype": _dtype(options)}
+    if options.attn_implementation is not None:
+        how["attn_implementation"] = options.attn_implementation
+    return _skeleton(auto_class, name, how)
+
+
 def _loaded(auto_class: str, name: str, how: dict[str, Any]) -> tuple[Any, set[str]]:
     """The network, and the names of its parameters that no file had values for."""
     network, info = load_pretrained(auto_class, name, output_loading_info=True, **how)

@@ -26,7 +26,7 @@ def new_folder(out: str | os.PathLike[str], force: bool = False) -> Iterator[Pat
 
     """
     place = Path(out)
-    _check_free(place, force)
+    check_new_folder(place, force)
     draft = _beside(place)
     old = _beside(place)
     try:
@@ -58,6 +58,16 @@ def new_folder(out: str | os.PathLike[str], force: bool = False) -> Iterator[Pat
                 shutil.rmtree(rest, ignore_errors=True)
             else:
                 rest.unlink(missing_ok=True)
+
+
+def check_new_folder(out: str | os.PathLike[str], force: bool = False) -> None:
+    """Refuse a name that `new_folder` would refuse; before work that takes long.
+
+    Raises:
+        ConfigError: If something is there already, and not to be replaced.
+
+    """
+    _check_free(Path(out), force)
 
 
 def check_new_file(out: str | os.PathLike[str], force: bool = False) -> Path:
