@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from typing import Any
+from typing import Any, get_type_hints
 
 from jsonargparse import ArgumentParser
 
@@ -34,7 +34,7 @@ def run_verb(verb: str, *arguments: str) -> None:
     """Call the function of a verb with what the command line says."""
     function = getattr(importlib.import_module("lora_lightning"), verb)
     parser = parser_of(verb, function)
-    options = parser.parse_args(_with_directory([*arguments]))
+    options = parser.parse_args(_with_directory(_switched(function, arguments)))
     values = parser.instantiate_classes(options).as_dict()
     for name in _OBJECTS:
         if values.get(name):
@@ -47,6 +47,17 @@ def parser_of(verb: str, function: Any) -> VerbParser:
     parser = VerbParser(prog=f"{PROGRAM} {verb}", allow_abbrev=False)
     parser.add_function_arguments(function, as_positional=True, fail_untyped=False)
     return parser
+
+
+def _switched(function: Any, arguments: tuple[str, ...]) -> list[str]:
+    """Write `--force` alone, of a switch, as `--force=true`."""
+    kinds = get_type_hints(function)
+    switches = {f"--{name}" for name, kind in kinds.items() if kind is bool}
+    pairs = zip(arguments, [*arguments[1:], ""], strict=True)
+    return [
+        f"{word}=true" if word in switches and after not in ("true", "false") else word
+        for word, after in pairs
+    ]
 
 
 def _with_directory(arguments: list[str]) -> list[str]:
