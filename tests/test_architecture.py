@@ -127,6 +127,7 @@ WIDE = {
     "PretrainedTask.__init__": "options of the command line, --model",
     "add_weighted_adapter": "PEFT's signature",
     "AdaptedMultiheadAttention.forward": "torch's signature",
+    "export": "options of the command line",
 }
 
 

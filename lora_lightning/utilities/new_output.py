@@ -85,6 +85,8 @@ def check_new_file(out: str | os.PathLike[str], force: bool = False) -> Path:
 
 
 def _check_free(place: Path, force: bool) -> None:
+    if not place.name or place.name == "..":
+        raise ConfigError(f"{str(place)!r} is no name for something new. (out)")
     if os.path.lexists(place) and not force:
         raise ConfigError(
             f"{str(place)!r} is there already; nothing is overwritten. Name another place, or "

@@ -33,7 +33,8 @@ from lora_lightning.runs.run import find_run
 from lora_lightning.verbs.export.diffusers import write_diffusers
 from tests.helpers.command import run_command
 from tests.helpers.strict_readers import of_diffusers, of_vllm, with_updates
-from tests.helpers.trained_runs import language_model_run
+from tests.helpers.tiny_bert import save_tiny_bert
+from tests.helpers.trained_runs import fit, language_model_run
 
 IDS = torch.arange(24).reshape(2, 12) + 5
 CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
@@ -47,6 +48,11 @@ def logits_of_run(run: Path, ckpt: str | None = None) -> Tensor:
 @torch.no_grad()
 def logits(model: Any) -> Tensor:
     return model.eval()(IDS).logits
+
+
+@torch.no_grad()
+def logits_of(model: Any, ids: Tensor) -> Tensor:
+    return model.eval()(ids).logits
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -93,6 +99,32 @@ def test_an_own_module(own_run: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     export(lone, tmp_path / "lone", module=own_modules.Net)
     tensors = "adapter_model.safetensors"
     assert files(tmp_path / "lone")[tensors] == files(tmp_path / "out")[tensors]
+
+
+@pytest.mark.slow
+def test_a_classifier(tmp_path: Path) -> None:
+    """Its head trains in full; as PEFT adds one of that name, all is in the folder."""
+    save_tiny_bert(tmp_path / "bert")
+    lines = [{"text": f"the {w} film", "label": w} for w in ("good", "bad") for _ in range(8)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    config: Any = {
+        "lora": {"r": 2, "modules_to_save": ["classifier"]},
+        "model": {"class_path": "lora_lightning.SequenceClassification",
+                  "init_args": {"model": "bert"}},
+        "data": {"class_path": "lora_lightning.TextClassificationDataModule",
+                 "init_args": {"train": "a.jsonl", "val": 0.3, "max_length": 16}},
+        "trainer": {"max_epochs": 1, "accelerator": "cpu", "default_root_dir": "runs/a"},
+    }  # fmt: skip
+    run = fit(tmp_path, config)
+    export(run, tmp_path / "out")
+    module = trained_module(find_run(run))
+    ids = torch.arange(4, 12)[None]
+    model = peft.AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(logits_of(model, ids), logits_of(module.network, ids), **CLOSE)
+    text = (tmp_path / "out/README.md").read_text()
+    assert "text-classification" in text
+    with pytest.raises(ConfigError, match="classifier trains in full"):
+        export(run, tmp_path / "plain", format="portable")
 
 
 # -- without the base's weights ------------------------------------------------------------------

@@ -15,6 +15,7 @@ import lora_lightning
 from lora_lightning.checkpoint.peft.base_model import plain_class
 from lora_lightning.checkpoint.state_dict import KEY, adapter_state_dict
 from lora_lightning.engine.injection import adapters_named
+from lora_lightning.engine.targets.hints import shown_name
 from lora_lightning.errors import first_few, printable
 from lora_lightning.runs.run import Run
 from lora_lightning.verbs.export.hub import why_no_repo
@@ -135,7 +136,7 @@ def _facts(subject: Subject) -> Iterable[tuple[str, str]]:
         for key in _OPTIONS
         if (value := options.get(key)) not in _OFF and (key, value) != ("init_lora_weights", True)
     ]
-    names = dict.fromkeys(path.rpartition(".")[2] for path in adapters)
+    names = dict.fromkeys(map(shown_name, adapters))
     yield "base", f"`{_line(subject.shown_base)}`"
     yield "options", _line(", ".join(shown))
     yield "modules", f"{len(adapters)}: {_line(first_few(names, 12))}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import nn
 
@@ -15,7 +15,7 @@ from lora_lightning.checkpoint.peft.reading import read_config
 from lora_lightning.checkpoint.peft.writing import adapter_files
 from lora_lightning.checkpoint.single_file import read_adapter_checkpoint
 from lora_lightning.checkpoint.state_dict import KEY
-from lora_lightning.errors import ConfigError, nearest_hint
+from lora_lightning.errors import ConfigError, first_few, nearest_hint
 from lora_lightning.runs.run import Run, find_run
 from lora_lightning.runs.skeleton import adapted_module
 from lora_lightning.training.messages import show
@@ -62,11 +62,9 @@ def export(
     """Write the adapter of a run as a folder that other programs load, with a model card.
 
     `peft`: for peft, transformers and this library; every type and option that peft has.
-    `portable`: plain LoRA of one rank with lora_alpha = r, for programs that know one scale for all
-    modules: vLLM, SGLang, TensorRT-LLM, llama.cpp. All scales are folded into B, ranks padded with
-    zeros, and PiSSA, OLoRA, EVA, LoftQ, AdaLoRA, rsLoRA and patterns become the plain LoRA that
-    they are, exactly; what is more than that is refused. `diffusers`: the same in the one file that
-    `load_lora_weights` of diffusers' pipelines reads.
+    `portable`: plain LoRA of one rank, lora_alpha = r, for programs that know one scale for all
+    modules (vLLM, SGLang, TensorRT-LLM, llama.cpp); what is plain LoRA in disguise becomes it
+    exactly, what is more is refused. `diffusers`: the same in the file of `load_lora_weights`.
 
     Args:
         run: The run's directory, a checkpoint of it, or its config.
@@ -81,20 +79,13 @@ def export(
             not say how it is made.
         adapter: Which adapter, where the run has several.
 
-    Returns:
-        What was written.
-
     Raises:
         ConfigError: If something is there already, or the format cannot hold the adapter.
         CheckpointError: If there is no such run, or the checkpoint is damaged.
         AdapterMismatchError: If the adapter does not fit the base.
 
     """
-    if format not in ("peft", "portable", "diffusers"):
-        hint = nearest_hint(str(format), ("peft", "portable", "diffusers"))
-        raise ConfigError(
-            f"format is {format!r}; it is peft, portable or diffusers.{hint} (format)"
-        )
+    _check_format(format)
     check_new_folder(out, force)
     if push is not None:
         check_push(push)
@@ -102,19 +93,29 @@ def export(
     checkpoint = read_adapter_checkpoint(found.checkpoint)
     name = _adapter_name(found, [*checkpoint[KEY]["adapters"]], adapter)
     made = adapted_module(found, module)
-    model, _ = folder_target(made, name)
-    with new_folder(out, force) as draft:
+    model, prefix = folder_target(made, name)
+    _say_what_moved(checkpoint, prefix)
+    folder = Path(out)
+    with new_folder(folder, force) as draft:
         _write(made, model, draft, name, format)
         options = read_config(draft) if (draft / CONFIG).is_file() else {}
-        subject = Subject(push or Path(out).name, format, found, checkpoint, name, model, options)
+        subject = Subject(push or folder.name, format, found, checkpoint, name, model, options)
         (draft / "README.md").write_text(card(subject), encoding="utf-8")
-    folder = Path(out)
     files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
     _show(folder, files, subject)
     url = None if push is None else push_folder(folder, push, force)
     if url is not None:
         show(f"pushed to {url}")
     return Exported(folder, format, name, files, url)
+
+
+def _check_format(form: str) -> None:
+    if form not in get_args(Format):
+        known = get_args(Format)
+        raise ConfigError(
+            f"format is {form!r}; it is peft, portable or diffusers."
+            f"{nearest_hint(str(form), known)} (format)"
+        )
 
 
 def _write(made: Any, model: nn.Module, draft: Path, name: str, form: str) -> None:
@@ -126,6 +127,19 @@ def _write(made: Any, model: nn.Module, draft: Path, name: str, form: str) -> No
     else:
         # Of all models of a pipeline, not of one.
         write_diffusers(made if pretrained_inside(made) else model, draft, name)
+
+
+def _say_what_moved(checkpoint: dict[str, Any], prefix: str) -> None:
+    """Training can change more than the adapter, and a folder of an adapter has no place for it."""
+    owned = {key for entry in checkpoint[KEY]["adapters"].values() for key in entry["tensors"]}
+    left = [key for key in checkpoint["state_dict"] if key not in owned and key.startswith(prefix)]
+    # Carried by a teacher, say.
+    moved = [key.removeprefix(prefix) for key in left if key in checkpoint[KEY]["base"]]
+    if moved:
+        show(
+            f"the run has also moved {first_few(moved)} of its base, which is in no folder of an "
+            "adapter: what loads it computes with the base's own. lora-lightning merge keeps it"
+        )
 
 
 def _adapter_name(run: Run, names: list[str], asked: str | None) -> str:
