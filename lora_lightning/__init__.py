@@ -104,5 +104,7 @@ if TYPE_CHECKING:
     )
     from lora_lightning.training.progress import TrainingProgress as TrainingProgress
     from lora_lightning.verbs.export.export import export as export
+    from lora_lightning.verbs.inspect.inspect import Inspection as Inspection
+    from lora_lightning.verbs.inspect.inspect import inspect as inspect
 
 __all__, __getattr__, __dir__ = lazy_names(__name__)
