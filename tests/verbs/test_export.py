@@ -34,6 +34,7 @@ from lora_lightning.verbs.export.diffusers import write_diffusers
 from tests.helpers.command import run_command
 from tests.helpers.strict_readers import of_diffusers, of_vllm, with_updates
 from tests.helpers.tiny_bert import save_tiny_bert
+from tests.helpers.tiny_pipeline import Pipeline, text_encoder
 from tests.helpers.trained_runs import fit, language_model_run
 
 IDS = torch.arange(24).reshape(2, 12) + 5
@@ -207,23 +208,6 @@ def test_a_base_of_the_hub_is_named() -> None:
 
 
 # -- diffusers -----------------------------------------------------------------------------------
-
-
-class Pipeline(nn.Module):
-    """What a LightningModule that trains a pipeline holds."""
-
-    def __init__(self, text_encoder: nn.Module) -> None:
-        super().__init__()
-        self.text_encoder = text_encoder
-
-
-def text_encoder() -> Any:
-    torch.manual_seed(0)
-    config = transformers.CLIPTextConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-        num_attention_heads=2, max_position_embeddings=12,
-    )  # fmt: skip
-    return transformers.CLIPTextModel(config).eval()
 
 
 def test_diffusers_computes_the_same(tmp_path: Path) -> None:
