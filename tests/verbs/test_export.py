@@ -194,7 +194,7 @@ def test_the_card(lm_run: Path, tmp_path: Path) -> None:
         assert f"| `{name}` | {base:.4g} | {tuned:.4g} |" in text
     for words in ("r=4, lora_alpha=8", "train=chats.jsonl", "learning_rate 0.01", "14: q_proj"):
         assert words in text
-    assert "vllm serve base --enable-lora --max-lora-rank 8" in text
+    assert "vllm serve base \\\n    --enable-lora --max-lora-rank 8 \\\n" in text
     assert "AutoPeftModelForCausalLM.from_pretrained('two-words')" in text
     assert str(lm_run.parents[1]) not in text  # a path of the machine
 
@@ -323,7 +323,7 @@ def test_the_command(
         home, monkeypatch, capfd, "export", "--config", "lm.yaml", str(out), "--format", "portable"
     )
     assert "the best checkpoint" in said
-    assert said.splitlines()[-2].startswith("to use it (vLLM):")
+    assert said.splitlines()[-4].startswith("to use it (vLLM):")
     assert json.loads((out / "adapter_config.json").read_text())["lora_alpha"] == 4
     said = run_command(home, monkeypatch, capfd, "export", "runs/lm", str(out), fails=1)
     assert "is there already" in said

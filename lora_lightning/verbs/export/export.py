@@ -137,8 +137,9 @@ def _say_what_moved(checkpoint: dict[str, Any], prefix: str) -> None:
     moved = [key.removeprefix(prefix) for key in left if key in checkpoint[KEY]["base"]]
     if moved:
         show(
-            f"the run has also moved {first_few(moved)} of its base, which is in no folder of an "
-            "adapter: what loads it computes with the base's own. lora-lightning merge keeps it"
+            "the run has moved some of its base, too, which no folder of an adapter holds:",
+            f"  {first_few(moved)}",
+            "what loads it computes with the base's own; lora-lightning merge keeps it",
         )
 
 
@@ -164,8 +165,8 @@ def _show(folder: Path, files: dict[str, int], subject: Subject) -> None:
     )
     if subject.options and subject.base and not is_hub_name(subject.base):
         show(
-            f"its config names the base by a folder of this machine, {subject.base}: on others, "
-            "change base_model_name_or_path"
+            "the base is named by a folder of this machine; for others, change",
+            f"  base_model_name_or_path: {subject.base}",
         )
     way = subject.ways(str(folder), subject.base or "BASE")[0]
     show(f"to use it ({way.title}):", *(f"  {line}" for line in way.text.split("\n") if line))

@@ -134,8 +134,9 @@ def _refusal(adapter_name: str, form: str, reasons: list[str]) -> str:
     shown = "".join(f"\n  {reason}" for reason in reasons[:4])
     more = f"\n  ... ({len(reasons)} in all)" if len(reasons) > 4 else ""
     return (
-        f"Adapter {adapter_name!r} cannot be had as --format {form}, which holds W + B A and "
-        f"nothing else:{shown}{more}\nTake --format peft, hand on the base with the adapter merged "
-        "into it (lora-lightning merge RUN OUT), or train without that (exclude_modules leaves "
-        "modules out). (format)"
+        f"Adapter {adapter_name!r} cannot be had as {form}, which holds W + B A alone:"
+        f"{shown}{more}\n"
+        "Take --format peft; or hand on the base with the adapter merged into it\n"
+        "(lora-lightning merge RUN OUT); or train without that (lora.exclude_modules\n"
+        "leaves modules out). (format)"
     )

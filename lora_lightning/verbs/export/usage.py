@@ -65,8 +65,8 @@ def _ways(use: Use) -> Iterator[Way]:
         yield Way(
             "vLLM",
             "bash",
-            f"vllm serve {use.base} --enable-lora --max-lora-rank {rank} "
-            f"--lora-modules adapter={use.name}",
+            f"vllm serve {use.base} \\\n    --enable-lora --max-lora-rank {rank} \\\n"
+            f"    --lora-modules adapter={use.name}",
         )
         yield Way(
             "llama.cpp", "bash", f"python convert_lora_to_gguf.py {use.name} --base {use.base}"
