@@ -129,6 +129,7 @@ WIDE = {
     "add_weighted_adapter": "PEFT's signature",
     "AdaptedMultiheadAttention.forward": "torch's signature",
     "merge": "options of the command line",
+    "export": "options of the command line",
 }
 
 

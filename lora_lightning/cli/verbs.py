@@ -11,9 +11,14 @@ from jsonargparse import ArgumentParser
 from lora_lightning.cli.parser import PROGRAM
 from lora_lightning.errors import nearest_hint, printable
 from lora_lightning.runs.run import directory_of_config
+from lora_lightning.training.messages import show
 
 # By name; a function that the package has under the same name.
-VERBS: tuple[str, ...] = ("generate", "merge")
+VERBS: tuple[str, ...] = ("export", "generate", "inspect", "merge")
+# What they return is what they have to say.
+_SHOWN = ("inspect",)
+# Arguments with a default that stand without their name, as a last word.
+_LAST = {"inspect": "other"}
 # Arguments that take a Python object: on the command line, an import path.
 _OBJECTS = ("module", "data")
 # Before a word that is a text whatever it looks like: `null`, `[a]`. No argument can hold it.
@@ -36,7 +41,8 @@ def run_verb(verb: str, *arguments: str) -> None:
     """Call the function of a verb with what the command line says."""
     function = getattr(importlib.import_module("lora_lightning"), verb)
     parser = parser_of(verb, function)
-    options = parser.parse_args(_with_directory(_spelled_out(function, arguments)))
+    words = _with_directory(_spelled_out(function, _named(verb, arguments)))
+    options = parser.parse_args(words)
     values = parser.instantiate_classes(options).as_dict()
     for name in getattr(function, "command_texts", ()):
         if values[name] is not None:
@@ -44,7 +50,9 @@ def run_verb(verb: str, *arguments: str) -> None:
     for name in _OBJECTS:
         if values.get(name):
             values[name] = _imported(values[name])
-    function(**values)
+    result = function(**values)
+    if verb in _SHOWN:
+        show(str(result))
 
 
 def parser_of(verb: str, function: Any) -> VerbParser:
@@ -52,7 +60,17 @@ def parser_of(verb: str, function: Any) -> VerbParser:
     parser = VerbParser(prog=f"{PROGRAM} {verb}", allow_abbrev=False)
     parser.add_function_arguments(function, as_positional=True, fail_untyped=False)
     parser.set_defaults(getattr(function, "command_defaults", {}))
+    if verb in _LAST:  # its place in the line; the option stays
+        parser.usage = f"%(prog)s [options] path [{_LAST[verb]}]"
     return parser
+
+
+def _named(verb: str, arguments: tuple[str, ...]) -> tuple[str, ...]:
+    """Write the last of two words, of a verb that takes one or two, as an option."""
+    words = [word for word in arguments if not word.startswith("-")]
+    if verb in _LAST and len(words) == len(arguments) == 2:
+        return (words[0], f"--{_LAST[verb]}={words[1]}")
+    return arguments
 
 
 def _spelled_out(function: Any, arguments: tuple[str, ...]) -> list[str]:

@@ -11,15 +11,15 @@ NAMES = {
     "lora_lightning": """
         AdaLoraConfig Adapter AdapterConfig AdapterMismatchError AdapterSpec AdapterStateError
         BaseWeight CausalLM CheckpointError ConfigError DeltaAdapter EvaConfig Examination IA3Config
-        Ia3Config ImageClassification ImageDataModule LoHaConfig LoKrConfig LoftQConfig
+        Ia3Config ImageClassification ImageDataModule Inspection LoHaConfig LoKrConfig LoftQConfig
         LoftqConfig LohaConfig LokrConfig LoraCallback LoraConfig LoraError ModelError
         NonfiniteError OFTConfig OftConfig OptimizerError RankError RecordError Selection
         Seq2SeqLM SequenceClassification ShiraConfig StdlibDocstrings TargetError
         TextClassificationDataModule TextDataModule TextSamples TokenClassification
         TokenClassificationDataModule TrainingProgress VeraConfig active_adapters adapter_names
         adapter_state_dict adapter_status adapters_per_row add_weighted_adapter
-        compare_with_base delete_adapter disable_adapter eva_start examine hotswap_adapter
-        inject_adapter load_adapter load_adapter_state_dict load_from_checkpoint merge_adapter
+        compare_with_base delete_adapter disable_adapter eva_start examine export hotswap_adapter
+        inject_adapter inspect load_adapter load_adapter_state_dict load_from_checkpoint merge_adapter
         merge_and_unload register_adapter save_adapter scale_adapter set_adapter unload
         unmerge_adapter
     """,
