@@ -103,5 +103,6 @@ if TYPE_CHECKING:
         load_from_checkpoint as load_from_checkpoint,
     )
     from lora_lightning.training.progress import TrainingProgress as TrainingProgress
+    from lora_lightning.verbs.report.report import report as report
 
 __all__, __getattr__, __dir__ = lazy_names(__name__)

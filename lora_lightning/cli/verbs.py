@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
-from typing import Any
+from typing import Any, get_type_hints
 
+import docstring_parser
 from jsonargparse import ArgumentParser
 
 from lora_lightning.cli.parser import PROGRAM
@@ -13,7 +15,7 @@ from lora_lightning.errors import nearest_hint, printable
 from lora_lightning.runs.run import directory_of_config
 
 # By name; a function that the package has under the same name.
-VERBS: tuple[str, ...] = ()
+VERBS: tuple[str, ...] = ("report",)
 # Arguments that take a Python object: on the command line, an import path.
 _OBJECTS = ("module", "data")
 
@@ -34,19 +36,50 @@ def run_verb(verb: str, *arguments: str) -> None:
     """Call the function of a verb with what the command line says."""
     function = getattr(importlib.import_module("lora_lightning"), verb)
     parser = parser_of(verb, function)
-    options = parser.parse_args(_with_directory([*arguments]))
+    options = parser.parse_args(_with_directory(_switched(function, arguments)))
     values = parser.instantiate_classes(options).as_dict()
+    several = _several(function)
+    more = values.pop(several.name) if several else []
     for name in _OBJECTS:
         if values.get(name):
             values[name] = _imported(values[name])
-    function(**values)
+    first = [values.pop(name) for name in _before(function)] if more else []
+    function(*first, *more, **values)
 
 
 def parser_of(verb: str, function: Any) -> VerbParser:
     """The parser of a verb: what has no default is a positional argument."""
     parser = VerbParser(prog=f"{PROGRAM} {verb}", allow_abbrev=False)
     parser.add_function_arguments(function, as_positional=True, fail_untyped=False)
+    several = _several(function)
+    if several is not None:
+        lines = docstring_parser.parse(function.__doc__ or "").params
+        text = next((line.description for line in lines if line.arg_name == several.name), None)
+        parser.add_argument(several.name, nargs="*", default=[], help=text)
     return parser
+
+
+def _switched(function: Any, arguments: tuple[str, ...]) -> list[str]:
+    """Write `--force` alone, of a switch, as `--force=true`."""
+    kinds = get_type_hints(function)
+    switches = {f"--{name}" for name, kind in kinds.items() if kind is bool}
+    pairs = zip(arguments, [*arguments[1:], ""], strict=True)
+    return [
+        f"{word}=true" if word in switches and after not in ("true", "false") else word
+        for word, after in pairs
+    ]
+
+
+def _several(function: Any) -> inspect.Parameter | None:
+    """The parameter `*others` of a function."""
+    parameters = inspect.signature(function).parameters.values()
+    return next((p for p in parameters if p.kind is p.VAR_POSITIONAL), None)
+
+
+def _before(function: Any) -> list[str]:
+    """The parameters in front of `*others`."""
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
 
 
 def _with_directory(arguments: list[str]) -> list[str]:
