@@ -51,7 +51,8 @@ def pictures(runs: Runs) -> list[Picture]:
     for measured, names in training_figures.groups(metrics).items():
         drawn = training_figures.metric_figure(metrics, measured, names)
         add(_file_name(measured), drawn, _of_group(runs, names), "training")
-    add("learning_rate", training_figures.rate_figure(metrics), "The learning rate", "training")
+    figure = training_figures.rate_figure(metrics)
+    add("learning_rate", figure, findings.of_rates([*metrics.values()]), "training")
     compared = {name: r.comparison for name, r in runs.items() if r.comparison is not None}
     figure = training_figures.comparison_figure(compared)
     add(
@@ -67,7 +68,7 @@ def pictures(runs: Runs) -> list[Picture]:
         "rank_use": (update_figures.rank_figure, "How many directions hold 99 % of each update"),
         "spectra": (
             update_figures.spectrum_figure,
-            "Singular values of the updates: median, and range over the layers",
+            "Singular values of the updates: each target's median, shaded the range",
         ),
     }
     for number, (run, record) in enumerate(runs.items(), 1):

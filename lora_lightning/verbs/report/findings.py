@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from statistics import median
 
 from lora_lightning.callbacks.comparison import Comparison
 from lora_lightning.verbs.report.metrics import Curve, Metrics, stage
 from lora_lightning.verbs.report.record import RunRecord
-from lora_lightning.verbs.report.training_figures import MEMORY, SPEED, running_median
+from lora_lightning.verbs.report.training_figures import MEMORY, RATE, SPEED, running_median
 from lora_lightning.verbs.report.updates import Updates
 
 
@@ -48,6 +49,14 @@ def of_curve(name: str, curve: Curve) -> str:
     return f"{name} {verb} from {number(first)} to {number(last)} in {count}{lost}"
 
 
+def of_rates(runs: Sequence[Metrics]) -> str:
+    """The largest learning rate, where it is one."""
+    rates = [c for metrics in runs for name, c in metrics.curves.items() if RATE.match(name)]
+    if len(rates) != 1 or not rates[0].finite:
+        return "Learning rates"
+    return f"The learning rate, at most {number(max(v for _, v in rates[0].finite))}"
+
+
 def main_curve(record: RunRecord) -> tuple[str, Curve] | None:
     """The metric that tells most of training: what decides, else a loss of validation."""
     curves = {n: c for n, c in record.metrics.curves.items() if c.finite}
@@ -68,7 +77,7 @@ def of_training(record: RunRecord) -> str:
 
 def of_comparison(comparison: Comparison) -> str:
     """The verdict, as a sentence over the table."""
-    return comparison.verdict
+    return comparison.verdict.replace(" +- ", " ± ")
 
 
 def of_samples(rows: list[dict[str, str]]) -> str:

@@ -29,8 +29,8 @@ def page(runs: Runs, pictures: Sequence[Picture]) -> str:
     parts += [_training(runs, pictures), _comparison(runs, pictures)]
     for name, record in runs.items():
         own = [picture for picture in pictures if picture.run == name]
-        of = f" of {name}" if len(runs) > 1 else ""
-        parts += [_samples(record, of), _updates(record, own, of)]
+        whose = f"{name}: " if len(runs) > 1 else ""
+        parts += [_samples(record, whose), _updates(record, own, whose)]
     parts += [_speed(runs, pictures), _options(runs), _foot(runs)]
     body = "\n".join(filter(None, parts))
     return (
@@ -147,7 +147,10 @@ def _training(runs: Runs, pictures: Sequence[Picture]) -> str:
     )
     curves = [curve for record in runs.values() for curve in record.metrics.curves.values()]
     pale = "Pale lines are single steps, strong ones their running median."
-    pale = pale if any(len(curve.values) > MANY for curve in curves) else ""
+    if len(runs) > 1:
+        pale = "Thin lines are of training; lines of many steps are running medians."
+    elif all(len(curve.values) <= MANY for curve in curves):
+        pale = ""
     return html.section(
         "Training", finding, _figures(here), html.note(pale) if pale else "", "" if files else empty
     )
@@ -158,14 +161,16 @@ def _comparison(runs: Runs, pictures: Sequence[Picture]) -> str:
     if not compared:
         return ""
     here = [picture for picture in pictures if picture.section == "comparison"]
-    parts = []
-    for name, comparison in compared.items():
-        title = f"<h3>{html.text(name)}</h3>" if len(runs) > 1 else ""
-        verdict = html.note(findings.of_comparison(comparison)) if len(runs) > 1 else ""
-        parts.append(title + verdict + _compared(comparison))
-    finding = "Validation without and with the adapter"
     if len(runs) == 1:
-        finding = findings.of_comparison(next(iter(compared.values())))
+        ((_, only),) = compared.items()
+        finding, parts = findings.of_comparison(only), [_compared(only)]
+    else:
+        finding = "Validation without and with each adapter"
+        rows = [[name, findings.of_comparison(found)] for name, found in compared.items()]
+        parts = [html.table(["run", "verdict"], rows)]
+        parts += [
+            html.details(f"{name} in numbers", _compared(found)) for name, found in compared.items()
+        ]
     return html.section("Base against tuned", finding, _figures(here), *parts)
 
 
@@ -178,7 +183,7 @@ def _compared(comparison: Comparison) -> str:
     return html.table(header, [[*row] for row in rows], len(header) - 1) + said
 
 
-def _samples(record: RunRecord, of: str) -> str:
+def _samples(record: RunRecord, whose: str) -> str:
     if not record.samples:
         return ""
     last_step = record.samples[-1]["step"]
@@ -186,7 +191,9 @@ def _samples(record: RunRecord, of: str) -> str:
     blocks = [_sample(row, record.samples) for row in last[:_SAMPLES]]
     more = len(last) - _SAMPLES
     left = html.note(f"{more} more samples stand in samples.jsonl.") if more > 0 else ""
-    return html.section(f"Samples{of}, step {last_step}", findings.of_samples(last), *blocks, left)
+    return html.section(
+        f"{whose}Samples at step {last_step}", findings.of_samples(last), *blocks, left
+    )
 
 
 def _sample(row: Mapping[str, object], rows: Sequence[Mapping[str, object]]) -> str:
@@ -208,7 +215,7 @@ def _sample(row: Mapping[str, object], rows: Sequence[Mapping[str, object]]) -> 
     return f'<div class="sample"><dl>{inside}</dl>{folded}</div>'
 
 
-def _updates(record: RunRecord, pictures: Sequence[Picture], of: str) -> str:
+def _updates(record: RunRecord, pictures: Sequence[Picture], whose: str) -> str:
     updates = record.updates
     notes = []
     if updates.without_base:
@@ -231,9 +238,9 @@ def _updates(record: RunRecord, pictures: Sequence[Picture], of: str) -> str:
         ["trained in full (modules_to_save)", "change, of its size before"], copies, 1
     )
     if not updates.weights and not copies and record.checkpoint is None:
-        return html.section(f"What was learned{of}", "The run has no checkpoint to measure")
+        return html.section(f"{whose}What was learned", "The run has no checkpoint to measure")
     return html.section(
-        f"What was learned{of}",
+        f"{whose}What was learned",
         findings.of_updates(updates),
         _figures(pictures),
         *map(html.note, filter(None, notes)),

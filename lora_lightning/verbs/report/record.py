@@ -148,7 +148,8 @@ def _logged_comparison(metrics: Metrics) -> Comparison | None:
         return None
     headline = "val_loss" if "val_loss" in both else next((n for n in both if "loss" in n), both[0])
     mode = "min" if "loss" in headline else None
-    return Comparison(metrics.base, metrics.tuned, headline, mode)
+    title = "validation without and with the adapter, as it was logged"
+    return Comparison(metrics.base, metrics.tuned, headline, mode, title=title)
 
 
 def _samples(folders: list[Path]) -> list[dict[str, Any]]:

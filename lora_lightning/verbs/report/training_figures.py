@@ -53,9 +53,9 @@ def metric_figure(runs: Runs, measured: str, names: Mapping[str, str]) -> Figure
                 values += [value for _, value in curve.finite]
                 alone = len(runs) == 1
                 colour = SERIES[(place if alone else number) % len(SERIES)]
-                label = name if alone else f"{run}: {name}" if len(names) > 1 else run
-                pale = not alone and part == "train"
-                _line(axes, curve, colour, printable(label), pale)
+                thin = not alone and part == "train" and len(names) > 1
+                label = name if alone else "" if thin else run
+                _line(axes, curve, colour, printable(label), thin)
         if values and min(values) > 0 and max(values) > 50 * min(values):
             axes.set_yscale("log")
         alone = len(runs) == 1 and len(names) == 1
@@ -72,7 +72,7 @@ def speed_figure(runs: Runs) -> Figure | None:
     """Throughput by step; None where none was logged."""
     units = {name for m in runs.values() for name in m.curves if SPEED.match(name)}
     label = " or ".join(sorted(units)).replace("_per_", " per ")
-    return _lines(runs, lambda name: bool(SPEED.match(name)), label, zero=True)
+    return _lines(runs, lambda name: bool(SPEED.match(name)), label, True, smooth=True)
 
 
 def memory_figure(runs: Runs) -> Figure | None:
@@ -123,7 +123,7 @@ def running_median(values: Sequence[float], window: int) -> list[float]:
 
 
 def _lines(
-    runs: Runs, wanted: Callable[[str], bool], label: str, zero: bool = False
+    runs: Runs, wanted: Callable[[str], bool], label: str, zero: bool = False, smooth: bool = False
 ) -> Figure | None:
     lines = [
         (run, name, curve)
@@ -137,7 +137,7 @@ def _lines(
         figure, axes = canvas()
         for number, (run, name, curve) in enumerate(lines):
             text = name if len(runs) == 1 else run if len(lines) == len(runs) else f"{run}: {name}"
-            _line(axes, curve, SERIES[number % len(SERIES)], printable(text), False)
+            _line(axes, curve, SERIES[number % len(SERIES)], printable(text), smooth=smooth)
         if zero:
             most = max(value for _, _, curve in lines for _, value in curve.finite)
             axes.set_ylim(0, 1.12 * most or 1)
@@ -145,30 +145,31 @@ def _lines(
     return figure
 
 
-def _line(axes: Axes, curve: Curve, colour: str, label: str, pale: bool) -> None:
+def _line(
+    axes: Axes, curve: Curve, colour: str, label: str, thin: bool = False, smooth: bool = True
+) -> None:
     steps, values = map(list, zip(*curve.finite, strict=True))
-    if len(values) > MANY:
-        axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.35)
+    if smooth and len(values) > MANY:
+        if not thin:
+            axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.35)
         values = running_median(values, max(5, len(values) // 20) | 1)
     few = len(values) <= MANY / 2
     axes.plot(
         steps, values, color=colour, label=label, marker="o" if few else "", markersize=3.6,
-        alpha=0.45 if pale else 1.0, linewidth=1.2 if pale else 1.8,
+        alpha=0.5 if thin else 1.0, linewidth=1.0 if thin else 1.8, zorder=2 if thin else 3,
     )  # fmt: skip
 
 
 def _finish(axes: Axes, label: str) -> None:
     from matplotlib.ticker import MaxNLocator, NullFormatter, StrMethodFormatter
 
-    if axes.get_yscale() == "log":
-        axes.yaxis.set_minor_formatter(NullFormatter())
-        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    elif axes.get_ylim()[1] >= 1000:
-        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    large = axes.get_ylim()[1] >= 1000
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}" if large else "{x:g}"))
     axes.set_xlabel("step")
     axes.set_ylabel(printable(label))
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    if legend and len(axes.get_legend_handles_labels()[0]) > 1:
+    if len(axes.get_legend_handles_labels()[0]) > 1:
         axes.legend(
             loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=2, borderaxespad=0.2,
             handlelength=1.4, columnspacing=1.2,

@@ -46,13 +46,14 @@ def size_figure(updates: Updates) -> Figure | None:
 
 
 def spectrum_figure(updates: Updates) -> Figure | None:
-    """Singular values relative to the largest: median of each target's layers, and their range."""
+    """Singular values relative to the largest: median of each target's layers, range of all."""
     moved = updates.low_rank
     if not moved:
         return None
     by_target = _by_target(moved)
     with drawing():
         figure, axes = canvas()
+        every: dict[int, list[float]] = defaultdict(list)
         for number, (target, some) in enumerate([*by_target.items()][: len(SERIES)]):
             spectra = [u.spectrum.values[: u.spectrum.limit] for u in some]
             shares = [[float(v) for v in values / values[0]] for values in spectra]
@@ -61,12 +62,14 @@ def spectrum_figure(updates: Updates) -> Figure | None:
             shown = [(i, max(v, default=0.0)) for i, v in zip(places, at, strict=True)]
             last = max((i for i, most in shown if most > 1e-6), default=1)
             x = list(places)[:last]
-            low, high = ([f(v) for v in at[:last]] for f in (min, max))
-            axes.fill_between(x, low, high, color=SERIES[number], alpha=0.13, linewidth=0)
+            for place, some_values in zip(x, at, strict=False):
+                every[place] += some_values
             axes.plot(
                 x, [median(v) for v in at[:last]], color=SERIES[number], label=target,
                 marker="o" if last <= 32 else "", markersize=3,
             )  # fmt: skip
+        low, high = ([f(values) for values in every.values()] for f in (min, max))
+        axes.fill_between([*every], low, high, color=MUTED, alpha=0.14, linewidth=0)
         axes.set_yscale("log")
         axes.set_ylim(max(1e-4, axes.get_ylim()[0]), 1.3)
         _plain_log(axes)
@@ -126,7 +129,9 @@ def _size_map(updates: Updates) -> Figure:
         for target in targets
     ]
     known = [size for row in sizes for size in row if size is not None]
-    ticks = MaxNLocator(len(RAMP), steps=[1, 1.5, 2, 2.5, 5, 10]).tick_values(0, max(known) or 1)
+    ticks = MaxNLocator(len(RAMP), steps=[1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10]).tick_values(
+        0, max(known) or 1
+    )
     edges = [float(tick) for tick in ticks if tick >= 0][: len(RAMP) + 1]
     several = len(edges) - 1
     picks = [RAMP[round(i * (len(RAMP) - 1) / max(several - 1, 1))] for i in range(several)]
