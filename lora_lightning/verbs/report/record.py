@@ -13,7 +13,7 @@ from lora_lightning.callbacks.comparison_file import read_comparison
 from lora_lightning.checkpoint.single_file import read_adapter_checkpoint
 from lora_lightning.checkpoint.state_dict import KEY, OPTIONS, TASK
 from lora_lightning.errors import CheckpointError, RecordError
-from lora_lightning.runs.run import Run, config_of, find_run
+from lora_lightning.runs.run import Run, checkpoints_of, config_of, find_run
 from lora_lightning.verbs.report.metrics import Metrics, log_folders, read_metrics, run_folder
 from lora_lightning.verbs.report.options import flat_options
 from lora_lightning.verbs.report.updates import Updates, read_updates
@@ -69,7 +69,7 @@ def read_record(
         if ckpt not in (None, "best", "last") or not directory.is_dir():
             raise
         folders = log_folders(directory, None)
-        if not folders:
+        if not folders or checkpoints_of(directory):
             raise
         config = config_of(directory)
         updates = Updates(without_base="the run has no checkpoint")
