@@ -69,7 +69,11 @@ def report(
     ]
     target = Path(out) if out is not None else records[0].folder / _NAME
     _check_outputs(target, force)
-    runs = named_apart(records)
+    return _made(named_apart(records), target, force)
+
+
+def _made(runs: dict[str, RunRecord], target: Path, force: bool) -> Report:
+    """Draw, write and tell."""
     drawn = pictures(runs)
     made = Report(
         html=page(runs, drawn),
