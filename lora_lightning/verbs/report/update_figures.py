@@ -129,16 +129,19 @@ def _size_map(updates: Updates) -> Figure:
         for target in targets
     ]
     known = [size for row in sizes for size in row if size is not None]
-    ticks = MaxNLocator(len(RAMP), steps=[1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10]).tick_values(
-        0, max(known) or 1
-    )
+    most = sorted(known)[int(0.95 * (len(known) - 1))] if known else 0.0
+    beyond = max(known) > 2 * most > 0  # a few far above all others, which they would whiten
+    locator = MaxNLocator(len(RAMP), steps=[1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10])
+    ticks = locator.tick_values(0, most if beyond else max(known) or 1)
     edges = [float(tick) for tick in ticks if tick >= 0][: len(RAMP) + 1]
     several = len(edges) - 1
+    several += beyond
     picks = [RAMP[round(i * (len(RAMP) - 1) / max(several - 1, 1))] for i in range(several)]
+    norm = BoundaryNorm(edges, several, extend="max" if beyond else "neither")
     figure, axes = canvas(1.3 + 0.27 * len(targets))
     image = axes.pcolormesh(
         [[float("nan") if size is None else size for size in row] for row in sizes],
-        cmap=ListedColormap(picks), norm=BoundaryNorm(edges, several),
+        cmap=ListedColormap(picks), norm=norm,
         edgecolor="none" if len(layers) > 40 else GRID, linewidth=0.6,
     )  # fmt: skip
     for y, row in enumerate(sizes):
