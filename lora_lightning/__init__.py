@@ -109,5 +109,6 @@ if TYPE_CHECKING:
     from lora_lightning.verbs.inspect.inspect import inspect as inspect
     from lora_lightning.verbs.merge.merge import merge as merge
     from lora_lightning.verbs.preview.preview import preview as preview
+    from lora_lightning.verbs.report.report import report as report
 
 __all__, __getattr__, __dir__ = lazy_names(__name__)

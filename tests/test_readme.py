@@ -176,9 +176,7 @@ def test_commands_parse(call: str, monkeypatch: Any) -> None:
     """Every `lora-lightning` call of a page is one that the parser takes."""
     words = shlex.split(call)
     if words[1] in verbs.VERBS:
-        function = getattr(lora_lightning, words[1])
-        arguments = verbs._with_directory(verbs._spelled_out(function, tuple(words[2:])))
-        verbs.parser_of(words[1], function).parse_args(arguments)
+        verbs.parsed(words[1], getattr(lora_lightning, words[1]), tuple(words[2:]))
         return
     assert words[1] in {"fit", "validate", "test", "predict", "examine", "preview", "plan"}
     (mine,) = (block for _, block in blocks("yaml") if "runs/mine" in block)

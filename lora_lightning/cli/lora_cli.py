@@ -24,6 +24,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from lora_lightning.callback import LoraCallback
 from lora_lightning.callbacks.comparison import compare_with_base
+from lora_lightning.callbacks.comparison_file import write_comparison
 from lora_lightning.cli.examination import ExaminingTrainer, examine_config
 from lora_lightning.cli.parser import PROGRAM, LoraParser
 from lora_lightning.cli.predictions import PredictionFiles
@@ -220,6 +221,8 @@ class LoraCLI(LightningCLI):
             lines: list[Any] = [f"not compared with the base: {reason}"]
         else:
             lines = comparison.lines()
+            if self.trainer.is_global_zero:
+                write_comparison(comparison, self.run_directory)
         if self.trainer.is_global_zero:
             show(*lines)
 

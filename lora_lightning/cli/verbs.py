@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+import docstring_parser
 from jsonargparse import ArgumentParser
 
 from lora_lightning.cli.parser import PROGRAM
@@ -13,16 +17,35 @@ from lora_lightning.errors import nearest_hint, printable
 from lora_lightning.runs.run import directory_of_config
 from lora_lightning.training.messages import show
 
-# By name; a function that the package has under the same name.
-VERBS: tuple[str, ...] = ("export", "generate", "inspect", "merge")
-# What they return is what they have to say.
-_SHOWN = ("inspect",)
-# Arguments with a default that stand without their name, as a last word.
-_LAST = {"inspect": "other"}
+
+@dataclass(frozen=True)
+class Verb:
+    """How the command calls a function: what has no default is positional, the rest options.
+
+    Attributes:
+        second: An argument with a default that stands behind the first, without its name.
+        texts: Options that are taken as they are typed, whatever they look like.
+        defaults: Of the command, where they are not the function's.
+        shown: Print what it returns, which is all that it has to say.
+
+    """
+
+    second: str | None = None
+    texts: tuple[str, ...] = ()
+    defaults: dict[str, Any] = field(default_factory=dict)
+    shown: bool = False
+
+
+# By name; functions that the package has under the same names.
+VERBS = {
+    "export": Verb(),
+    "generate": Verb(texts=("prompt", "system"), defaults={"stream": True}),
+    "inspect": Verb(second="other", shown=True),
+    "merge": Verb(),
+    "report": Verb(),
+}
 # Arguments that take a Python object: on the command line, an import path.
 _OBJECTS = ("module", "data")
-# Before a word that is a text whatever it looks like: `null`, `[a]`. No argument can hold it.
-_TEXT = "\0"
 
 
 class VerbParser(ArgumentParser):
@@ -40,61 +63,66 @@ class VerbParser(ArgumentParser):
 def run_verb(verb: str, *arguments: str) -> None:
     """Call the function of a verb with what the command line says."""
     function = getattr(importlib.import_module("lora_lightning"), verb)
-    parser = parser_of(verb, function)
-    words = _with_directory(_spelled_out(function, _named(verb, arguments)))
-    options = parser.parse_args(words)
-    values = parser.instantiate_classes(options).as_dict()
-    for name in getattr(function, "command_texts", ()):
-        if values[name] is not None:
-            values[name] = values[name].removeprefix(_TEXT)
+    values = parsed(verb, function, arguments)
     for name in _OBJECTS:
         if values.get(name):
             values[name] = _imported(values[name])
-    result = function(**values)
-    if verb in _SHOWN:
+    more = [*values.pop(several, ())] if (several := _several(function)) else []
+    first = [values.pop(name) for name in _positional(function)] if more else []
+    result = function(*first, *more, **values)
+    if VERBS[verb].shown:
         show(str(result))
 
 
+def parsed(verb: str, function: Any, arguments: tuple[str, ...]) -> dict[str, Any]:
+    """What the command line says, by the names of the function's arguments."""
+    parser = parser_of(verb, function)
+    options = parser.parse_args(_with_directory(_spelled_out(function, arguments)))
+    values: dict[str, Any] = parser.instantiate_classes(options).as_dict()
+    return values
+
+
 def parser_of(verb: str, function: Any) -> VerbParser:
-    """The parser of a verb: what has no default is a positional argument."""
+    """The parser of a verb."""
+    how, kinds = VERBS[verb], get_type_hints(function)
+    lists = [name for name, kind in kinds.items() if list[str] in (kind, *get_args(kind)[:1])]
+    own: set[str | int] = {*how.texts, *lists, *([how.second] if how.second else [])}
     parser = VerbParser(prog=f"{PROGRAM} {verb}", allow_abbrev=False)
-    parser.add_function_arguments(function, as_positional=True, fail_untyped=False)
-    parser.set_defaults(getattr(function, "command_defaults", {}))
-    if verb in _LAST:  # its place in the line; the option stays
-        parser.usage = f"%(prog)s [options] path [{_LAST[verb]}]"
+    parser.add_function_arguments(function, as_positional=True, fail_untyped=False, skip=own)
+    texts = {
+        line.arg_name: line.description for line in docstring_parser.parse(function.__doc__).params
+    }
+    for name in how.texts:
+        parser.add_argument(f"--{name}", type=str, help=texts[name])
+    for name in lists:
+        parser.add_argument(f"--{name}", type=str, action="append", help=texts[name])
+    if how.second:
+        parser.add_argument(how.second, type=str, nargs="?", help=texts[how.second])
+    if several := _several(function):
+        parser.add_argument(several, type=str, nargs="*", default=[], help=texts[several])
+    parser.set_defaults(how.defaults)
     return parser
 
 
-def _named(verb: str, arguments: tuple[str, ...]) -> tuple[str, ...]:
-    """Write the last of two words, of a verb that takes one or two, as an option."""
-    words = [word for word in arguments if not word.startswith("-")]
-    if verb in _LAST and len(words) == len(arguments) == 2:
-        return (words[0], f"--{_LAST[verb]}={words[1]}")
-    return arguments
-
-
 def _spelled_out(function: Any, arguments: tuple[str, ...]) -> list[str]:
-    """Write out what is typed shorter: a switch alone, and a list's option once for each entry."""
-    kinds = get_type_hints(function)
-    switches = {f"--{name}" for name, kind in kinds.items() if kind is bool}
-    lists = {
-        f"--{name}" for name, kind in kinds.items() if list[str] in (kind, *get_args(kind)[:1])
-    }
-    words = []
-    for word, after in zip(arguments, [*arguments[1:], ""], strict=True):
-        option = word.partition("=")[0]
-        alone = word in switches and after not in ("true", "false")
-        words.append(f"{word}=true" if alone else word)
-        if option in lists:
-            words[-1] = f"{option}+{word.removeprefix(option)}"
-    texts = {f"--{name}" for name in getattr(function, "command_texts", ())}
-    for place, word in enumerate(words):
-        option, given, text = word.partition("=")
-        if option in texts and given:
-            words[place] = f"{option}={_TEXT}{text}"
-        elif place and words[place - 1] in texts and not word.startswith("--"):
-            words[place] = f"{_TEXT}{word}"
-    return words
+    """Write `--force` alone, of a switch, as `--force=true`."""
+    switches = {f"--{name}" for name, kind in get_type_hints(function).items() if kind is bool}
+    pairs = zip(arguments, [*arguments[1:], ""], strict=True)
+    return [
+        f"{word}=true" if word in switches and after not in ("true", "false") else word
+        for word, after in pairs
+    ]
+
+
+def _several(function: Any) -> str | None:
+    """The name of `*others` among the arguments of a function."""
+    parameters = inspect.signature(function).parameters.values()
+    return next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), None)
+
+
+def _positional(function: Any) -> list[str]:
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
 
 
 def _with_directory(arguments: list[str]) -> list[str]:
@@ -108,11 +136,7 @@ def _with_directory(arguments: list[str]) -> list[str]:
             configs.append(word.partition("=")[2])
         else:
             rest.append(word)
-    if not configs:
-        return arguments
-    from pathlib import Path
-
-    return [str(directory_of_config(*map(Path, configs))), *rest]
+    return [str(directory_of_config(*map(Path, configs))), *rest] if configs else arguments
 
 
 def _imported(path: str) -> Any:

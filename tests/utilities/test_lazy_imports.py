@@ -20,7 +20,7 @@ NAMES = {
         adapter_state_dict adapter_status adapters_per_row add_weighted_adapter
         compare_with_base delete_adapter disable_adapter eva_start examine export hotswap_adapter
         inject_adapter inspect load_adapter load_adapter_state_dict load_from_checkpoint merge_adapter
-        merge_and_unload register_adapter save_adapter scale_adapter set_adapter unload
+        merge_and_unload register_adapter report save_adapter scale_adapter set_adapter unload
         unmerge_adapter
     """,
     "lora_lightning.tasks": """

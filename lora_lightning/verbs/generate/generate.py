@@ -84,8 +84,6 @@ def generate(
 
 
 # What the command does otherwise than a call from Python; words that it takes as they are.
-generate.command_defaults = {"stream": True}  # type: ignore[attr-defined]
-generate.command_texts = ("prompt", "system")  # type: ignore[attr-defined]
 
 
 def _check_options(
