@@ -146,6 +146,7 @@ class TextSamples(Callback):
         if not (trainer.is_global_zero or any(is_sharded(p) for p in pl_module.parameters())):
             return
         ids = [ids for _, ids in self._asked]
+        base_is_known = self._base is not None
         with left_out(trainer):
             if self._base is None and adapter_names(pl_module):
                 with torch.inference_mode(False), disable_adapter(pl_module):
@@ -156,7 +157,9 @@ class TextSamples(Callback):
             for number, (row, _) in enumerate(self._asked):
                 base = {} if self._base is None else {"base": self._base[number]}
                 rows.append({**row, **base, "tuned": tuned[number]})
-            messages.show(as_table(rows, f"samples at step {step}"))
+            # What never changes is shown once.
+            shown = [{k: v for k, v in row.items() if k != "base"} for row in rows]
+            messages.show(as_table(shown if base_is_known else rows, f"samples at step {step}"))
             for logger in trainer.loggers:
                 log_texts(logger, "samples", rows, step)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 _LOGGERS = (
@@ -17,6 +19,7 @@ _LOGGED = (
     "GPU available: False",
     "TPU available: False",
     "💡 Tip",
+    "Restoring states from the checkpoint",  # what was done with it is said afterwards
     "Failed to load",  # torchao, of its kernels for GPUs
     "<enum '",  # torch, of what is deprecated in torchao
 )
@@ -32,6 +35,25 @@ def filter_logs() -> None:
             handler.setStream(_Stderr())
     for text in _WARNED:
         warnings.filterwarnings("ignore", message=text)
+    if not sys.stderr.isatty():  # bars of downloads and the like, which no file can show
+        os.environ.setdefault("TQDM_DISABLE", "1")
+
+
+def shorten_warnings() -> None:
+    """Show a warning of Lightning or this package without the line of theirs that gave it.
+
+    When Lightning is imported: it has a format of its own.
+    """
+    before = warnings.formatwarning
+
+    def shown(message: Any, category: Any, filename: str, lineno: int, line: Any = None) -> str:
+        ours = {"lightning", "lora_lightning"} & {*Path(filename).parts}
+        if ours and issubclass(category, UserWarning):
+            return f"warning: {message}\n"
+        return before(message, category, filename, lineno, line)
+
+    if before.__module__ != __name__:
+        warnings.formatwarning = shown
 
 
 def _is_shown(record: logging.LogRecord) -> bool:

@@ -36,8 +36,18 @@ def rendered(*items: RenderableType) -> str:
     console = console_of_terminal()
     with console.capture() as captured:
         for item in items:
-            console.print(_Printable(item))
+            if isinstance(item, str) and console.is_terminal:
+                _print_text(console, item)
+            else:
+                console.print(_Printable(item))
     return captured.get()
+
+
+def _print_text(console: Console, text: str) -> None:
+    """Break lines between words, which a terminal does anywhere; commands, indented, stay whole."""
+    for line in text.split("\n"):
+        whole = line.startswith("  ")
+        console.print(_Printable(line), soft_wrap=whole, crop=False, overflow="ignore")
 
 
 def console_of_terminal() -> Console:
