@@ -269,13 +269,30 @@ class _Pass(Callback):
 
 
 def check_comparable(trainer: Any, module: LightningModule | None, data: Any) -> Any:
-    """The validation data, None where the module itself has them."""
+    """The validation data, None where the module itself has them.
+
+    Raises:
+        ConfigError: If there is no adapter, or nothing to validate.
+
+    """
     if module is None:
         raise ConfigError("give a module: this Trainer has run none. (module)")
-    name = type(module).__name__
     if not adapter_names(module) and not callbacks_of(module):
-        raise ConfigError(f"{name} has no adapter to compare with its base. (lora)")
+        raise ConfigError(
+            f"{type(module).__name__} has no adapter to compare with its base. (lora)"
+        )
+    return validation_data(trainer, module, data)
+
+
+def validation_data(trainer: Any, module: LightningModule, data: Any) -> Any:
+    """The validation data, None where the module itself has them.
+
+    Raises:
+        ConfigError: If there is nothing to validate.
+
+    """
     if not _defines(module, "validation_step"):
+        name = type(module).__name__
         raise ConfigError(f"{name} has no validation_step to compare with its base by. (model)")
     if trainer.limit_val_batches == 0:
         raise ConfigError("the validation data are left out. (trainer.limit_val_batches)")

@@ -9,6 +9,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+# tqdm reads it when it is imported, which most other packages do: its bars (of downloads, of
+# weights that are loaded) need a terminal.
+if not sys.stderr.isatty():
+    os.environ.setdefault("TQDM_DISABLE", "1")
+
 _LOGGERS = (
     "lightning.pytorch",
     "lightning.pytorch.utilities.rank_zero",
@@ -35,8 +40,6 @@ def filter_logs() -> None:
             handler.setStream(_Stderr())
     for text in _WARNED:
         warnings.filterwarnings("ignore", message=text)
-    if not sys.stderr.isatty():  # bars of downloads and the like, which no file can show
-        os.environ.setdefault("TQDM_DISABLE", "1")
 
 
 def shorten_warnings() -> None:

@@ -20,7 +20,11 @@ from lightning.pytorch.cli import (
 from lightning.pytorch.loggers import CSVLogger
 
 from lora_lightning.callback import LoraCallback
-from lora_lightning.callbacks.comparison import check_comparable, compare_with_base
+from lora_lightning.callbacks.comparison import (
+    check_comparable,
+    compare_with_base,
+    validation_data,
+)
 from lora_lightning.cli.examination import ExaminingTrainer, examine_config
 from lora_lightning.cli.last_lines import to_evaluate, to_go_on, to_use_it
 from lora_lightning.cli.log_filter import shorten_warnings
@@ -198,8 +202,15 @@ class LoraCLI(LightningCLI):
             show(
                 *to_use_it(self.model, self.datamodule, self.run_directory),
                 *to_go_on(self.trainer, self.run_directory, further=True),
-                *to_evaluate(self.trainer, self.run_directory),
+                *(to_evaluate(self.trainer, self.run_directory) if self._validates() else []),
             )
+
+    def _validates(self) -> bool:
+        try:
+            validation_data(self.trainer, self.model, self.datamodule)
+        except ConfigError:
+            return False
+        return True
 
     def _compare(self) -> None:
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]

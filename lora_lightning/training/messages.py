@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -37,17 +38,19 @@ def rendered(*items: RenderableType) -> str:
     with console.capture() as captured:
         for item in items:
             if isinstance(item, str) and console.is_terminal:
-                _print_text(console, item)
-            else:
-                console.print(_Printable(item))
+                item = _broken_between_words(item, console.width)
+            console.print(_Printable(item))
     return captured.get()
 
 
-def _print_text(console: Console, text: str) -> None:
-    """Break lines between words, which a terminal does anywhere; commands, indented, stay whole."""
+def _broken_between_words(text: str, width: int) -> str:
+    """As a terminal would not break it; commands, which are indented, stay whole."""
+    lines = []
     for line in text.split("\n"):
-        whole = line.startswith("  ")
-        console.print(_Printable(line), soft_wrap=whole, crop=False, overflow="ignore")
+        fits = len(line) <= width or line.startswith("  ")
+        options = {"break_long_words": False, "break_on_hyphens": False, "tabsize": 1}
+        lines += [line] if fits else textwrap.wrap(line, width, **options)  # type: ignore[arg-type]
+    return "\n".join(lines)
 
 
 def console_of_terminal() -> Console:

@@ -47,10 +47,10 @@ def total_steps(trainer: Trainer, step: int) -> int | None:
 
 def seconds_left(trainer: Trainer, passed: float, done: int, left: int | None) -> float | None:
     """How long a run that made `done` steps in `passed` seconds still takes; None: not known."""
-    found = [] if left is None or not done else [passed / done * max(left, 0)]
+    found = [] if left is None or not done else [passed / done * left]
     timers = [c for c in all_callbacks(trainer) if isinstance(c, Timer)]  # of max_time
     found += [rest for rest in (timer.time_remaining() for timer in timers) if rest is not None]
-    return min(found, default=None)
+    return max(0.0, min(found)) if found else None
 
 
 def step_items(trainer: Trainer, outputs: Any) -> list[str]:
@@ -62,10 +62,10 @@ def step_items(trainer: Trainer, outputs: Any) -> list[str]:
     values = {result.meta.name: last_value(result) for result in results}
     ours = {*_SPEEDS, _MEMORY, _RATE}
     chosen = [r.meta.name for r in results if r.meta.prog_bar and r.meta.name not in ours]
-    losses = [name for name in values if "loss" in name.lower()]
-    loss = next((name for name in chosen if name in losses), None) or next(iter(losses), None)
-    if loss is None:
-        loss = "loss"
+    usual = [name for name in ("train_loss", "loss", "train/loss") if name in values]
+    losses = [name for name in (*usual, *chosen, *values) if "loss" in name.lower()]
+    loss = losses[0] if losses else "loss"
+    if not losses:
         values[loss] = outputs.get(loss) if isinstance(outputs, Mapping) else outputs
     names = [loss, *(name for name in chosen if name != loss)]
     return in_words({name: values[name] for name in names})

@@ -35,6 +35,7 @@ from lora_lightning.training.run_lines import (
 from lora_lightning.training.stopwatch import Stopwatch
 
 _SECONDS = 0.5  # between two looks at what was logged, for the bar
+_PATIENCE = 30.0  # seconds between two lines of an evaluation
 
 
 class TerminalProgress(ProgressBar):
@@ -47,7 +48,8 @@ class TerminalProgress(ProgressBar):
     loss, what is logged with `prog_bar=True`, learning rate, speed and the time that is left, as
     long as the run has taken for each step so far. Without a terminal (a file, a pipe, a job of
     SLURM) that is a line every `log_every_n_steps` steps and one for the last step. After each
-    validation there is a line with its metrics. Process 0 alone looks and prints, at values that
+    validation there is a line with its metrics; an evaluation says every half minute how far it
+    is. Process 0 alone looks and prints, at values that
     were logged already.
 
     Args:
@@ -128,6 +130,7 @@ class TerminalProgress(ProgressBar):
         rate = None if self._rate is None else float(self._rate)
         passed, done = time.monotonic() - self._begun, step - self._first
         left = seconds_left(trainer, passed, done, None if total is None else total - step)
+        left = None if step == total else left
         items = [_step(step, total), *step_items(trainer, outputs)]
         return [*items, *measured_items(trainer, rate, speed), *left_in_words(left)]
 
@@ -212,18 +215,16 @@ class TerminalProgress(ProgressBar):
         self._end(trainer)
 
     def _begin(self, name: str, loader: int, total: float) -> None:
+        if self.trainer.state.fn != "fit":
+            self._looked = time.monotonic()
         self._show_bar(f"{name} {loader + 1}" if loader else name, total, second=True)
 
     def _count(self, trainer: Trainer, name: str, batch_idx: int, total: float) -> None:
-        done, every = batch_idx + 1, trainer.log_every_n_steps  # type: ignore[attr-defined]
+        done, now = batch_idx + 1, time.monotonic()
         if self._live:
             self._live.count(done, second=True)
-        elif (
-            self._enabled
-            and trainer.state.fn != "fit"
-            and every
-            and done % every == 0 < total - done
-        ):
+        elif self._enabled and trainer.state.fn != "fit" and now - self._looked >= _PATIENCE:
+            self._looked = now
             messages.show(f"{name}: batch {_of(done, None if math.isinf(total) else int(total))}")
 
     def _end(self, trainer: Trainer) -> None:
