@@ -103,5 +103,6 @@ if TYPE_CHECKING:
         load_from_checkpoint as load_from_checkpoint,
     )
     from lora_lightning.training.progress import TrainingProgress as TrainingProgress
+    from lora_lightning.training.terminal_progress import TerminalProgress as TerminalProgress
 
 __all__, __getattr__, __dir__ = lazy_names(__name__)

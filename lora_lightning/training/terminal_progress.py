@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 import time
@@ -275,12 +276,28 @@ class _Live(Progress):
 
     def __init__(self, transient: bool) -> None:
         self._said: list[str] = []
+        self._moved: list[Any] = []  # handlers
         self._task: Any = None
         self._second: Any = None
         columns = (
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
         )  # fmt: skip
         super().__init__(*columns, transient=transient)
+
+    def start(self) -> None:
+        """Begin, and have what Lightning says keep above, as all that is printed does."""
+        before = sys.stderr
+        super().start()
+        handlers: Any = logging.getLogger("lightning.pytorch").handlers
+        self._moved = [one for one in handlers if getattr(one, "stream", None) is before]
+        for handler in self._moved:
+            handler.setStream(sys.stderr)
+
+    def stop(self) -> None:
+        """End."""
+        super().stop()
+        for handler in self._moved:
+            handler.setStream(sys.stderr)
 
     def begin(self, name: str, total: int | None, second: bool) -> None:
         """Begin the one or the other."""
