@@ -73,7 +73,7 @@ def to_use_it(
 
 
 def _reads_file(data: LightningDataModule | None) -> bool:
-    return "predict" in inspect.signature(type(data)).parameters
+    return data is not None and "predict" in inspect.signature(type(data)).parameters
 
 
 def _predicts(data: LightningDataModule | None) -> bool:

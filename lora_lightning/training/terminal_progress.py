@@ -48,7 +48,7 @@ class TerminalProgress(ProgressBar):
     `trainer.callbacks`, or `trainer.enable_progress_bar` is false. What it says of a step: the
     loss, what is logged with `prog_bar=True`, learning rate, speed and the time that is left, as
     long as the run has taken for each step so far. Without a terminal (a file, a pipe, a job of
-    SLURM) that is a line every `log_every_n_steps` steps and one for the last step. After each
+    SLURM, a notebook) that is a line every `log_every_n_steps` steps and one for the last step. After each
     validation there is a line with its metrics; an evaluation says every half minute how far it
     is. Process 0 alone looks and prints, at values that
     were logged already.
@@ -248,9 +248,7 @@ class TerminalProgress(ProgressBar):
     def _has_bar(self) -> bool:
         if self.bar is not None:
             return self.bar
-        console = messages.console_of_terminal()
-        on_terminal = sys.stdout.isatty() and not console.is_dumb_terminal
-        return console.is_jupyter or on_terminal
+        return sys.stdout.isatty() and not messages.console_of_terminal().is_dumb_terminal
 
     def _close(self) -> None:
         live, self._live = self._live, None
