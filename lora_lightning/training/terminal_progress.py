@@ -48,10 +48,9 @@ class TerminalProgress(ProgressBar):
     `trainer.callbacks`, or `trainer.enable_progress_bar` is false. What it says of a step: the
     loss, what is logged with `prog_bar=True`, learning rate, speed and the time that is left, as
     long as the run has taken for each step so far. Without a terminal (a file, a pipe, a job of
-    SLURM, a notebook) that is a line every `log_every_n_steps` steps and one for the last step. After each
-    validation there is a line with its metrics; an evaluation says every half minute how far it
-    is. Process 0 alone looks and prints, at values that
-    were logged already.
+    SLURM, a notebook) that is a line every `log_every_n_steps` steps and one for the last step.
+    After each validation there is a line with its metrics; an evaluation says every half minute
+    how far it is. Process 0 alone looks and prints, at values that were logged already.
 
     Args:
         bar: True for the bar, False for lines; default: by what standard output is.
