@@ -408,20 +408,20 @@ def test_last_is_kept_beside_the_best(cli: Any, folder: Path) -> None:
     entry = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": saver}
     write(folder / "b.yaml", {**CONFIG, "trainer": {**CONFIG["trainer"], "callbacks": [entry]}})
     out = cli("fit", "--config", "b.yaml", "--trainer.max_epochs", "3")
-    assert "--ckpt_path last" in out
+    assert "  lora-lightning fit runs/a --trainer.max_epochs 4\n" in out
     assert sorted(p.name for p in (folder / "runs/elsewhere").iterdir()) == [
         "best.ckpt",
         "last.ckpt",
     ]
     assert "already; nothing is overwritten" in cli("fit", "--config", "b.yaml", fails=1)
-    out = cli("fit", "--config", "b.yaml", "--ckpt_path", "last", "--trainer.max_epochs", "4")
+    out = cli("fit", "runs/a", "--trainer.max_epochs", "4")
     assert "runs/elsewhere/last.ckpt" in out
 
 
 def test_fast_dev_run_leaves_nothing(cli: Any, folder: Path) -> None:
     out = cli("fit", "--config", "my.yaml", "--trainer.fast_dev_run", "true")
     assert "LoRA adapter 'default'" in out
-    assert "--ckpt_path" not in out  # there is nothing to resume from
+    assert "to go on" not in out  # there is nothing to resume from
     assert not list(folder.rglob("*.ckpt"))
 
 
