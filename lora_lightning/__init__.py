@@ -103,6 +103,7 @@ if TYPE_CHECKING:
         load_from_checkpoint as load_from_checkpoint,
     )
     from lora_lightning.training.progress import TrainingProgress as TrainingProgress
+    from lora_lightning.training.terminal_progress import TerminalProgress as TerminalProgress
     from lora_lightning.verbs.export.export import export as export
     from lora_lightning.verbs.generate.generate import generate as generate
     from lora_lightning.verbs.inspect.inspect import Inspection as Inspection

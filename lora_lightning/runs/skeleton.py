@@ -1,6 +1,6 @@
 """A task of a run with its adapters, but without the weights of its base.
 
-What an adapter's files say depends on the names and shapes of the base alone. So the network is made
+What an adapter's files say depends on names and shapes of the base alone. So the network is made
 on the meta device, from its config, and a 70B's adapter is exported in the memory of the adapter.
 Whether the base is the one of the run is told from its files by the checkpoint's fingerprint: from
 all of their tensors, or, beyond 4 GB, from the first of each kind (of all

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -62,8 +63,20 @@ def rendered(*items: RenderableType) -> str:
     console = console_of_terminal()
     with console.capture() as captured:
         for item in items:
+            if isinstance(item, str) and console.is_terminal:
+                item = _broken_between_words(item, console.width)
             console.print(_Printable(item))
     return captured.get()
+
+
+def _broken_between_words(text: str, width: int) -> str:
+    """As a terminal would not break it; commands, which are indented, stay whole."""
+    lines = []
+    for line in text.split("\n"):
+        fits = len(line) <= width or line.startswith("  ")
+        options = {"break_long_words": False, "break_on_hyphens": False, "tabsize": 1}
+        lines += [line] if fits else textwrap.wrap(line, width, **options)  # type: ignore[arg-type]
+    return "\n".join(lines)
 
 
 def console_of_terminal() -> Console:
