@@ -8,7 +8,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from lora_lightning.cli.parser import PROGRAM
+from lora_lightning.cli.wording import PROGRAM
 from lora_lightning.errors import nearest_hint, printable
 from lora_lightning.runs.run import directory_of_config
 
