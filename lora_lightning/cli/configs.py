@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from lora_lightning.cli.help import entry, sentence
-from lora_lightning.cli.wording import PROGRAM, complaint
-from lora_lightning.errors import ConfigError, nearest_hint, printable
+from lora_lightning.cli.terminal import refuse, tell
+from lora_lightning.cli.wording import PROGRAM
+from lora_lightning.errors import ConfigError, nearest_hint
 from lora_lightning.utilities.atomic_write import write_atomically
 from lora_lightning.utilities.new_output import check_new_file
 from lora_lightning.utilities.shipped_configs import shipped_configs
@@ -27,10 +27,8 @@ def configs(arguments: list[str]) -> None:
     words = [word for word in arguments if word != "--force"]
     odd = [word for word in words if word.startswith("-")] or words[2:]
     if odd:
-        unknown = f"unrecognized arguments: {' '.join(odd)}"
-        sys.stderr.write(complaint(f"{unknown}.", "configs"))
-        sys.exit(2)
-    sys.stdout.write(printable(copied(words, force) if words else listed()))
+        refuse(f"unrecognized arguments: {' '.join(odd)}.", "configs")
+    tell(copied(words, force) if words else listed())
 
 
 def listed() -> str:

@@ -7,7 +7,8 @@ import sys
 
 from lora_lightning.cli.config_files import config_files, contents
 from lora_lightning.cli.run_arguments import with_run
-from lora_lightning.cli.wording import PROGRAM, complaint
+from lora_lightning.cli.terminal import end, refuse, tell
+from lora_lightning.cli.wording import PROGRAM
 from lora_lightning.errors import LoraError, nearest_hint
 
 _HELP = ("-h", "--help")
@@ -29,8 +30,7 @@ def main(args: list[str] | None = None) -> None:
             ours = ours.__cause__  # jsonargparse wraps what the constructor of a class raises
         if ours is None:
             raise
-        sys.stderr.write(f"{PROGRAM}: {type(ours).__name__}: {ours}\n")
-        sys.exit(1)
+        end(f"{PROGRAM}: {type(ours).__name__}: {ours}")
 
 
 def _done_without_torch(arguments: list[str]) -> bool:
@@ -56,7 +56,7 @@ def _done_without_torch(arguments: list[str]) -> bool:
     if asks and (verb in _HELP or verb in verbs):
         from lora_lightning.cli.help import help_of_command, help_of_verb
 
-        sys.stdout.write(help_of_command(known) if verb in _HELP else help_of_verb(verb, known))
+        tell(help_of_command(known) if verb in _HELP else help_of_verb(verb, known))
         return True
     _check_verb(verb, rest, verbs)
     found = contents(config_files(arguments))
@@ -74,8 +74,7 @@ def _check_verb(verb: str, rest: list[str], verbs: list[str]) -> None:
     text = f"there is no verb {verb!r}.{nearest_hint(verb, verbs)}"
     if verb.startswith("-"):
         text = "there is no verb; it comes first."
-    sys.stderr.write(complaint(text, ""))
-    sys.exit(2)
+    refuse(text, "")
 
 
 def _run(arguments: list[str]) -> None:

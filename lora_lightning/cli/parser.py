@@ -9,8 +9,9 @@ from typing import Any
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lora_lightning.cli.config_files import with_config_paths
+from lora_lightning.cli.terminal import refuse
 from lora_lightning.cli.wording import PROGRAM as PROGRAM
-from lora_lightning.cli.wording import complaint, reworded
+from lora_lightning.cli.wording import reworded
 
 
 class LoraParser(LightningArgumentParser):
@@ -36,8 +37,7 @@ class LoraParser(LightningArgumentParser):
             return super().error(message, ex)
         *before, verb = (self.prog or "").split() or [""]
         verb = verb if before else "fit"  # the whole command's parser has none
-        sys.stderr.write(complaint(reworded(message, self._known_keys()), verb))
-        return sys.exit(2)
+        return refuse(reworded(message, self._known_keys()), verb)
 
     def _known_keys(self) -> list[str]:
         parsers: list[Any] = [self]

@@ -7,12 +7,12 @@ well, in the same words; all else is left to that one.
 from __future__ import annotations
 
 import re
-import sys
 from itertools import groupby
 from typing import Any, Literal, Union
 
 from lora_lightning.cli.options import Known, Option, Verb
-from lora_lightning.cli.wording import complaint, reworded, unknown_of_a_class
+from lora_lightning.cli.terminal import refuse
+from lora_lightning.cli.wording import reworded, unknown_of_a_class
 
 _TYPES: dict[str, Any] = {"int": int, "float": float, "bool": bool, "null": type(None)}
 # What both parsers find alike.
@@ -55,8 +55,7 @@ def check_arguments(
         else:
             text = reworded(str(refused), ())
     if text is not None and _ALIKE.search(text):
-        sys.stderr.write(complaint(text, verb))
-        sys.exit(2)
+        refuse(text, verb)
 
 
 def _missing_sections(verb: str, arguments: list[str], configs: list[dict[str, Any]]) -> str | None:

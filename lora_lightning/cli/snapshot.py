@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import re
-import sys
 import types
 from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin
@@ -17,6 +16,7 @@ import lora_lightning
 from lora_lightning.cli.examination import ExaminingTrainer
 from lora_lightning.cli.lora_cli import LoraCLI
 from lora_lightning.cli.options import SNAPSHOT, Known, Option, Verb, to_json
+from lora_lightning.cli.terminal import tell
 from lora_lightning.cli.verbs import VERBS, parser_of
 from lora_lightning.utilities.atomic_write import write_atomically
 
@@ -155,7 +155,7 @@ def _details(function: Any) -> str:
 def main() -> None:
     """Write the snapshot anew."""
     write_atomically({SNAPSHOT: to_json(asked_parsers()).encode()})
-    sys.stdout.write(f"{SNAPSHOT}\n")
+    tell(f"{SNAPSHOT}\n")
 
 
 if __name__ == "__main__":

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import sys
 from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from lora_lightning.cli.wording import PROGRAM
-from lora_lightning.errors import nearest_hint, printable
+from lora_lightning.cli.terminal import refuse
+from lora_lightning.cli.wording import PROGRAM, reworded
 from lora_lightning.runs.run import directory_of_config
 
 # By name; a function that the package has under the same name.
@@ -23,11 +22,8 @@ class VerbParser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         """Say what is wrong, and exit with 2."""
-        unknown = message.partition("nrecognized arguments: ")[2].split(" ")[0].split("=")[0]
-        known = [option for action in self._actions for option in action.option_strings]
-        text = message.strip() + (nearest_hint(unknown, known) if unknown else "")
-        sys.stderr.write(f"{PROGRAM}: error: {printable(text)}\nAll options: {self.prog} --help\n")
-        return sys.exit(2)
+        known = [action.dest for action in self._actions]
+        return refuse(reworded(message, known), self.prog.rpartition(" ")[2])
 
 
 def run_verb(verb: str, *arguments: str) -> None:

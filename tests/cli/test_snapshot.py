@@ -14,11 +14,13 @@ from typing import Any
 import pytest
 import yaml
 
+import lora_lightning
 import lora_lightning.cli.options
 from lora_lightning.cli.help import help_of_command, help_of_verb
 from lora_lightning.cli.options import SNAPSHOT, Known, from_json, installed, snapshot, to_json
 from lora_lightning.cli.quick_check import check_arguments
 from lora_lightning.cli.snapshot import asked_parsers
+from lora_lightning.cli.verbs import parser_of
 from tests.helpers.command import run_command
 from tests.helpers.paths import ROOT, child_environment
 
@@ -277,3 +279,48 @@ def test_config_files(cli: Any, folder: Path) -> None:
     (folder / "bytes.yaml").write_bytes(b"lora: \xff\xfe")
     assert "'bytes.yaml' cannot be read as YAML" in cli("fit", "--config", "bytes.yaml", fails=1)
     assert len(os.listdir(folder)) == 6  # nothing was made
+
+
+def demo(run: Any, out: str, r: int = 3, force: bool = False) -> None:
+    """Turn a run into something. And more.
+
+    With a paragraph about it.
+
+    Args:
+        run: A run.
+        out: Where to.
+        r: A rank.
+        force: Replace it.
+
+    """
+
+
+def test_a_verb_that_is_a_function(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """From its signature and docstring: the two parsers say the same."""
+    monkeypatch.setattr(lora_lightning, "demo", demo, raising=False)
+    monkeypatch.setattr("lora_lightning.cli.snapshot.VERBS", ("demo",))
+    found = from_json(to_json(asked_parsers.__wrapped__()))
+    text = help_of_verb("demo", found)
+    assert text.startswith("usage: lora-lightning demo RUN OUT [--OPTION VALUE ...]\n\nTurn a run")
+    for line in ("With a paragraph about it.", "--r INT", "A rank. (default: 3)", "--config FILE"):
+        assert line in text
+    assert "\nafter:\n  demo       Turn a run into something.\n" in help_of_command(found)
+    good = [["a", "b"], ["a", "b", "--r=4", "--force=true"]]
+    for arguments in good:
+        check_arguments("demo", arguments, [], found)
+    check_arguments("demo", ["--config", "a.yaml", "b"], [{}], found)
+    for arguments, wanted in (
+        (["a"], "the following arguments are required: out\nAll options: lora-lightning demo"),
+        (["a", "b", "--foce"], "unrecognized arguments: --foce. Did you mean 'force'?"),
+        (["a", "b", "--r", "x"], "r takes an integer, not 'x'. (r)"),
+    ):
+        said = []
+        for check in (
+            lambda: check_arguments("demo", arguments, [], found),  # noqa: B023
+            lambda: parser_of("demo", demo).parse_args(arguments),  # noqa: B023
+        ):
+            with pytest.raises(SystemExit):
+                check()
+            said.append(capsys.readouterr().err)
+        assert wanted in said[0]
+        assert said[0] == said[1]
