@@ -24,6 +24,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from lora_lightning.callback import LoraCallback
 from lora_lightning.callbacks.comparison import compare_with_base
+from lora_lightning.cli.early_checks import MonitorCheck, check_loggers, nothing_left
 from lora_lightning.cli.examination import ExaminingTrainer, examine_config
 from lora_lightning.cli.parser import PROGRAM, LoraParser
 from lora_lightning.cli.predictions import save_predictions
@@ -103,6 +104,7 @@ class LoraCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Look the checkpoint up, and refuse to start a run over an existing one."""
+        check_loggers(self._options()["trainer"].get("logger"))
         if self.subcommand == "examine":
             return  # which leaves the run directory alone
         options = self._options()
@@ -127,6 +129,12 @@ class LoraCLI(LightningCLI):
             )
         elif wanted is None and self.subcommand != "fit":
             show("no --ckpt_path given: this evaluates the model before any fine-tuning")
+        path = Path(str(options.get("ckpt_path")))
+        if self.subcommand == "fit" and path.is_file():
+            done = nothing_left(path, options["trainer"])
+            if done:
+                show(done)
+                sys.exit(0)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the Trainer, with logs and checkpoints inside the run directory."""
@@ -138,6 +146,7 @@ class LoraCLI(LightningCLI):
             self._check_section_is_unused()
         else:
             callbacks = [*callbacks, made["lora"]]
+        callbacks = [*callbacks, MonitorCheck()]
         trainer = super().instantiate_trainer(**kwargs, callbacks=callbacks)
         # First, so that wrong options are found before other callbacks write files.
         trainer.callbacks.sort(key=lambda callback: not isinstance(callback, LoraCallback))  # type: ignore[attr-defined]

@@ -24,13 +24,24 @@ def main(args: list[str] | None = None) -> None:
     try:
         if not _done_without_torch(arguments):
             _run(arguments)
-    except (LoraError, ValueError) as error:
+    except Exception as error:
         ours: BaseException | None = error
         while ours is not None and not isinstance(ours, LoraError):
             ours = ours.__cause__  # jsonargparse wraps what the constructor of a class raises
         if ours is None:
+            ours = _known_to_be_ours(error)
+        if ours is None:
             raise
         end(f"{PROGRAM}: {type(ours).__name__}: {ours}")
+
+
+def _known_to_be_ours(error: BaseException) -> LoraError | None:
+    """What Lightning says at the end of ten screens, in one line."""
+    if "lora_lightning.cli.early_checks" not in sys.modules:
+        return None
+    from lora_lightning.cli.early_checks import monitor_error
+
+    return monitor_error(error)
 
 
 def _done_without_torch(arguments: list[str]) -> bool:
