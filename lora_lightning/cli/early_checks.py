@@ -75,7 +75,10 @@ def nothing_left(checkpoint: Path, trainer: Any) -> str | None:
     """Why a run that goes on from a checkpoint would do nothing; None if it would train."""
     if checkpoint.is_dir():
         return None
-    content = torch.load(checkpoint, weights_only=True, map_location="cpu", mmap=True)
+    try:
+        content = torch.load(checkpoint, weights_only=True, map_location="cpu", mmap=True)
+    except Exception:  # a damaged file can raise anything; who goes on from it, says so at length
+        return None
     epochs = _completed(content, ("loops", "fit_loop", "epoch_progress", "current", "processed"))
     limits: Iterable[tuple[str, Any, Any]] = (
         ("max_epochs", trainer.get("max_epochs"), epochs),
