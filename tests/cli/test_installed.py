@@ -239,7 +239,15 @@ MISSING: dict[str, tuple[list[str], str]] = {
         'pip install "lora_lightning[data]"',
     ),
     "parquet": (
-        ["--config", "sft", "--model.model", "bert", "--data.train", "rows.parquet"],
+        [
+            "--config",
+            "sft",
+            "--model.model",
+            "bert",
+            "--data.train",
+            "rows.parquet",
+            "--data.max_length=16",
+        ],
         'pip install "lora_lightning[data]"',
     ),
     "4 bits": (["--config", "qlora"], 'pip install "lora_lightning[quant]"'),
