@@ -28,6 +28,7 @@ from lora_lightning import (
 )
 from lora_lightning.cli import verbs
 from lora_lightning.cli.lora_cli import LoraCLI
+from lora_lightning.cli.main import main
 from lora_lightning.data import TextDataModule
 from lora_lightning.data.samples.formats import FORMATS
 from lora_lightning.errors import CheckpointError
@@ -177,6 +178,9 @@ def test_commands_parse(call: str, monkeypatch: Any) -> None:
     words = shlex.split(call)
     if words[1] in verbs.VERBS:
         verbs.parsed(words[1], getattr(lora_lightning, words[1]), tuple(words[2:]))
+        return
+    if words[1] == "configs":
+        main(words[1:])
         return
     assert words[1] in {"fit", "validate", "test", "predict", "examine", "preview", "plan"}
     (mine,) = (block for _, block in blocks("yaml") if "runs/mine" in block)

@@ -13,8 +13,8 @@ from typing import Any
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
-from lora_lightning.cli.parser import PROGRAM
 from lora_lightning.cli.verbs import VERBS
+from lora_lightning.cli.wording import PROGRAM
 from lora_lightning.data.split_data_module import SplitDataModule
 from lora_lightning.tasks.language_model import LanguageModel
 

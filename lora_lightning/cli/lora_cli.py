@@ -26,6 +26,7 @@ from lora_lightning.callbacks.comparison import (
     validation_data,
 )
 from lora_lightning.callbacks.comparison_file import write_comparison
+from lora_lightning.cli.early_checks import MonitorCheck, check_loggers, nothing_left
 from lora_lightning.cli.examination import ExaminingTrainer, examine_config
 from lora_lightning.cli.last_lines import to_evaluate, to_go_on, to_use_it
 from lora_lightning.cli.log_filter import shorten_warnings
@@ -111,6 +112,7 @@ class LoraCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Look the checkpoint up, and refuse to start a run over an existing one."""
+        check_loggers(self._options()["trainer"].get("logger"))
         if self.subcommand in ("examine", "preview"):
             return  # which leave the run directory alone
         options = self._options()
@@ -135,6 +137,12 @@ class LoraCLI(LightningCLI):
             )
         elif wanted is None and self.subcommand != "fit":
             show("no --ckpt_path given: this evaluates the model before any fine-tuning")
+        path = Path(str(options.get("ckpt_path")))
+        if self.subcommand == "fit" and path.is_file():
+            done = nothing_left(path, options["trainer"])
+            if done:
+                show(done)
+                sys.exit(0)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the Trainer, with logs and checkpoints inside the run directory."""
@@ -153,6 +161,7 @@ class LoraCLI(LightningCLI):
         wants_bar = made["trainer"].get("enable_progress_bar") in (None, True)
         if wants_bar and not any(isinstance(callback, ProgressBar) for callback in callbacks):
             callbacks = [*callbacks, TerminalProgress()]
+        callbacks = [*callbacks, MonitorCheck()]
         trainer = super().instantiate_trainer(**kwargs, callbacks=callbacks)
         # First, so that wrong options are found before other callbacks write files.
         trainer.callbacks.sort(key=lambda callback: not isinstance(callback, LoraCallback))  # type: ignore[attr-defined]

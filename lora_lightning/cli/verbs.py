@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -12,8 +11,9 @@ from typing import Any, get_args, get_type_hints
 import docstring_parser
 from jsonargparse import ArgumentParser
 
-from lora_lightning.cli.parser import PROGRAM
-from lora_lightning.errors import nearest_hint, printable
+from lora_lightning.cli.options import spelled_out
+from lora_lightning.cli.terminal import refuse
+from lora_lightning.cli.wording import PROGRAM, reworded
 from lora_lightning.runs.run import directory_of_config
 from lora_lightning.training.messages import show
 
@@ -53,11 +53,8 @@ class VerbParser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         """Say what is wrong, and exit with 2."""
-        unknown = message.partition("nrecognized arguments: ")[2].split(" ")[0].split("=")[0]
-        known = [option for action in self._actions for option in action.option_strings]
-        text = message.strip() + (nearest_hint(unknown, known) if unknown else "")
-        sys.stderr.write(f"{PROGRAM}: error: {printable(text)}\nAll options: {self.prog} --help\n")
-        return sys.exit(2)
+        known = [action.dest for action in self._actions]
+        return refuse(reworded(message, known), self.prog.rpartition(" ")[2])
 
 
 def run_verb(verb: str, *arguments: str) -> None:
@@ -77,7 +74,8 @@ def run_verb(verb: str, *arguments: str) -> None:
 def parsed(verb: str, function: Any, arguments: tuple[str, ...]) -> dict[str, Any]:
     """What the command line says, by the names of the function's arguments."""
     parser = parser_of(verb, function)
-    options = parser.parse_args(_with_directory(_spelled_out(function, arguments)))
+    switches = [name for name, kind in get_type_hints(function).items() if kind is bool]
+    options = parser.parse_args(_with_directory(spelled_out(arguments, switches)))
     values: dict[str, Any] = parser.instantiate_classes(options).as_dict()
     return values
 
@@ -102,16 +100,6 @@ def parser_of(verb: str, function: Any) -> VerbParser:
         parser.add_argument(several, type=str, nargs="*", default=[], help=texts[several])
     parser.set_defaults(how.defaults)
     return parser
-
-
-def _spelled_out(function: Any, arguments: tuple[str, ...]) -> list[str]:
-    """Write `--force` alone, of a switch, as `--force=true`."""
-    switches = {f"--{name}" for name, kind in get_type_hints(function).items() if kind is bool}
-    pairs = zip(arguments, [*arguments[1:], ""], strict=True)
-    return [
-        f"{word}=true" if word in switches and after not in ("true", "false") else word
-        for word, after in pairs
-    ]
 
 
 def _several(function: Any) -> str | None:

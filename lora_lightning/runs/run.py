@@ -14,6 +14,7 @@ from lora_lightning.checkpoint.sharded_folder import is_checkpoint_folder
 from lora_lightning.errors import CheckpointError, ConfigError, first_few, nearest_file
 from lora_lightning.runs.checkpoints import best_of, checkpoints_in, last_of, monitored_best
 from lora_lightning.training.checkpoint_io.files import check_checkpoint_file
+from lora_lightning.utilities.shipped_configs import config_path, shipped_configs
 
 # In the run directory: what the newest `lora-lightning fit` there was started with, all resolved.
 CONFIG = "config.yaml"
@@ -41,7 +42,8 @@ def find_run(place: str | os.PathLike[str], ckpt: str | None = None) -> Run:
     """Find a run by its directory, one of its checkpoints, or a config that names its directory.
 
     Args:
-        place: The directory (`trainer.default_root_dir`), a checkpoint, or a config file.
+        place: The directory (`trainer.default_root_dir`), a checkpoint, or a config: its file, or
+            its name if it comes with the package.
         ckpt: Of a directory, the checkpoint: `best`, `last` or a path. Default: the best, where
             something was monitored, else the last.
 
@@ -51,7 +53,8 @@ def find_run(place: str | os.PathLike[str], ckpt: str | None = None) -> Run:
 
     """
     path = Path(place)
-    if path.suffix in (".yaml", ".yml") and path.is_file():
+    named = not path.exists() and str(place) in shipped_configs()
+    if named or (path.suffix in (".yaml", ".yml") and path.is_file()):
         path = directory_of_config(path)
     is_checkpoint = path.is_file() or is_checkpoint_folder(path)
     if not is_checkpoint and not path.is_dir():
@@ -94,12 +97,14 @@ def config_of(directory: Path) -> dict[str, Any]:
 def directory_of_config(*configs: Path) -> Path:
     """The run directory that config files name, the last one that does having the say.
 
+    A config that comes with the package may be given by its name.
+
     Raises:
-        ConfigError: If none does.
+        ConfigError: If none does, or there is no such config.
 
     """
     for config in reversed(configs):
-        trainer = _read(config).get("trainer")
+        trainer = _read(config_path(str(config))).get("trainer")
         named = trainer.get("default_root_dir") if isinstance(trainer, dict) else None
         if named:
             return Path(named)

@@ -235,7 +235,7 @@ MISTAKES: dict[str, tuple[list[str], int, list[str]]] = {
         2,
         ["error: unrecognized arguments: --lora.rnak 4. Did you mean 'lora.r'?"],
     ),
-    "wrong type": (["--lora.r", "many"], 2, ['Parser key "lora.r"', "Got value: many"]),
+    "wrong type": (["--lora.r", "many"], 2, ["lora.r takes an integer, not 'many'. (lora.r)"]),
     "rank 0": (
         ["--lora.r", "0"],
         1,
@@ -314,9 +314,7 @@ MISTAKES: dict[str, tuple[list[str], int, list[str]]] = {
     "wrong type of a model option": (
         ["--model.width", "wide"],
         2,
-        [
-            "error: Parser key \"model.width\":\nExpected a <class 'int'>. Got value: wide\nAll options"
-        ],
+        ["error: model.width takes an integer, not 'wide'. (model.width)\nAll options"],
     ),
     "unknown model option": (
         ["--model.witdh", "8"],

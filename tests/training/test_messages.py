@@ -88,9 +88,7 @@ def speakers(tree: ast.AST) -> set[str]:
 ALONE = {
     "errors.py": {"warnings.warn"},
     "engine/status.py": {"Console"},  # a text, which asks `printable` itself
-    "cli/main.py": {"sys.stderr"},  # a LoraError
-    "cli/parser.py": {"sys.stderr"},  # likewise itself
-    "cli/verbs.py": {"sys.stderr"},  # likewise itself
+    "cli/terminal.py": {"sys.stderr", "sys.stdout"},  # without torch; likewise itself
     "cli/log_filter.py": {"sys.stderr"},
     "training/messages.py": {"Console", "print"},
     "verbs/preview/result.py": {"Console"},  # a type: what `show` is given asks for the colours
