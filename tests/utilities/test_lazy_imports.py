@@ -15,12 +15,13 @@ NAMES = {
         LoftqConfig LohaConfig LokrConfig LoraCallback LoraConfig LoraError ModelError
         NonfiniteError OFTConfig OftConfig OptimizerError RankError RecordError Selection
         Seq2SeqLM SequenceClassification ShiraConfig StdlibDocstrings TargetError
-        TextClassificationDataModule TextDataModule TextSamples TokenClassification
+        TerminalProgress TextClassificationDataModule TextDataModule TextSamples TokenClassification
         TokenClassificationDataModule TrainingProgress VeraConfig active_adapters adapter_names
         adapter_state_dict adapter_status adapters_per_row add_weighted_adapter
-        compare_with_base delete_adapter disable_adapter eva_start examine export hotswap_adapter
-        inject_adapter inspect load_adapter load_adapter_state_dict load_from_checkpoint merge_adapter
-        merge_and_unload register_adapter report save_adapter scale_adapter set_adapter unload
+        compare_with_base delete_adapter disable_adapter eva_start examine export generate
+        hotswap_adapter inject_adapter inspect load_adapter load_adapter_state_dict
+        load_from_checkpoint merge merge_adapter merge_and_unload preview register_adapter report
+        save_adapter scale_adapter set_adapter unload
         unmerge_adapter
     """,
     "lora_lightning.tasks": """
@@ -31,7 +32,7 @@ NAMES = {
         TokenClassificationDataModule
     """,
     "lora_lightning.callbacks": """
-        Comparison TextSamples TrainingProgress compare_with_base
+        Comparison TerminalProgress TextSamples TrainingProgress compare_with_base
     """,
 }
 
