@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from lora_lightning.cli.options import Known, Verb
+from lora_lightning.cli.quick_check import check_arguments
 from lora_lightning.cli.run_arguments import with_run
 from lora_lightning.errors import ConfigError
 from tests.helpers.command import run_command
@@ -49,3 +51,9 @@ def test_a_run_goes_on_and_is_evaluated(
     output = run_command(folder, monkeypatch, capfd, "validate", "runs/own")
     assert "val_loss" in output
     assert "before any fine-tuning" not in output
+
+
+def test_nothing_but_a_run(run: Path) -> None:
+    known = Known({"validate": Verb("", runs=True), "report": Verb("")})
+    for verb in known.verbs:
+        check_arguments(verb, [str(run)], [], known)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -16,7 +14,7 @@ from lora_lightning.engine.switching import set_adapter
 from lora_lightning.errors import ConfigError, nearest_hint
 from lora_lightning.runs.build import data_of, trained_module
 from lora_lightning.runs.run import find_run
-from lora_lightning.training.messages import console_of_terminal, show
+from lora_lightning.training.messages import bars_on_terminals, show
 from lora_lightning.utilities.new_output import check_new_file
 from lora_lightning.verbs.merge.result import MergeResult
 from lora_lightning.verbs.merge.whole_model import Wanted, merge_model
@@ -78,7 +76,7 @@ def merge(
         found, checkpoint, names, _dtype(dtype), dequantize, module, data, check, max_shard_size
     )
     result = MergeResult(Path(out), found.checkpoint, names)
-    with _bars_on_terminals():
+    with bars_on_terminals():
         (merge_model if TASK in checkpoint else _merge_module)(wanted, result, force)
     show(*result.lines())
     return result
@@ -108,21 +106,6 @@ def _dtype(dtype: object) -> torch.dtype | None:
         )
     found: torch.dtype = getattr(torch, name)
     return found
-
-
-@contextmanager
-def _bars_on_terminals() -> Iterator[None]:
-    """Leave out transformers' progress bars where they would fill a log file."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    if not console_of_terminal().is_terminal:
-        logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _chosen(known: list[str], adapter: str | list[str] | None) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,8 @@ def _write(place: Path, content: dict[str, Any], force: bool) -> None:
             f"{str(place)!r} cannot be written: {reason}. Nothing was left there. (out)"
         ) from error
     finally:
-        draft.unlink(missing_ok=True)
+        with suppress(NotADirectoryError):
+            draft.unlink(missing_ok=True)
     sync_directory(place.parent)
 
 
