@@ -17,6 +17,7 @@ from lora_lightning.cli.verbs import VERBS
 from lora_lightning.cli.wording import PROGRAM
 from lora_lightning.data.split_data_module import SplitDataModule
 from lora_lightning.tasks.language_model import LanguageModel
+from lora_lightning.tasks.pretrained_task import PretrainedTask
 
 
 def launched_from_outside(trainer: Trainer) -> bool:
@@ -54,10 +55,12 @@ def to_use_it(
     without: frozenset[str] = frozenset(),
 ) -> list[str]:
     """The verbs that make something of the run; those alone that there are."""
+    # A folder of a model, or a file of an own module: where no verb takes it for a checkpoint.
+    merged = "merged" if isinstance(module, PretrainedTask) else "merged/model.ckpt"
     commands: dict[str, tuple[str, list[str]]] = {
         "generate": ("chat", []),
         "predict": ("predict", ["--data.predict", "FILE"] if _reads_file(data) else []),
-        "merge": ("whole model", [str(directory / "merged")]),
+        "merge": ("whole model", [str(directory / merged)]),
         "export": ("PEFT folder", [str(directory / "peft")]),
         "report": ("report", []),
     }

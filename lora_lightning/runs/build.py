@@ -25,6 +25,8 @@ from lora_lightning.training.messages import bars_on_terminals
 from lora_lightning.training.module_state import bare_copy
 from lora_lightning.utilities.rng import random_state, set_random_state
 
+_MADE_IN_SETUP = "_lora_made_in_setup"
+
 
 @bars_on_terminals()
 def trained_module(run: Run, module: Any = None) -> Any:
@@ -59,6 +61,11 @@ def trained_module(run: Run, module: Any = None) -> Any:
         made.on_load_checkpoint(checkpoint)
     set_adapter(made, load_adapter(made, run.checkpoint))
     return made.eval()
+
+
+def made_in_setup(module: object) -> bool:
+    """Tell whether layers of a `trained_module` are there only once its `setup` has run."""
+    return bool(vars(module).get(_MADE_IN_SETUP))
 
 
 def data_of(run: Run, data: Any = None) -> LightningDataModule | None:
@@ -102,6 +109,7 @@ def _make_late_layers(module: nn.Module, checkpoint: dict[str, Any]) -> None:
     paths = {path for key in keys if (path := key.partition(".adapters.")[0]) != key}
     missing = paths - {path for path, _ in module.named_modules()}
     if missing:
+        module.__dict__[_MADE_IN_SETUP] = True
         try:
             module.setup("fit")
         except Exception as error:  # of anybody's module

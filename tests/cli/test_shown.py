@@ -86,7 +86,9 @@ def test_only_verbs_that_there_are(monkeypatch: Any) -> None:
         "  lora-lightning merge runs/x runs/x/merged\n"
         "  lora-lightning export runs/x runs/x/peft"
     ]
-    assert "generate" not in to_use_it(Net(), Data(), run)[0]
+    own = to_use_it(Net(), Data(), Path("runs/x"))[0]
+    assert "generate" not in own
+    assert "merge runs/x runs/x/merged/model.ckpt" in own  # beside no checkpoint
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +31,27 @@ def test_by_directory_checkpoint_and_config(own_run: Path, monkeypatch: pytest.M
     assert (lone.directory, lone.config) == (own_run, run.config)
     monkeypatch.chdir(own_run.parents[1])
     assert find_run("own.yaml").checkpoint.absolute() == run.checkpoint
+
+
+def test_without_a_metric_nothing_is_the_best(own_run: Path, tmp_path: Path) -> None:
+    content = torch.load(own_run / "checkpoints/last.ckpt", weights_only=True)
+    del content["lora_lightning"]["content"]  # hashes of what is changed here
+    [(key, state)] = [
+        item for item in content["callbacks"].items() if item[0].startswith("ModelCheckpoint")
+    ]
+    blind = {**state, "monitor": None, "best_model_path": "/x/last.ckpt"}
+    (tmp_path / "checkpoints").mkdir()
+    shutil.copy(own_run / "checkpoints/best.ckpt", tmp_path / "checkpoints/best.ckpt")
+    os.utime(tmp_path / "checkpoints/best.ckpt", (1, 1))
+    for callbacks, name in (
+        ({"ModelCheckpoint{1}": blind}, "last.ckpt"),
+        ({"ModelCheckpoint{1}": blind, key: state}, "best.ckpt"),
+    ):
+        place = tmp_path / "checkpoints/last.ckpt"
+        torch.save({**content, "callbacks": callbacks}, place)
+        for asked in ("best", None):
+            found = find_run(tmp_path, asked)
+            assert (found.checkpoint.name, found.monitored) == (name, name == "best.ckpt")
 
 
 def test_what_cannot_be_found(own_run: Path, tmp_path: Path) -> None:

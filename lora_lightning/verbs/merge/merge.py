@@ -13,7 +13,7 @@ from lora_lightning.checkpoint.state_dict import KEY, TASK
 from lora_lightning.engine.switching import set_adapter
 from lora_lightning.errors import ConfigError, nearest_hint
 from lora_lightning.runs.build import data_of, trained_module
-from lora_lightning.runs.run import find_run
+from lora_lightning.runs.run import Run, find_run
 from lora_lightning.training.messages import bars_on_terminals, show
 from lora_lightning.utilities.new_output import check_new_file
 from lora_lightning.verbs.merge.result import MergeResult
@@ -88,11 +88,26 @@ def _merge_module(wanted: Wanted, result: MergeResult, force: bool) -> None:
             "dequantize is for the tasks of this library, which round their base themselves; "
             f"{str(result.checkpoint)!r} is of another module. Leave it out. (dequantize)"
         )
+    _check_place(wanted.run, result.out)
     check_new_file(result.out, force)
     module = trained_module(wanted.run, wanted.module)
     set_adapter(module, wanted.adapters)
     rows = data_of(wanted.run, wanted.data) if wanted.check else None
-    merge_module(module, wanted.checkpoint, result, rows, wanted.check, wanted.dtype, force)
+    section = wanted.run.config.get("model")
+    options = section.get("init_args") if isinstance(section, dict) else None
+    merge_module(
+        module, wanted.checkpoint, result, rows, wanted.check, wanted.dtype, force, options or {}
+    )
+
+
+def _check_place(run: Run, out: Path) -> None:
+    """Refuse a file that would be taken for the newest checkpoint of the run."""
+    folders = [run.checkpoint.parent, *([run.directory] if run.directory else [])]
+    if out.suffix == ".ckpt" and out.parent.resolve() in [folder.resolve() for folder in folders]:
+        raise ConfigError(
+            f"{str(out)!r} would be taken for a checkpoint of the run: name another folder, "
+            f"{str(out.parent / 'merged' / out.name)!r}. (out)"
+        )
 
 
 def _dtype(dtype: object) -> torch.dtype | None:
