@@ -28,6 +28,9 @@ def launched_from_outside(trainer: Trainer) -> bool:
 
 def to_go_on(trainer: Trainer, directory: Path, further: bool = False) -> list[str]:
     """How to start the run again; `further`: it is done, and to go on beyond its end."""
+    savers = trainer.checkpoint_callbacks
+    if savers and all(getattr(saver, "save_weights_only", False) for saver in savers):
+        return []  # no optimizer to go on with
     if launched_from_outside(trainer):
         limit = "max_epochs" if trainer.max_steps == -1 else "max_steps"
         label = f"to go on (raise trainer.{limit})" if further else "to go on"

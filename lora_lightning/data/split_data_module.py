@@ -199,11 +199,11 @@ class SplitDataModule(LightningDataModule):
     def _hold_out(self, records: Sequence[Any]) -> None:
         train, val = self.hold_out(records)
         if not train or (self.val_fraction and not val):
-            different = len({repr(record) for record in records})
-            alike = f" ({different} different; equal ones stay together)"
+            # Of so many, some would have been held out.
+            alike = " (equal ones stay together)" if self.val_fraction * len(records) >= 2 else ""
             raise ConfigError(
                 f"val={self.val_fraction} splits the {len(records)} training records"
-                f"{alike if different < len(records) else ''} into "
+                f"{alike} into "
                 f"{len(train)} for training and {len(val)} for validation. Change it, or name a "
                 "file. (data.val)"
             )

@@ -50,7 +50,16 @@ def trained_module(run: Run, module: Any = None) -> Any:
     checkpoint = read_adapter_checkpoint(run.checkpoint)
     made: Any = _described(run, checkpoint) if module is None else module
     if isinstance(made, type) and issubclass(made, LightningModule):
-        return load_from_checkpoint(made, run.checkpoint, **_trusted(run, made)).eval()
+        try:
+            return load_from_checkpoint(made, run.checkpoint, **_trusted(run, made)).eval()
+        except TypeError as error:
+            if ".__init__()" not in str(error):
+                raise
+            raise ConfigError(
+                f"{made.__name__} cannot be made again: {error}, and {str(run.checkpoint)!r} does "
+                "not hold it (save_hyperparameters). Name the run directory with its config, or in "
+                "Python give an instance. (module)"
+            ) from error
     if not isinstance(made, nn.Module):
         kind = made.__name__ if isinstance(made, type) else type(made).__name__
         raise ConfigError(f"{kind} is no LightningModule, neither class nor instance. (module)")

@@ -6,7 +6,7 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-from lora_lightning.errors import ConfigError, nearest_file, nearest_hint
+from lora_lightning.errors import ConfigError, nearest_hint
 
 
 def object_at(path: str, option: str) -> Any:
@@ -35,9 +35,10 @@ def object_at(path: str, option: str) -> Any:
                 f"{path} imports {missing!r}, which is not there. ({option})"
             ) from error
         file = Path.cwd().joinpath(*missing.split(".")).with_suffix(".py")
+        near = nearest_hint(file.name, [path.name for path in file.parent.glob("*.py")])
         raise ConfigError(
             f"There is no module {missing!r} for {path!r}: it is not installed, and there is no "
-            f"{file.name} in {str(file.parent)!r}.{nearest_file(file)} Work in the folder that "
+            f"{file.name} in {str(file.parent)!r}.{near} Work in the folder that "
             f"holds it, or name that in PYTHONPATH. ({option})"
         ) from error
     if not hasattr(module, name):

@@ -201,6 +201,12 @@ def test_classes_that_are_not_there(own_run: Path, monkeypatch: pytest.MonkeyPat
         trained_module(run, 3)
     with pytest.raises(ConfigError, match="Path is no LightningModule"):
         trained_module(run, Path)
+    (own_run.parents[1] / "needing.py").write_text(
+        "from own_modules import Net\n\nclass Needing(Net):\n"
+        "    def __init__(self, wide):\n        super().__init__(wide)\n"
+    )
+    with pytest.raises(ConfigError, match=r"Needing cannot be made again: .*'wide'.*\(module\)"):
+        trained_module(run, "needing.Needing")
     x = torch.randn(4, 8)
     torch.testing.assert_close(trained_module(run, "own_modules.Net")(x), trained_module(run)(x))
     assert type(data_of(run, "own_modules.Data")).__name__ == "Data"

@@ -49,6 +49,7 @@ def test_what_is_in_the_checkpoint(folder: Path, tmp_path: Path) -> None:
     from own_modules import Net
 
     result = merge("runs/own", tmp_path / "merged.ckpt")
+    assert repr(result).startswith("<MergeResult of runs/own/checkpoints/best.ckpt: ")
     content = torch.load(tmp_path / "merged.ckpt", weights_only=True)
     assert content["state_dict"].keys() == Net().state_dict().keys()
     assert "pytorch-lightning_version" in content
