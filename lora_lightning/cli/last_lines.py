@@ -16,6 +16,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lora_lightning.cli.verbs import VERBS
 from lora_lightning.cli.wording import PROGRAM
 from lora_lightning.data.split_data_module import SplitDataModule
+from lora_lightning.engine.switching import adapter_names
 from lora_lightning.tasks.language_model import LanguageModel
 from lora_lightning.tasks.pretrained_task import PretrainedTask
 
@@ -60,11 +61,13 @@ def to_use_it(
     """The verbs that make something of the run; those alone that there are."""
     # A folder of a model, or a file of an own module: where no verb takes it for a checkpoint.
     merged = "merged" if isinstance(module, PretrainedTask) else "merged/model.ckpt"
+    several = adapter_names(module)[:1] if len(adapter_names(module)) > 1 else []
+    which = [part for name in several for part in ("--adapter", name)]
     commands: dict[str, tuple[str, list[str]]] = {
         "generate": ("chat", []),
         "predict": ("predict", ["--data.predict", "FILE"] if _reads_file(data) else []),
         "merge": ("whole model", [str(directory / merged)]),
-        "export": ("PEFT folder", [str(directory / "peft")]),
+        "export": ("PEFT folder", [str(directory / "peft"), *which]),
         "report": ("report", []),
     }
     known = {*VERBS} if isinstance(module, LanguageModel) else {*VERBS} - {"generate"}

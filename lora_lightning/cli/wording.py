@@ -196,7 +196,10 @@ def _unknown_option(message: str, known: Iterable[str]) -> str | None:
     unknown = re.search(r"not accept option '([\w.]+)'|unrecognized arguments: --([\w.]+)", message)
     if unknown is None:
         return None
-    near = did_you_mean(unknown.group(1) or unknown.group(2), known)
+    inside, typed = unknown.groups()
+    near = did_you_mean(inside or typed, known)
+    if near and typed:
+        near = f"--{near}"
     return message.rstrip(".") + "." + (f" Did you mean {near!r}?" if near else "")
 
 

@@ -104,6 +104,9 @@ def test_another_dtype(folder: Path, tmp_path: Path) -> None:
     assert result.merged is not None
     assert result.saved is not None
     assert result.merged.largest < 1e-6 < result.saved.largest
+    assert "as saved (bfloat16)" in str(result)
+    found = str(lora_lightning.inspect(tmp_path / "merged.ckpt"))
+    assert "optimizer state: no run can go on from it" in " ".join(found.split())
     Net.load_from_checkpoint(tmp_path / "merged.ckpt")
 
 

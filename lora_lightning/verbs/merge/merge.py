@@ -18,7 +18,7 @@ from lora_lightning.training.messages import bars_on_terminals, show
 from lora_lightning.utilities.new_output import check_new_file
 from lora_lightning.verbs.merge.result import MergeResult
 from lora_lightning.verbs.merge.whole_model import Wanted, merge_model
-from lora_lightning.verbs.merge.whole_module import merge_module
+from lora_lightning.verbs.merge.whole_module import merge_module, to_load
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 
@@ -93,11 +93,10 @@ def _merge_module(wanted: Wanted, result: MergeResult, force: bool) -> None:
     module = trained_module(wanted.run, wanted.module)
     set_adapter(module, wanted.adapters)
     rows = data_of(wanted.run, wanted.data) if wanted.check else None
+    merge_module(module, wanted.checkpoint, result, rows, wanted.check, wanted.dtype, force)
     section = wanted.run.config.get("model")
-    options = section.get("init_args") if isinstance(section, dict) else None
-    merge_module(
-        module, wanted.checkpoint, result, rows, wanted.check, wanted.dtype, force, options or {}
-    )
+    options = (section.get("init_args") or {}) if isinstance(section, dict) else {}
+    result.use = to_load(module, wanted.checkpoint, result.out, options)
 
 
 def _check_place(run: Run, out: Path) -> None:

@@ -43,11 +43,9 @@ _LEFT_OUT = {
 
 def merge_module(
     module: Any, checkpoint: dict[str, Any], result: MergeResult, data: Any, check: int,
-    dtype: torch.dtype | None, force: bool, options: Mapping[str, Any],
+    dtype: torch.dtype | None, force: bool,
 ) -> None:  # fmt: skip
     """Merge the active adapters into `module`, and write its checkpoint to `result.out`.
-
-    `options`: what the run's config gave its constructor.
 
     Raises:
         AdapterStateError: If the merged module would not compute the same.
@@ -80,12 +78,15 @@ def merge_module(
         result.saved = difference(scores(ask, batches), wanted)
         result.rows = sum(map(rows_of, batches))
     _write(result.out, content, force)
+    result.dtype = None if dtype is None else str(dtype).removeprefix("torch.")
     result.how = "the whole module, under its own names"
-    result.use = _use(module, content, result.out, options)
 
 
-def _use(module: Any, content: dict[str, Any], out: Path, options: Mapping[str, Any]) -> str:
-    """How the checkpoint is loaded: with the arguments that it does not hold."""
+def to_load(module: Any, content: dict[str, Any], out: Path, options: Mapping[str, Any]) -> str:
+    """How the checkpoint is loaded: with the arguments that it does not hold.
+
+    `options`: what the run's config gave the module's constructor.
+    """
     kind = type(module)
     saved = content.get("hyper_parameters") or {}
     known = [p for p in inspect.signature(kind).parameters.values() if p.name not in saved]
