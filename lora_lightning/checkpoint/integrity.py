@@ -112,6 +112,8 @@ def why_unreadable(error: Exception) -> str:
     """What an error of `torch.load` says, in a line; what to do about objects of classes."""
     text = str(error)
     named = re.search(r"Unsupported (?:global|class)[^:]*:? (?:GLOBAL )?([\w.]+)", text)
+    if named is None and isinstance(error, (KeyError, IndexError)):
+        return "it is no file of torch.save"  # bytes taken for instructions of pickle
     if named is None:
         return (text.splitlines() or [type(error).__name__])[0].partition(". ")[0]
     return (

@@ -16,7 +16,9 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lora_lightning.cli.verbs import VERBS
 from lora_lightning.cli.wording import PROGRAM
 from lora_lightning.data.split_data_module import SplitDataModule
+from lora_lightning.engine.switching import adapter_names
 from lora_lightning.tasks.language_model import LanguageModel
+from lora_lightning.tasks.pretrained_task import PretrainedTask
 
 
 def launched_from_outside(trainer: Trainer) -> bool:
@@ -27,6 +29,9 @@ def launched_from_outside(trainer: Trainer) -> bool:
 
 def to_go_on(trainer: Trainer, directory: Path, further: bool = False) -> list[str]:
     """How to start the run again; `further`: it is done, and to go on beyond its end."""
+    savers = trainer.checkpoint_callbacks
+    if savers and all(getattr(saver, "save_weights_only", False) for saver in savers):
+        return []  # no optimizer to go on with
     if launched_from_outside(trainer):
         limit = "max_epochs" if trainer.max_steps == -1 else "max_steps"
         label = f"to go on (raise trainer.{limit})" if further else "to go on"
@@ -54,11 +59,15 @@ def to_use_it(
     without: frozenset[str] = frozenset(),
 ) -> list[str]:
     """The verbs that make something of the run; those alone that there are."""
+    # A folder of a model, or a file of an own module: where no verb takes it for a checkpoint.
+    merged = "merged" if isinstance(module, PretrainedTask) else "merged/model.ckpt"
+    several = adapter_names(module)[:1] if len(adapter_names(module)) > 1 else []
+    which = [part for name in several for part in ("--adapter", name)]
     commands: dict[str, tuple[str, list[str]]] = {
         "generate": ("chat", []),
         "predict": ("predict", ["--data.predict", "FILE"] if _reads_file(data) else []),
-        "merge": ("whole model", [str(directory / "merged")]),
-        "export": ("PEFT folder", [str(directory / "peft")]),
+        "merge": ("whole model", [str(directory / merged)]),
+        "export": ("PEFT folder", [str(directory / "peft"), *which]),
         "report": ("report", []),
     }
     known = {*VERBS} if isinstance(module, LanguageModel) else {*VERBS} - {"generate"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from lora_lightning.cli.log_filter import shorten_warnings
 from lora_lightning.cli.parser import LoraParser
 from lora_lightning.cli.predictions import PredictionFiles
 from lora_lightning.cli.saved_config import RunConfig
+from lora_lightning.engine.switching import adapter_names
 from lora_lightning.errors import CheckpointError, ConfigError, first_few
 from lora_lightning.runs.checkpoints import best_of, checkpoints_in, last_of
 from lora_lightning.training.checkpoint_io import files
@@ -216,7 +218,7 @@ class LoraCLI(LightningCLI):
             self._compare()
         if self.found_checkpoints() and self.trainer.is_global_zero:
             show(
-                *to_use_it(self.model, self.datamodule, self.run_directory),
+                *self._to_use_it(),
                 *to_go_on(self.trainer, self.run_directory, further=True),
                 *(to_evaluate(self.trainer, self.run_directory) if self._validates() else []),
             )
@@ -253,8 +255,14 @@ class LoraCLI(LightningCLI):
 
     def _after_evaluation(self) -> None:
         if self._options().get("ckpt_path") and self.trainer.is_global_zero:
-            own = frozenset({str(self.subcommand)})
-            show(*to_use_it(self.model, self.datamodule, self.run_directory, own))
+            show(*self._to_use_it({str(self.subcommand)}))
+
+    def _to_use_it(self, without: AbstractSet[str] = frozenset()) -> list[str]:
+        # A run that trained all weights has no adapter, which is what these are for.
+        ours = {"generate", "merge", "export", "report"}
+        of_adapters = set() if adapter_names(self.model) else ours
+        others = frozenset(without | of_adapters)
+        return to_use_it(self.model, self.datamodule, self.run_directory, others)
 
     def after_validate(self) -> None:
         """Say what to do next."""

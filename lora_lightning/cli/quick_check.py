@@ -159,7 +159,8 @@ def _add(parser: Any, name: str, option: Option, runs: bool) -> None:
         parser.add_argument(f"--{name}", type=_type(option.kinds), required=required)
     else:
         nargs = "*" if option.several else None if option.required else "?"
-        parser.add_argument(name, type=Any, nargs=nargs)
+        added = parser.add_argument(name, type=Any, nargs=nargs)
+        added.required = option.required  # argparse asks for any number, too
 
 
 def _type(kinds: tuple[str, ...]) -> Any:

@@ -14,6 +14,7 @@ from jsonargparse import ArgumentParser
 from lora_lightning.cli.options import spelled_out
 from lora_lightning.cli.terminal import refuse
 from lora_lightning.cli.wording import PROGRAM, reworded
+from lora_lightning.runs.objects import object_at
 from lora_lightning.runs.run import directory_of_config
 from lora_lightning.training.messages import show
 
@@ -63,7 +64,7 @@ def run_verb(verb: str, *arguments: str) -> None:
     values = parsed(verb, function, arguments)
     for name in _OBJECTS:
         if values.get(name):
-            values[name] = _imported(values[name])
+            values[name] = object_at(values[name], name)
     more = [*values.pop(several, ())] if (several := _several(function)) else []
     first = [values.pop(name) for name in _positional(function)] if more else []
     result = function(*first, *more, **values)
@@ -125,8 +126,3 @@ def _with_directory(arguments: list[str]) -> list[str]:
         else:
             rest.append(word)
     return [str(directory_of_config(*map(Path, configs))), *rest] if configs else arguments
-
-
-def _imported(path: str) -> Any:
-    home, _, name = path.rpartition(".")
-    return getattr(importlib.import_module(home), name)

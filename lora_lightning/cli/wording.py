@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -138,7 +139,8 @@ def _module_that_is_not_there(message: str) -> str | None:
     key, asked, missing = found.groups()
     if not f"{asked}.".startswith(f"{missing}."):
         return f"{key}: {asked} imports {missing!r}, which is not installed. ({key}.class_path)"
-    file = Path.cwd().joinpath(*missing.split(".")).with_suffix(".py")
+    # Where `main` looks first; while a config is parsed, its folder is the current one.
+    file = Path(sys.path[0]).joinpath(*missing.split(".")).with_suffix(".py")
     return (
         f"{key}: there is no module {missing!r} for {asked!r}: it is not installed, and there is "
         f"no {file.name} in {str(file.parent)!r}, where the command runs.{nearest_file(file)} "
@@ -194,7 +196,10 @@ def _unknown_option(message: str, known: Iterable[str]) -> str | None:
     unknown = re.search(r"not accept option '([\w.]+)'|unrecognized arguments: --([\w.]+)", message)
     if unknown is None:
         return None
-    near = did_you_mean(unknown.group(1) or unknown.group(2), known)
+    inside, typed = unknown.groups()
+    near = did_you_mean(inside or typed, known)
+    if near and typed:
+        near = f"--{near}"
     return message.rstrip(".") + "." + (f" Did you mean {near!r}?" if near else "")
 
 

@@ -199,8 +199,11 @@ class SplitDataModule(LightningDataModule):
     def _hold_out(self, records: Sequence[Any]) -> None:
         train, val = self.hold_out(records)
         if not train or (self.val_fraction and not val):
+            # Of so many, some would have been held out.
+            alike = " (equal ones stay together)" if self.val_fraction * len(records) >= 2 else ""
             raise ConfigError(
-                f"val={self.val_fraction} splits the {len(records)} training records into "
+                f"val={self.val_fraction} splits the {len(records)} training records"
+                f"{alike} into "
                 f"{len(train)} for training and {len(val)} for validation. Change it, or name a "
                 "file. (data.val)"
             )

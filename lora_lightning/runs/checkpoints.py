@@ -25,23 +25,31 @@ def last_of(found: list[Path]) -> Path:
 
 
 def best_of(found: list[Path]) -> Path:
-    """The best checkpoint as the newest one remembers it.
+    """The best checkpoint as the newest one remembers it, or what stands for it without a metric.
 
     Raises:
         CheckpointError: If it does not say which one was; all are named.
 
     """
-    best = monitored_best(found)
-    if best is None:
+    monitored, others = _remembered(found)
+    if not (monitored or others):
         raise CheckpointError(
             f"ckpt_path='best': {str(found[-1])!r} does not say which checkpoint was the best. "
             f"Name one: {', '.join(str(path) for path in found)}. (ckpt_path)"
         )
-    return best
+    return (monitored or others)[0]
 
 
 def monitored_best(found: list[Path]) -> Path | None:
-    """The best checkpoint as the newest one remembers it; None where it does not say."""
+    """The best checkpoint by a metric, as the newest one remembers it; None where there is none."""
+    return next(iter(_remembered(found)[0]), None)
+
+
+def _remembered(found: list[Path]) -> tuple[list[Path], list[Path]]:
+    """What the ModelCheckpoints of the newest call the best: those that monitor, and the others.
+
+    Without a metric Lightning calls the newest file the best.
+    """
     newest = found[-1]
     with files.damage_explained(newest):
         if is_checkpoint_folder(newest):
@@ -49,10 +57,12 @@ def monitored_best(found: list[Path]) -> Path | None:
         else:
             content = torch.load(newest, weights_only=True, map_location="cpu")
     files.check_content(newest, content)
+    monitored: list[Path] = []
+    others: list[Path] = []
     for key, state in content.get("callbacks", {}).items():
         # Saved as an absolute path; only its name is used, so a run directory may be moved.
         name = Path(state.get("best_model_path") or "/").name
         best = [path for path in found if path.name == name]
         if key.startswith("ModelCheckpoint") and best:
-            return best[-1]
-    return None
+            (others if state.get("monitor") is None else monitored).append(best[-1])
+    return monitored, others

@@ -127,8 +127,10 @@ def _chosen(directory: Path, ckpt: str | None) -> tuple[Path, bool]:
         )
     if ckpt == "last":
         return last_of(found), False
-    best = best_of(found) if ckpt == "best" else monitored_best(found)
-    return (last_of(found), False) if best is None else (best, True)
+    best = monitored_best(found)
+    if best is None:
+        return (best_of if ckpt == "best" else last_of)(found), False
+    return best, True
 
 
 def checkpoints_of(directory: Path) -> list[Path]:

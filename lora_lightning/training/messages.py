@@ -86,6 +86,21 @@ def console_of_terminal() -> Console:
     return Console(soft_wrap=True, markup=False, emoji=False, highlight=False, force_jupyter=False)
 
 
+@contextmanager
+def bars_on_terminals() -> Iterator[None]:
+    """Leave out transformers' progress bars where they would fill a log file."""
+    from transformers.utils import logging as bars
+
+    shown = bars.is_progress_bar_enabled()
+    if not console_of_terminal().is_terminal:
+        bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            bars.enable_progress_bar()
+
+
 def as_text(*items: RenderableType) -> str:
     """What `show` prints where there are no colours, such as in a log file."""
     console = Console(

@@ -5,16 +5,20 @@ It stands in the module's own dictionary, where `deepcopy` and `pickle` take it 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule
-from torch import nn
+from torch import Tensor, nn
 
 from lora_lightning.checkpoint.fingerprint import Fingerprint
+from lora_lightning.checkpoint.moved_state import tensor_places
 from lora_lightning.engine.followers import Follower
+from lora_lightning.engine.unloading import unload
 from lora_lightning.training._lightning import trainer_of
 from lora_lightning.training.adapter_callback import AdapterCallback
 from lora_lightning.training.checkpoint_io.baseline import Baseline
@@ -75,6 +79,29 @@ def callbacks_of(module: LightningModule) -> list[AdapterCallback]:
     """The enabled LoraCallbacks of the module's Trainer, in order."""
     callbacks = getattr(trainer_of(module), "callbacks", [])
     return [c for c in callbacks if isinstance(c, AdapterCallback) and c.enabled]
+
+
+def bare_copy(module: nn.Module) -> nn.Module:
+    """A copy on the CPU as the module was before any run: no adapters, no Trainer, its own hooks.
+
+    What a run has moved of its buffers, and of a teacher, is as it was as well.
+    """
+    record, trainer = module.__dict__.get(_ATTRIBUTE) or ModuleState(), trainer_of(module)
+    memo: dict[int, Any] = {id(part): None for part in (record, trainer) if part is not None}
+    copied = copy.deepcopy(module, memo)
+    copied.__dict__.pop(_ATTRIBUTE, None)
+    for hook in record.overrides:
+        copied.__dict__.pop(hook, None)
+        if record.original_hooks.get(hook) is not None:
+            setattr(copied, hook, copy.deepcopy(record.original_hooks[hook], memo))
+    unload(copied)
+    places = tensor_places(copied)
+    with torch.no_grad():
+        for key, value in record.baseline.originals.items():
+            tensor = getattr(*places[key]) if key in places else None
+            if isinstance(value, Tensor) and tensor is not None and tensor.shape == value.shape:
+                tensor.copy_(value)
+    return copied.requires_grad_(False).cpu()
 
 
 # -- hooks that are overridden on the instance -----------------------------------------------------

@@ -233,7 +233,7 @@ MISTAKES: dict[str, tuple[list[str], int, list[str]]] = {
     "unknown option": (
         ["--lora.rnak", "4"],
         2,
-        ["error: unrecognized arguments: --lora.rnak 4. Did you mean 'lora.r'?"],
+        ["error: unrecognized arguments: --lora.rnak 4. Did you mean '--lora.r'?"],
     ),
     "wrong type": (["--lora.r", "many"], 2, ["lora.r takes an integer, not 'many'. (lora.r)"]),
     "rank 0": (
@@ -304,7 +304,7 @@ MISTAKES: dict[str, tuple[list[str], int, list[str]]] = {
     "option cut short": (
         ["--trainer.max_epoch", "1"],
         2,
-        ["unrecognized arguments: --trainer.max_epoch 1. Did you mean 'trainer.max_epochs'?"],
+        ["unrecognized arguments: --trainer.max_epoch 1. Did you mean '--trainer.max_epochs'?"],
     ),
     "option that begins another": (
         ["--lora.rank", "4"],

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lora_lightning import CausalLM, TextDataModule
+from lora_lightning import CausalLM, LoraConfig, TextDataModule, inject_adapter
 from lora_lightning.cli import last_lines
 from lora_lightning.cli.last_lines import to_use_it
 from tests.helpers import trained_runs
@@ -86,7 +86,14 @@ def test_only_verbs_that_there_are(monkeypatch: Any) -> None:
         "  lora-lightning merge runs/x runs/x/merged\n"
         "  lora-lightning export runs/x runs/x/peft"
     ]
-    assert "generate" not in to_use_it(Net(), Data(), run)[0]
+    own = to_use_it(Net(), Data(), Path("runs/x"))[0]
+    assert "generate" not in own
+    assert "merge runs/x runs/x/merged/model.ckpt" in own  # beside no checkpoint
+    two = Net()
+    for name in ("one", "two"):
+        inject_adapter(two, LoraConfig(target_modules=["head"], r=2), name)
+    lines = to_use_it(two, Data(), Path("runs/x"))[0]
+    assert "export runs/x runs/x/peft --adapter one" in lines  # which has to be said
 
 
 @pytest.mark.slow

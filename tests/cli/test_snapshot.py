@@ -144,7 +144,7 @@ def test_without_torch(folder: Path) -> None:
     code, text = process("fit", "--config", "my.yaml", "--lora.rnak", "4")
     assert (code, text.splitlines()[0]) == (
         2,
-        "lora-lightning: error: unrecognized arguments: --lora.rnak 4. Did you mean 'lora.r'?",
+        "lora-lightning: error: unrecognized arguments: --lora.rnak 4. Did you mean '--lora.r'?",
     )
     code, text = process("fit", "--config", "my.yaml", "--lora.r", "4")
     assert code == 1
@@ -155,7 +155,10 @@ def test_without_torch(folder: Path) -> None:
 
 TASK = ["fit", "--config", "sft"]
 MISTAKES: dict[str, tuple[list[str], str]] = {
-    "option": (["--lora.lora_alhpa", "4"], "--lora.lora_alhpa 4. Did you mean 'lora.lora_alpha'?"),
+    "option": (
+        ["--lora.lora_alhpa", "4"],
+        "--lora.lora_alhpa 4. Did you mean '--lora.lora_alpha'?",
+    ),
     "several": (["--lora.a", "b c", "--x=1"], "unrecognized arguments: --lora.a b c --x=1."),
     "integer": (["--lora.r", "many"], "lora.r takes an integer, not 'many'. (lora.r)"),
     "number": (["--lora.lr=fast"], "lora.lr takes a number, not 'fast'."),
@@ -314,7 +317,7 @@ def test_a_verb_that_is_a_function(monkeypatch: pytest.MonkeyPatch, capsys: Any)
     check_arguments("demo", ["--config", "a.yaml", "b"], [{}], found)
     for arguments, wanted in (
         (["a"], "the following arguments are required: out\nAll options: lora-lightning demo"),
-        (["a", "b", "--foce"], "unrecognized arguments: --foce. Did you mean 'force'?"),
+        (["a", "b", "--foce"], "unrecognized arguments: --foce. Did you mean '--force'?"),
         (["a", "b", "--r", "x"], "r takes an integer, not 'x'. (r)"),
     ):
         said = []

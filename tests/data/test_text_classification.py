@@ -231,6 +231,12 @@ def test_a_fraction_that_leaves_nothing(model, write):
     )
 
 
+def test_equal_records_are_why_nothing_is_held_out(model, write):
+    path = write("a.jsonl", [FEW[0]] * 20)
+    found = message(model, "fit", ConfigError, train=path, val=0.5)
+    assert "the 20 training records (equal ones stay together) into 20 " in found
+
+
 @pytest.mark.parametrize("fraction", [-0.1, 1.0])
 def test_a_fraction_out_of_range(fraction):
     with pytest.raises(ConfigError) as error:

@@ -296,3 +296,9 @@ def test_in_a_process_of_its_own(name: str, request: pytest.FixtureRequest) -> N
     assert (code, "effective rank" in text) == (0, True), text
     code, text = said("runs/nothing")
     assert (code, "There is no file" in text, "Traceback" in text) == (1, True, False), text
+
+
+def test_a_text_that_is_called_a_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "text.ckpt").write_text("hello")
+    with pytest.raises(CheckpointError, match=r"as a checkpoint: it is no file of torch.save"):
+        lora_lightning.inspect(tmp_path / "text.ckpt")

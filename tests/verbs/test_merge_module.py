@@ -18,7 +18,7 @@ from lora_lightning.runs.build import trained_module
 from lora_lightning.runs.run import find_run
 from tests.helpers.command import run_command
 from tests.helpers.markdown import blocks
-from tests.helpers.trained_runs import own_module_run
+from tests.helpers.trained_runs import OWN_MODULE, fit, own_module_run
 
 merge = lora_lightning.merge
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -49,6 +49,7 @@ def test_what_is_in_the_checkpoint(folder: Path, tmp_path: Path) -> None:
     from own_modules import Net
 
     result = merge("runs/own", tmp_path / "merged.ckpt")
+    assert repr(result).startswith("<MergeResult of runs/own/checkpoints/best.ckpt: ")
     content = torch.load(tmp_path / "merged.ckpt", weights_only=True)
     assert content["state_dict"].keys() == Net().state_dict().keys()
     assert "pytorch-lightning_version" in content
@@ -103,6 +104,9 @@ def test_another_dtype(folder: Path, tmp_path: Path) -> None:
     assert result.merged is not None
     assert result.saved is not None
     assert result.merged.largest < 1e-6 < result.saved.largest
+    assert "as saved (bfloat16)" in str(result)
+    found = str(lora_lightning.inspect(tmp_path / "merged.ckpt"))
+    assert "optimizer state: no run can go on from it" in " ".join(found.split())
     Net.load_from_checkpoint(tmp_path / "merged.ckpt")
 
 
@@ -184,3 +188,65 @@ def test_the_recipe_for_torch_export(folder: Path, tmp_path: Path) -> None:
     assert (program.module()(X) - wanted).abs().max() < 1e-6
     onnx = next(code for code in codes if "torch.onnx" in code)
     compile(onnx, "README", "exec")
+
+
+ARGUED = """
+import torch
+from torch import nn
+from own_modules import Data, Net
+
+
+class Argued(Net):
+    def __init__(self, wide: int, factor: float = 1.0, kept: int = 3, usual: int = 4):
+        super().__init__(wide)
+        self.save_hyperparameters("kept")
+        self.factor = factor
+
+
+class Late(Net):
+    def setup(self, stage):
+        if not hasattr(self, "more"):
+            torch.manual_seed(0)
+            self.more = nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.more(super().forward(x))
+"""
+
+
+def test_the_line_to_use_it_is_true(
+    folder: Path, tmp_path: Path, monkeypatch: Any, capfd: Any
+) -> None:
+    (folder / "argued.py").write_text(ARGUED)
+    for kind, options in (("Argued", {"wide": 12, "factor": 2.0, "kept": 7}), ("Late", {})):
+        config = {
+            **OWN_MODULE,
+            "lora": {"r": 2, "target_modules": "all-linear"},
+            "model": {"class_path": f"argued.{kind}", "init_args": options},
+            "trainer": {**OWN_MODULE["trainer"], "default_root_dir": f"runs/{kind}"},
+        }
+        run = fit(folder, config)
+        out = tmp_path / f"{kind}.ckpt"
+        use = merge(run, out).use
+        if kind == "Argued":
+            assert use == f"Argued.load_from_checkpoint({str(out)!r}, wide=12, factor=2.0)"
+            use = f"module = {use}"
+        space: dict[str, Any] = {"torch": torch}
+        exec(f"from argued import {kind}\n{use}".replace("\n  ", "\n"), space)
+        wanted = answers(trained_module(find_run(run)))
+        assert (answers(space["module"]) - wanted).abs().max() < 1e-6
+    capfd.readouterr()
+
+
+def test_no_file_among_the_checkpoints(folder: Path, monkeypatch: Any, capfd: Any) -> None:
+    for place in ("runs/own/merged.ckpt", "runs/own/checkpoints/merged.ckpt"):
+        output = run_command(folder, monkeypatch, capfd, "merge", "runs/own", place, fails=1)
+        assert "would be taken for a checkpoint of the run" in output
+        assert not Path(place).exists()
+    assert find_run("runs/own").monitored
+
+
+def test_a_file_where_a_folder_is_asked_for(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("")
+    with pytest.raises(ConfigError, match=r"cannot be written: .*\(out\)"):
+        merge("runs/own", tmp_path / "a/b.ckpt")

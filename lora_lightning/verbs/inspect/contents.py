@@ -194,7 +194,8 @@ def _loaded(path: Path) -> dict[str, Any]:
 def _missing(content: Mapping[str, Any]) -> list[str]:
     missing = []
     if not content.get("optimizer_states"):
-        missing.append("optimizer state: a run can start from it (lora.init_from), not go on")
+        way = "a run can start from it (lora.init_from), not go on" if KEY in content else ""
+        missing.append(f"optimizer state: {way or 'no run can go on from it'}")
     if KEY in content and not isinstance(content.get(TASK), str):
         missing.append("how its module is made: the run's config or --module says it")
     return missing

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -15,12 +13,12 @@ from lora_lightning.checkpoint.state_dict import KEY, TASK
 from lora_lightning.engine.switching import set_adapter
 from lora_lightning.errors import ConfigError, nearest_hint
 from lora_lightning.runs.build import data_of, trained_module
-from lora_lightning.runs.run import find_run
-from lora_lightning.training.messages import console_of_terminal, show
+from lora_lightning.runs.run import Run, find_run
+from lora_lightning.training.messages import bars_on_terminals, show
 from lora_lightning.utilities.new_output import check_new_file
 from lora_lightning.verbs.merge.result import MergeResult
 from lora_lightning.verbs.merge.whole_model import Wanted, merge_model
-from lora_lightning.verbs.merge.whole_module import merge_module
+from lora_lightning.verbs.merge.whole_module import merge_module, to_load
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 
@@ -78,7 +76,7 @@ def merge(
         found, checkpoint, names, _dtype(dtype), dequantize, module, data, check, max_shard_size
     )
     result = MergeResult(Path(out), found.checkpoint, names)
-    with _bars_on_terminals():
+    with bars_on_terminals():
         (merge_model if TASK in checkpoint else _merge_module)(wanted, result, force)
     show(*result.lines())
     return result
@@ -90,11 +88,25 @@ def _merge_module(wanted: Wanted, result: MergeResult, force: bool) -> None:
             "dequantize is for the tasks of this library, which round their base themselves; "
             f"{str(result.checkpoint)!r} is of another module. Leave it out. (dequantize)"
         )
+    _check_place(wanted.run, result.out)
     check_new_file(result.out, force)
     module = trained_module(wanted.run, wanted.module)
     set_adapter(module, wanted.adapters)
     rows = data_of(wanted.run, wanted.data) if wanted.check else None
     merge_module(module, wanted.checkpoint, result, rows, wanted.check, wanted.dtype, force)
+    section = wanted.run.config.get("model")
+    options = (section.get("init_args") or {}) if isinstance(section, dict) else {}
+    result.use = to_load(module, wanted.checkpoint, result.out, options)
+
+
+def _check_place(run: Run, out: Path) -> None:
+    """Refuse a file that would be taken for the newest checkpoint of the run."""
+    folders = [run.checkpoint.parent, *([run.directory] if run.directory else [])]
+    if out.suffix == ".ckpt" and out.parent.resolve() in [folder.resolve() for folder in folders]:
+        raise ConfigError(
+            f"{str(out)!r} would be taken for a checkpoint of the run: name another folder, "
+            f"{str(out.parent / 'merged' / out.name)!r}. (out)"
+        )
 
 
 def _dtype(dtype: object) -> torch.dtype | None:
@@ -108,21 +120,6 @@ def _dtype(dtype: object) -> torch.dtype | None:
         )
     found: torch.dtype = getattr(torch, name)
     return found
-
-
-@contextmanager
-def _bars_on_terminals() -> Iterator[None]:
-    """Leave out transformers' progress bars where they would fill a log file."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    if not console_of_terminal().is_terminal:
-        logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _chosen(known: list[str], adapter: str | list[str] | None) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from lora_lightning.verbs.merge.comparison import Difference
 
 
-@dataclass
+@dataclass(repr=False)
 class MergeResult:
     """What a merge wrote, and how it compares.
 
@@ -50,6 +50,10 @@ class MergeResult:
                 f"  as saved ({self.dtype or 'as the base'}): ".ljust(32) + str(self.saved),
             ]
         return [*lines, *self.notes, f"written: {self.out}", f"to use it:\n  {self.use}"]
+
+    def __repr__(self) -> str:
+        # What a notebook shows of a cell's end, where all of it stands already.
+        return f"<MergeResult of {self.checkpoint}: {self.out}>"
 
     def __str__(self) -> str:
         return "\n".join(self.lines())

@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from lora_lightning.checkpoint.state_dict import KEY, OPTIONS, TASK
 from lora_lightning.engine.unloading import merge_and_unload
 from lora_lightning.errors import AdapterStateError, ConfigError
 from lora_lightning.layers.quantized.base import packed_weight
+from lora_lightning.runs.build import made_in_setup
 from lora_lightning.utilities.atomic_write import sync_directory
 from lora_lightning.utilities.new_output import check_new_file
 from lora_lightning.verbs.merge.comparison import (
@@ -75,9 +78,35 @@ def merge_module(
         result.saved = difference(scores(ask, batches), wanted)
         result.rows = sum(map(rows_of, batches))
     _write(result.out, content, force)
-    name = type(module).__qualname__
+    result.dtype = None if dtype is None else str(dtype).removeprefix("torch.")
     result.how = "the whole module, under its own names"
-    result.use = f"{name}.load_from_checkpoint({str(result.out)!r})"
+
+
+def to_load(module: Any, content: dict[str, Any], out: Path, options: Mapping[str, Any]) -> str:
+    """How the checkpoint is loaded: with the arguments that it does not hold.
+
+    `options`: what the run's config gave the module's constructor.
+    """
+    kind = type(module)
+    saved = content.get("hyper_parameters") or {}
+    known = [p for p in inspect.signature(kind).parameters.values() if p.name not in saved]
+    needed = [
+        p.name
+        for p in known
+        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        and (p.default is p.empty or options.get(p.name, p.default) != p.default)
+    ]
+    plain = (str, int, float, bool, type(None))
+    given = {n: options[n] for n in needed if isinstance(options.get(n, ...), plain)}
+    arguments = ", ".join(f"{n}={given[n]!r}" if n in given else f"{n}=..." for n in needed)
+    if not made_in_setup(module):
+        inside = ", ".join([repr(str(out)), *([arguments] if needed else [])])
+        return f"{kind.__qualname__}.load_from_checkpoint({inside})"
+    return (
+        f"module = {kind.__qualname__}({arguments})\n"
+        "  module.setup('fit')  # makes layers, as a Trainer does\n"
+        f"  module.load_state_dict(torch.load({str(out)!r})['state_dict'])"
+    )
 
 
 def _is_number(value: Any) -> bool:
@@ -100,7 +129,8 @@ def _write(place: Path, content: dict[str, Any], force: bool) -> None:
             f"{str(place)!r} cannot be written: {reason}. Nothing was left there. (out)"
         ) from error
     finally:
-        draft.unlink(missing_ok=True)
+        with suppress(NotADirectoryError):
+            draft.unlink(missing_ok=True)
     sync_directory(place.parent)
 
 
