@@ -103,5 +103,7 @@ if TYPE_CHECKING:
         load_from_checkpoint as load_from_checkpoint,
     )
     from lora_lightning.training.progress import TrainingProgress as TrainingProgress
+    from lora_lightning.verbs.plan.plan import plan as plan
+    from lora_lightning.verbs.plan.result import Plan as Plan
 
 __all__, __getattr__, __dir__ = lazy_names(__name__)

@@ -24,8 +24,9 @@ from lightning.pytorch.loggers import CSVLogger
 
 from lora_lightning.callback import LoraCallback
 from lora_lightning.callbacks.comparison import compare_with_base
-from lora_lightning.cli.examination import ExaminingTrainer, examine_config
+from lora_lightning.cli.examination import examine_config
 from lora_lightning.cli.parser import PROGRAM, LoraParser
+from lora_lightning.cli.planning import ON_NO_DEVICE, PlanningTrainer, plan_config
 from lora_lightning.cli.predictions import save_predictions
 from lora_lightning.cli.saved_config import RunConfig
 from lora_lightning.errors import CheckpointError, ConfigError, first_few
@@ -45,7 +46,7 @@ class LoraCLI(LightningCLI):
         self._arguments = tuple(sys.argv[1:] if args is None else args)
         try:
             super().__init__(
-                trainer_class=ExaminingTrainer,
+                trainer_class=PlanningTrainer,
                 model_class=LightningModule,
                 datamodule_class=LightningDataModule,
                 subclass_mode_model=True,
@@ -67,13 +68,20 @@ class LoraCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Lightning's, and `examine`."""
-        return {**LightningCLI.subcommands(), "examine": {"model", "datamodule"}}
+        """Lightning's, `examine` and `plan`."""
+        own = dict.fromkeys(("examine", "plan"), {"model", "datamodule"})
+        return {**LightningCLI.subcommands(), **own}
 
     def examine(self, **kwargs: Any) -> None:
         """Tell what holds for the module, which is made anew many times; exit with 1 if not all."""
         if not examine_config(type(self), self._arguments, kwargs["batches"]).holds:
             sys.exit(1)
+
+    def plan(self, **kwargs: Any) -> None:
+        """Print what the run needs; nothing is loaded, and nothing written."""
+        trainer = self._options()["trainer"]
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        plan_config(self.model, callbacks, self.datamodule, trainer, kwargs).show()
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the callback's options as a section of their own: `--lora.r 16`."""
@@ -103,8 +111,8 @@ class LoraCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Look the checkpoint up, and refuse to start a run over an existing one."""
-        if self.subcommand == "examine":
-            return  # which leaves the run directory alone
+        if self.subcommand in ("examine", "plan"):
+            return  # which leave the run directory alone
         options = self._options()
         found = self.found_checkpoints()
         wanted = options.get("ckpt_path")
@@ -131,6 +139,8 @@ class LoraCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the Trainer, with logs and checkpoints inside the run directory."""
         made = self.config_init[self.subcommand]
+        if self.subcommand == "plan":
+            kwargs |= ON_NO_DEVICE
         if made["trainer"].get("logger") in (None, True):
             kwargs["logger"] = CSVLogger(save_dir=str(self.run_directory), name="logs")
         callbacks = _as_list(made["trainer"].get("callbacks"))
