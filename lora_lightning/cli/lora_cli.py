@@ -69,7 +69,7 @@ class LoraCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Lightning's, `examine` and `plan`."""
-        own = dict.fromkeys(("examine", "plan"), {"model", "datamodule"})
+        own = {name: {"model", "datamodule"} for name in ("examine", "plan")}
         return {**LightningCLI.subcommands(), **own}
 
     def examine(self, **kwargs: Any) -> None:

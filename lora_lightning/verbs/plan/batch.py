@@ -42,15 +42,13 @@ class BatchShape:
         return f"batch {self.rows} x {self.length:,} tokens{target}"
 
 
-def shape_of(
-    module: Any, data: Any, asked: dict[str, int | None], found: RunLength
-) -> BatchShape:
+def shape_of(module: Any, data: Any, asked: dict[str, int | None], found: RunLength) -> BatchShape:
     """What is asked for; else what the data have; else what their options allow."""
     for name, number in asked.items():
         if number is not None and number < 1:
             raise ConfigError(f"{name} must be at least 1, found {number}. ({name})")
     rows = asked["batch_size"] or getattr(data, "batch_size", None) or _rows_of(found) or 1
-    config = getattr(getattr(module, "network", None), "config", None)
+    config: Any = getattr(getattr(module, "network", None), "config", None)
     if not isinstance(module, PretrainedTask) or not hasattr(config, "vocab_size"):
         return BatchShape(rows)
     text = config.get_text_config()
@@ -77,7 +75,8 @@ def batch_of(module: Any, shape: BatchShape, found: RunLength, precision: str) -
     """The batch; called where tensors have no memory."""
     if not isinstance(module, PretrainedTask):
         return _like(found.first_batch, shape.rows, precision)
-    kind, config = module.auto_class, module.network.config  # type: ignore[union-attr]
+    network: Any = module.network
+    kind, config = module.auto_class, network.config
     labels: tuple[int, ...] = (shape.rows,)
     if shape.length is None:
         size = config.image_size

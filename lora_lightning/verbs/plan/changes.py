@@ -14,7 +14,7 @@ from lora_lightning.tasks.pretrained_task import PretrainedTask
 from lora_lightning.verbs.plan.batch import BatchShape
 from lora_lightning.verbs.plan.estimate import Estimate, Run
 
-Peak = Callable[[Estimate], int]
+Peak = Callable[[Estimate], float]
 
 
 @dataclass(frozen=True)
@@ -28,26 +28,35 @@ class Change:
     """
 
     text: str
-    peak: int
+    peak: float
 
 
-def changes_of(run: Run, shape: BatchShape, now: Estimate, peak_of: Peak, sharded: bool) -> list[Change]:  # fmt: skip
-    """Each by itself, then those of a task added up, until nothing is left to change."""
-    options: dict[str, dict[str, Any]] = dict(_options(run.module, now, sharded))
-    shapes = dict(_smaller(shape))
-    found = []
-    for text, changes in options.items():
+def changes_of(
+    run: Run, shape: BatchShape, now: Estimate, peak_of: Peak, fits: Callable[[float], bool]
+) -> list[Change]:
+    """The other choice of gradient checkpointing; and where a run does not fit, what needs less.
+
+    Each by itself, then those of a task together, and then with the smallest batch.
+    """
+    other = _other_checkpointing(run.module, now)
+    found = [c for text, changes in other for c in _changed(run, [text], changes, shape, peak_of)]
+    if fits(peak_of(now)):
+        return found
+    fewer = [(text, changes) for text, changes in other if changes["gradient_checkpointing"]]
+    options = [*fewer, *_quantized(run.module, now)]
+    for text, changes in options[len(fewer) :]:
         found += _changed(run, [text], changes, shape, peak_of)
-    for text, other in shapes.items():
-        done = run.estimate(now.subject, other)
-        if not done.unknown:
-            found.append(Change(text, peak_of(done)))
-    together = {k: v for changes in options.values() for k, v in changes.items()}
+    smaller = [*_smaller(shape)]
+    for text, less in smaller:
+        done = run.estimate(now.subject, less)
+        found += [] if done.unknown else [Change(text, peak_of(done))]
+    texts = [text for text, _ in options]
+    together = {k: v for _, changes in options for k, v in changes.items()}
     if len(options) > 1:
-        found += _changed(run, [*options], together, shape, peak_of)
-    if options and shapes:
-        text, smallest = [*shapes.items()][-1]
-        found += _changed(run, [*options, text], together, smallest, peak_of)
+        found += _changed(run, texts, together, shape, peak_of)
+    if options and smaller:
+        text, least = smaller[-1]
+        found += _changed(run, [*texts, text], together, least, peak_of)
     return found
 
 
@@ -61,16 +70,24 @@ def _changed(
     return [] if done.unknown else [Change(", ".join(texts), peak_of(done))]
 
 
-def _options(module: Any, now: Estimate, sharded: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+def _other_checkpointing(module: Any, now: Estimate) -> list[tuple[str, dict[str, Any]]]:
     if not isinstance(module, PretrainedTask) or module.network is not None:
-        return
-    how = module.options
+        return []
     network: Any = now.subject.module.network
-    if not how.gradient_checkpointing and network.supports_gradient_checkpointing:
-        yield "gradient_checkpointing", {"gradient_checkpointing": True}
+    if not network.supports_gradient_checkpointing:
+        return []
+    other = not module.options.gradient_checkpointing
+    text = "gradient_checkpointing" if other else "gradient_checkpointing false"
+    return [(text, {"gradient_checkpointing": other})]
+
+
+def _quantized(module: Any, now: Estimate) -> list[tuple[str, dict[str, Any]]]:
+    if not isinstance(module, PretrainedTask) or module.network is not None:
+        return []
     there = importlib.util.find_spec("bitsandbytes") is not None
-    if there and not how.quantize and not sharded and adapter_names(now.subject.module):
-        yield "quantize nf4", {"quantize": "nf4"}
+    if not there or module.options.quantize or not adapter_names(now.subject.module):
+        return []
+    return [("quantize nf4", {"quantize": "nf4"})]
 
 
 def _smaller(shape: BatchShape) -> Iterator[tuple[str, BatchShape]]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lightning.pytorch import LightningModule
@@ -63,7 +64,7 @@ class Run:
     callbacks: Sequence[AdapterCallback]
     precision: str
     device: str
-    found: RunLength = RunLength()
+    found: RunLength = field(default_factory=RunLength)
 
     def subject(self, **changes: Any) -> Subject:
         """The module without memory; `changes` of a task's options."""
@@ -96,10 +97,15 @@ class Run:
         def make_batch() -> Any:
             return batch_of(subject.module, shape, self.found, self.precision)
 
+        said = logging.getLogger("torch._subclasses.fake_tensor")  # of each failure, at length
+        level = said.level
+        said.setLevel(logging.CRITICAL)
         try:
             masked = shape.padded or shape.packed
             asked = Asked(make_batch, optimizers, self.precision, self.device, masked)
             done.moments = step_peaks(subject, asked)
         except Exception as error:  # of a module that anybody may have written
             done.unknown = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        finally:
+            said.setLevel(level)
         return done

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from lora_lightning.utilities._torch import TorchDispatchMode, asks_for_values
 
 
-class LiveBytes(TorchDispatchMode):  # type: ignore[misc]
+class LiveBytes(TorchDispatchMode):
     """Counts each storage once, from the operation that makes it until nothing holds it.
 
     A storage counts for the `part` that is current when it is made. `peaks` has, for each phase,
@@ -27,7 +27,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[misc]
     """
 
     def __init__(self, condition: bool = False) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.condition = condition
         self.part = "other"
         self.live: Counter[str] = Counter()

@@ -116,5 +116,6 @@ def parse_bytes(text: str | int) -> int:
             f"memory={text!r} is no size: write a number and a unit, such as 24GB (10^9 bytes "
             "each) or 24GiB (2^30). (memory)"
         )
-    power = " kmgt".index(found.group(2).lower() or " ")
-    return round(float(found.group(1)) * (1024 if found.group(3) else 1000) ** power)
+    power: int = " kmgt".index(found.group(2).lower() or " ")
+    unit = 1024.0 if found.group(3) else 1000.0
+    return round(float(found.group(1)) * unit**power)

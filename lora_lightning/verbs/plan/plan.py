@@ -41,8 +41,7 @@ TRAINER_OPTIONS: dict[str, Any] = {
     "max_steps": -1,
     "limit_train_batches": None,
 }
-_PRECISIONS = {32: "32-true", "32": "32-true", 16: "16-mixed", "16": "16-mixed", "bf16": "bf16-mixed", 64: "64-true",
-               "64": "64-true", None: "32-true"}  # fmt: skip
+_PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed", "64": "64-true"}
 
 
 def plan(
@@ -102,12 +101,15 @@ def plan(
         )
     changes: list[Change] = []
     if not estimate.unknown:
-        changes = changes_of(
-            run, shape, estimate, lambda done: _peak(done, devices, strategy), strategy == "fsdp2"
-        )
+
+        def peak_of(done: Estimate) -> float:  # quantized weights cannot be shared out
+            return float(p.peak) if (p := done.placed(devices).get(strategy)) else math.inf
+
+        changes = changes_of(run, shape, estimate, peak_of, lambda peak: peak <= there[0])
+        changes = [change for change in changes if change.peak != math.inf]
         sharded = placed.get("fsdp2")
-        if sharded is not None and sharded.peak < placed[strategy].peak:
-            changes.append(Change(sharded.name, sharded.peak))
+        if placed[strategy].peak > there[0] and sharded is not None and strategy != "fsdp2":
+            changes.append(Change(f"{sharded.name} devices", sharded.peak))
     return _result(run, estimate, shape, options, there, changes)
 
 
@@ -166,17 +168,9 @@ def _result(
 
 def _parameters(module: nn.Module) -> int:
     """How many weights there are, also of layers that pack two to a byte."""
-    packed = {
-        id(m.weight): m.in_features * m.out_features
-        for m in module.modules()
-        if is_linear4bit(m)
-    }
+    layers: list[Any] = [m for m in module.modules() if is_linear4bit(m)]
+    packed: dict[int, int] = {id(m.weight): m.in_features * m.out_features for m in layers}
     return sum(packed.get(id(p), p.numel()) for p in module.parameters())
-
-
-def _peak(done: Estimate, devices: int, strategy: str) -> int:
-    placed = done.placed(devices)
-    return placed.get(strategy, placed["one"]).peak
 
 
 def _saved(subject: Subject) -> int:
@@ -201,11 +195,11 @@ def _checked(given: dict[str, Any]) -> dict[str, Any]:
     for name in given:
         if name not in TRAINER_OPTIONS:
             raise ConfigError(
-                f"plan knows no option {name!r}.{nearest_hint(name, TRAINER_OPTIONS)} Of the Trainer's it "
-                f"takes {', '.join(TRAINER_OPTIONS)}. ({name})"
+                f"plan knows no option {name!r}.{nearest_hint(name, TRAINER_OPTIONS)} Of the "
+                f"Trainer's it takes {', '.join(TRAINER_OPTIONS)}. ({name})"
             )
     options = {**TRAINER_OPTIONS, **given}
-    precision = options["precision"]
+    precision = str(options["precision"] or "32-true")
     options["precision"] = _PRECISIONS.get(precision, precision)
     return options
 

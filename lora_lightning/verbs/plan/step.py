@@ -85,8 +85,8 @@ def step_peaks(subject: Subject, asked: Asked) -> dict[str, Counter[str]]:
                     each = parts[part] - peaks[phase][part]
                     result[phase][part] += each * (len(layers) - short[i] + 1)
     finally:
-        for layers, modules in zip(lists, whole, strict=True):
-            _set(layers, modules)
+        for held, modules in zip(lists, whole, strict=True):
+            _set(held, modules)
     return result
 
 
@@ -121,7 +121,7 @@ def _traced(subject: Subject, asked: Asked) -> dict[str, Counter[str]]:
         try:
             with live.phase("forward", "activations"), _autocast(asked.precision):
                 output = module.training_step(batch, 0)
-                loss = output["loss"] if isinstance(output, dict) else output
+                loss: Any = output["loss"] if isinstance(output, dict) else output
                 del output
         finally:
             head()

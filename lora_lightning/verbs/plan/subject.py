@@ -96,7 +96,9 @@ def _cast(module: nn.Module, dtype: torch.dtype) -> None:
                 if id(tensor) not in cast:
                     made = tensor.detach().to(dtype)
                     parameter = isinstance(tensor, nn.Parameter)
-                    cast[id(tensor)] = nn.Parameter(made, tensor.requires_grad) if parameter else made
+                    cast[id(tensor)] = (
+                        nn.Parameter(made, tensor.requires_grad) if parameter else made
+                    )
                 tensors[name] = cast[id(tensor)]  # type: ignore[assignment]
 
 
@@ -108,7 +110,7 @@ def _attach(subject: Subject, callback: AdapterCallback) -> None:
         put_adapter_on(root, Path(callback.init_from), name, callback.autocast_adapter_dtype)
     else:
         config = _started_plainly(callback.config, subject.notes)
-        new = getattr(subject.module, "new_parameters", set())
+        new: set[str] = getattr(subject.module, "new_parameters", set())
         tensors = {id(p) for n, p in subject.module.named_parameters() if n in new}
         listed = [*(config.modules_to_save or ())]
         if tensors and callback.trainable:
@@ -160,11 +162,12 @@ def without_memory(module: LightningModule, fake: Any) -> LightningModule:
                     dense[id(child)] = made
                     memo[id(tensor)] = tensor  # for its options
     copied = copy.deepcopy(module, memo)
+    new: Any
     with fake:
         for old, new in zip(module.modules(), copied.modules(), strict=True):
             if id(old) in dense:
                 weight = dense[id(old)]
                 if not weight.is_floating_point():  # real ones, rounded already
-                    weight = torch.empty(new.out_features, new.in_features)  # type: ignore[call-overload]
+                    weight = torch.empty(new.out_features, new.in_features)
                 round_placeholder(new, weight)
     return copied
