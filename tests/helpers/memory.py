@@ -42,8 +42,7 @@ class MeasuredPeak(Callback):
 
     def __init__(self, first: int = 0) -> None:
         self.first = first  # batch
-        self.peak = self.resident = self.gradients = self.optimizer = 0
-        self.shape: list[int] = []
+        self.peak = self.resident = self.optimizer = self.before = 0
         self.profile: Any = None
         type(self).last = self
 
@@ -57,12 +56,8 @@ class MeasuredPeak(Callback):
         self.before = sum(storages([*base_tensors(pl_module), *gradients, *state]).values())
         if isinstance(batch, dict):
             self.before += sum(storages(batch.values()).values())
-            self.shape = max(self.shape, [*batch["input_ids"].shape, *batch["labels"].shape])
         self.profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
         self.profile.start()
-
-    def on_before_zero_grad(self, *_: Any) -> None:
-        pass
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

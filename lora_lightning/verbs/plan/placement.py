@@ -21,6 +21,7 @@ from lora_lightning.verbs.plan.subject import Subject
 
 # At work at once: the layer that computes, and the one that is gathered meanwhile.
 _GATHERED = 2
+_ROW = 1000  # bytes that are worth a row of their own
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,9 @@ class Placement:
 
 def on_one(resident: Counter[str], moments: dict[str, Counter[str]]) -> Placement:
     """All on one device, at the worst moment of a step."""
-    worst = max(moments.values(), key=Counter.total, default=Counter[str]())
+    worst = Counter(max(moments.values(), key=lambda parts: parts.total(), default=Counter[str]()))
+    if worst["loss head"] < _ROW:  # the loss itself
+        worst["activations"] += worst.pop("loss head", 0)
     return Placement("1 device", {**resident, **{k: v for k, v in worst.items() if v}})
 
 

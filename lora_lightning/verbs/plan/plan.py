@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -44,6 +46,16 @@ TRAINER_OPTIONS: dict[str, Any] = {
 _PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed", "64": "64-true"}
 
 
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Torch warns where tensors without memory are copied, which is meant here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+        warnings.filterwarnings("ignore", ".*self.trainer.*reference is not registered")
+        yield
+
+
+@_without_warnings()
 def plan(
     module: LightningModule,
     callbacks: Callback | Sequence[Callback] = (),

@@ -58,9 +58,11 @@ def resident_bytes(subject: Subject, optimizers: MakeOptimizers) -> tuple[Counte
         _count_resident(subject, live)
         made = optimizers(subject.module)
         state = _prepare(subject.module, made, live)
+        resident = Counter({part: live.live[part] for part in RESIDENT})
+        del made
         for p in subject.module.parameters():
             p.grad = None
-    return Counter({part: live.peaks[""][part] for part in RESIDENT}), state
+    return resident, state
 
 
 def step_peaks(subject: Subject, asked: Asked) -> dict[str, Counter[str]]:
