@@ -220,7 +220,9 @@ def test_on_several_devices(llama: Path, planned: Plan) -> None:
 def test_the_device_decides_how_many_scores_are_computed_at_once(tmp_path: Path) -> None:
     tiny_llama(tmp_path, vocab_size=32_000)
     on = {
-        kind: plan(CausalLM(tmp_path), LoraCallback(r=4), batch_size=2, length=512, accelerator=kind)
+        kind: plan(
+            CausalLM(tmp_path), LoraCallback(r=4), batch_size=2, length=512, accelerator=kind
+        )
         for kind in ("cpu", "cuda")
     }
     assert on["cuda"].loss_head_bytes > 2 * on["cpu"].loss_head_bytes
