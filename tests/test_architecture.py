@@ -126,6 +126,8 @@ WIDE = {
     "TokenClassificationDataModule.__init__": "options of the command line, --data",
     "PretrainedTask.__init__": "options of the command line, --model",
     "add_weighted_adapter": "PEFT's signature",
+    "PlanningTrainer.plan": "options of the command line",
+    "plan": "options of the command line, and of the Trainer",
     "AdaptedMultiheadAttention.forward": "torch's signature",
 }
 

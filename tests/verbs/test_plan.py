@@ -355,6 +355,7 @@ GALLERY: dict[str, tuple[Callable[[Path], str], int]] = {  # and how many batche
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of torch's profiler
 @pytest.mark.parametrize("name", GALLERY)
 def test_peak_is_near_what_is_measured(
     name: str, tmp_path: Path, monkeypatch: Any, capfd: Any
