@@ -46,7 +46,7 @@ class Placement:
 def on_one(resident: Counter[str], moments: dict[str, Counter[str]]) -> Placement:
     """All on one device, at the worst moment of a step."""
     found: list[Counter[str]] = [Counter(), *moments.values()]
-    worst = Counter(max(found, key=lambda parts: parts.total()))
+    worst = sorted(found, key=lambda parts: parts.total())[-1].copy()
     if worst["loss head"] < _ROW:  # the loss itself
         worst["activations"] += worst.pop("loss head", 0)
     return Placement("1 device", {**resident, **{k: v for k, v in worst.items() if v}})
