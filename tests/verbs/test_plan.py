@@ -380,7 +380,7 @@ def test_peak_is_near_what_is_measured(
     measured = MeasuredPeak.last
     assert measured is not None
     found: list[Plan] = []
-    monkeypatch.setattr(Plan, "show", found.append)
+    monkeypatch.setattr(Plan, "show", lambda self: found.append(self))
     run_command(tmp_path, monkeypatch, capfd, "plan", *options)
     (planned,) = found
     error = planned.peak_bytes / measured.peak - 1
