@@ -319,7 +319,7 @@ def words(count: int) -> str:
 
 def causal(place: Path) -> str:
     tiny_llama(place / "model", max_position_embeddings=2048, **SIZES)
-    rows = [{"prompt": words(150 + n), "completion": f" {words(900)}"} for n in range(40)]
+    rows = [{"prompt": words(150 + n), "completion": f" {words(2000)}"} for n in range(40)]
     return "\n".join(map(json.dumps, rows))
 
 
@@ -338,11 +338,11 @@ def pairs(place: Path) -> str:
 
     tokenizer = tiny_tokenizer()
     tokenizer.save_pretrained(place / "model")
-    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 5, "num_heads": 4}
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 2}
     ids = {"decoder_start_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
     config = T5Config(vocab_size=len(tokenizer), **sizes, **ids)
     T5ForConditionalGeneration(config).save_pretrained(place / "model")
-    rows = [{"prompt": words(90 + n), "completion": words(60 + n)} for n in range(40)]
+    rows = [{"prompt": words(700 + n), "completion": words(600 + n)} for n in range(40)]
     return "\n".join(map(json.dumps, rows))
 
 
