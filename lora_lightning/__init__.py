@@ -103,7 +103,15 @@ if TYPE_CHECKING:
         load_from_checkpoint as load_from_checkpoint,
     )
     from lora_lightning.training.progress import TrainingProgress as TrainingProgress
+    from lora_lightning.training.terminal_progress import TerminalProgress as TerminalProgress
+    from lora_lightning.verbs.export.export import export as export
+    from lora_lightning.verbs.generate.generate import generate as generate
+    from lora_lightning.verbs.inspect.inspect import inspect as inspect
+    from lora_lightning.verbs.inspect.inspect import Inspection as Inspection
+    from lora_lightning.verbs.merge.merge import merge as merge
     from lora_lightning.verbs.plan.plan import plan as plan
     from lora_lightning.verbs.plan.result import Plan as Plan
+    from lora_lightning.verbs.preview.preview import preview as preview
+    from lora_lightning.verbs.report.report import report as report
 
 __all__, __getattr__, __dir__ = lazy_names(__name__)

@@ -21,7 +21,11 @@ from lora_lightning.training.adapter_callback import AdapterCallback
 from lora_lightning.training.attachment import attach
 from lora_lightning.training.checkpoint_io.files import protect_checkpoints
 from lora_lightning.training.checkpoint_io.readable import check_states
-from lora_lightning.training.frozen_base import freeze_again, settle_what_trains
+from lora_lightning.training.frozen_base import (
+    EvalModeAdvice,
+    freeze_again,
+    settle_what_trains,
+)
 from lora_lightning.training.module_hooks import bind
 from lora_lightning.training.module_state import callbacks_of, defines_hook, module_state
 from lora_lightning.training.nonfinite import NonfiniteGuard
@@ -106,6 +110,7 @@ class LoraCallback(AdapterCallback):
         self._rank_schedule = RankSchedule()  # for AdaLoRA
         self._nonfinite_guard = NonfiniteGuard(nonfinite)
         self._preemption = Preemption()
+        self._eval_advice = EvalModeAdvice()
         self._gradients_checked = False
         self._log: Any = None
 
@@ -156,10 +161,12 @@ class LoraCallback(AdapterCallback):
         module_state(pl_module).learning_rates = configured_rates(trainer)
         for adapter in adapters_named(self._root(pl_module), self.adapter_name).values():
             adapter.train()  # also where the base came in eval mode (from_pretrained)
+        self._eval_advice.leave_out(pl_module)
         self._gradients_checked = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show what trains; from now on signals save and end the run."""
+        self._eval_advice.let_in()
         if not self.enabled:
             summary.show_without_adapters(trainer, pl_module)
             return
@@ -220,6 +227,7 @@ class LoraCallback(AdapterCallback):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Set the exit code; tell what there is to resume from when Ctrl-C ends a run."""
+        self._eval_advice.let_in()
         set_exit_code(trainer, exception)
         if self._is_first(pl_module):
             explain_failure(pl_module, exception)

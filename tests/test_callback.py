@@ -251,7 +251,7 @@ def test_start_table_and_end_lines(tmp_path: Path, capsys: Any) -> None:
     assert "trainable 163 of 662 parameters (24.62%)" in out
     assert "adapter on disk 652 B; the base (" in out
     assert "effective batch 32 = 16 x 2 accumulated x 1 devices" in out
-    assert f"best checkpoint: {tmp_path}/best.ckpt (" in out
+    assert f"\ncheckpoint: {tmp_path}/best.ckpt (" in out  # best by no metric
     assert f"last checkpoint: {tmp_path}/last.ckpt (" in out
 
 
@@ -264,7 +264,7 @@ def test_several_callbacks_say_once_what_is_true_of_the_run(tmp_path: Path, caps
     out = capsys.readouterr().out
     assert "LoRA adapter 'default'" in out
     assert "AdaLoRA adapter 'two'" in out
-    assert out.count("effective batch") == out.count("best checkpoint") == 1
+    assert out.count("effective batch") == out.count("checkpoint: ") == 1
 
 
 # -- the rest of the run -----------------------------------------------------------------------------
@@ -482,7 +482,7 @@ def test_interrupted_run_says_where_its_checkpoint_lies(tmp_path: Path, capsys: 
             ModelCheckpoint(tmp_path, filename="one"),
             max_epochs=3,
         ).fit(Interrupted(), Data())
-    assert f"best checkpoint: {tmp_path}/one.ckpt" in capsys.readouterr().out
+    assert f"checkpoint: {tmp_path}/one.ckpt" in capsys.readouterr().out
 
 
 def test_learning_rate_finder(tmp_path: Path) -> None:

@@ -26,7 +26,9 @@ from lora_lightning import (
     inject_adapter,
     save_adapter,
 )
+from lora_lightning.cli import verbs
 from lora_lightning.cli.lora_cli import LoraCLI
+from lora_lightning.cli.main import main
 from lora_lightning.data import TextDataModule
 from lora_lightning.data.samples.formats import FORMATS
 from lora_lightning.errors import CheckpointError
@@ -166,7 +168,7 @@ CALLS = [line for line in LINES if line.startswith("lora-lightning")]
 
 
 def test_there_are_calls() -> None:
-    assert len(CALLS) == 15
+    assert len(CALLS) >= 18
 
 
 @pytest.mark.slow
@@ -174,7 +176,13 @@ def test_there_are_calls() -> None:
 def test_commands_parse(call: str, monkeypatch: Any) -> None:
     """Every `lora-lightning` call of a page is one that the parser takes."""
     words = shlex.split(call)
-    assert words[1] in {"fit", "validate", "test", "predict", "examine"}
+    if words[1] in verbs.VERBS:
+        verbs.parsed(words[1], getattr(lora_lightning, words[1]), tuple(words[2:]))
+        return
+    if words[1] == "configs":
+        main(words[1:])
+        return
+    assert words[1] in {"fit", "validate", "test", "predict", "examine", "preview", "plan"}
     (mine,) = (block for _, block in blocks("yaml") if "runs/mine" in block)
     Path("mine.yaml").write_text(mine)
     monkeypatch.setattr(sys, "argv", words)

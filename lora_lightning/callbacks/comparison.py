@@ -19,12 +19,14 @@ from lora_lightning.engine.switching import adapter_names, disable_adapter
 from lora_lightning.errors import ConfigError, first_few
 from lora_lightning.layers.traversal import named_adapted_layers
 from lora_lightning.training import _lightning, messages
-from lora_lightning.training.module_state import callbacks_of
+from lora_lightning.training.module_state import callbacks_of, module_state
 from lora_lightning.utilities.rng import random_state, seed_all, set_random_state
 
 # Word error rate as a word: "answer_accuracy" has its letters, too.
 _SMALLER_IS_BETTER = re.compile(r"loss|perplexity|error|nll|mse|mae|(?<![a-z])wer(?![a-z])")
 _LARGER_IS_BETTER = re.compile(r"acc|f1|auc|bleu|rouge")
+# What may lie between 0 and 1 and is no share, so that its change is no number of points.
+_NO_SHARE = re.compile(r"loss|perplexity|nll|mse|mae|entropy|divergence|distance")
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Comparison:
             single batches; None: fewer than four batches, or they were in other processes.
         title: What was compared.
         copies: Modules that train as a whole (`modules_to_save`); the base has their original.
+        new: Those of them that no file had weights for: the base's are random.
     """
 
     base: dict[str, float]
@@ -50,6 +53,7 @@ class Comparison:
     standard_error: float | None = None
     title: str = "base and tuned"
     copies: list[str] = field(default_factory=list)
+    new: list[str] = field(default_factory=list)
 
     @property
     def helped(self) -> bool | None:
@@ -64,10 +68,13 @@ class Comparison:
         """One sentence."""
         base, tuned = self.base[self.headline], self.tuned[self.headline]
         change = tuned - base
-        size = _percent(abs(change), base) or f"{abs(change):.4g}"
-        margin = ""
-        if self.standard_error is not None:
+        if _is_share(self.headline, base, tuned):
+            size = f"{100 * abs(change):.1f} points"
+            margin = "" if self.standard_error is None else f" +- {100 * self._margin:.1f}"
+        else:
+            size = _percent(abs(change), base) or f"{abs(change):.4g}"
             margin = f" +- {_percent(self._margin, base) or f'{self._margin:.4g}'}"
+            margin = "" if self.standard_error is None else margin
         if not math.isfinite(change):
             return f"{self.headline} is not finite: {base:.4g} before, {tuned:.4g} after"
         if change == 0:
@@ -76,7 +83,8 @@ class Comparison:
             return f"no clear difference: {self.headline} changes by {size}{margin}"
         verb = "lowers" if change < 0 else "raises"
         worse = ", which is worse" if self.helped is False else ""
-        return f"the adapter {verb} {self.headline} by {size}{margin}{worse}"
+        ends = f" ({base:.3f} -> {tuned:.3f})" if _is_share(self.headline, base, tuned) else ""
+        return f"the adapter {verb} {self.headline} by {size}{margin}{ends}{worse}"
 
     @property
     def _margin(self) -> float:
@@ -90,18 +98,26 @@ class Comparison:
             table.add_column(column, justify="right")
         for name in [n for n in self.tuned if n in self.base]:
             base, tuned = self.base[name], self.tuned[name]
-            relative = _percent(tuned - base, base, signed=True)
-            change = f"{tuned - base:+.4g}" + (f" ({relative})" if relative else "")
+            if _is_share(name, base, tuned):
+                change = f"{100 * (tuned - base):+.1f} points"
+            else:
+                relative = _percent(tuned - base, base, signed=True)
+                change = f"{tuned - base:+.4g}" + (f" ({relative})" if relative else "")
             table.add_row(name, f"{base:.4g}", f"{tuned:.4g}", change)
         return table
 
     def lines(self) -> list[Table | str]:
         """The table, what to know of it, and the verdict."""
+        known = [path for path in self.copies if path not in self.new]
         notes = [
-            f"base: with {first_few(self.copies)} (modules_to_save) as before training, which is "
+            f"base: its {first_few(self.new)} is new and untrained, so its row is chance"
+            for _ in self.new[:1]
+        ] + [
+            f"base: with {first_few(known)} (modules_to_save) as before training, which is "
             "random where it was newly initialised"
+            for _ in known[:1]
         ]
-        return [self.table(), *(notes if self.copies else []), self.verdict]
+        return [self.table(), *notes, self.verdict]
 
     def show(self) -> None:
         """Print `lines`."""
@@ -133,7 +149,7 @@ def compare_with_base(
             data, or nothing that it logs.
     """
     module = module or trainer.lightning_module
-    data = _check_comparable(trainer, module, data)
+    data = check_comparable(trainer, module, data)
     loggers, state = trainer.loggers, random_state()
     seed = int(torch.randint(2**62, ()))
     passes = _Pass(seed, disabled=True), _Pass(seed, disabled=False)
@@ -151,6 +167,8 @@ def compare_with_base(
     headline, mode = _headline(trainer, list(tuned))
     error = _standard_error(*(one.values.get(headline, []) for one in passes))
     step = f" (step {trainer.global_step})" if trainer.global_step else ""
+    copies = [path for path, layer in named_adapted_layers(module) if layer.trained_copies()]
+    new_names = module_state(module).new_names
     comparison = Comparison(
         base,
         tuned,
@@ -159,7 +177,8 @@ def compare_with_base(
         # Every process has a share of the batches.
         standard_error=None if error is None else error / math.sqrt(trainer.world_size),
         title=f"validation without and with the adapter, weights in memory{step}",
-        copies=[path for path, layer in named_adapted_layers(module) if layer.trained_copies()],
+        copies=copies,
+        new=[path for path in copies if any(n.startswith(f"{path}.") for n in new_names)],
     )
     if not _lightning.starts_processes(trainer.strategy.launcher):
         _log(trainer, comparison)
@@ -249,14 +268,31 @@ class _Pass(Callback):
                 off.__exit__(None, None, None)
 
 
-def _check_comparable(trainer: Any, module: LightningModule | None, data: Any) -> Any:
-    """The validation data, None where the module itself has them."""
+def check_comparable(trainer: Any, module: LightningModule | None, data: Any) -> Any:
+    """The validation data, None where the module itself has them.
+
+    Raises:
+        ConfigError: If there is no adapter, or nothing to validate.
+
+    """
     if module is None:
         raise ConfigError("give a module: this Trainer has run none. (module)")
-    name = type(module).__name__
     if not adapter_names(module) and not callbacks_of(module):
-        raise ConfigError(f"{name} has no adapter to compare with its base. (lora)")
+        raise ConfigError(
+            f"{type(module).__name__} has no adapter to compare with its base. (lora)"
+        )
+    return validation_data(trainer, module, data)
+
+
+def validation_data(trainer: Any, module: LightningModule, data: Any) -> Any:
+    """The validation data, None where the module itself has them.
+
+    Raises:
+        ConfigError: If there is nothing to validate.
+
+    """
     if not _defines(module, "validation_step"):
+        name = type(module).__name__
         raise ConfigError(f"{name} has no validation_step to compare with its base by. (model)")
     if trainer.limit_val_batches == 0:
         raise ConfigError("the validation data are left out. (trainer.limit_val_batches)")
@@ -310,6 +346,11 @@ def _log(trainer: Any, comparison: Comparison) -> None:
     for logger in trainer.loggers:
         logger.log_metrics(metrics, step=_lightning.logged_step(trainer))
         logger.save()
+
+
+def _is_share(name: str, base: float, tuned: float) -> bool:
+    """Whether the change of a metric is told in points: both lie between 0 and 1."""
+    return 0 <= base <= 1 and 0 <= tuned <= 1 and not _NO_SHARE.search(name.lower())
 
 
 def _percent(part: float, whole: float, signed: bool = False) -> str:

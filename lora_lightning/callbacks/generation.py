@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -10,9 +10,11 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import nn
 
+from lora_lightning.data.encoding.chat_labels import template_end_tokens
 from lora_lightning.errors import ConfigError, first_few
 from lora_lightning.layers.traversal import walk
 from lora_lightning.tasks.model_options import check_generation_options
+from lora_lightning.tasks.stop_tokens import as_ids, stop_tokens, until_end
 from lora_lightning.utilities.dtensor import is_sharded
 from lora_lightning.utilities.rng import random_state, seed_all, set_random_state
 from lora_lightning.utilities.wrappers import plain_name
@@ -27,7 +29,9 @@ _REFUSED = ("return_dict_in_generate", "num_return_sequences", "max_new_tokens",
 class TextGenerator:
     """Continues token ids with a Hugging Face model that can `generate`, one prompt at a time.
 
-    `options` are what else `generate` is given. Without `do_sample` it is greedy.
+    `options` are what else `generate` is given. Without `do_sample` it is greedy. A text ends where
+    the network's files say and at `end_tokens`, which training taught; None: where the tokenizer's
+    chat template ends a turn.
 
     Raises:
         ConfigError: If `generate` knows no such option.
@@ -39,6 +43,7 @@ class TextGenerator:
         tokenizer: PreTrainedTokenizerBase,
         max_new_tokens: int,
         options: Mapping[str, Any],
+        end_tokens: Collection[int] | None = None,
     ) -> None:
         check_generation_options(options, _REFUSED, "generation")
         self.network = network
@@ -48,10 +53,12 @@ class TextGenerator:
         if not options.get("do_sample", False):  # what the model brings for sampling
             greedy.update(dict.fromkeys(("temperature", "top_p", "top_k"), None))
         padding = tokenizer.pad_token_id
-        ends = {"pad_token_id": tokenizer.eos_token_id if padding is None else padding}
-        own_end = getattr(network.generation_config, "eos_token_id", None)
-        if tokenizer.eos_token_id is not None and own_end is None:
-            ends["eos_token_id"] = tokenizer.eos_token_id
+        ends: dict[str, Any] = {
+            "pad_token_id": tokenizer.eos_token_id if padding is None else padding
+        }
+        learned = template_end_tokens(tokenizer) if end_tokens is None else end_tokens
+        stops = stop_tokens(network, learned) or as_ids(tokenizer.eos_token_id)
+        ends |= {"eos_token_id": stops} if stops else {}
         self.options = {**greedy, **ends, **options}
 
     def fits(self, ids: Sequence[int]) -> bool:
@@ -82,7 +89,9 @@ class TextGenerator:
                     tokenizer=self.tokenizer,  # reads `stop_strings`
                     **self.options,
                 )[0]
-                new = output if self.is_encoder_decoder else output[len(ids) :]
+                # A decoder starts with a token that is no text, and may be the one that ends it.
+                new = output.tolist()[1 if self.is_encoder_decoder else len(ids) :]
+                new = until_end(new, as_ids(self.options.get("eos_token_id")))
                 texts.append(str(self.tokenizer.decode(new, skip_special_tokens=True)))
         return texts
 

@@ -40,8 +40,9 @@ class TextSamples(Callback):
 
     It goes to the console and into every logger: TensorBoard, W&B, MLflow and Comet as text,
     any other (CSVLogger) as lines of `samples.jsonl` beside its metrics. The base's text is
-    written once, with the adapters disabled, and kept. Training goes on as if nothing had been
-    written: random numbers, train and eval mode stay as they are.
+    written once, with the adapters disabled, kept, and shown on the console once. A text ends
+    where the model's files say, and where turns were taught to end. Training goes on as if nothing
+    had been written: random numbers, train and eval mode stay as they are.
 
     It works with the language models of this package and with every LightningModule that holds
     exactly one Hugging Face model that generates. Under DDP the first process writes; under FSDP2
@@ -103,7 +104,11 @@ class TextSamples(Callback):
             )
         network = generating_network(pl_module)
         tokenizer = self._find_tokenizer(trainer, pl_module)
-        generator = TextGenerator(network, tokenizer, self.max_new_tokens, self.generation)
+        data = getattr(trainer, "datamodule", None)
+        learned = {i for x in (data, pl_module) for i in getattr(x, "end_tokens", None) or ()}
+        generator = TextGenerator(
+            network, tokenizer, self.max_new_tokens, self.generation, sorted(learned) or None
+        )
         self._generator, self._base, self._last_step = generator, None, -1
         prompts = [_as_sample(prompt) for prompt in self._find_prompts(trainer)]
         encoded = self._encode(trainer, [sample for sample, _ in prompts])
@@ -147,7 +152,8 @@ class TextSamples(Callback):
             return
         ids = [ids for _, ids in self._asked]
         with left_out(trainer):
-            if self._base is None and adapter_names(pl_module):
+            known = self._base is not None
+            if not known and adapter_names(pl_module):
                 with torch.inference_mode(False), disable_adapter(pl_module):
                     self._base = generator.texts(pl_module, ids)
             tuned = generator.texts(pl_module, ids)
@@ -156,7 +162,9 @@ class TextSamples(Callback):
             for number, (row, _) in enumerate(self._asked):
                 base = {} if self._base is None else {"base": self._base[number]}
                 rows.append({**row, **base, "tuned": tuned[number]})
-            messages.show(as_table(rows, f"samples at step {step}"))
+            # The base's text does not change.
+            above = [{**row, "base": "(as above)"} for row in rows] if known else rows
+            messages.show(as_table(above, f"samples at step {step}"))
             for logger in trainer.loggers:
                 log_texts(logger, "samples", rows, step)
 

@@ -180,6 +180,21 @@ def _load_checkpoint(
     return FromFile(list(wanted.values()), moved)
 
 
+def put_on_skeleton(model: nn.Module, file: Path, checkpoint: dict[str, Any]) -> FromFile:
+    """Put the adapters of a checkpoint on the module that was trained, made without its weights.
+
+    Nothing is compared with its base: whoever reads that has to. What the run has moved of it is
+    returned by its names in `model`, without a look at what is there.
+    """
+    entries: dict[str, Any] = checkpoint[KEY]["adapters"]
+    prefix = _prefix(model, [path for name in entries for path in _owners(entries[name], name)])
+    for name in entries:
+        _load_one(model, file, checkpoint, prefix, (name, name), [], True)
+    owned = {key for entry in entries.values() for key in entry["tensors"]}
+    moved = {key: v for key, v in checkpoint["state_dict"].items() if key not in owned}
+    return FromFile([*entries], {k.removeprefix(prefix): v for k, v in moved.items()})
+
+
 def _rename_carried(checkpoint: dict[str, Any], saved_name: str, name: str) -> None:
     """Give what teachers carry in a checkpoint the name that the adapter gets here."""
     state, entries = checkpoint["state_dict"], checkpoint[KEY]["adapters"]

@@ -14,6 +14,7 @@ from lora_lightning.examination.examine import examine
 from lora_lightning.examination.recipe import quiet
 from lora_lightning.examination.result import Examination
 from lora_lightning.utilities.rng import random_state, set_random_state
+from lora_lightning.verbs.preview.preview import preview
 
 # Of the trainer's section; the rest, loggers and other callbacks say nothing of the module.
 _OPTIONS = (
@@ -26,7 +27,7 @@ _BUILT: dict[tuple[str, ...], LightningCLI] = {}
 
 
 class ExaminingTrainer(Trainer):
-    """Lightning's Trainer with a method `examine`: its methods are the command's subcommands."""
+    """Lightning's Trainer with more methods, for they are the command's subcommands."""
 
     def examine(self, model: Any, datamodule: Any = None, batches: int = 4) -> None:
         """Run a few steps in a temporary folder, and tell what of the promises holds.
@@ -38,6 +39,20 @@ class ExaminingTrainer(Trainer):
 
         """
         raise NotImplementedError("lora_lightning.examine makes modules anew; call it instead")
+
+    def preview(
+        self, model: Any, datamodule: Any = None, rows: int = 2, tokens: int = 1000
+    ) -> None:
+        """Show the data as the model will see them, without any weights.
+
+        Args:
+            model: The LightningModule.
+            datamodule: Its data.
+            rows: Examples that are shown.
+            tokens: The most tokens that are shown of one text.
+
+        """
+        preview(datamodule, model, rows, tokens).show()
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
+from pathlib import Path
 from typing import Any
+
+# tqdm reads it when it is imported, which most other packages do: its bars (of downloads, of
+# weights that are loaded) need a terminal.
+if not sys.stderr.isatty():
+    os.environ.setdefault("TQDM_DISABLE", "1")
 
 _LOGGERS = (
     "lightning.pytorch",
@@ -17,6 +24,7 @@ _LOGGED = (
     "GPU available: False",
     "TPU available: False",
     "💡 Tip",
+    "Restoring states from the checkpoint",  # what was done with it is said afterwards
     "Failed to load",  # torchao, of its kernels for GPUs
     "<enum '",  # torch, of what is deprecated in torchao
 )
@@ -32,6 +40,23 @@ def filter_logs() -> None:
             handler.setStream(_Stderr())
     for text in _WARNED:
         warnings.filterwarnings("ignore", message=text)
+
+
+def shorten_warnings() -> None:
+    """Show a warning of Lightning or this package without the line of theirs that gave it.
+
+    When Lightning is imported: it has a format of its own.
+    """
+    before = warnings.formatwarning
+
+    def shown(message: Any, category: Any, filename: str, lineno: int, line: Any = None) -> str:
+        ours = {"lightning", "lora_lightning"} & {*Path(filename).parts}
+        if ours and issubclass(category, UserWarning):
+            return f"warning: {message}\n"
+        return before(message, category, filename, lineno, line)
+
+    if before.__module__ != __name__:
+        warnings.formatwarning = shown
 
 
 def _is_shown(record: logging.LogRecord) -> bool:

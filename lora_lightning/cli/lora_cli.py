@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import os
-import shlex
-import shutil
 import signal
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import (
     ArgsType,
     LightningArgumentParser,
@@ -23,16 +20,26 @@ from lightning.pytorch.cli import (
 from lightning.pytorch.loggers import CSVLogger
 
 from lora_lightning.callback import LoraCallback
-from lora_lightning.callbacks.comparison import compare_with_base
-from lora_lightning.cli.examination import examine_config
-from lora_lightning.cli.parser import PROGRAM, LoraParser
+from lora_lightning.callbacks.comparison import (
+    check_comparable,
+    compare_with_base,
+    validation_data,
+)
+from lora_lightning.callbacks.comparison_file import write_comparison
+from lora_lightning.cli.early_checks import MonitorCheck, check_loggers, nothing_left
+from lora_lightning.cli.examination import ExaminingTrainer, examine_config
+from lora_lightning.cli.last_lines import to_evaluate, to_go_on, to_use_it
+from lora_lightning.cli.log_filter import shorten_warnings
+from lora_lightning.cli.parser import LoraParser
 from lora_lightning.cli.planning import ON_NO_DEVICE, PlanningTrainer, plan_config
-from lora_lightning.cli.predictions import save_predictions
+from lora_lightning.cli.predictions import PredictionFiles
 from lora_lightning.cli.saved_config import RunConfig
 from lora_lightning.errors import CheckpointError, ConfigError, first_few
 from lora_lightning.runs.checkpoints import best_of, checkpoints_in, last_of
 from lora_lightning.training.checkpoint_io import files
 from lora_lightning.training.messages import show
+from lora_lightning.training.terminal_progress import TerminalProgress
+from lora_lightning.verbs.preview.preview import idle_trainer
 
 
 class LoraCLI(LightningCLI):
@@ -44,6 +51,7 @@ class LoraCLI(LightningCLI):
 
     def __init__(self, args: ArgsType = None) -> None:
         self._arguments = tuple(sys.argv[1:] if args is None else args)
+        shorten_warnings()
         try:
             super().__init__(
                 trainer_class=PlanningTrainer,
@@ -68,8 +76,8 @@ class LoraCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Lightning's, `examine` and `plan`."""
-        own = {name: {"model", "datamodule"} for name in ("examine", "plan")}
+        """Lightning's, and those of data and module before training."""
+        own = {name: {"model", "datamodule"} for name in ("examine", "plan", "preview")}
         return {**LightningCLI.subcommands(), **own}
 
     def examine(self, **kwargs: Any) -> None:
@@ -111,7 +119,8 @@ class LoraCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Look the checkpoint up, and refuse to start a run over an existing one."""
-        if self.subcommand in ("examine", "plan"):
+        check_loggers(self._options()["trainer"].get("logger"))
+        if self.subcommand in ("examine", "plan", "preview"):
             return  # which leave the run directory alone
         options = self._options()
         found = self.found_checkpoints()
@@ -135,9 +144,17 @@ class LoraCLI(LightningCLI):
             )
         elif wanted is None and self.subcommand != "fit":
             show("no --ckpt_path given: this evaluates the model before any fine-tuning")
+        path = Path(str(options.get("ckpt_path")))
+        if self.subcommand == "fit" and path.is_file():
+            done = nothing_left(path, options["trainer"])
+            if done:
+                show(done)
+                sys.exit(0)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the Trainer, with logs and checkpoints inside the run directory."""
+        if self.subcommand == "preview":  # whatever devices the run is for
+            return idle_trainer(ExaminingTrainer)
         made = self.config_init[self.subcommand]
         if self.subcommand == "plan":
             kwargs |= ON_NO_DEVICE
@@ -148,6 +165,12 @@ class LoraCLI(LightningCLI):
             self._check_section_is_unused()
         else:
             callbacks = [*callbacks, made["lora"]]
+        if self.subcommand == "predict":
+            callbacks = [*callbacks, PredictionFiles()]
+        wants_bar = made["trainer"].get("enable_progress_bar") in (None, True)
+        if wants_bar and not any(isinstance(callback, ProgressBar) for callback in callbacks):
+            callbacks = [*callbacks, TerminalProgress()]
+        callbacks = [*callbacks, MonitorCheck()]
         trainer = super().instantiate_trainer(**kwargs, callbacks=callbacks)
         # First, so that wrong options are found before other callbacks write files.
         trainer.callbacks.sort(key=lambda callback: not isinstance(callback, LoraCallback))  # type: ignore[attr-defined]
@@ -192,67 +215,67 @@ class LoraCLI(LightningCLI):
     def _say_how_to_go_on(self, stop: SystemExit) -> None:
         saved = self.subcommand == "fit" and self.found_checkpoints()
         if saved and self.trainer.is_global_zero:
-            show(f"to go on:\n  {self._again()}")
+            show(*to_go_on(self.trainer, self.run_directory))
         if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning ends with 1 then
             stop.code = 128 + signal.SIGINT
 
-    def _again(self) -> str:
-        """The command that starts this run again."""
-        if self._launched_from_outside():
-            return "start it again as before, with --ckpt_path last"
-        arguments = _without_ckpt_path(sys.argv[1:])
-        return shlex.join([_typed_program(), *arguments, "--ckpt_path", "last"])
-
-    def _launched_from_outside(self) -> bool:
-        """Tell whether the processes were started by torchrun, SLURM or the like."""
-        environment = getattr(self.trainer.strategy, "cluster_environment", None)
-        return not isinstance(environment, (LightningEnvironment, type(None)))
-
     def after_fit(self) -> None:
-        """Print the commands that resume and evaluate this run, and whether it helped."""
+        """Say whether it helped, and what to do next."""
+        if self._options()["compare_with_base"]:
+            self._compare()
         if self.found_checkpoints() and self.trainer.is_global_zero:
-            self._show_commands()
-        if not self._options()["compare_with_base"]:
-            return
+            show(
+                *to_use_it(self.model, self.datamodule, self.run_directory),
+                *to_go_on(self.trainer, self.run_directory, further=True),
+                *(to_evaluate(self.trainer, self.run_directory) if self._validates() else []),
+            )
+
+    def _validates(self) -> bool:
+        try:
+            validation_data(self.trainer, self.model, self.datamodule)
+        except ConfigError:
+            return False
+        return True
+
+    def _compare(self) -> None:
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, SaveConfigCallback):
                 callback.already_saved = True  # which a process started for fit only knows itself
+        lines: list[Any] = []
         try:
+            data = check_comparable(self.trainer, self.model, self.datamodule)
+            if self.trainer.is_global_zero:
+                show(
+                    "comparing with the base: two validations, --compare_with_base false leaves "
+                    "them out"
+                )
             # By all processes together.
-            comparison = compare_with_base(self.trainer, self.model, self.datamodule)
+            comparison = compare_with_base(self.trainer, self.model, data)
         except ConfigError as reason:
-            lines: list[Any] = [f"not compared with the base: {reason}"]
+            lines = [f"not compared with the base: {reason}"]
         else:
             lines = comparison.lines()
+            if self.trainer.is_global_zero:
+                write_comparison(comparison, self.run_directory)
         if self.trainer.is_global_zero:
             show(*lines)
 
-    def _show_commands(self) -> None:
-        arguments = _without_ckpt_path(sys.argv[1:])
-        limit = "max_epochs" if self.trainer.max_steps == -1 else "max_steps"
-        evaluate = ["validate" if argument == "fit" else argument for argument in arguments]
-        if self._launched_from_outside():
-            alone = {"num_nodes": "1", "devices": "1", "strategy": "auto"}
-            evaluate += [part for key in alone for part in (f"--trainer.{key}", alone[key])]
-        show(
-            f"to train on (raise trainer.{limit}):\n  {self._again()}",
-            "to evaluate:\n  " + shlex.join([_typed_program(), *evaluate, "--ckpt_path", "best"]),
-        )
+    def _after_evaluation(self) -> None:
+        if self._options().get("ckpt_path") and self.trainer.is_global_zero:
+            own = frozenset({str(self.subcommand)})
+            show(*to_use_it(self.model, self.datamodule, self.run_directory, own))
+
+    def after_validate(self) -> None:
+        """Say what to do next."""
+        self._after_evaluation()
+
+    def after_test(self) -> None:
+        """Say what to do next."""
+        self._after_evaluation()
 
     def after_predict(self) -> None:
-        """Keep what was predicted, which LightningCLI would drop: files for each process."""
-        trainer = self.trainer
-        folder = Path(trainer.log_dir or self.run_directory)  # all processes ask for it together
-        predictions = trainer.predict_loop.predictions
-        if not predictions:
-            return
-        number = f"_{trainer.global_rank}" if trainer.world_size > 1 else ""
-        # `save_predictions` makes the folder, on a machine that does not share it.
-        *lines, whole = save_predictions(predictions, folder / f"predictions{number}")
-        if trainer.is_global_zero:
-            others = f" of process 0 of {trainer.world_size}" if number else ""
-            read = "".join(f"{path}, a line for each row; " for path in lines)
-            show(f"predictions{others}: {read}{whole} (torch.load), batch by batch")
+        """Say what to do next."""
+        self._after_evaluation()
 
 
 def _as_list(callbacks: Any) -> list[Any]:
@@ -267,21 +290,3 @@ def requeued() -> bool:
     begins when all of them are up.
     """
     return os.environ.get("SLURM_RESTART_COUNT", "0") not in ("", "0")
-
-
-def _typed_program() -> str:
-    """The command's name where the shell finds it, else the path by which it was called."""
-    found = shutil.which(PROGRAM)
-    called = sys.argv[0]
-    if found and os.path.exists(called) and not os.path.samefile(found, called):
-        return called
-    return PROGRAM if found or not os.path.exists(called) else called
-
-
-def _without_ckpt_path(arguments: list[str]) -> list[str]:
-    pairs = zip(["", *arguments], arguments, strict=False)  # the one before, and each argument
-    return [
-        argument
-        for before, argument in pairs
-        if "--ckpt_path" not in (before, argument) and not argument.startswith("--ckpt_path=")
-    ]

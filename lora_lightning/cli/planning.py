@@ -33,8 +33,6 @@ class PlanningTrainer(ExaminingTrainer):
         length: int | None = None,
         target_length: int | None = None,
         memory: str | None = None,
-        ckpt_path: str | None = None,
-        weights_only: bool | None = None,
     ) -> None:
         """Tell what the run needs, before any weight is loaded.
 
@@ -45,8 +43,6 @@ class PlanningTrainer(ExaminingTrainer):
             length: Tokens of a row. Default: of the longest in the data; else what they may have.
             target_length: Tokens of an encoder-decoder's targets. Default: likewise.
             memory: Of a device, such as `24GB`. Default: what is at hand.
-            ckpt_path: Of a run's config; it changes nothing.
-            weights_only: Likewise.
 
         """
         raise NotImplementedError("lora_lightning.plan makes no Trainer; call it instead")

@@ -14,7 +14,7 @@ def with_run(arguments: list[str]) -> list[str]:
         ConfigError: If it has no config.
 
     """
-    if len(arguments) < 2 or arguments[1].startswith("-"):
+    if len(arguments) < 2 or arguments[0].startswith("-") or arguments[1].startswith("-"):
         return arguments
     verb, place, *rest = arguments
     from lora_lightning.errors import ConfigError

@@ -22,11 +22,12 @@ class RunConfig(SaveConfigCallback):
             super().setup(trainer, pl_module, stage)
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write the config of a fit, without the checkpoint that it went on from."""
+        """Write the config of a fit, without what only some verbs take: the checkpoint, too."""
         if stage != "fit":
             return
         config = self.config.clone()
-        config["ckpt_path"] = None
+        for name in ("ckpt_path", "weights_only"):
+            config.pop(name, None)
         content = self.parser.dump(config, skip_none=False)
         directory = Path(trainer.default_root_dir)
         directory.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -18,7 +19,6 @@ from lora_lightning.data.sources.labelled_images import read_images
 from lora_lightning.data.split_data_module import SplitOptions
 from lora_lightning.data.validation_split import split_records
 from lora_lightning.errors import ConfigError
-from lora_lightning.training.messages import rank_zero_info
 
 Example = dict[str, Any]
 
@@ -97,13 +97,17 @@ class ImageDataModule(LabelledDataModule):
         """Training and validation images of those of `train`."""
         return split_records(records, self.val_fraction, content=lambda record: record.content)
 
+    def input_of(self, record: ImageRecord) -> dict[str, Any]:
+        """The path of the image, or its place in a dataset."""
+        return {"image": str(record.image) if isinstance(record.image, Path) else record.where}
+
     def label_place(self, record: ImageRecord) -> str:
         """Place of `record`: the label may be its folder's name."""
         return record.where
 
     def prepare(self, split: str, records: Sequence[ImageRecord]) -> ImageDataset:
         """A dataset of pixels and class ids."""
-        rank_zero_info(f"{split}: {len(records):,} images")
+        self.tell(split, f"{split}: {len(records):,} images")
         predicts = split == "predict"
         return ImageDataset(
             records,

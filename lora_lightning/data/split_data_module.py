@@ -14,6 +14,7 @@ from lora_lightning.data.batches.epoch_sampler import EpochSampler
 from lora_lightning.data.validation_split import split_records
 from lora_lightning.errors import ConfigError
 from lora_lightning.tasks.pretrained_task import PretrainedTask
+from lora_lightning.training.messages import rank_zero_info
 from lora_lightning.utilities.hub import load_pretrained
 
 # The splits that each Trainer stage reads.
@@ -75,6 +76,8 @@ class SplitDataModule(LightningDataModule):
             self.val_dataloader = MethodType(LightningDataModule.val_dataloader, self)  # type: ignore[method-assign]
         self.batch_size = options.batch_size
         self.num_workers = options.num_workers
+        # What was said of each split that is prepared: how much there is, and what became of it.
+        self.told: dict[str, str] = {}
         self._records: dict[str, Sequence[Any]] = {}
         self._prepared: dict[str, Any] = {}
         self._seed: int | None = None  # of the order, once training has begun
@@ -87,9 +90,21 @@ class SplitDataModule(LightningDataModule):
         """Make what the loaders of `split` serve; a split without records is not prepared."""
         raise NotImplementedError
 
+    def input_of(self, record: Any) -> dict[str, Any]:
+        """What a record of `predict` says, to stand beside what is predicted; nothing by default.
+
+        It holds for loaders that serve `prepared("predict")`.
+        """
+        return {}
+
     def hold_out(self, records: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
         """Training and validation records of those of `train`."""
         return split_records(records, self.val_fraction)
+
+    def tell(self, split: str, line: str) -> None:
+        """Say what there is in a split, and what was cut or left out; `told` keeps it."""
+        self.told[split] = line
+        rank_zero_info(line)
 
     def setup(self, stage: str | None = None) -> None:
         """Read, check and prepare what `stage` needs and no earlier stage has prepared."""

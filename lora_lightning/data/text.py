@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
-from itertools import islice
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch.utils.data import DataLoader
@@ -22,12 +22,11 @@ from lora_lightning.data.batches.packing import (
 from lora_lightning.data.batches.stream import TextStream
 from lora_lightning.data.encoding.for_model import BlockEncoder, Encoding, encoding_for, held_out
 from lora_lightning.data.encoding.sample_encoder import EncodingReport, SampleEncoder
-from lora_lightning.data.samples.formats import TextSource, check_format
-from lora_lightning.data.samples.sample import Sample
+from lora_lightning.data.samples.formats import TextSource, check_format, recognised_format
+from lora_lightning.data.samples.sample import Chat, Document, Sample
 from lora_lightning.data.split_data_module import SplitDataModule, SplitOptions
 from lora_lightning.data.validation_split import sample_content, split_records
 from lora_lightning.errors import ConfigError, ModelError, RecordError
-from lora_lightning.training.messages import rank_zero_info
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -122,6 +121,7 @@ class TextDataModule(SplitDataModule):
         self.streaming = streaming
         self.shuffle_buffer = shuffle_buffer
         self._packing_checked = False
+        self._format = format  # of the training data, once they are read
 
     # -- what there is -----------------------------------------------------------------------------
 
@@ -152,10 +152,31 @@ class TextDataModule(SplitDataModule):
 
     def read(self, split: str, path: str) -> list[Sample]:
         """The samples of one split."""
-        samples = list(self.source(split).samples())
-        if not samples:
+        source = self.source(split)
+        rows = source.rows()
+        first = list(islice(rows, 1))
+        if not first:
             raise RecordError(f"{path}: no rows; it is empty. (data.{split})")
-        return samples
+        if split == "train":
+            self._format = source.format or recognised_format(first[0], self.columns or {})
+        return list(source.samples(chain(first, rows)))
+
+    @property
+    def end_tokens(self) -> list[int]:
+        """Ids of the tokens with which the training data teach the model to stop."""
+        return self.encoding.encoder.end_tokens
+
+    @property
+    def prompting(self) -> dict[str, Any]:
+        """How the training data's prompts are written, in plain values, for later prompts."""
+        return {**self.encoding.encoder.prompting(), "format": self._format}
+
+    def input_of(self, record: Sample) -> dict[str, Any]:
+        """The prompt, or the messages of a chat."""
+        if isinstance(record, Chat):
+            tools = {"tools": list(record.tools)} if record.tools else {}
+            return {"messages": list(record.messages), **tools}
+        return {"prompt": record.text if isinstance(record, Document) else record.prompt}
 
     def hold_out(self, records: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
         """Training and validation samples."""
@@ -174,6 +195,16 @@ class TextDataModule(SplitDataModule):
                 )
             return self._records["val"]
         return super().records(split)
+
+    def samples(self, split: str) -> Iterator[Sample]:
+        """The samples of a split in the order in which they are encoded."""
+        if self.streaming and split == "train":
+            fraction = 0.0 if self.paths["val"] else self.val_fraction
+            return (s for s in self._streamed_source.samples() if not held_out(s, fraction))
+        samples = self.records(split)
+        if split == "train" and split in self._prepared:  # they were let go, and are again
+            self._records.pop("train")
+        return iter(samples)
 
     def sample_prompts(self, count: int) -> list[Sample]:
         """The first samples of the validation data; none where there are none."""
@@ -217,7 +248,7 @@ class TextDataModule(SplitDataModule):
                 f"; packed into {len(rows):,} rows of {encoder.max_length:,} tokens, "
                 f"{100 * full:.0f} % full (data.packing)"
             )
-        rank_zero_info(line)
+        self.tell(split, line)
         return BatchRows(store, rows)
 
     # -- loaders -----------------------------------------------------------------------------------
@@ -304,12 +335,13 @@ class TextDataModule(SplitDataModule):
             # Tokenizers that have worked in parallel warn of being forked, and stop doing so.
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         source = self._streamed_source
+        self._format = source.format
         fraction = 0.0 if self.paths["val"] else self.val_fraction
         encode = BlockEncoder(source, self.encoding, fraction)
         first, report = list(islice(source.rows(), self.shuffle_buffer)), EncodingReport()
         list(encode(first, report))
         line = report.line("train", self.encoding.encoder.limit)
-        rank_zero_info(f"{line}: of the first {len(first):,} rows; all are read while training")
+        self.tell("train", f"{line}: of the first {len(first):,} rows; all are read while training")
         shares = self.shares()
         return TextStream(
             source.rows,

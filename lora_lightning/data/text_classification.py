@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lora_lightning.data.labelled_text_data_module import Example, LabelledTextDataModule
 from lora_lightning.data.sources.labelled_texts import Record, read_records
 from lora_lightning.data.split_data_module import SplitOptions
-from lora_lightning.training.messages import rank_zero_info
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding
@@ -64,13 +63,18 @@ class TextClassificationDataModule(LabelledTextDataModule):
             label_column=None if split == "predict" else self.label_column,
         )
 
+    def input_of(self, record: Record) -> dict[str, Any]:
+        """The text."""
+        return {"text": record.text}
+
     def prepare(self, split: str, records: Sequence[Record]) -> list[Example]:
         """Token ids and class ids."""
         texts = [record.text for record in records]
         encoded = self.tokenizer(texts, truncation=True, max_length=self.max_length)
-        rank_zero_info(
+        self.tell(
+            split,
             f"{split}: {len(texts):,} texts, {self._count_cut(texts, encoded):,} of them cut to "
-            f"{self.max_length} tokens (data.max_length)"
+            f"{self.max_length} tokens (data.max_length)",
         )
         columns = dict(encoded)
         if split != "predict":

@@ -16,7 +16,6 @@ from lora_lightning.data.sources import labelled_words
 from lora_lightning.data.sources.labelled_words import Sentence
 from lora_lightning.data.split_data_module import SplitOptions
 from lora_lightning.errors import ConfigError
-from lora_lightning.training.messages import rank_zero_info
 from lora_lightning.utilities.constants import IGNORE_INDEX
 
 if TYPE_CHECKING:
@@ -87,6 +86,10 @@ class TokenClassificationDataModule(LabelledTextDataModule):
         """The labels of one sentence."""
         return record.labels
 
+    def input_of(self, record: Sentence) -> dict[str, Any]:
+        """The words."""
+        return {"tokens": list(record.words)}
+
     def prepare(self, split: str, records: Sequence[Sentence]) -> list[Example]:
         """Token ids; the class ids of first sub-tokens, or the words that are to be predicted."""
         encoded, cut = self._encode([sentence.text for sentence in records])
@@ -106,10 +109,11 @@ class TokenClassificationDataModule(LabelledTextDataModule):
             else:
                 example["labels"] = _spread(self.class_ids(sentence), places, length)
         words = sum(len(sentence.words) for sentence in records)
-        rank_zero_info(
+        self.tell(
+            split,
             f"{split}: {len(records):,} sentences, {words:,} words; {len(cut):,} sentences cut to "
             f"{self.max_length} tokens (data.max_length), {lost_to_cut:,} words lost with that"
-            + (f"; {lost:,} words have no token of their own" if lost else "")
+            + (f"; {lost:,} words have no token of their own" if lost else ""),
         )
         return examples
 

@@ -104,7 +104,7 @@ def _check_weights(model: nn.Module, names: Sequence[str], copies_too: bool = Fa
                 f"Nothing can be merged into {path!r} ({layer.base_type.__name__}): {reason}. Run "
                 "a batch, or put back the forward that was there before."
             )
-        written = _written(path, layer, adapters)
+        written = written_tensors(path, layer, adapters)
         if copies_too and any(name in layer.trained_copies() for name in names):
             written += layer.original_tensors.named_parameters()
             for node in layer.original_tensors.modules():  # tied inside, it is written once
@@ -120,7 +120,7 @@ def _check_weights(model: nn.Module, names: Sequence[str], copies_too: bool = Fa
             _check_writable(path, name, parameter, owners[id(parameter)])
 
 
-def _written(
+def written_tensors(
     path: str, layer: AdaptedLayer, adapters: list[AdapterModule]
 ) -> list[tuple[str, nn.Parameter]]:
     """The tensors of a layer that a merge of these adapters changes, by name."""

@@ -39,9 +39,14 @@ def freeze_norm_stats(model: nn.Module) -> None:
 def unfreeze_norm_stats(model: nn.Module) -> None:
     """Undo `freeze_norm_stats`; the layers take on the mode of `model`."""
     for _, module in walk(model):
-        if getattr(module.__dict__.get("train"), "func", None) is train:
+        if is_held(module):
             del module.__dict__["train"]
             module.training = model.training
+
+
+def is_held(module: nn.Module) -> bool:
+    """Tell whether `freeze_norm_stats` keeps this very module in eval mode."""
+    return getattr(module.__dict__.get("train"), "func", None) is train
 
 
 def _trains(module: nn.Module) -> bool:

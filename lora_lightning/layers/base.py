@@ -174,15 +174,32 @@ class AdaptedLayer(LoadableLayer):
 
         """
         wanted = {*self._merged, *names}
-        merging = {
-            name: on_weight
-            for name in self.adapters
-            if name in wanted and (on_weight := self.adapters[name].by_weight())
-        }
+        merging = self._with_weights(wanted)
         if [*merging] == self._merged:
             return
+        for name, result in self.merged_tensors(merging).items():
+            if name not in self._kept:
+                self._kept[name] = self.keep(name)
+            self.store_weight(result, name)
+        self.merged_adapters = [*merging]
+
+    @torch.no_grad()
+    def merged_tensors(
+        self, names: Iterable[str], weights: Iterable[str] | None = None
+    ) -> dict[str, Tensor]:
+        """What a merge of these adapters alone writes, in the canonical layout; nothing is written.
+
+        Args:
+            names: The adapters.
+            weights: The weights that are wanted, and their biases; None: all.
+
+        Raises:
+            AdapterStateError: If a result is not finite.
+
+        """
+        merging = self._with_weights(names)
         results: dict[str, Tensor] = {}
-        for name in self.weight_shapes():
+        for name in self.weight_shapes() if weights is None else weights:
             adapters = [on_weight[name] for on_weight in merging.values() if name in on_weight]
             if adapters:
                 self._merge_weight(name, adapters, results)
@@ -193,11 +210,15 @@ class AdaptedLayer(LoadableLayer):
                     "finite; nothing was merged into it. The adapter has diverged, or the dtype "
                     f"({result.dtype}) is too narrow."
                 )
-        for name, result in results.items():
-            if name not in self._kept:
-                self._kept[name] = self.keep(name)
-            self.store_weight(result, name)
-        self.merged_adapters = [*merging]
+        return results
+
+    def _with_weights(self, names: Iterable[str]) -> dict[str, dict[str, Adapter]]:
+        wanted = {*names}
+        return {
+            name: on_weight
+            for name in self.adapters
+            if name in wanted and (on_weight := self.adapters[name].by_weight())
+        }
 
     def _merge_weight(self, name: str, adapters: list[Adapter], results: dict[str, Tensor]) -> None:
         weight, view = self.base_weight(name), WeightView(self, name)

@@ -12,7 +12,15 @@ from lora_lightning.errors import ConfigError, RecordError
 from lora_lightning.tasks.lm_loss import LMLoss, TokenLoss
 from lora_lightning.tasks.model_options import check_generation_options
 from lora_lightning.tasks.pretrained_task import Batch, PretrainedTask
+from lora_lightning.tasks.stop_tokens import (
+    as_ids,
+    saved_end_tokens,
+    stop_line,
+    stop_tokens,
+    until_end,
+)
 from lora_lightning.training._lightning import trainer_of
+from lora_lightning.training.messages import rank_zero_info
 from lora_lightning.utilities.constants import IGNORE_INDEX
 from lora_lightning.utilities.dtensor import is_sharded
 from lora_lightning.utilities.hub import durable_name, load_pretrained
@@ -54,6 +62,10 @@ class LanguageModel(PretrainedTask):
         # Tokens that this process has been trained on in this run, padding left out.
         self.tokens_seen = 0
         self.lm_loss = LMLoss()
+        # Ids of the tokens that it was taught to end with, and how prompts were written: what
+        # the data module says of them under these names.
+        self.end_tokens: list[int] = []
+        self.prompting: dict[str, Any] = {}
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._tokenizer_name = model
 
@@ -64,16 +76,41 @@ class LanguageModel(PretrainedTask):
         own = {"max_new_tokens": self.max_new_tokens, "generation": plain or None}
         return {**found, **own} if found else {}
 
+    def on_fit_start(self) -> None:
+        """Learn from the data module where texts end, and say it where the tokenizer does not."""
+        super().on_fit_start()
+        data = getattr(self.trainer, "datamodule", None)
+        learned = getattr(data, "end_tokens", None) or ()
+        self.end_tokens = sorted({*self.end_tokens, *learned})
+        self.prompting = getattr(data, "prompting", None) or self.prompting
+        self._say_where_texts_end()
+
+    def on_predict_start(self) -> None:
+        """Say where texts end, where the tokenizer does not."""
+        super().on_predict_start()
+        self._say_where_texts_end()
+
+    def _say_where_texts_end(self) -> None:
+        line = stop_line(self.tokenizer, self.end_tokens) if self.end_tokens else None
+        if line and "eos_token_id" not in self.generation:
+            rank_zero_info(line)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the name of the tokenizer that the texts were read with."""
+        """Keep the tokenizer's name, where texts end, and how prompts were written."""
         super().on_save_checkpoint(checkpoint)
         tokenizer = self._tokenizer_of_data() or self._tokenizer
         name = self._tokenizer_name if tokenizer is None else tokenizer.name_or_path
         checkpoint["tokenizer"] = durable_name(name or self._tokenizer_name)
+        checkpoint["end_tokens"] = self.end_tokens
+        if _is_plain(self.prompting):
+            checkpoint["prompting"] = self.prompting
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the tokenizer that the texts were read with; with a Trainer, it is the data's."""
+        """Take what `on_save_checkpoint` kept; with a Trainer, the tokenizer is the data's."""
         super().on_load_checkpoint(checkpoint)
+        self.end_tokens = sorted({*self.end_tokens, *saved_end_tokens(checkpoint)})
+        prompting = checkpoint.get("prompting")
+        self.prompting = prompting if isinstance(prompting, dict) else {}
         name = checkpoint.get("tokenizer")
         if isinstance(name, str) and name != self._tokenizer_name:
             self._tokenizer, self._tokenizer_name = None, name
@@ -164,6 +201,10 @@ class LanguageModel(PretrainedTask):
             self._tokenizer = load_pretrained("AutoTokenizer", self._tokenizer_name, **hub)
         return self._tokenizer
 
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+
     def _tokenizer_of_data(self) -> PreTrainedTokenizerBase | None:
         data = getattr(trainer_of(self), "datamodule", None)
         found: PreTrainedTokenizerBase | str | None = getattr(data, "tokenizer", None)
@@ -174,14 +215,19 @@ class LanguageModel(PretrainedTask):
         return self.generate(batch["input_ids"], batch.get("attention_mask"))
 
     @torch.no_grad()
-    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[str]:
+    def generate(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any
+    ) -> list[str]:
         """The text that the model writes for each prompt, padded on either side.
 
+        It ends where the model's files say, and where it was taught to end (`end_tokens`).
         Outside of a Trainer call `eval()` before: in train mode dropout acts.
 
         Args:
             input_ids: (B, T).
             attention_mask: (B, T), 0 where there is padding.
+            **options: Of transformers' `generate`, before those of the task: `max_new_tokens`,
+                `streamer`.
 
         Raises:
             RecordError: If a prompt is longer than the network's table of positions.
@@ -193,7 +239,9 @@ class LanguageModel(PretrainedTask):
         pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         # Processes that share the weights out gather them until the last has written its texts.
         together = any(is_sharded(p) for p in network.parameters())
-        options = {"max_new_tokens": self.max_new_tokens, "pad_token_id": pad, **self.generation}
+        own = {"max_new_tokens": self.max_new_tokens, "pad_token_id": pad, "use_cache": True}
+        ends = stop_tokens(network, self.end_tokens)
+        options = {**own, "eos_token_id": ends or None, **self.generation, **options}
         left = _positions_left(network, input_ids.shape[1])
         options["max_new_tokens"] = min(options["max_new_tokens"], left)
         ids = network.generate(
@@ -202,7 +250,8 @@ class LanguageModel(PretrainedTask):
             tokenizer=tokenizer,  # reads `stop_strings`
             **options,
         )
-        new = self.written(ids, input_ids)
+        ends = as_ids(options["eos_token_id"])
+        new = [until_end(row, ends) for row in self.written(ids, input_ids).tolist()]
         texts: list[str] = tokenizer.batch_decode(new, skip_special_tokens=True)
         return texts
 

@@ -76,29 +76,35 @@ def build_network(
     return network, new
 
 
-def network_without_weights(
+def network_skeleton(
     auto_class: str,
     name: str,
     options: ModelOptions,
     precision: str | None = None,
     **network_options: Any,
 ) -> Any:
-    """The network on the meta device, of its config file alone, as `build_network` would have it.
+    """The network that `build_network` loads, unquantized and on the meta device: no values.
 
-    Layers that are to be quantized are bitsandbytes', with weights that are not yet rounded.
-    `precision`: the Trainer's.
+    `precision`: the Trainer's, where it is not that of the moment.
     """
     how = _how(options, network_options)
     cast = weights_of(precision)
     if options.dtype is None and cast is not None:
         how["dtype"] = cast
     with _attention_named(options.attn_implementation):
-        network = _skeleton(auto_class, name, how)
+        return _skeleton(auto_class, name, how)
+
+
+def settle_skeleton(network: Any, name: str, options: ModelOptions, precision: str) -> Any:
+    """Make of `network_skeleton` what `build_network` makes of loaded weights.
+
+    Layers that are to be quantized are bitsandbytes', with weights that are not yet rounded.
+    """
     if options.quantize:
         from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
         found = next(network.parameters()).dtype
-        config = _bitsandbytes(options.quantize, _AUTOCAST.get(precision or "", found), network)
+        config = _bitsandbytes(options.quantize, _AUTOCAST.get(precision, found), network)
         default = torch.get_default_dtype()
         torch.set_default_dtype(found)
         try:
@@ -106,6 +112,7 @@ def network_without_weights(
             network = replace_with_bnb_linear(network, precise, config)
         finally:
             torch.set_default_dtype(default)
+    cast = weights_of(precision)
     if cast is not None:
         network.to(cast)  # buffers, too
     _settle(network, name, options)

@@ -28,7 +28,8 @@ from lora_lightning.tasks.model_options import Dtype, ModelOptions, Quantization
 from lora_lightning.tasks.network import (
     build_network,
     head_parameters,
-    network_without_weights,
+    network_skeleton,
+    settle_skeleton,
 )
 from lora_lightning.tasks.sharding import data_parallel_mesh
 from lora_lightning.training._lightning import trainer_of
@@ -137,19 +138,17 @@ class PretrainedTask(Evaluation):
         self.new_parameters = {f"network.{key}" for key in new}
         module_state(self).new_names = self.new_parameters
 
-    def configure_without_weights(self, precision: str | None = None) -> None:
+    def configure_without_weights(self, precision: str) -> None:
         """Build the network on the meta device, of its config file alone, for a plan.
 
         `precision`: the Trainer's.
         """
         if self.network is None:
-            self.network = network_without_weights(
-                self.auto_class,
-                self.model_name,
-                self.options,
-                precision,
-                **self.network_options(),
+            name, options = self.model_name, self.options
+            network = network_skeleton(
+                self.auto_class, name, options, precision, **self.network_options()
             )
+            self.network = settle_skeleton(network, name, options, precision)
             self.new_parameters = {f"network.{n}" for n in head_parameters(self.network)}
 
     def network_options(self) -> dict[str, Any]:

@@ -44,6 +44,10 @@ class Seq2SeqLM(LanguageModel):
         """The target's tokens, each at its place."""
         return self.labels(batch)
 
+    def written(self, generated: Tensor, input_ids: Tensor) -> Tensor:
+        """Cut off the token that the decoder starts with; BART's is the one that ends a text."""
+        return generated[:, 1:]
+
     def count_tokens(self, batch: Batch) -> int:
         """Count input and target tokens."""
         return super().count_tokens(batch) + int(self.batch_weight(batch))

@@ -7,9 +7,13 @@ module means it: frozen they wait, and train again when it says so.
 
 from __future__ import annotations
 
+import warnings
+from typing import Any
+
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
+from lora_lightning.engine.norm_stats import is_held
 from lora_lightning.errors import AdapterStateError, first_few
 from lora_lightning.layers.traversal import named_adapted_layers, named_parameters
 from lora_lightning.training.messages import rank_zero_warn
@@ -25,6 +29,25 @@ def settle_what_trains(module: LightningModule) -> None:
     state.left_out = [p for p in parameters if is_left_out(p)]
     state.frozen = [p for p in parameters if not p.requires_grad]
     state.refrozen = False
+
+
+class EvalModeAdvice:
+    """Lightning's warning of modules in eval mode, left out where only held norm layers are."""
+
+    def __init__(self) -> None:
+        self._filter: Any = None
+
+    def leave_out(self, module: LightningModule) -> None:
+        """Between the start of fit and that of training, when it is given."""
+        if all(child.training or is_held(child) for child in module.modules()):
+            warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
+            self._filter = warnings.filters[0]
+
+    def let_in(self) -> None:
+        """Have it given again."""
+        if self._filter in warnings.filters:
+            warnings.filters.remove(self._filter)  # type: ignore[attr-defined]
+        self._filter = None
 
 
 def trained_parameters(module: LightningModule) -> dict[str, nn.Parameter]:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import logging
+import textwrap
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from lightning.pytorch import utilities
@@ -15,6 +19,24 @@ from lora_lightning.errors import printable
 def rank_zero_info(message: str) -> None:
     """Lightning's, with what is not `printable` spelled out."""
     utilities.rank_zero_info(printable(message))
+
+
+@contextmanager
+def notes_kept() -> Iterator[list[str]]:
+    """What is said by `rank_zero_info` in this block, instead of into the log."""
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    notes: list[str] = []
+
+    def keep(record: logging.LogRecord) -> bool:
+        if record.levelno == logging.INFO:
+            notes.append(record.getMessage())
+        return record.levelno != logging.INFO
+
+    logger.addFilter(keep)
+    try:
+        yield notes
+    finally:
+        logger.removeFilter(keep)
 
 
 def rank_zero_warn(message: str) -> None:
@@ -31,18 +53,61 @@ def show(*items: RenderableType) -> None:
     print(rendered(*items), end="", flush=True)
 
 
+def write(text: str) -> None:
+    """Print a piece of a text as it comes: what is not `printable` is spelled out."""
+    print(printable(text), end="", flush=True)
+
+
 def rendered(*items: RenderableType) -> str:
     """What `show` prints."""
     console = console_of_terminal()
+    with console.capture() as captured:
+        for item in items:
+            if isinstance(item, str) and console.is_terminal:
+                item = _broken_between_words(item, console.width)
+            console.print(_Printable(item))
+    return captured.get()
+
+
+def _broken_between_words(text: str, width: int) -> str:
+    """As a terminal would not break it; commands, which are indented, stay whole."""
+    lines = []
+    for line in text.split("\n"):
+        fits = len(line) <= width or line.startswith("  ")
+        options = {"break_long_words": False, "break_on_hyphens": False, "tabsize": 1}
+        lines += [line] if fits else textwrap.wrap(line, width, **options)  # type: ignore[arg-type]
+    return "\n".join(lines)
+
+
+def console_of_terminal() -> Console:
+    """As wide and colourful as the terminal; in text there is neither markup nor emoji codes."""
+    # In a notebook rich would show an empty output of its own beside the printed text.
+    return Console(soft_wrap=True, markup=False, emoji=False, highlight=False, force_jupyter=False)
+
+
+def as_text(*items: RenderableType) -> str:
+    """What `show` prints where there are no colours, such as in a log file."""
+    console = Console(
+        file=io.StringIO(), width=100, color_system=None, soft_wrap=True, markup=False,
+        emoji=False, highlight=False, force_jupyter=False,
+    )  # fmt: skip
     with console.capture() as captured:
         for item in items:
             console.print(_Printable(item))
     return captured.get()
 
 
-def console_of_terminal() -> Console:
-    """As wide and colourful as the terminal; in text there is neither markup nor emoji codes."""
-    return Console(soft_wrap=True, markup=False, emoji=False, highlight=False)
+def as_html(*items: RenderableType) -> str:
+    """What `show` prints on a terminal, for a notebook: text, so that nothing in it is HTML."""
+    console = Console(
+        file=io.StringIO(), width=100, color_system="truecolor", force_terminal=True, record=True,
+        soft_wrap=True, markup=False, emoji=False, highlight=False, force_jupyter=False,
+        no_color=False,
+    )  # fmt: skip
+    for item in items:
+        console.print(_Printable(item))
+    page = '<pre style="white-space: pre-wrap; line-height: normal">{code}</pre>'
+    return console.export_html(inline_styles=True, code_format=page)
 
 
 @dataclass

@@ -180,8 +180,9 @@ def left_out(trainer: Trainer) -> Iterator[None]:
     """Leave what is done inside out of the training time."""
     with ExitStack() as stopped:
         for callback in all_callbacks(trainer):
-            if isinstance(callback, TrainingProgress):
-                stopped.enter_context(callback.watch.stopped())
+            watch = getattr(callback, "watch", None)
+            if isinstance(watch, Stopwatch):
+                stopped.enter_context(watch.stopped())
         yield
 
 

@@ -104,7 +104,7 @@ def start_table(model: nn.Module, adapter_name: str, selection: Selection) -> Ta
     ]
     if biases:
         table.add_row("bias", str(len(biases)), "full", f"{sum(biases):,}")
-    rows = [(f"{path} (output head, frozen and not saved)", 1) for path in selection.left_out]
+    rows = [(f"{path} (output head, frozen)", 1) for path in selection.left_out]
     left = selection.passed_over
     rows += [(f"{path} (frozen before)", len(inside)) for path, inside in left.frozen.items()]
     rows += [(f"{path} ({reason})", 1) for path, reason in left.unfit.items()]
@@ -247,20 +247,24 @@ def end_lines(trainer: Trainer, model: nn.Module) -> list[str]:
     saver: Any = trainer.checkpoint_callback
     best, last = (getattr(saver, f"{which}_model_path", "") for which in ("best", "last"))
     only_weights = getattr(saver, "save_weights_only", False)
-    return [*moved_lines(model), *checkpoint_lines(model, best, last, only_weights)]
+    # Without a metric it is the newest one.
+    label = "best checkpoint" if getattr(saver, "monitor", None) else "checkpoint"
+    return [*moved_lines(model), *checkpoint_lines(model, best, last, only_weights, label)]
 
 
-def checkpoint_lines(model: nn.Module, best: str, last: str, weights_only: bool) -> list[str]:
+def checkpoint_lines(
+    model: nn.Module, best: str, last: str, weights_only: bool, label: str = "best checkpoint"
+) -> list[str]:
     """Paths of the checkpoints, and their sizes beside that of the base."""
     lines = []
     content = "weights only" if weights_only else "with optimizer state"
     base = readable_bytes(base_bytes(model))
-    for label, path in (("best", best), ("last", last)):
+    for name, path in ((label, best), ("last checkpoint", last)):
         if path and os.path.exists(path):
             files = [*os.scandir(path)] if os.path.isdir(path) else [path]
             size = readable_bytes(sum(map(os.path.getsize, files)))
             sizes = f"({size} {content}; the base is {base})"
-            lines.append(f"{label} checkpoint: {_nearby(path)} {sizes}")
+            lines.append(f"{name}: {_nearby(path)} {sizes}")
     return lines
 
 

@@ -26,7 +26,7 @@ def new_folder(out: str | os.PathLike[str], force: bool = False) -> Iterator[Pat
 
     """
     place = Path(out)
-    _check_free(place, force)
+    check_new_folder(place, force)
     draft = _beside(place)
     old = _beside(place)
     try:
@@ -60,6 +60,16 @@ def new_folder(out: str | os.PathLike[str], force: bool = False) -> Iterator[Pat
                 rest.unlink(missing_ok=True)
 
 
+def check_new_folder(out: str | os.PathLike[str], force: bool = False) -> None:
+    """Refuse a name that `new_folder` would refuse; before work that takes long.
+
+    Raises:
+        ConfigError: If something is there already, and not to be replaced.
+
+    """
+    _check_free(Path(out), force)
+
+
 def check_new_file(out: str | os.PathLike[str], force: bool = False) -> Path:
     """The path of a file that may be written.
 
@@ -75,6 +85,8 @@ def check_new_file(out: str | os.PathLike[str], force: bool = False) -> Path:
 
 
 def _check_free(place: Path, force: bool) -> None:
+    if not place.name or place.name == "..":
+        raise ConfigError(f"{str(place)!r} is no name for something new. (out)")
     if os.path.lexists(place) and not force:
         raise ConfigError(
             f"{str(place)!r} is there already; nothing is overwritten. Name another place, or "

@@ -250,8 +250,24 @@ def of(base: float, tuned: float, **options: Any) -> Comparison:
         ),
         (of(2.0, 2.0), None, "the adapter changes nothing: loss stays 2"),
         (of(2.0, math.nan), None, "loss is not finite: 2 before, nan after"),
-        (of(0.0, 0.5, headline="acc", mode="max"), True, "the adapter raises acc by 0.5"),
-        (of(0.0, 0.5, headline="x", mode=None), None, "the adapter raises x by 0.5"),
+        (of(0.0, 1.5, headline="x", mode=None), None, "the adapter raises x by 1.5"),
+        (of(0.0, 0.5), False, "the adapter raises loss by 0.5, which is worse"),  # no share
+        (of(0.4, 0.1), True, "the adapter lowers loss by 75.0 %"),
+        (
+            of(0.067, 0.795, headline="acc", mode="max"),
+            True,
+            "the adapter raises acc by 72.8 points (0.067 -> 0.795)",
+        ),
+        (
+            of(0.5, 0.4, headline="f1", mode="max", standard_error=0.01),
+            False,
+            "the adapter lowers f1 by 10.0 points +- 2.0 (0.500 -> 0.400), which is worse",
+        ),
+        (
+            of(0.5, 0.51, headline="f1", mode="max", standard_error=0.01),
+            None,
+            "no clear difference: f1 changes by 1.0 points +- 2.0",
+        ),
     ],
 )
 def test_verdicts(compared: Comparison, helped: bool | None, verdict: str) -> None:
@@ -294,6 +310,24 @@ def test_the_table_fits_a_terminal() -> None:
     lines = captured.get().splitlines()
     assert len(lines) == 8  # nothing is broken
     assert "│ val_loss       │ 123.5 │ 0.01235 │ -123.4 (-100.0 %) │" in lines
+
+
+def test_shares_change_in_points_in_the_table() -> None:
+    base, tuned = (
+        {"acc": 0.067, "loss": 0.5, "count": 3.0},
+        {"acc": 0.795, "loss": 0.4, "count": 6.0},
+    )
+    changes = Comparison(base, tuned, "loss").table().columns[3]
+    assert [*changes.cells] == ["+72.8 points", "-0.1 (-20.0 %)", "+3 (+100.0 %)"]
+
+
+def test_a_new_head_makes_the_base_row_chance() -> None:
+    compared = of(0.1, 0.8, headline="acc", copies=["net.head", "norm"], new=["net.head"])
+    assert compared.lines()[1:3] == [
+        "base: its net.head is new and untrained, so its row is chance",
+        "base: with norm (modules_to_save) as before training, which is random where it was newly "
+        "initialised",
+    ]
 
 
 def compared_on_two(folder: str) -> list[Any]:

@@ -78,9 +78,12 @@ def test_images(cli: Any, folder: Path) -> None:
     (path,) = folder.rglob("predictions.jsonl")
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert len(rows) == 36
-    assert [row["labels"] for row in rows[:32]] == batch["labels"]
-    assert rows[0]["where"] == batch["where"][0]
-    assert rows[31]["probabilities"] == batch["probabilities"][31].tolist()
+    assert [row["label"] for row in rows[:32]] == batch["labels"]
+    assert [row["image"] for row in rows[:32]] == batch["where"]
+    last = batch["probabilities"][31].tolist()
+    names = ["blue", "green", "red"]
+    assert rows[31]["probabilities"] == dict(zip(names, last, strict=True))
+    assert [*rows[0]] == ["image", "label", "probabilities"]
 
 
 @pytest.mark.slow
@@ -90,6 +93,11 @@ def test_words(cli: Any, folder: Path) -> None:
     cli(WORDS, "predict", "--ckpt_path", "best")
     (batch,) = predictions(folder)
     assert [len(labels) for labels in batch["labels"]] == [2, 4]
+    (path,) = folder.rglob("predictions.jsonl")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["tokens"] for row in rows] == [["good", "film"], ["the", "book", "was", "bad"]]
+    assert [row["labels"] for row in rows] == batch["labels"]
+    assert [[*word] for word in rows[0]["probabilities"]] == [["B-WORK", "O"]] * 2
 
 
 @pytest.mark.slow

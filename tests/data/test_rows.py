@@ -13,7 +13,7 @@ import pytest
 from torch.utils.data import DataLoader, IterableDataset
 
 from lora_lightning.data.sources.read_rows import Row, read_rows
-from lora_lightning.errors import RecordError
+from lora_lightning.errors import RecordError, printable
 from tests.helpers.messages import message_of
 
 VALUES = [{"text": f'row {number}, ünd "so"', "label": str(number % 3)} for number in range(10)]
@@ -52,8 +52,8 @@ def write(tmp_path):
     return write_file
 
 
-def rows(source, **options):
-    return list(read_rows(str(source), key="data.train", **options))
+def rows(source, key="data.train", **options):
+    return list(read_rows(str(source), key=key, **options))
 
 
 def values(source, **options):
@@ -281,6 +281,33 @@ def test_folders_of_several_kinds_or_splits(write, tmp_path):
         f"Name the files of one, such as '{folder / 'my_test.csv'}' or a pattern. (data.train)"
     )
     assert rows(folder / "*train*.csv") == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["What is 2+2?", "some text", "What is 2/3 of 6?", "Question: why?", "a\nb.jsonl", "a\0 b",
+     '{"prompt": "Hi"}', "x" * 5000, "~nobody-here/a b", "\x1b[31m red"],
+)  # fmt: skip
+def test_a_text_is_no_file(text: str) -> None:
+    found = message(text, key="data.predict")
+    shown = printable(repr(text if len(text) <= 60 else f"{text[:60]}..."))
+    assert found == (
+        f"{shown} is no file, folder or dataset, but reads like a text; data.predict names where "
+        "rows are read from. Write its rows into a file (.jsonl, .csv, .txt, ...), and name that; "
+        "or have one prompt of a language model answered at once: lora-lightning generate RUN "
+        "--prompt '...'. (data.predict)"
+    )
+    assert "generate" not in message(text)  # of training data
+
+
+def test_a_file_is_no_text(write, tmp_path):
+    for name in ("my data.txt", "two words", "my folder/a.txt"):
+        write(name, "one\n")
+    assert values(tmp_path / "my data.txt") == [{"text": "one"}]
+    assert len(rows(tmp_path / "my folder")) == 1
+    assert "unknown file type" in message(tmp_path / "two words")
+    assert message(tmp_path / "two wrds").startswith(f"{tmp_path / 'two wrds'}: no such file.")
+    assert message("other data/a.txt").startswith("other data/a.txt: no such file")
 
 
 def test_patterns_without_files_or_with_others(write, tmp_path):

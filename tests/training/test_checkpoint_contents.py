@@ -13,12 +13,14 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, seed_everything
+from lightning.pytorch import LightningModule, Trainer, seed_everything
 from torch import Tensor, nn
 
 from lora_lightning import LoraCallback, load_adapter, load_from_checkpoint
+from lora_lightning.checkpoint.state_dict import KEY
 from lora_lightning.errors import AdapterMismatchError
 from lora_lightning.training.checkpoint_io.baseline import Baseline
+from tests.helpers.lightning_modules import OPTIONS, Data, Net, make_trainer
 from tests.helpers.moving_modules import (
     MOVING,
     AddsEntry,
@@ -449,3 +451,25 @@ def in_two(folder: Path) -> list[str]:
 def test_two_processes(tmp_path: Path) -> None:
     assert on_processes(2, in_two, tmp_path) == [[], []]
     assert "slow.weight" in saved(tmp_path / "step=1.ckpt")
+
+
+@pytest.mark.parametrize("weights_only", [False, True])
+def test_another_trainer_has_the_module_by_now(tmp_path: Path, weights_only: bool) -> None:
+    """What a Trainer saves is that of its run, whoever has evaluated the module in between."""
+    seed_everything(0, verbose=False)
+    module, run = Net(), make_trainer(tmp_path, LoraCallback(**OPTIONS))
+    run.fit(module, Data())
+    run.save_checkpoint(tmp_path / "before.ckpt", weights_only)
+    other = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    other.predict(module, Data())
+    run.save_checkpoint(tmp_path / "after.ckpt", weights_only)
+    assert module.trainer is other
+    before, after = (torch.load(tmp_path / f"{name}.ckpt") for name in ("before", "after"))
+    assert_same(after["state_dict"], before["state_dict"])
+    assert after[KEY]["adapters"] == before[KEY]["adapters"]
+    assert ("optimizer_states" in after) is not weights_only
+    if not weights_only:
+        assert after["loops"] == before["loops"]
+        longer = make_trainer(tmp_path, LoraCallback(**OPTIONS), max_epochs=2)
+        longer.fit(Net(), Data(), ckpt_path=tmp_path / "after.ckpt")
+        assert longer.global_step == 2 * run.global_step

@@ -88,11 +88,13 @@ def speakers(tree: ast.AST) -> set[str]:
 ALONE = {
     "errors.py": {"warnings.warn"},
     "engine/status.py": {"Console"},  # a text, which asks `printable` itself
-    "cli/main.py": {"sys.stderr"},  # a LoraError
-    "cli/parser.py": {"sys.stderr"},  # likewise itself
-    "cli/verbs.py": {"sys.stderr"},  # likewise itself
+    "cli/terminal.py": {"sys.stderr", "sys.stdout"},  # without torch; likewise itself
     "cli/log_filter.py": {"sys.stderr"},
     "training/messages.py": {"Console", "print"},
+    "verbs/preview/result.py": {"Console"},  # a type: what `show` is given asks for the colours
+    "verbs/preview/tokens.py": {"Console"},
+    # Whether it is a terminal, and where Lightning's messages go; metrics ask `printable` itself.
+    "training/terminal_progress.py": {"sys.stdout", "sys.stderr"},
 }
 
 
@@ -105,3 +107,17 @@ def test_there_is_no_other_way() -> None:
 def test_the_search_for_other_ways_can_fail() -> None:
     code = "from lightning.pytorch.utilities import rank_zero_warn\nprint(1)\nwarnings.warn('')"
     assert speakers(ast.parse(code)) == {"rank_zero_warn", "print", "warnings.warn"}
+
+
+def test_lines_break_between_words_on_a_terminal(capsys: Any, monkeypatch: Any) -> None:
+    path, command = "runs/" + "x" * 60, "  lora-lightning " + "fit " * 20
+    monkeypatch.setenv("COLUMNS", "40")
+    for forced in ("", "1"):
+        monkeypatch.setenv("FORCE_COLOR", forced)
+        monkeypatch.setenv("TERM", "xterm-256color")
+        messages.show(f"best checkpoint: {path} (4 MB)\nto go on:\n{command}")
+        shown = capsys.readouterr().out.splitlines()
+        first = (
+            ["best checkpoint:", path, "(4 MB)"] if forced else [f"best checkpoint: {path} (4 MB)"]
+        )
+        assert [line.rstrip() for line in shown] == [*first, "to go on:", command.rstrip()]

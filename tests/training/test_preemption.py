@@ -415,7 +415,7 @@ def test_the_command(signum: int, code: int, command: Any) -> None:
     found, out = command("broken", callbacks=[{"signum": int(signum), "step": 5}])
     signal.signal(signum, before)  # Lightning leaves Ctrl-C without an effect
     assert found == code
-    assert "to go on:\n  lora-lightning fit --config my.yaml --ckpt_path last\n" in out
+    assert "to go on:\n  lora-lightning fit " in out
     assert steps(Path("broken/checkpoints/last.ckpt")) == (6 if signum == signal.SIGTERM else 5)
     assert command("broken", "--ckpt_path", "last")[0] == 0
     states = [

@@ -144,7 +144,7 @@ def made_from(
         usable[key] = value
     for key in ("rank_pattern", "alpha_pattern"):
         for expression in usable.get(key) or ():
-            if _is_costly(expression):
+            if is_costly(expression):
                 raise AdapterMismatchError(
                     f"{where}: the expression {reprlib.repr(expression)} in {key} could take for "
                     "ever to match. Write whole names of modules instead."
@@ -175,7 +175,7 @@ def _fits(value: Any, hint: Any) -> bool:
     return True  # what the config itself checks
 
 
-def _is_costly(expression: str) -> bool:
+def is_costly(expression: str) -> bool:
     """True if `re` could need exponential time, or a long one, for a path of a hundred characters.
 
     Each unlimited repetition multiplies the time by the path's length, each alternative may double

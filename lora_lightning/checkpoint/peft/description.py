@@ -107,17 +107,29 @@ def _of_base(model: nn.Module, targets: list[str], saved: list[str]) -> dict[str
     }
 
 
+def names_in_the_way(model: nn.Module, adapted: list[str], lora: list[str]) -> list[str]:
+    """Why PEFT would adapt other modules than those at `adapted`, of which `lora` carry LoRA."""
+    modules = dict(walk(model))
+    found = []
+    # PEFT adapts a module in the first of the places that it has.
+    places = Counter(id(child) for module in model.modules() for child in module._modules.values())
+    shared = [path for path in adapted if places[id(modules[path])] > 1]
+    if shared:
+        found.append(f"PEFT adapts a module in one place only: {first_few(shared, 3)} have several")
+    if experts := taken_for_experts(model, lora):
+        found.append(
+            f"PEFT takes {first_few(experts, 3)} for parts of fused experts, by their names and "
+            "the model's type, and adapts those"
+        )
+    return found
+
+
 def _obstacles(
     model: nn.Module, adapters: dict[str, AdapterModule], targets: list[str], saved: list[str]
 ) -> list[str]:
     """Why PEFT would compute something else, or could not load the adapter."""
     layers = dict(named_adapted_layers(model))
-    found = []
-    # PEFT adapts a module in the first of the places that it has.
-    places = Counter(id(child) for module in model.modules() for child in module._modules.values())
-    shared = [path for path in adapters if places[id(layers[path])] > 1]
-    if shared:
-        found.append(f"PEFT adapts a module in one place only: {first_few(shared, 3)} have several")
+    found = names_in_the_way(model, list(adapters), targets if _is_lora(adapters) else [])
     copied = also_saved_by_peft(model, saved)
     inside = [target for target in targets if _is_inside(target, copied)]
     if inside:
@@ -133,18 +145,16 @@ def _obstacles(
     if others:
         listed = [f"{path} ({plain_class(layers[path]).__name__})" for path in others]
         found.append(f"PEFT has no such adapter, or computes it otherwise, on {first_few(listed)}")
-    experts = taken_for_experts(model, targets) if kind == "LORA" else []
-    if experts:
-        found.append(
-            f"PEFT takes {first_few(experts, 3)} for parts of fused experts, by their names and "
-            "the model's type, and adapts those"
-        )
     attentions = [path for path in targets if isinstance(layers[path], nn.MultiheadAttention)]
     for path in targets:  # PEFT adapts an out_proj without its attention, but it has no effect
         outer = path.rpartition(".")[0]
         if isinstance(layers.get(outer), nn.MultiheadAttention) and outer not in attentions:
             found.append(f"PEFT's adapter on {path} without its attention would have no effect")
     return found
+
+
+def _is_lora(adapters: dict[str, AdapterModule]) -> bool:
+    return next(iter(adapters.values())).config.peft_type == "LORA"
 
 
 def _is_inside(path: str, others: Iterable[str]) -> bool:

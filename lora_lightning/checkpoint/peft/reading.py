@@ -63,7 +63,7 @@ def load_folders(
 
     Their names are returned; the errors are those of `load_adapter`.
     """
-    options = _read_config(folder)
+    options = read_config(folder)
     if options.get("peft_type") != MIX:
         name = "default" if adapter_name is None else adapter_name
         _load_folder(model, folder, name, options, autocast_adapter_dtype)
@@ -82,7 +82,7 @@ def load_folders(
         )
     for name in names:
         inner = folder / name
-        _load_folder(model, inner, name, _read_config(inner), autocast_adapter_dtype)
+        _load_folder(model, inner, name, read_config(inner), autocast_adapter_dtype)
     return names
 
 
@@ -91,7 +91,7 @@ def opened_folder(
     model: nn.Module, folder: Path, options: dict[str, Any] | None = None
 ) -> Iterator[tuple[FileContent, dict[str, list[int]], Any]]:
     """(what it holds for `model`, shapes by key in the file, the open file) of a PEFT folder."""
-    options = _read_config(folder) if options is None else options
+    options = read_config(folder) if options is None else options
     config = parse(options, str(folder / CONFIG))
     file = folder / TENSORS
     with _opened(file) as opened:
@@ -207,7 +207,8 @@ def _inject(model: nn.Module, context: BuildContext, folder: Path) -> None:
         ) from error
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """The content of adapter_config.json; CheckpointError if it is missing or damaged."""
     file = folder / CONFIG
     try:
         options = json.loads(_config_bytes(folder))

@@ -71,7 +71,7 @@ def save_adapter(
     """
     folder = Path(directory)
     if isinstance(adapter_name, str):
-        files = _files(model, folder, adapter_name)
+        files = adapter_files(model, folder, adapter_name)
     else:
         names = list(dict.fromkeys(adapter_name))
         if not names or not all(map(is_folder_name, names)):
@@ -81,8 +81,8 @@ def save_adapter(
             )
         files = {}
         for name in names:
-            files.update(_files(model, folder / name, name))
-        files[folder / CONFIG] = _json({"peft_type": MIX, "adapters": names})
+            files.update(adapter_files(model, folder / name, name))
+        files[folder / CONFIG] = as_json({"peft_type": MIX, "adapters": names})
     try:
         for path in files:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -93,7 +93,8 @@ def save_adapter(
         ) from error
 
 
-def _files(model: nn.Module, folder: Path, adapter_name: str) -> dict[Path, bytes]:
+def adapter_files(model: nn.Module, folder: Path, adapter_name: str) -> dict[Path, bytes]:
+    """The files of `save_adapter`, by their paths; the errors are its own."""
     check_known(model, adapter_name)
     given, (model, prefix) = model, folder_target(model, adapter_name)
     description = describe(model, adapter_name)
@@ -134,7 +135,7 @@ def _files(model: nn.Module, folder: Path, adapter_name: str) -> dict[Path, byte
     content = to_safetensors(tensors, metadata={"format": "pt"})
     if prefix:
         content = _with_metadata(content, {MADE_FOR: prefix.rstrip(".")})
-    return {folder / TENSORS: content, folder / CONFIG: _json(config)}
+    return {folder / TENSORS: content, folder / CONFIG: as_json(config)}
 
 
 def _say_who_can_load(
@@ -179,6 +180,7 @@ def _with_metadata(content: bytes, metadata: dict[str, str]) -> bytes:
     return len(written).to_bytes(8, "little") + written + content[start:]
 
 
-def _json(content: dict[str, Any]) -> bytes:
+def as_json(content: dict[str, Any]) -> bytes:
+    """An adapter_config.json; the same options give the same bytes."""
     ordered = {key: content[key] for key in sorted(content)}  # inside, patterns have an order
     return (json.dumps(ordered, indent=2) + "\n").encode()

@@ -55,9 +55,24 @@ class Encoder(SampleEncoder):
         super().__init__(tokenizer, max_length, **options)
         self.train_on_prompt = train_on_prompt
         self._pieces = PieceTokenizer(tokenizer)
-        template = ChatTemplate(tokenizer, chat_template, chat_template_kwargs)
-        self._chats = ChatTurns(tokenizer, template)
+        self._template = ChatTemplate(tokenizer, chat_template, chat_template_kwargs)
+        self._chats = ChatTurns(tokenizer, self._template)
         self._before, _ = ids_around(tokenizer)
+
+    @property
+    def end_tokens(self) -> list[int]:
+        """Those that end turns of chats; of other samples, the end-of-sequence token."""
+        eos = [end_of_sequence(self.tokenizer)] if self.kinds - {Chat.__name__} else []
+        return sorted({*self._chats.end_tokens, *eos})
+
+    def prompting(self) -> dict[str, Any]:
+        """The kinds of samples, and the chat template if it is not the tokenizer's own."""
+        template = self._template
+        return {
+            **super().prompting(),
+            "chat_template": template.own,
+            "chat_template_kwargs": template.options,
+        }
 
     def encode_prompts(self, samples: Sequence[Sample]) -> list[Ids]:
         """Documents and prompts as they are, chats up to where the assistant answers."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lora_lightning.data.encoding.chat_template import ChatTemplate, Message, Span
 from lora_lightning.data.samples.sample import Chat
-from lora_lightning.errors import RecordError
+from lora_lightning.errors import LoraError, RecordError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,8 +36,18 @@ class ChatTurns:
         self._template = template
         added = tokenizer.added_tokens_decoder.values()
         self._added = tuple(token.content for token in added)
+        self._longest = sorted(self._added, key=len, reverse=True)
         special = {token.content for token in added if token.special}
         self._special = sorted(special | set(tokenizer.all_special_tokens), key=len, reverse=True)
+        self._ids = tokenizer.convert_tokens_to_ids
+        self._ends: set[str] = set()
+        self._plain_end: str | None = None  # of a turn of words only; "" where it has none
+
+    @property
+    def end_tokens(self) -> list[int]:
+        """Ids of the tokens that ended the turns so far, each by the first one that does."""
+        found: Any = self._ids(sorted(self._ends))
+        return sorted(found)
 
     def texts(self, chat: Chat) -> list[Marked]:
         """One text or, where the template rewrites earlier turns, several; [] without a turn.
@@ -72,6 +82,8 @@ class ChatTurns:
         text, spans = by(chat, before, message, where)
         *others, (start, end) = spans
         end = self._end_of_turn(text, start, end)
+        if found := self._end_token(text[start:end]):
+            self._ends.add(found)
         for lost in _lost(message, text[spans[0][0] :]):
             raise RecordError(
                 f"{where}: the chat template does not write this turn's {lost}, so it cannot be "
@@ -136,6 +148,42 @@ class ChatTurns:
             return start + len(body)
         after = next((token for token in self._special if text.startswith(token, end)), "")
         return end + len(after)
+
+    def _end_token(self, body: str) -> str:
+        """The token at which the model is to stop: the first of those that end a turn; or "".
+
+        Phi-3 writes `<|end|>`, and its end of sequence behind the last turn only. What ends a part
+        of a turn, such as a tool call, may be a special token, too: where the token that ends
+        a turn of words is among the last ones, it is that.
+        """
+        if self._plain_end is None:
+            self._plain_end = ""  # while it is looked for
+            user, reply = {"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}
+            probe = Chat((user, reply), "a chat of one question")
+            try:
+                text = self._template.render(probe, [user, reply])
+            except LoraError:  # not every template takes so short a chat
+                text = ""
+            self._plain_end = self._end_token(text.rpartition("!")[2])
+        tokens: list[str] = []  # at the end of the turn, the last one first
+        body = body.rstrip()
+        while token := next((t for t in self._longest if body.endswith(t)), ""):
+            tokens.append(token)
+            body = body.removesuffix(token).rstrip()
+        if self._plain_end in tokens:
+            return self._plain_end
+        return next((t for t in reversed(tokens) if t in self._special), (*tokens, "")[0])
+
+
+def template_end_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The token with which the tokenizer's chat template ends a turn; none where it has none."""
+    turns = ChatTurns(tokenizer, ChatTemplate(tokenizer))
+    asked = {"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}
+    try:
+        turns.texts(Chat(asked, "a chat of one question"))
+    except LoraError:
+        return []
+    return turns.end_tokens
 
 
 def _without_nulls(chat: Chat) -> list[Message]:

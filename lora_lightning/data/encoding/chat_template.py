@@ -33,6 +33,10 @@ class ChatTemplate:
         template: A file with Jinja or the Jinja itself, the name of one of the tokenizer's
             templates, or None for its default.
         options: What else the template reads (`enable_thinking`).
+
+    Attributes:
+        own: The Jinja or the name that was given; None: the tokenizer's default.
+        options: As given.
     """
 
     def __init__(
@@ -42,8 +46,8 @@ class ChatTemplate:
         options: Mapping[str, Any] | None = None,
     ) -> None:
         self._tokenizer = tokenizer
-        self._template = template and _read(template, tokenizer)
-        self._options = dict(options or {})
+        self.own = template and read_template(template, tokenizer)
+        self.options = dict(options or {})
 
     def marks_turns(self, chat: Chat) -> bool:
         """True if the template of this chat has `{% generation %}` blocks."""
@@ -59,10 +63,10 @@ class ChatTemplate:
             rendered = self._tokenizer.apply_chat_template(
                 messages,
                 tools=list(chat.tools) or None,
-                chat_template=self._template,
+                chat_template=self.own,
                 add_generation_prompt=ask,
                 tokenize=False,
-                **self._options,
+                **self.options,
             )
         return _checked(str(rendered), chat)
 
@@ -77,14 +81,14 @@ class ChatTemplate:
                 tools=list(chat.tools) or None,
                 chat_template=self._source(chat),
                 return_assistant_tokens_mask=True,
-                **{**self._tokenizer.special_tokens_map, **self._options},
+                **{**self._tokenizer.special_tokens_map, **self.options},
             )
         texts, blocks = rendered
         return _checked(texts[0], chat), [(start, end) for start, end in blocks[0] if start < end]
 
     def _source(self, chat: Chat) -> str:
         try:
-            return self._tokenizer.get_chat_template(self._template, list(chat.tools) or None)
+            return self._tokenizer.get_chat_template(self.own, list(chat.tools) or None)
         except ValueError as error:
             raise ConfigError(
                 f"{chat.where} is a chat, but the tokenizer of "
@@ -132,7 +136,7 @@ def _checked(text: str, chat: Chat) -> str:
     return text
 
 
-def _read(template: str, tokenizer: PreTrainedTokenizerBase) -> str:
+def read_template(template: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """Jinja, or the name of one of the tokenizer's templates."""
     own = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
     if "{" in template or template in own:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lora_lightning.data.encoding.token_boundaries import Ids
 from lora_lightning.data.samples.sample import Document, Example, Sample
@@ -96,6 +96,16 @@ class SampleEncoder:
         self.max_length = max_length
         self.too_long = too_long
         self.untrainable = untrainable
+        self.kinds: set[str] = set()  # of the samples encoded so far: the names of their classes
+
+    @property
+    def end_tokens(self) -> list[int]:
+        """Ids of the tokens with which what was encoded so far teaches the model to stop."""
+        raise NotImplementedError
+
+    def prompting(self) -> dict[str, Any]:
+        """How a prompt is written so that it looks like those encoded so far, in plain values."""
+        return {"kinds": sorted(self.kinds)}
 
     @property
     def limit(self) -> str:
@@ -124,6 +134,7 @@ class SampleEncoder:
             RecordError: If a sample cannot be used; names its place in the file.
         """
         report = EncodingReport() if report is None else report
+        self.kinds |= {type(sample).__name__ for sample in samples}
         return [
             [
                 part

@@ -42,6 +42,11 @@ class Seq2SeqEncoder(SampleEncoder):
         check_length("max_target_length", self.max_target_length)
         _, self._after_prompt = ids_around(tokenizer)
 
+    @property
+    def end_tokens(self) -> list[int]:
+        """The end-of-sequence token."""
+        return [end_of_sequence(self.tokenizer)] if self.kinds else []
+
     def encode_prompts(self, samples: Sequence[Sample]) -> list[Ids]:
         """The token ids of what the encoder reads, not limited in length."""
         prompts = [_pair(sample)[0] for sample in samples]

@@ -81,6 +81,17 @@ def checked(record: ImageRecord) -> ImageRecord:
     return replace(record, content=f"{size} {digest}")
 
 
+def image_size(record: ImageRecord) -> tuple[int, int]:
+    """Width and height as its header says them.
+
+    Raises:
+        RecordError: If there is no image.
+    """
+    with _named(record), record.open() as file:
+        width, height = _decoder(file).size
+        return width, height
+
+
 def load_image(record: ImageRecord) -> Image:
     """The image as a PIL image in RGB, turned as its EXIF data say.
 

@@ -9,7 +9,7 @@ from typing import Any
 from lora_lightning.data.sources import hf_datasets, image_record
 from lora_lightning.data.sources.image_record import ImageRecord, StoredImage
 from lora_lightning.data.sources.labelled_texts import label_text
-from lora_lightning.data.sources.read_rows import SPLITS, read_rows
+from lora_lightning.data.sources.read_rows import SPLITS, check_no_text, read_rows
 from lora_lightning.data.sources.row import require_columns, with_label_names
 from lora_lightning.errors import RecordError, first_few, nearest_file
 
@@ -28,6 +28,7 @@ def read_images(
     Raises:
         RecordError: If there is no such source, or one of its images cannot be used.
     """
+    check_no_text(source, key)
     path = Path(source).expanduser()
     columns = {image_column: "data.image_column"}
     if label_column is not None:

@@ -52,6 +52,7 @@ def read_rows(
             it is reached).
     """
     columns = columns or {}
+    check_no_text(source, key)
     path = Path(source).expanduser()
     if path.is_dir() and hf_datasets.is_saved_dataset(path):
         dataset = hf_datasets.saved_dataset(path, key)
@@ -63,6 +64,34 @@ def read_rows(
     for file in files:
         check_ordinary(file, key)
     return _file_rows(files, Skip(skip), columns)
+
+
+def check_no_text(source: str, key: str) -> None:
+    """Refuse a text in the place of a file: a prompt, or a row."""
+    path = Path(source)
+    try:
+        path = path.expanduser()
+        is_path = path.exists() or (path.parent != Path() and path.parent.is_dir())
+        near = nearest_file(path)
+    except (OSError, ValueError, RuntimeError):  # too long for a name; a null byte; no such user
+        is_path, near, named = False, "", False
+    else:
+        named = _kind(path) in READERS and "\n" not in source
+        named = named or (hf_datasets.is_hub_name(source) and ": " not in source)
+        named = named or not re.search(r"\s", source)
+    if is_path or named:
+        return
+    ways = "Write its rows into a file (.jsonl, .csv, .txt, ...), and name that"
+    if key == "data.predict":
+        ways += (
+            "; or have one prompt of a language model answered at once: lora-lightning generate "
+            "RUN --prompt '...'"
+        )
+    shown = source if len(source) <= 60 else f"{source[:60]}..."
+    raise RecordError(
+        f"{shown!r} is no file, folder or dataset, but reads like a text; {key} names where rows "
+        f"are read from.{near} {ways}. ({key})"
+    )
 
 
 def _file_rows(files: list[Path], skip: Skip, columns: Columns) -> Iterator[Row]:

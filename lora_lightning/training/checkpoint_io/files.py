@@ -37,6 +37,7 @@ from lora_lightning.checkpoint.sharded_folder import is_checkpoint_folder
 from lora_lightning.checkpoint.state_dict import KEY
 from lora_lightning.errors import CheckpointError, LoraError, did_you_mean, first_few
 from lora_lightning.training import _lightning
+from lora_lightning.training._lightning import trainer_of
 from lora_lightning.training.collectives import all_or_none
 from lora_lightning.training.messages import rank_zero_warn
 from lora_lightning.training.strategies.state_overrides import read_checkpoint
@@ -148,6 +149,20 @@ def protect_checkpoints(trainer: Trainer) -> None:
             _lightning.override_link(callback, _link_checkpoint)
     strategy.load_checkpoint = MethodType(_load_checkpoint, strategy)  # type: ignore[method-assign]
     strategy.save_checkpoint = MethodType(_save_checkpoint, strategy)  # type: ignore[method-assign]
+    trainer.save_checkpoint = MethodType(_save_of_own, trainer)  # type: ignore[method-assign]
+
+
+def _save_of_own(self: Trainer, *args: Any, **kwargs: Any) -> None:
+    """Save as this Trainer's, though another one, without a LoraCallback, has the module by now."""
+    module, newest = self.lightning_module, trainer_of(self.lightning_module)
+    if module is None or newest is self:
+        type(self).save_checkpoint(self, *args, **kwargs)
+        return
+    module.trainer = self
+    try:
+        type(self).save_checkpoint(self, *args, **kwargs)
+    finally:
+        module.trainer = newest
 
 
 def _save_checkpoint(

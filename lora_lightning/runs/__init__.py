@@ -1,0 +1,1 @@
+"""What a run left behind: its config and checkpoints found, its module and data made again."""

@@ -1,0 +1,1 @@
+"""`export`: an adapter out of a run, in the files that others load."""
