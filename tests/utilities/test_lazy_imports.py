@@ -33,7 +33,7 @@ NAMES = {
         TokenClassificationDataModule
     """,
     "lora_lightning.callbacks": """
-        Comparison TextSamples TrainingProgress compare_with_base
+        Comparison TerminalProgress TextSamples TrainingProgress compare_with_base
     """,
 }
 
