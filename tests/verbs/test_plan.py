@@ -135,8 +135,8 @@ def test_an_own_module_by_hand() -> None:
     assert found.optimizer_bytes == found.gradient_bytes == found.adapter_bytes == trained
     assert found.base_bytes == (10 * 20 + 20 + 20 + 1) * 4 + 8  # and a number of the adapter
     # tanh keeps its output (6, 20), the adapter x, which is the batch, and its hidden state (6, 2);
-    # beside these there is the loss, and while it is made the second's output (6, 1).
-    forward = (6 * 20 + 6 * 2 + 6 + 1) * 4
+    # beside these there is the loss.
+    forward = (6 * 20 + 6 * 2 + 1) * 4
     assert found.activation_bytes == forward
     assert found.steps == 3 * 4
     assert plan(Chain(), LoraCallback(r=2), Rows(), batch_size=12).activation_bytes > forward

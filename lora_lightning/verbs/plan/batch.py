@@ -13,6 +13,7 @@ from lora_lightning.data.encoding.for_model import MAX_LENGTH
 from lora_lightning.errors import ConfigError
 from lora_lightning.tasks.model_options import weights_of
 from lora_lightning.tasks.pretrained_task import PretrainedTask
+from lora_lightning.verbs.plan.live_bytes import Answers
 from lora_lightning.verbs.plan.run_length import RunLength
 
 
@@ -25,7 +26,8 @@ class BatchShape:
         length: Tokens of a row; None where rows are no texts.
         target: Tokens of an encoder-decoder's target.
         packed: Whether several examples share a row.
-        padded: Whether rows of a batch differ in length.
+        padded: Whether rows of a batch may differ in length.
+        learned: Tokens of the batch that are learned, at most; None: all.
 
     """
 
@@ -34,6 +36,7 @@ class BatchShape:
     target: int | None = None
     packed: bool = False
     padded: bool = True
+    learned: int | None = None
 
     def __str__(self) -> str:
         if self.length is None:
@@ -67,8 +70,17 @@ def shape_of(module: Any, data: Any, asked: dict[str, int | None], found: RunLen
         cut = getattr(data, "max_target_length", None)
         known = None if asked["length"] else found.longest_target
         target = asked["target_length"] or known or cut or length
-    padded = not (found.longest == length and found.equal >= rows)
-    return BatchShape(rows, length, target, packed, padded)
+    as_found = length == (option if packed else found.longest)
+    as_found = as_found and target in (None, found.longest_target)
+    padded = not (as_found and found.equal == found.rows)
+    learned = found.most_learned(rows) if as_found else None
+    return BatchShape(rows, length, target, packed, padded, learned)
+
+
+def answers(shape: BatchShape) -> Answers:
+    """What holds for the values of such a batch."""
+    tokens = shape.rows * (shape.target or shape.length or 0)
+    return Answers(not (shape.padded or shape.packed), tokens, shape.learned)
 
 
 def batch_of(module: Any, shape: BatchShape, found: RunLength, precision: str) -> Any:

@@ -46,7 +46,7 @@ def changes_of(
     options = [*fewer, *_quantized(run.module, now)]
     for text, changes in options[len(fewer) :]:
         found += _changed(run, [text], changes, shape, peak_of)
-    smaller = [*_smaller(shape)]
+    smaller = [*_smaller(run, shape)]
     for text, less in smaller:
         done = run.estimate(now.subject, less)
         found += [] if done.unknown else [Change(text, peak_of(done))]
@@ -90,7 +90,8 @@ def _quantized(module: Any, now: Estimate) -> list[tuple[str, dict[str, Any]]]:
     return [("quantize nf4", {"quantize": "nf4"})]
 
 
-def _smaller(shape: BatchShape) -> Iterator[tuple[str, BatchShape]]:
+def _smaller(run: Run, shape: BatchShape) -> Iterator[tuple[str, BatchShape]]:
     rows = {shape.rows // 2, 1} - {0, shape.rows}
     for fewer in sorted(rows, reverse=True):
-        yield f"batch_size {fewer}", dataclasses.replace(shape, rows=fewer)
+        learned = None if shape.learned is None else run.found.most_learned(fewer)
+        yield f"batch_size {fewer}", dataclasses.replace(shape, rows=fewer, learned=learned)

@@ -15,7 +15,7 @@ from lightning.pytorch import LightningModule
 from lora_lightning.tasks.pretrained_task import PretrainedTask
 from lora_lightning.training.adapter_callback import AdapterCallback
 from lora_lightning.utilities._torch import fake_tensors
-from lora_lightning.verbs.plan.batch import BatchShape, batch_of
+from lora_lightning.verbs.plan.batch import BatchShape, answers, batch_of
 from lora_lightning.verbs.plan.optimizers import Optimizers
 from lora_lightning.verbs.plan.placement import Placement, placements
 from lora_lightning.verbs.plan.run_length import RunLength
@@ -101,8 +101,7 @@ class Run:
         level = said.level
         said.setLevel(logging.CRITICAL)
         try:
-            masked = shape.padded or shape.packed
-            asked = Asked(make_batch, optimizers, self.precision, self.device, masked)
+            asked = Asked(make_batch, optimizers, self.precision, self.device, answers(shape))
             done.moments = step_peaks(subject, asked)
         except Exception as error:  # of a module that anybody may have written
             done.unknown = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -6,13 +6,31 @@ import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lora_lightning.utilities._torch import TorchDispatchMode, asks_for_values
+
+
+class Answers(NamedTuple):
+    """What is said where tensors without values are asked for them.
+
+    Attributes:
+        condition: Of a condition: False where a mask of attention is needed.
+        tokens: Of a batch, by which a mask of learned ones is known.
+        learned: How many of these are learned; None: all.
+
+    """
+
+    condition: bool = False
+    tokens: int = 0
+    learned: int | None = None
+
+
+ALL_LEARNED = Answers()
 
 
 class LiveBytes(TorchDispatchMode):
@@ -22,13 +40,13 @@ class LiveBytes(TorchDispatchMode):
     the bytes of all parts at the moment when they were most.
 
     Operations that ask tensors without values for their values are answered: a number is 0, a
-    mask of tokens is true everywhere, and a condition is `condition`: False where a mask of
-    attention is needed.
+    mask is true everywhere but for tokens that are not learned, and conditions are as `answers`
+    has them.
     """
 
-    def __init__(self, condition: bool = False) -> None:
+    def __init__(self, answers: Answers = ALL_LEARNED) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.condition = condition
+        self.answers = answers
         self.part = "other"
         self.live: Counter[str] = Counter()
         self.peaks: dict[str, Counter[str]] = {}
@@ -38,12 +56,17 @@ class LiveBytes(TorchDispatchMode):
     @contextmanager
     def phase(self, name: str, part: str) -> Iterator[None]:
         """Record the peak inside as that of `name`; what is made inside counts for `part`."""
-        before, self._phase, self.part = (self._phase, self.part), name, part
-        self._note_peak()
+        before = self._phase, self.part
+        self.enter(name, part)
         try:
             yield
         finally:
             self._phase, self.part = before
+
+    def enter(self, phase: str, part: str) -> None:
+        """Go over to another phase inside of one."""
+        self._phase, self.part = phase, part
+        self._note_peak()
 
     def count(self, tensors: Iterable[Tensor], part: str) -> None:
         """Count tensors that were there before, if they are not counted yet."""
@@ -89,13 +112,20 @@ class LiveBytes(TorchDispatchMode):
         aten = torch.ops.aten
         if func is aten._local_scalar_dense.default:
             dtype = args[0].dtype
-            return self.condition if dtype == torch.bool else 0.0 if dtype.is_floating_point else 0
+            return self.answers.condition if dtype == torch.bool else 0.0 if dtype.is_floating_point else 0
         if func is aten.index.Tensor:
             indices: list[Tensor | None] = []
             for index in args[1]:
                 if index is not None and index.dtype in (torch.bool, torch.uint8):
-                    indices += [index.new_empty(index.numel(), dtype=torch.long)] * index.dim()
+                    count = self._true(index)
+                    indices += [index.new_empty(count, dtype=torch.long)] * index.dim()
                 else:
                     indices.append(index)
             return func(args[0], indices)
         raise error
+
+    def _true(self, mask: Tensor) -> int:
+        """How much of a mask is taken for true."""
+        _, tokens, learned = self.answers
+        count = mask.numel()
+        return count if learned is None or count != tokens else learned

@@ -137,7 +137,8 @@ def _result(
     module = subject.module
     devices, strategy = _spread(options)
     placed = estimate.placed(devices)
-    forward = estimate.moments.get("forward", Counter())
+    kept = estimate.moments.get("kept", Counter())
+    head = estimate.moments.get("head", Counter())
     with subject.fake:
         state = _saved(subject)
     batches = run.found.batches
@@ -158,8 +159,8 @@ def _result(
         adapter_bytes=resident["adapters"],
         gradient_bytes=resident["gradients"],
         optimizer_bytes=resident["optimizer"],
-        activation_bytes=None if estimate.unknown else forward["activations"],
-        loss_head_bytes=forward["loss head"],
+        activation_bytes=None if estimate.unknown else kept["activations"],
+        loss_head_bytes=head["loss head"],
         unknown=estimate.unknown,
         adapter_file_bytes=state,
         checkpoint_bytes=state + sum(estimate.state),

@@ -8,9 +8,11 @@ from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
+from lora_lightning.data.batches.example_store import BatchRows
 from lora_lightning.data.split_data_module import SplitDataModule
 from lora_lightning.errors import LoraError
 from lora_lightning.examination.recipe import quiet
+from lora_lightning.utilities.constants import IGNORE_INDEX
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class RunLength:
         longest: Tokens of the longest row.
         equal: How many rows are as long.
         longest_target: Learned or target tokens of the longest one.
+        learned: Learned tokens of each row, most first.
         tokens: Of one epoch.
         batches: Of one epoch and process.
         first_batch: Of data that are not this library's.
@@ -33,10 +36,18 @@ class RunLength:
     longest: int | None = None
     longest_target: int | None = None
     equal: int = 0
+    learned: tuple[int, ...] = ()
     tokens: int | None = None
     batches: int | None = None
     first_batch: Any = None
     reason: str = ""
+
+    def most_learned(self, rows: int) -> int | None:
+        """Learned tokens that a batch of so many rows can have; None where that is not known."""
+        if not self.learned:
+            return None
+        most = self.learned[:rows]
+        return sum(most) + (rows - len(most)) * most[0]
 
 
 def read_length(data: LightningDataModule | None, module: LightningModule) -> RunLength:
@@ -70,12 +81,14 @@ def _of_rows(data: Any) -> RunLength:
     lengths = getattr(rows, "lengths", None)
     if not lengths:
         return RunLength(count)
-    target = None
-    if hasattr(rows, "store"):
-        store = rows.store
-        target = max(len(store[i].labels) for i in range(len(store)))
-    longest = max(lengths)
-    return RunLength(count, longest, target, lengths.count(longest), sum(lengths))
+    target, learned = None, []
+    if isinstance(rows, BatchRows):
+        for i in range(count):
+            labels = [example.labels for example in rows[i]]
+            target = max(target or 0, *map(len, labels))
+            learned.append(sum(int((each != IGNORE_INDEX).sum()) for each in labels))
+    longest, most_first = max(lengths), tuple(sorted(learned, reverse=True))
+    return RunLength(count, longest, target, lengths.count(longest), most_first, sum(lengths))
 
 
 def _of_loader(data: Any) -> RunLength:

@@ -17,7 +17,7 @@ from lora_lightning.layers.traversal import adapter_owners
 from lora_lightning.tasks.chunked_cross_entropy import chunks_sized_for
 from lora_lightning.tasks.model_options import weights_of
 from lora_lightning.tasks.sharding import repeated_layers
-from lora_lightning.verbs.plan.live_bytes import LiveBytes
+from lora_lightning.verbs.plan.live_bytes import ALL_LEARNED, Answers, LiveBytes
 from lora_lightning.verbs.plan.subject import Subject
 
 # Layers that a trace is made of where there are many alike: the rest goes on in a straight line.
@@ -40,7 +40,7 @@ class Asked:
         optimizers: Those of a module.
         precision: The Trainer's.
         device: Kind of device that is planned for: `cpu` or another.
-        masked: Whether attention needs a mask: rows are padded, or packed.
+        answers: To what a step asks of the values of its batch.
 
     """
 
@@ -48,7 +48,7 @@ class Asked:
     optimizers: MakeOptimizers
     precision: str
     device: str
-    masked: bool = True
+    answers: Answers = ALL_LEARNED
 
 
 def resident_bytes(subject: Subject, optimizers: MakeOptimizers) -> tuple[Counter[str], list[int]]:
@@ -110,7 +110,7 @@ def _set(layers: nn.ModuleList, modules: list[nn.Module]) -> None:
 
 
 def _traced(subject: Subject, asked: Asked) -> dict[str, Counter[str]]:
-    module, live = subject.module, LiveBytes(condition=not asked.masked)
+    module, live = subject.module, LiveBytes(asked.answers)
     cast = weights_of(asked.precision)
     how = (chunks_sized_for(asked.device), _default_dtype(cast), _as_if_not_traced())
     with subject.fake, live, how[0], how[1], how[2]:
@@ -127,6 +127,8 @@ def _traced(subject: Subject, asked: Asked) -> dict[str, Counter[str]]:
                 del output
         finally:
             head()
+        with live.phase("kept", "backward"):
+            pass  # what forward leaves
         with live.phase("backward", "backward"):
             loss.backward()
             del loss
@@ -190,7 +192,7 @@ def _watch_head(module: Any, live: LiveBytes) -> Callable[[], None]:
         return lambda: None
 
     def reached(*_: Any) -> None:
-        live.part = "loss head"
+        live.enter("head", "loss head")
 
     handle = head.register_forward_pre_hook(reached)
     loss = getattr(module, "lm_loss", None)
