@@ -14,7 +14,6 @@ from torch import Tensor
 
 from lora_lightning.errors import ConfigError
 from lora_lightning.layers.quantized.bitsandbytes import is_linear4bit, is_linear8bit
-from lora_lightning.layers.traversal import adapter_owners
 from lora_lightning.tasks.sharding import repeated_layers
 from lora_lightning.training.summary import readable_bytes
 from lora_lightning.verbs.plan.subject import Subject
@@ -61,7 +60,7 @@ def under_ddp(one: Placement, devices: int) -> Placement:
 def under_fsdp2(one: Placement, subject: Subject, devices: int) -> Placement:
     """Everything that is a parameter, or belongs to one, shared out by rows; layers gathered."""
     shared: dict[str, float] = {"base": 0, "adapters": 0, "gradients": 0}
-    adapters = adapter_owners(subject.module)
+    adapters = {id(tensor) for tensor in subject.of_adapters()}
     whole = 0
     for p in subject.module.parameters():
         rows = p.shape[0] if p.ndim else 1
@@ -69,7 +68,8 @@ def under_fsdp2(one: Placement, subject: Subject, devices: int) -> Placement:
         shared["adapters" if id(p) in adapters else "base"] += size
         shared["gradients"] += size if p.requires_grad else 0
         whole += p.numel() * p.element_size() if p.requires_grad else 0
-    shared["base"] += bytes_of(subject.module.buffers())
+    for buffer in {id(b): b for b in subject.module.buffers()}.values():  # each has all of them
+        shared["adapters" if id(buffer) in adapters else "base"] += buffer.nbytes
     # Moments are as the parameters they belong to.
     shared["optimizer"] = one.parts["optimizer"] * shared["gradients"] / max(whole, 1)
     layers = [bytes_of(layer.parameters()) for layer in repeated_layers(subject.module)]

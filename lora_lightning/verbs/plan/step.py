@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lora_lightning.layers.traversal import adapter_owners
 from lora_lightning.tasks.chunked_cross_entropy import chunks_sized_for
 from lora_lightning.tasks.model_options import weights_of
 from lora_lightning.tasks.sharding import repeated_layers
@@ -145,9 +144,7 @@ def _traced(subject: Subject, asked: Asked) -> dict[str, Counter[str]]:
 
 
 def _count_resident(subject: Subject, live: LiveBytes) -> None:
-    adapters = adapter_owners(subject.module)
-    mine = [p for p in subject.module.parameters() if id(p) in adapters]
-    live.count(mine, "adapters")
+    live.count(subject.of_adapters(), "adapters")
     live.count(subject.module.parameters(), "base")
     live.count(subject.module.buffers(), "base")
     for module in subject.module.modules():

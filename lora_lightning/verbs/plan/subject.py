@@ -22,6 +22,7 @@ from lora_lightning.layers.quantized.bitsandbytes import (
     is_linear8bit,
     round_placeholder,
 )
+from lora_lightning.layers.traversal import named_adapted_layers
 from lora_lightning.tasks.model_options import weights_of
 from lora_lightning.tasks.pretrained_task import PretrainedTask
 from lora_lightning.training.adapter_callback import AdapterCallback
@@ -47,6 +48,12 @@ class Subject:
     selections: dict[str, Selection] = field(default_factory=dict)
     roots: dict[str, nn.Module] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+
+    def of_adapters(self) -> list[Tensor]:
+        """What adapters hold: their parameters, and buffers such as a scale."""
+        layers = [layer for _, layer in named_adapted_layers(self.module)]
+        held = [[*layer.adapters.parameters(), *layer.adapters.buffers()] for layer in layers]
+        return [tensor for tensors in held for tensor in tensors]
 
     def trainable(self) -> list[nn.Parameter]:
         """The parameters that train."""
