@@ -106,8 +106,8 @@ if TYPE_CHECKING:
     from lora_lightning.training.terminal_progress import TerminalProgress as TerminalProgress
     from lora_lightning.verbs.export.export import export as export
     from lora_lightning.verbs.generate.generate import generate as generate
-    from lora_lightning.verbs.inspect.inspect import inspect as inspect
     from lora_lightning.verbs.inspect.inspect import Inspection as Inspection
+    from lora_lightning.verbs.inspect.inspect import inspect as inspect
     from lora_lightning.verbs.merge.merge import merge as merge
     from lora_lightning.verbs.plan.plan import plan as plan
     from lora_lightning.verbs.plan.result import Plan as Plan

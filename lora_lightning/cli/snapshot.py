@@ -13,9 +13,9 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 
 import lora_lightning
-from lora_lightning.cli.planning import PlanningTrainer
 from lora_lightning.cli.lora_cli import LoraCLI
 from lora_lightning.cli.options import SNAPSHOT, Known, Option, Verb, to_json
+from lora_lightning.cli.planning import PlanningTrainer
 from lora_lightning.cli.terminal import tell
 from lora_lightning.cli.verbs import VERBS, parser_of
 from lora_lightning.utilities.atomic_write import write_atomically

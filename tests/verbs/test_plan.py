@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import random
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +21,10 @@ from lora_lightning.verbs.plan import step
 from lora_lightning.verbs.plan.live_bytes import LiveBytes
 from lora_lightning.verbs.plan.placement import parse_bytes
 from tests.helpers.command import run_command
-from tests.helpers.memory import MeasuredPeak, base_tensors, optimizer_tensors, storages
+from tests.helpers.memory import base_tensors, optimizer_tensors, storages
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny_bert import save_tiny_bert
-from tests.helpers.tiny_lm import PLAIN_WORDS, tiny_llama, tiny_tokenizer
+from tests.helpers.tiny_lm import tiny_llama
 from tests.helpers.trained_runs import language_model_run
 
 SIZES = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2}

@@ -112,7 +112,9 @@ class LiveBytes(TorchDispatchMode):
         aten = torch.ops.aten
         if func is aten._local_scalar_dense.default:
             dtype = args[0].dtype
-            return self.answers.condition if dtype == torch.bool else 0.0 if dtype.is_floating_point else 0
+            if dtype == torch.bool:
+                return self.answers.condition
+            return 0.0 if dtype.is_floating_point else 0
         if func is aten.index.Tensor:
             indices: list[Tensor | None] = []
             for index in args[1]:
