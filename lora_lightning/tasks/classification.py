@@ -78,7 +78,7 @@ class Classification(PretrainedTask):
                 class_names.check_trained_head(self.model_name, hub, self.label_names)
             self.add_metrics(self.label_names)
 
-    def configure_without_weights(self, precision: str | None = None) -> None:
+    def configure_without_weights(self, precision: str) -> None:
         """Build it with a head for `label_names`."""
         self.label_names = class_names.agreed_label_names(self.label_names, trainer_of(self))
         self._weights = class_names.weights_of_classes(self.class_weights, self.label_names)

@@ -47,7 +47,7 @@ class Held(Callback):
         self.bytes["steps"] = sum(t.nbytes for t in state if not t.ndim)
         outer: Any = trainer.strategy.model
         if hasattr(outer, "_get_ddp_logging_data"):
-            buckets = outer._get_ddp_logging_data()["initial_bucket_sizes"]
+            buckets = outer._get_ddp_logging_data()["bucket_sizes"]
             self.bytes["gradient buckets"] = sum(map(int, buckets.split(",")))
 
 
