@@ -127,8 +127,6 @@ WIDE = {
     "PretrainedTask.__init__": "options of the command line, --model",
     "generate": "options of the command line, lora-lightning generate",
     "add_weighted_adapter": "PEFT's signature",
-    "PlanningTrainer.plan": "options of the command line",
-    "plan": "options of the command line, and of the Trainer",
     "AdaptedMultiheadAttention.forward": "torch's signature",
     "merge": "options of the command line",
     "export": "options of the command line",

@@ -111,18 +111,25 @@ def plan(
             "quantized weights are packed into integers, which FSDP cannot share out. Each process "
             "holds all of them with strategy='ddp'. (trainer.strategy)"
         )
-    changes: list[Change] = []
-    if not estimate.unknown:
-
-        def peak_of(done: Estimate) -> float:  # quantized weights cannot be shared out
-            return float(p.peak) if (p := done.placed(devices).get(strategy)) else math.inf
-
-        changes = changes_of(run, shape, estimate, peak_of, lambda peak: peak <= there[0])
-        changes = [change for change in changes if change.peak != math.inf]
-        sharded = placed.get("fsdp2")
-        if placed[strategy].peak > there[0] and sharded is not None and strategy != "fsdp2":
-            changes.append(Change(f"{sharded.name} devices", sharded.peak))
+    changes = [] if estimate.unknown else _changes(run, estimate, shape, options, there[0])
     return _result(run, estimate, shape, options, there, changes)
+
+
+def _changes(
+    run: Run, estimate: Estimate, shape: BatchShape, options: dict[str, Any], memory: int
+) -> list[Change]:
+    devices, strategy = _spread(options)
+    placed = estimate.placed(devices)
+
+    def peak_of(done: Estimate) -> float:  # quantized weights cannot be shared out
+        return float(p.peak) if (p := done.placed(devices).get(strategy)) else math.inf
+
+    changes = changes_of(run, shape, estimate, peak_of, lambda peak: peak <= memory)
+    changes = [change for change in changes if change.peak != math.inf]
+    sharded = placed.get("fsdp2")
+    if placed[strategy].peak > memory and sharded is not None and strategy != "fsdp2":
+        changes.append(Change(f"{sharded.name} devices", sharded.peak))
+    return changes
 
 
 def _result(

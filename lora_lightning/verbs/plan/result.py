@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from lora_lightning.training.messages import rendered, show
+from lora_lightning.training.messages import as_html, rendered, show
 from lora_lightning.training.summary import readable_bytes
 from lora_lightning.verbs.plan.changes import Change
 from lora_lightning.verbs.plan.placement import Placement
@@ -125,10 +125,16 @@ class Plan:
 
     def show(self) -> None:
         """Print it."""
-        show(*self.targets, self.table(), *self.lines())
+        show(*self._parts())
 
     def __str__(self) -> str:
-        return rendered(*self.targets, self.table(), *self.lines())
+        return rendered(*self._parts())
+
+    def _repr_html_(self) -> str:
+        return as_html(*self._parts())
+
+    def _parts(self) -> list[Any]:
+        return [*self.targets, self.table(), *self.lines()]
 
 
 _NAMES = {"backward": "backward's own", "step": "optimizer's step", "batch": "the batch"}
