@@ -65,9 +65,16 @@ class Run:
     precision: str
     device: str
     found: RunLength = field(default_factory=RunLength)
+    _made: dict[Any, Subject] = field(default_factory=dict)
 
     def subject(self, **changes: Any) -> Subject:
-        """The module without memory; `changes` of a task's options."""
+        """The module without memory, made once; `changes` of a task's options."""
+        key = tuple(sorted(changes.items()))
+        if key not in self._made:
+            self._made[key] = self._subject(changes)
+        return self._made[key]
+
+    def _subject(self, changes: dict[str, Any]) -> Subject:
         module = self.module
         if changes and isinstance(module, PretrainedTask):
             module = copy.copy(module)
