@@ -26,10 +26,11 @@ CHECKPOINT = "lora_lightning/checkpoint/README.md"
 FOLDERS = [
     "configs", "lora_lightning/adapters", "lora_lightning/checkpoint", "lora_lightning/data",
     "lora_lightning/engine", "lora_lightning/examination", "lora_lightning/layers", "lora_lightning/tasks",
-    "lora_lightning/training", "notebooks", "tests/benchmarks",
+    "lora_lightning/training", "configs/coming_from", "notebooks", "tests/benchmarks",
+    *(f"lora_lightning/verbs/{verb}" for verb in ("export", "generate", "inspect", "merge", "plan", "preview", "report")),
 ]  # fmt: skip
 # What a page may name that is not here: the reader's own.
-YOURS = {"my_module.py", "last.ckpt"}
+YOURS = {"my_module.py", "last.ckpt", "config.yaml"}
 # The changelog names what there was.
 CURRENT = [page for page in PAGES if page != "CHANGELOG.md"]
 

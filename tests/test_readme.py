@@ -175,7 +175,7 @@ def test_there_are_calls() -> None:
 @pytest.mark.parametrize("call", CALLS)
 def test_commands_parse(call: str, monkeypatch: Any) -> None:
     """Every `lora-lightning` call of a page is one that the parser takes."""
-    words = shlex.split(call)
+    words = shlex.split(call, comments=True)
     if words[1] in verbs.VERBS:
         verbs.parsed(words[1], getattr(lora_lightning, words[1]), tuple(words[2:]))
         return
@@ -185,6 +185,9 @@ def test_commands_parse(call: str, monkeypatch: Any) -> None:
     assert words[1] in {"fit", "validate", "test", "predict", "examine", "preview", "plan"}
     (mine,) = (block for _, block in blocks("yaml") if "runs/mine" in block)
     Path("mine.yaml").write_text(mine)
+    if words[2].startswith("runs/"):  # whose config is the one that made it
+        name = words[2].removeprefix("runs/")
+        words[2:3] = ["--config", "mine.yaml" if name == "mine" else f"configs/{name}.yaml"]
     monkeypatch.setattr(sys, "argv", words)
     if any(word.endswith(("-help", ".help")) for word in words):
         with pytest.raises(SystemExit, match=r"^0$"):

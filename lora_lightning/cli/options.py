@@ -90,7 +90,7 @@ def spelled_out(arguments: Iterable[str], switches: Iterable[str]) -> list[str]:
     flags, words = {f"--{name}" for name in switches}, [*arguments]
     return [
         f"{word}=true" if word in flags and after not in ("true", "false") else word
-        for word, after in zip(words, [*words[1:], ""], strict=True)
+        for word, after in zip(words, [*words, ""][1:], strict=True)
     ]
 
 

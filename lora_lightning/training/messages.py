@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from lightning.pytorch import utilities
+from lightning_utilities.core import rank_zero
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 
@@ -24,7 +25,7 @@ def rank_zero_info(message: str) -> None:
 @contextmanager
 def notes_kept() -> Iterator[list[str]]:
     """What is said by `rank_zero_info` in this block, instead of into the log."""
-    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    logger: logging.Logger = rank_zero.log  # of the newest package that has set it
     notes: list[str] = []
 
     def keep(record: logging.LogRecord) -> bool:

@@ -16,6 +16,8 @@ class Stopwatch:
         self._from = 0.0
         self._left_out = 0.0
         self._stopped_at: list[float] = []
+        # What an object itself had in the place of a method that is left out, or None.
+        self._before: dict[tuple[int, str], Any] = {}
 
     def start(self) -> None:
         """Begin at zero."""
@@ -50,6 +52,7 @@ class Stopwatch:
     def leave_out(self, owner: object, method: str) -> None:
         """Leave out every call of this method of an object, until `count_in`."""
         original = getattr(owner, method)
+        self._before[id(owner), method] = vars(owner).get(method)
 
         @wraps(original)
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -60,4 +63,8 @@ class Stopwatch:
 
     def count_in(self, owner: object, method: str) -> None:
         """Undo `leave_out`."""
-        owner.__dict__.pop(method, None)
+        if (id(owner), method) in self._before:
+            del vars(owner)[method]
+            before = self._before.pop((id(owner), method))
+            if before is not None:
+                setattr(owner, method, before)

@@ -120,7 +120,6 @@ def test_base_and_tuned_text(tmp_path: Path, folder: str, capsys: Any) -> None:
     shown = capsys.readouterr().out
     assert shown.count("(as above)") == 2 * 3  # and shown once, of four times
     assert "samples at step 12" in shown
-    assert shown.count("│ base ") == 2  # of the two prompts, the first time alone
     assert "│ tuned  │  France" in shown
 
 

@@ -1,85 +1,53 @@
-"""Notebooks run top to bottom on this interpreter, show what they promise, and are stripped."""
+"""Notebooks run top to bottom on this interpreter, and are committed with what they show."""
 
 from __future__ import annotations
 
-import ast
-import json
-import os
+import base64
 import sys
 from pathlib import Path
 
 import nbformat
 import pytest
 import yaml
-from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from nbformat.v4 import new_code_cell, new_notebook
 
+from tests.helpers import notebooks
+from tests.helpers.notebooks import E2E, FOLDER, execute, images
 from tests.helpers.paths import ROOT
 
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-QUICKSTART = ROOT / "notebooks" / "01_quickstart.ipynb"
-LANGUAGE_MODEL = ROOT / "notebooks" / "02_language_model.ipynb"
-E2E = Path(os.environ.get("E2E_FILE") or ROOT.parent / "shared" / "data" / "e2e" / "valid.txt")
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+QUICKSTART, LANGUAGE_MODEL, AFTER = (
+    FOLDER / f"{name}.ipynb" for name in ("01_quickstart", "02_language_model", "03_after_training")
+)
+WITH_PICTURES = {QUICKSTART: 3, LANGUAGE_MODEL: 1, AFTER: 2}
 
 
 @pytest.fixture(scope="module")
 def jupyter(tmp_path_factory):
-    """Jupyter as if freshly installed, whose one kernel is the interpreter that runs the tests."""
-    home = tmp_path_factory.mktemp("jupyter")
-    spec = home / "data" / "kernels" / "python3"
-    spec.mkdir(parents=True)
-    command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-    kernel = {"argv": command, "display_name": "Python 3", "language": "python"}
-    (spec / "kernel.json").write_text(json.dumps(kernel))
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("DATA", "CONFIG", "RUNTIME"):
-            (home / name.lower()).mkdir(exist_ok=True)
-            patch.setenv(f"JUPYTER_{name}_DIR", str(home / name.lower()))
-        patch.setenv("IPYTHONDIR", str(home / "ipython"))
-        patch.delenv("JUPYTER_PATH", raising=False)
-        patch.delenv("MPLBACKEND", raising=False)
+    with notebooks.jupyter(tmp_path_factory.mktemp("jupyter")):
         yield
 
 
-def execute(notebook, folder, expressions=()):
-    """Run all cells in `folder`; return the values of `expressions` afterwards, by expression."""
-    values = ", ".join(f"{text!r}: {text}" for text in expressions)
-    probed = nbformat.from_dict({**notebook, "cells": [*notebook.cells]})
-    probed.cells.append(new_code_cell(f"print({{{values}}})"))
-    resources = {"metadata": {"path": str(folder)}}
-    client = NotebookClient(probed, timeout=600, kernel_name="python3", resources=resources)
-    client.execute()
-    notebook.cells = probed.cells[:-1]
-    return ast.literal_eval(probed.cells[-1].outputs[0].text)
-
-
-def unstripped(notebook):
-    """Numbers of the cells that hold something of an earlier run."""
-    return [
-        number
-        for number, cell in enumerate(notebook.cells)
-        if cell.cell_type == "code" and (cell.outputs or cell.execution_count is not None)
-    ]
-
-
-def images(notebook):
-    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-    return [output.data["image/png"] for output in outputs if "image/png" in output.get("data", {})]
-
-
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
-def test_stripped(path):
+def test_committed_with_what_it_shows(path):
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
-    assert unstripped(notebook) == []
+    assert path.stat().st_size < 500_000
     assert notebook.metadata.keys() <= {"kernelspec", "language_info"}
     assert notebook.metadata.kernelspec.name == "python3"
     assert not any(cell.metadata for cell in notebook.cells)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == [*range(1, len(code) + 1)]
+    assert len(images(notebook)) == WITH_PICTURES[path]
+    assert all(len(base64.b64decode(image)) < 100_000 for image in images(notebook))
+    text = path.read_text()
+    for elsewhere in (str(Path.home()), str(ROOT), "/tmp/", "site-packages", "Traceback"):
+        assert elsewhere not in text, elsewhere
 
 
 def test_there_are_notebooks():
-    assert [QUICKSTART, LANGUAGE_MODEL] == NOTEBOOKS
+    assert list(WITH_PICTURES) == NOTEBOOKS
 
 
 @pytest.mark.soak
@@ -131,6 +99,20 @@ def test_language_model(jupyter, tmp_path, monkeypatch):
     assert "The Punter" in shown
 
 
+@pytest.mark.soak
+def test_after_training(jupyter, tmp_path):
+    notebook = nbformat.read(AFTER, as_version=4)
+    results = ("texts", "merged.saved.largest", "written.shape[1] > prompt['input_ids'].shape[1]")
+    values = execute(notebook, tmp_path, results)
+    assert values["texts"] == {"base": "thirty two", "default": "thirty"}
+    assert values["merged.saved.largest"] < 1e-5
+    assert values[results[2]]
+    assert (tmp_path / "runs/before/report.html").is_file()
+    for form in ("peft", "portable"):
+        assert (tmp_path / f"out/{form}/adapter_model.safetensors").is_file()
+    assert len(images(notebook)) == 2
+
+
 @pytest.mark.slow
 def test_these_tests_can_fail(jupyter, tmp_path):
     raising = new_notebook(cells=[new_code_cell("1 + 1"), new_code_cell("1 / 0")])
@@ -140,4 +122,3 @@ def test_these_tests_can_fail(jupyter, tmp_path):
     kernel = new_notebook(cells=[new_code_cell("import sys"), new_code_cell("'shown'")])
     assert execute(kernel, tmp_path, ["sys.executable"]) == {"sys.executable": sys.executable}
     assert images(kernel) == []
-    assert unstripped(kernel) == [0, 1]

@@ -160,7 +160,7 @@ def test_samples_are_shown_escaped_and_kept_as_they_are(
     log_texts(CSVLogger(tmp_path, "logs"), "samples", rows, 1)
     kept = next(tmp_path.rglob("samples.jsonl")).read_text(encoding="utf-8")
     assert json.loads(kept)["prompt"] == text
-    files = save_predictions([[text]], tmp_path / "predictions")
+    files = save_predictions([[text]], tmp_path / "predictions", [{"prediction": text}])
     assert json.loads(files[0].read_text(encoding="utf-8")) == {"prediction": text}
 
 

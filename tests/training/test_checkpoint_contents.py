@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from torch import Tensor, nn
 
-from lora_lightning import LoraCallback, load_adapter, load_from_checkpoint
+from lora_lightning import LoraCallback, TrainingProgress, load_adapter, load_from_checkpoint
 from lora_lightning.checkpoint.state_dict import KEY
 from lora_lightning.errors import AdapterMismatchError
 from lora_lightning.training.checkpoint_io.baseline import Baseline
@@ -457,7 +457,7 @@ def test_two_processes(tmp_path: Path) -> None:
 def test_another_trainer_has_the_module_by_now(tmp_path: Path, weights_only: bool) -> None:
     """What a Trainer saves is that of its run, whoever has evaluated the module in between."""
     seed_everything(0, verbose=False)
-    module, run = Net(), make_trainer(tmp_path, LoraCallback(**OPTIONS))
+    module, run = Net(), make_trainer(tmp_path, LoraCallback(**OPTIONS), TrainingProgress())
     run.fit(module, Data())
     run.save_checkpoint(tmp_path / "before.ckpt", weights_only)
     other = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)

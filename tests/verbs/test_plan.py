@@ -298,7 +298,7 @@ def test_70_billion_weights_of_a_config_file(tmp_path: Path) -> None:
         timeout=200,
     )
     assert done.returncode == 0, done.stderr
-    assert "of 70,760,595,456 parameters" in done.stdout
+    assert "of 70,760,800,256 parameters" in done.stdout
     assert "does not fit: needs" in done.stdout
     assert "with quantize nf4" in done.stdout
     assert "the data are not read" in done.stdout

@@ -178,12 +178,16 @@ def _training(subject: Subject) -> Iterable[str]:
         yield f"precision {precision}"
 
 
+# What says nothing of the adapter: how the run went on its machine.
+_OF_TRAINING = ("train", "lr", "tokens_per_second", "samples_per_second", "peak_memory_gb")
+
+
 def _metrics(subject: Subject) -> list[str]:
     """A table of what was measured with the weights of this checkpoint."""
     measured = {
         name: float(value)
         for name, value in (subject.checkpoint[KEY].get("metrics") or {}).items()
-        if isinstance(value, (Tensor, float, int)) and not name.startswith("train")
+        if isinstance(value, (Tensor, float, int)) and not name.startswith(_OF_TRAINING)
     }
     step = subject.checkpoint.get("global_step")
     compared = _comparison(subject.run, step)
