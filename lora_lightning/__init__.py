@@ -109,6 +109,8 @@ if TYPE_CHECKING:
     from lora_lightning.verbs.inspect.inspect import Inspection as Inspection
     from lora_lightning.verbs.inspect.inspect import inspect as inspect
     from lora_lightning.verbs.merge.merge import merge as merge
+    from lora_lightning.verbs.plan.plan import plan as plan
+    from lora_lightning.verbs.plan.result import Plan as Plan
     from lora_lightning.verbs.preview.preview import preview as preview
     from lora_lightning.verbs.report.report import report as report
 

@@ -32,6 +32,7 @@ from lora_lightning.cli.examination import ExaminingTrainer, examine_config
 from lora_lightning.cli.last_lines import to_evaluate, to_go_on, to_use_it
 from lora_lightning.cli.log_filter import shorten_warnings
 from lora_lightning.cli.parser import LoraParser
+from lora_lightning.cli.planning import ON_NO_DEVICE, PlanningTrainer, plan_config
 from lora_lightning.cli.predictions import PredictionFiles
 from lora_lightning.cli.saved_config import RunConfig
 from lora_lightning.engine.switching import adapter_names
@@ -55,7 +56,7 @@ class LoraCLI(LightningCLI):
         shorten_warnings()
         try:
             super().__init__(
-                trainer_class=ExaminingTrainer,
+                trainer_class=PlanningTrainer,
                 model_class=LightningModule,
                 datamodule_class=LightningDataModule,
                 subclass_mode_model=True,
@@ -78,13 +79,19 @@ class LoraCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Lightning's, and those of data and module before training."""
-        given = {"model", "datamodule"}
-        return {**LightningCLI.subcommands(), "examine": given, "preview": given}
+        own = {name: {"model", "datamodule"} for name in ("examine", "plan", "preview")}
+        return {**LightningCLI.subcommands(), **own}
 
     def examine(self, **kwargs: Any) -> None:
         """Tell what holds for the module, which is made anew many times; exit with 1 if not all."""
         if not examine_config(type(self), self._arguments, kwargs["batches"]).holds:
             sys.exit(1)
+
+    def plan(self, **kwargs: Any) -> None:
+        """Print what the run needs; nothing is loaded, and nothing written."""
+        trainer = self._options()["trainer"]
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        plan_config(self.model, callbacks, self.datamodule, trainer, kwargs).show()
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the callback's options as a section of their own: `--lora.r 16`."""
@@ -115,7 +122,7 @@ class LoraCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Look the checkpoint up, and refuse to start a run over an existing one."""
         check_loggers(self._options()["trainer"].get("logger"))
-        if self.subcommand in ("examine", "preview"):
+        if self.subcommand in ("examine", "plan", "preview"):
             return  # which leave the run directory alone
         options = self._options()
         found = self.found_checkpoints()
@@ -151,6 +158,8 @@ class LoraCLI(LightningCLI):
         if self.subcommand == "preview":  # whatever devices the run is for
             return idle_trainer(ExaminingTrainer)
         made = self.config_init[self.subcommand]
+        if self.subcommand == "plan":
+            kwargs |= ON_NO_DEVICE
         if made["trainer"].get("logger") in (None, True):
             kwargs["logger"] = CSVLogger(save_dir=str(self.run_directory), name="logs")
         callbacks = _as_list(made["trainer"].get("callbacks"))

@@ -13,9 +13,9 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 
 import lora_lightning
-from lora_lightning.cli.examination import ExaminingTrainer
 from lora_lightning.cli.lora_cli import LoraCLI
 from lora_lightning.cli.options import SNAPSHOT, Known, Option, Verb, to_json
+from lora_lightning.cli.planning import PlanningTrainer
 from lora_lightning.cli.terminal import tell
 from lora_lightning.cli.verbs import VERBS, parser_of
 from lora_lightning.utilities.atomic_write import write_atomically
@@ -54,7 +54,7 @@ def asked_parsers() -> Known:
     )
     verbs = {}
     for name, options in asked.items():
-        text = _VERBS.get(name) or _summary(getattr(ExaminingTrainer, name).__doc__)
+        text = _VERBS.get(name) or _summary(getattr(PlanningTrainer, name).__doc__)
         own = tuple(option for option in options if option not in shared)
         verbs[name] = Verb(text, own, runs=True)
     for name in VERBS:

@@ -115,6 +115,8 @@ class TextDataModule(SplitDataModule):
             "too_long": too_long,
             "untrainable": untrainable,
         }
+        self.max_length = max_length  # as asked; `encoder` has what it comes to
+        self.max_target_length = max_target_length
         self.packing = packing
         self.streaming = streaming
         self.shuffle_buffer = shuffle_buffer

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -16,6 +18,17 @@ Chunks = list[tuple[Tensor, Tensor]]  # hidden states, labels
 CHUNK = 2**23
 # Times as many on other devices, whose products want more rows for each time the weight is read.
 ELSEWHERE = 4
+_sized_for: ContextVar[str | None] = ContextVar("sized_for", default=None)
+
+
+@contextmanager
+def chunks_sized_for(kind: str) -> Iterator[None]:
+    """Take chunks of the size for another kind of device, whose memory is being planned."""
+    token = _sized_for.set(kind)
+    try:
+        yield
+    finally:
+        _sized_for.reset(token)
 
 
 def head_loss(head: Head, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -37,7 +50,8 @@ def head_loss(head: Head, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tenso
         The loss; and how many labels have the highest score, where no gradients are asked for.
     """
     one = head(hidden.detach()[:1])
-    numbers = CHUNK if hidden.device.type == "cpu" else ELSEWHERE * CHUNK
+    kind = _sized_for.get() or hidden.device.type
+    numbers = CHUNK if kind == "cpu" else ELSEWHERE * CHUNK
     rows = max(1, numbers // one.shape[-1])
     chunks = list(zip(torch.split(hidden, rows), torch.split(labels, rows), strict=True))
     leaves = _leaves(one)

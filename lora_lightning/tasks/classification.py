@@ -78,6 +78,12 @@ class Classification(PretrainedTask):
                 class_names.check_trained_head(self.model_name, hub, self.label_names)
             self.add_metrics(self.label_names)
 
+    def configure_without_weights(self, precision: str) -> None:
+        """Build it with a head for `label_names`."""
+        self.label_names = class_names.agreed_label_names(self.label_names, trainer_of(self))
+        self._weights = class_names.weights_of_classes(self.class_weights, self.label_names)
+        super().configure_without_weights(precision)
+
     def options_to_keep(self) -> dict[str, Any]:
         """Add the classes, as they are now known, and what trains on them."""
         found = super().options_to_keep()

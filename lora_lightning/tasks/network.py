@@ -14,7 +14,7 @@ from torch import nn
 
 from lora_lightning.errors import ConfigError, ModelError
 from lora_lightning.layers.quantized.bitsandbytes import settle_rounding_table
-from lora_lightning.tasks.model_options import ModelOptions
+from lora_lightning.tasks.model_options import ModelOptions, weights_of
 from lora_lightning.tasks.sharding import repeated_layers, shard
 from lora_lightning.utilities.hub import load_pretrained, resolve_model_path
 
@@ -42,9 +42,7 @@ def build_network(
             f"revision={options.revision!r} names a state of a model on the hub, but {name!r} is a "
             "local folder, which has one state only. Leave it out. (model.revision)"
         )
-    how: dict[str, Any] = {**options.hub(), **network_options, "dtype": _dtype(options)}
-    if options.attn_implementation is not None:
-        how["attn_implementation"] = options.attn_implementation
+    how = _how(options, network_options)
     if options.quantize:
         how |= _quantized(auto_class, name, options, trainer, how)
 
@@ -67,12 +65,7 @@ def build_network(
             network, new = load()
         else:
             network = _skeleton(auto_class, name, how)
-    network.train()  # from_pretrained returns eval mode, which the Trainer would keep
-    # A cache is of no use but to generation, which asks for one by itself. Where there is one,
-    # transformers takes a packed row for a single sequence, and checkpointing warns of it.
-    network.config.use_cache = False
-    if options.gradient_checkpointing:
-        _checkpoint_layers(network, name)
+    _settle(network, name, options)
     if options.compile is not False:
         # FSDP acts between layers.
         parts = _below_head(network) if mesh is None else repeated_layers(network)
@@ -84,14 +77,70 @@ def build_network(
 
 
 def network_skeleton(
-    auto_class: str, name: str, options: ModelOptions, **network_options: Any
+    auto_class: str,
+    name: str,
+    options: ModelOptions,
+    precision: str | None = None,
+    **network_options: Any,
 ) -> Any:
-    """The network that `build_network` loads, unquantized and on the meta device: no values."""
-    how: dict[str, Any] = {**options.hub(), **network_options, "dtype": _dtype(options)}
-    if options.attn_implementation is not None:
-        how["attn_implementation"] = options.attn_implementation
+    """The network that `build_network` loads, unquantized and on the meta device: no values.
+
+    `precision`: the Trainer's, where it is not that of the moment.
+    """
+    how = _how(options, network_options)
+    cast = weights_of(precision)
+    if options.dtype is None and cast is not None:
+        how["dtype"] = cast
     with _attention_named(options.attn_implementation):
         return _skeleton(auto_class, name, how)
+
+
+def settle_skeleton(network: Any, name: str, options: ModelOptions, precision: str) -> Any:
+    """Make of `network_skeleton` what `build_network` makes of loaded weights.
+
+    Layers that are to be quantized are bitsandbytes', with weights that are not yet rounded.
+    """
+    if options.quantize:
+        from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+
+        found = next(network.parameters()).dtype
+        config = _bitsandbytes(options.quantize, _AUTOCAST.get(precision, found), network)
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(found)
+        try:
+            precise = [*config.llm_int8_skip_modules, *(network._keep_in_fp32_modules or ())]
+            network = replace_with_bnb_linear(network, precise, config)
+        finally:
+            torch.set_default_dtype(default)
+    cast = weights_of(precision)
+    if cast is not None:
+        network.to(cast)  # buffers, too
+    _settle(network, name, options)
+    return network
+
+
+def head_parameters(network: Any) -> list[str]:
+    """Parameters that no file has values for, as far as the config says of what network it is."""
+    if type(network).__name__ in (network.config.architectures or [type(network).__name__]):
+        return []
+    heads = tuple(f"{path}." for path in _heads(network))
+    return [name for name, _ in network.named_parameters() if name.startswith(heads)]
+
+
+def _how(options: ModelOptions, network_options: dict[str, Any]) -> dict[str, Any]:
+    how = {**options.hub(), **network_options, "dtype": _dtype(options)}
+    if options.attn_implementation is not None:
+        how["attn_implementation"] = options.attn_implementation
+    return how
+
+
+def _settle(network: Any, name: str, options: ModelOptions) -> None:
+    network.train()  # from_pretrained returns eval mode, which the Trainer would keep
+    # A cache is of no use but to generation, which asks for one by itself. Where there is one,
+    # transformers takes a packed row for a single sequence, and checkpointing warns of it.
+    network.config.use_cache = False
+    if options.gradient_checkpointing:
+        _checkpoint_layers(network, name)
 
 
 def _loaded(auto_class: str, name: str, how: dict[str, Any]) -> tuple[Any, set[str]]:
@@ -180,24 +229,29 @@ def _quantized(
     auto_class: str, name: str, options: ModelOptions, trainer: Trainer | None, how: dict[str, Any]
 ) -> dict[str, Any]:
     """Options with which `from_pretrained` quantizes the Linears of the base."""
-    from transformers import BitsAndBytesConfig
-
     skeleton = _skeleton(auto_class, name, how)
     weights = next(skeleton.parameters()).dtype
     compute = _AUTOCAST.get(getattr(trainer, "precision", ""), weights)
-    kind: dict[str, Any] = {"load_in_8bit": True}
-    if options.quantize != "int8":
-        settle_rounding_table(options.quantize)  # type: ignore[arg-type]
-        kind = {
-            "load_in_4bit": True,
-            "bnb_4bit_quant_type": options.quantize,
-            "bnb_4bit_use_double_quant": True,
-            "bnb_4bit_compute_dtype": compute,
-        }
-    config = BitsAndBytesConfig(**kind, llm_int8_skip_modules=_heads(skeleton))
+    assert options.quantize is not None, "there is something to round to"
+    config = _bitsandbytes(options.quantize, compute, skeleton)
     # Each process onto its own device, and never by way of another.
     place = {} if trainer is None else {"device_map": {"": trainer.strategy.root_device}}
     return {"quantization_config": config, **place}
+
+
+def _bitsandbytes(quantize: str, compute: torch.dtype, network: Any) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    kind: dict[str, Any] = {"load_in_8bit": True}
+    if quantize != "int8":
+        settle_rounding_table(quantize)
+        kind = {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": quantize,
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": compute,
+        }
+    return BitsAndBytesConfig(**kind, llm_int8_skip_modules=_heads(network))
 
 
 def _heads(network: Any) -> list[str]:

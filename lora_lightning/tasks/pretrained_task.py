@@ -25,7 +25,12 @@ from lora_lightning.tasks.lr_schedule import (
     is_trial,
 )
 from lora_lightning.tasks.model_options import Dtype, ModelOptions, Quantization, weights_of
-from lora_lightning.tasks.network import build_network
+from lora_lightning.tasks.network import (
+    build_network,
+    head_parameters,
+    network_skeleton,
+    settle_skeleton,
+)
 from lora_lightning.tasks.sharding import data_parallel_mesh
 from lora_lightning.training._lightning import trainer_of
 from lora_lightning.training.adapter_callback import AdapterCallback
@@ -132,6 +137,19 @@ class PretrainedTask(Evaluation):
         )
         self.new_parameters = {f"network.{key}" for key in new}
         module_state(self).new_names = self.new_parameters
+
+    def configure_without_weights(self, precision: str) -> None:
+        """Build the network on the meta device, of its config file alone, for a plan.
+
+        `precision`: the Trainer's.
+        """
+        if self.network is None:
+            name, options = self.model_name, self.options
+            network = network_skeleton(
+                self.auto_class, name, options, precision, **self.network_options()
+            )
+            self.network = settle_skeleton(network, name, options, precision)
+            self.new_parameters = {f"network.{n}" for n in head_parameters(self.network)}
 
     def network_options(self) -> dict[str, Any]:
         """Return a task's own options of `from_pretrained`."""

@@ -30,7 +30,7 @@ def train_new_modules(callback: AdapterCallback, module: LightningModule, root: 
     if learners[:1] == [callback]:
         names = module_state(module).new_names
         new = {id(p) for name, p in module.named_parameters() if name in names}
-        found = _new_modules(root, new, listed)
+        found = new_modules_below(root, new, listed)
     if found != callback._new_modules:
         callback.config = dataclasses.replace(
             callback.config, modules_to_save=[*listed, *found] or None
@@ -63,7 +63,7 @@ def frozen_new_parameters(module: nn.Module, names: Iterable[str]) -> set[str]:
     }
 
 
-def _new_modules(root: nn.Module, new: set[int], listed: list[str]) -> list[str]:
+def new_modules_below(root: nn.Module, new: set[int], listed: list[str]) -> list[str]:
     """The outermost modules that can be copied and have no parameters but such as are in `new`.
 
     What is inside of modules that are `listed` to be saved is left out.

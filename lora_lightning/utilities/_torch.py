@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _IncompatibleKeys
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils.data import DataLoader
 
 # Of torch's schedulers, with an entry for each parameter group
@@ -147,3 +148,20 @@ def load_own_state(module: nn.Module, state: dict[str, Any], prefix: str) -> Non
         hook(module, _IncompatibleKeys([], []))
     if errors:
         raise RuntimeError("; ".join(errors))
+
+
+def fake_tensors() -> AbstractContextManager[Any]:
+    """Make tensors inside that have shape, dtype, device and history, but no memory."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def asks_for_values(error: BaseException) -> bool:
+    """True if an operation failed because fake tensors have no values."""
+    from torch._subclasses.fake_tensor import (
+        DataDependentOutputException,
+        DynamicOutputShapeException,
+    )
+
+    return isinstance(error, (DataDependentOutputException, DynamicOutputShapeException))

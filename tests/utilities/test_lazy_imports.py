@@ -9,19 +9,20 @@ import pytest
 
 NAMES = {
     "lora_lightning": """
-        AdaLoraConfig Adapter AdapterConfig AdapterMismatchError AdapterSpec AdapterStateError
-        BaseWeight CausalLM CheckpointError ConfigError DeltaAdapter EvaConfig Examination IA3Config
-        Ia3Config ImageClassification ImageDataModule Inspection LoHaConfig LoKrConfig LoftQConfig
-        LoftqConfig LohaConfig LokrConfig LoraCallback LoraConfig LoraError ModelError
-        NonfiniteError OFTConfig OftConfig OptimizerError RankError RecordError Selection
-        Seq2SeqLM SequenceClassification ShiraConfig StdlibDocstrings TargetError
-        TerminalProgress TextClassificationDataModule TextDataModule TextSamples TokenClassification
-        TokenClassificationDataModule TrainingProgress VeraConfig active_adapters adapter_names
-        adapter_state_dict adapter_status adapters_per_row add_weighted_adapter
-        compare_with_base delete_adapter disable_adapter eva_start examine export generate
-        hotswap_adapter inject_adapter inspect load_adapter load_adapter_state_dict
-        load_from_checkpoint merge merge_adapter merge_and_unload preview register_adapter report
-        save_adapter scale_adapter set_adapter unload
+        AdaLoraConfig Adapter AdapterConfig AdapterMismatchError AdapterSpec
+        AdapterStateError BaseWeight CausalLM CheckpointError ConfigError DeltaAdapter
+        EvaConfig Examination IA3Config Ia3Config ImageClassification ImageDataModule
+        Inspection LoHaConfig LoKrConfig LoftQConfig LoftqConfig LohaConfig LokrConfig
+        LoraCallback LoraConfig LoraError ModelError NonfiniteError OFTConfig OftConfig
+        OptimizerError Plan RankError RecordError Selection Seq2SeqLM SequenceClassification
+        ShiraConfig StdlibDocstrings TargetError TerminalProgress
+        TextClassificationDataModule TextDataModule TextSamples TokenClassification
+        TokenClassificationDataModule TrainingProgress VeraConfig active_adapters
+        adapter_names adapter_state_dict adapter_status adapters_per_row
+        add_weighted_adapter compare_with_base delete_adapter disable_adapter eva_start
+        examine export generate hotswap_adapter inject_adapter inspect load_adapter
+        load_adapter_state_dict load_from_checkpoint merge merge_adapter merge_and_unload
+        plan preview register_adapter report save_adapter scale_adapter set_adapter unload
         unmerge_adapter
     """,
     "lora_lightning.tasks": """

@@ -204,6 +204,32 @@ def test_a_test_for_each() -> None:
     assert [name for name in names if f"private.{name}" not in own] == []
 
 
+def test_fake_tensors() -> None:
+    class Count(private.TorchDispatchMode):
+        made = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # fmt: skip
+            self.made += 1
+            return func(*args, **(kwargs or {}))
+
+    with private.fake_tensors(), Count() as count:  # type: ignore[no-untyped-call]
+        rows = torch.ones(2**30, 2**20)  # more than there is
+        assert (rows.sum(), rows.shape)[1] == (2**30, 2**20)
+    assert count.made >= 2
+
+
+def test_asks_for_values() -> None:
+    with private.fake_tensors():
+        rows = torch.ones(3)
+        for ask in (lambda: rows.sum().item(), lambda: rows[rows > 0]):
+            with pytest.raises(RuntimeError) as found:
+                ask()
+            assert private.asks_for_values(found.value)
+        with pytest.raises(RuntimeError) as found:
+            rows @ torch.ones(4)
+        assert not private.asks_for_values(found.value)
+
+
 def test_own_state() -> None:
     class Counting(nn.Linear):
         count = 3

@@ -49,14 +49,15 @@ def settle_rounding_table(quant_type: str) -> None:
 
     It makes it once per process, in the default dtype of that moment, which under `bf16-true` is
     bfloat16: every model after that would be rounded to other indices than in another process, and
-    a checkpoint's base would not be known again. `quant_type` is `nf4` or `fp4`.
+    a checkpoint's base would not be known again. So does its table for rounding scales, which must
+    not be made of tensors without values. `quant_type` is `nf4` or `fp4`.
     """
     from bitsandbytes.functional import quantize_4bit
 
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
-        quantize_4bit(torch.ones(64), quant_type=quant_type)
+        quantize_4bit(torch.ones(64), quant_type=quant_type, compress_statistics=True)
     finally:
         torch.set_default_dtype(default)
 
@@ -185,6 +186,33 @@ def unpack_from_cpu_layout(module: Any) -> None:
         module.weight.data, _ = _convert_weight_packed_for_cpu_inverse(module.weight.data, state)
     if state.absmax.dim() == 2:  # (blocks of a row, out): bitsandbytes' inverse forgets these
         state.absmax = state.absmax.t().reshape(-1).float()
+
+
+def round_placeholder(module: Any, dense: Tensor) -> None:
+    """Give a layer of bitsandbytes a packed weight in the place of one that was never rounded.
+
+    `dense` has no values (`fake_tensors`), and so have the parts of what it is rounded to. They are
+    of bitsandbytes' own operations, so their shapes and types are. Its parameter is a plain one:
+    torch makes no other of a tensor without memory.
+    """
+    from bitsandbytes.functional import int8_vectorwise_quant, quantize_4bit
+
+    old = module.weight
+    if is_linear4bit(module):
+        data, state = quantize_4bit(
+            dense,
+            blocksize=old.blocksize,
+            compress_statistics=old.compress_statistics,
+            quant_type=old.quant_type,
+            quant_storage=old.quant_storage,
+        )
+        new: Any = nn.Parameter(data, requires_grad=False)
+        new.quant_state = module.quant_state = state
+    else:
+        codes, scale, _ = int8_vectorwise_quant(dense.half())
+        new = nn.Parameter(codes, requires_grad=False)
+        new.CB, new.SCB, new.has_fp16_weights = codes, scale, False
+    module._parameters["weight"] = new
 
 
 def close_cpu_packing(model: nn.Module) -> None:

@@ -1,0 +1,1 @@
+"""`plan`: what a run needs, before any weight is loaded."""
