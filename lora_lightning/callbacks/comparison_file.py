@@ -17,7 +17,7 @@ def write_comparison(comparison: Comparison, directory: Path) -> None:
     """Write it as `comparison.json`: all its fields, and its verdict for other readers."""
     content = {**asdict(comparison), "helped": comparison.helped, "verdict": comparison.verdict}
     text = json.dumps(content, indent=2, ensure_ascii=False)
-    directory.mkdir(parents=True, exist_ok=True)
+    directory.mkdir(parents=True, exist_ok=True)  # of checkpoints that lie elsewhere
     write_atomically({directory / COMPARISON: text.encode("utf-8", "replace")})
 
 

@@ -257,6 +257,7 @@ class LoraCLI(LightningCLI):
             lines = [f"not compared with the base: {reason}"]
         else:
             lines = comparison.lines()
+            # A fast_dev_run leaves nothing behind.
             if self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
                 write_comparison(comparison, self.run_directory)
         if self.trainer.is_global_zero:
