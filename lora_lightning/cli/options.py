@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,7 @@ def spelled_out(arguments: Iterable[str], switches: Iterable[str]) -> list[str]:
     flags, words = {f"--{name}" for name in switches}, [*arguments]
     return [
         f"{word}=true" if word in flags and after not in ("true", "false") else word
-        for word, after in zip(words, [*words[1:], ""], strict=True)
+        for word, after in zip_longest(words, words[1:], fillvalue="")
     ]
 
 
