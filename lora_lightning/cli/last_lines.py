@@ -54,10 +54,12 @@ def to_use_it(
     without: frozenset[str] = frozenset(),
 ) -> list[str]:
     """The verbs that make something of the run; those alone that there are."""
+    quantized = getattr(getattr(module, "options", None), "quantize", None)
+    dense = ["--dequantize"] if quantized else []
     commands: dict[str, tuple[str, list[str]]] = {
         "generate": ("chat", []),
         "predict": ("predict", ["--data.predict", "FILE"] if _reads_file(data) else []),
-        "merge": ("whole model", [str(directory / "merged")]),
+        "merge": ("whole model", [str(directory / "merged"), *dense]),
         "export": ("PEFT folder", [str(directory / "peft")]),
         "report": ("report", []),
     }

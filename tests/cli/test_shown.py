@@ -87,6 +87,8 @@ def test_only_verbs_that_there_are(monkeypatch: Any) -> None:
         "  lora-lightning export runs/x runs/x/peft"
     ]
     assert "generate" not in to_use_it(Net(), Data(), run)[0]
+    small = CausalLM("none", quantize="nf4")
+    assert "merge runs/x runs/x/merged --dequantize\n" in to_use_it(small, data, Path("runs/x"))[0]
 
 
 @pytest.mark.slow
