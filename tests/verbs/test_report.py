@@ -505,6 +505,8 @@ def test_values_that_are_close_can_be_read() -> None:
         assert len(boxes) == 2 * len(runs)
         assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
         assert all(figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 for box in boxes)
+    unbounded = Comparison({"val_loss": float("inf")}, {"val_loss": 6.0}, "val_loss", "min")
+    assert comparison_figure({"run": unbounded}) is not None
 
 
 def test_a_comparison_comes_back(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
@@ -112,7 +113,12 @@ def comparison_figure(comparisons: Mapping[str, Comparison]) -> Figure | None:
         if len(rows) == 1:
             axes.set_yticks([])
         axes.set_ylim(len(rows) - 0.4, -0.75)
-        axes.margins(x=0.4)
+        ends = [
+            x for base, tuned, more in rows.values() for x in (base, tuned - more, tuned + more)
+        ]
+        if all(map(math.isfinite, ends)):
+            room = 0.3 * (max(ends) - min(ends)) or 0.1 * abs(ends[0]) or 1.0  # for the words
+            axes.set_xlim(min(ends) - room, max(ends) + room)
         axes.grid(visible=False)
         axes.spines["left"].set_visible(False)
         axes.set_xlabel(printable(metric))
