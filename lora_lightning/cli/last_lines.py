@@ -63,10 +63,12 @@ def to_use_it(
     merged = "merged" if isinstance(module, PretrainedTask) else "merged/model.ckpt"
     several = adapter_names(module)[:1] if len(adapter_names(module)) > 1 else []
     which = [part for name in several for part in ("--adapter", name)]
+    quantized = getattr(getattr(module, "options", None), "quantize", None)
+    dense = ["--dequantize"] if quantized else []
     commands: dict[str, tuple[str, list[str]]] = {
         "generate": ("chat", []),
         "predict": ("predict", ["--data.predict", "FILE"] if _reads_file(data) else []),
-        "merge": ("whole model", [str(directory / merged)]),
+        "merge": ("whole model", [str(directory / merged), *dense]),
         "export": ("PEFT folder", [str(directory / "peft"), *which]),
         "report": ("report", []),
     }

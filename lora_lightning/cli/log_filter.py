@@ -18,6 +18,7 @@ _LOGGERS = (
     "lightning.pytorch",
     "lightning.pytorch.utilities.rank_zero",
     "torchao",  # which transformers imports where it is installed
+    "bitsandbytes.backends.cpu.ops",
     "torch.utils._pytree",
 )
 _LOGGED = (
@@ -25,7 +26,7 @@ _LOGGED = (
     "TPU available: False",
     "💡 Tip",
     "Restoring states from the checkpoint",  # what was done with it is said afterwards
-    "Failed to load",  # torchao, of its kernels for GPUs
+    "Failed to load",  # torchao, of its kernels for GPUs; bitsandbytes, of a faster one for CPUs
     "<enum '",  # torch, of what is deprecated in torchao
 )
 _WARNED = ("`isinstance", "Checkpoint directory .* exists")  # on every run and resume

@@ -155,7 +155,7 @@ def computing_with(
             dtype = getattr(original, name).dtype
             value: Tensor = parameter
             if parameter.itemsize > dtype.itemsize:  # FSDP's policy may have narrowed it already
-                value = parameter.to(dtype)
+                value = _narrowed(parameter, dtype)
                 cast.append((parameter, value))
             _put(module._parameters, name, value, before)
         for name, buffer in node._buffers.items():
@@ -195,6 +195,14 @@ def _put(place: dict[str, Any], name: str, value: Any, before: list[Any]) -> Non
     if place[name] is not value:
         before.append((place, name, place[name]))
         place[name] = value
+
+
+def _narrowed(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+        return parameter.to(dtype)
+    # A tensor made in inference mode does not tell whether it was written to.
+    with torch.inference_mode(False), torch.no_grad():
+        return parameter.to(dtype)
 
 
 @torch.no_grad()

@@ -90,9 +90,12 @@ def check_options(
             "with its options. Leave them out. (lora.init_from)"
         )
     if config is not None and asked:
+        default = {key: getattr(LoraConfig(), key, None) for key in asked}
+        back = [f"--lora.{k} {'null' if v is None else v}" for k, v in default.items()]
         raise ConfigError(
             f"LoraCallback was given config and also {', '.join(asked)}: two sources that may "
-            "contradict. Put the options into the config, or leave the config out. (lora.config)"
+            "contradict. Put the options into the config, or leave the config out; what another "
+            f"config file sets goes back to its default with {' '.join(back)}. (lora.config)"
         )
 
 

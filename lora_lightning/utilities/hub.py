@@ -105,7 +105,8 @@ def _reason_and_advice(reason: str, path: str, key: str) -> str:
     near = did_you_mean(path, folders)
     hint = f"Did you mean the folder {near!r}? Else check" if near else "Check"
     return (
-        f"{reason}\n  {hint} the spelling and the network, or name a local folder or "
+        f"{reason}\n  {hint} the spelling and the network, or name a local folder (from "
+        f"{str(Path.cwd())!r}, where there is none of that name) or "
         f"'{PACKAGE_PREFIX}import_name/sub/folder'. ({key})"
     )
 

@@ -94,6 +94,8 @@ def test_only_verbs_that_there_are(monkeypatch: Any) -> None:
         inject_adapter(two, LoraConfig(target_modules=["head"], r=2), name)
     lines = to_use_it(two, Data(), Path("runs/x"))[0]
     assert "export runs/x runs/x/peft --adapter one" in lines  # which has to be said
+    small = CausalLM("none", quantize="nf4")
+    assert "merge runs/x runs/x/merged --dequantize\n" in to_use_it(small, data, Path("runs/x"))[0]
 
 
 @pytest.mark.slow

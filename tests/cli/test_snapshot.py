@@ -248,6 +248,13 @@ def test_what_the_snapshot_does_not_know_is_left_to_the_parsers(
     check_arguments("fit", ["runs/a", *arguments], [], known)
 
 
+def test_a_verb_with_a_run_alone_or_nothing(known: Known, cli: Any) -> None:
+    for verb in sorted({*known.verbs} - {"export", "merge"}):  # which ask for more
+        check_arguments(verb, ["runs/a"], [], known)
+    assert "error: model and data missing: " in cli("fit", fails=2)
+    assert "required: run" in cli("generate", fails=2)
+
+
 def test_no_model_and_data(cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     quick = cli("fit", "--lora.r", "3", fails=2)
     assert "error: model and data missing: name a config (--config sft, say; " in quick

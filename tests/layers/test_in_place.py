@@ -549,14 +549,16 @@ def test_values_that_come_late() -> None:
 # -- a base in 16 bits ---------------------------------------------------------------------------------
 
 
-def test_what_a_forward_writes_into_16_bits_reaches_what_trains() -> None:
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.inference_mode])  # as in validation
+def test_what_a_forward_writes_into_16_bits_reaches_what_trains(mode: Any) -> None:
     model = Model("max_norm").to(torch.bfloat16)
     with torch.no_grad():
         model.head.weight.mul_(10)
     inject_adapter(model, LoraConfig(r=1, target_modules=["body"], modules_to_save=["head"]))
     before = model.head.weight.detach().clone()
     assert before.dtype is torch.float32
-    model(X.to(torch.bfloat16))
+    with mode():
+        model(X.to(torch.bfloat16))
     moved = (model.head.weight != before).any(1)
     assert moved.any()
     assert not moved.all()

@@ -79,6 +79,7 @@ def test_options_are_checked_when_they_are_given() -> None:
     passed_on = {**vars(LoraConfig()), "r": 4}  # as the command line does it: all of them
     text = text_of(ConfigError, lambda: LoraCallback(LoraConfig(r=2), **passed_on))
     assert text.startswith("LoraCallback was given config and also r: two sources")
+    assert text.endswith("goes back to its default with --lora.r 8. (lora.config)")
     text = text_of(ConfigError, lambda: LoraCallback(init_from="there", **passed_on))
     assert text.startswith("LoraCallback was given init_from='there' and also r: the adapter")
 

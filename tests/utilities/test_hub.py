@@ -108,7 +108,8 @@ def test_an_unreachable_hub_id_is_one_clear_error(monkeypatch):
         load_pretrained("AutoTokenizer", "org/modle", "data.tokenizer")
     assert str(error.value) == (
         "AutoTokenizer cannot load 'org/modle': We couldn't connect to the hub.\n"
-        "  Check the spelling and the network, or name a local folder or "
+        f"  Check the spelling and the network, or name a local folder (from {str(Path.cwd())!r}, "
+        "where there is none of that name) or "
         "'package:import_name/sub/folder'. (data.tokenizer)"
     )
 

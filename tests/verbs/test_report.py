@@ -488,6 +488,27 @@ def test_damaged_files_of_a_run(own_run: Path, tmp_path: Path) -> None:
     assert not (run / "report.html").exists()
 
 
+def test_values_that_are_close_can_be_read() -> None:
+    """What stands beside base and tuned is inside the picture, and over nothing else."""
+    from lora_lightning.verbs.report.training_figures import comparison_figure
+
+    pairs = [(6.319, 6.107), (6.209, 6.196), (6.2, 6.2), (6.1, 6.32)]
+    found = {
+        f"run {n}": Comparison({"val_loss": base}, {"val_loss": tuned}, "val_loss", "min")
+        for n, (base, tuned) in enumerate(pairs)
+    }
+    for runs in (found, {"run 1": found["run 1"]}):
+        figure = comparison_figure(runs)
+        assert figure is not None
+        figure.canvas.draw()
+        boxes = [text.get_window_extent() for text in figure.axes[0].texts]
+        assert len(boxes) == 2 * len(runs)
+        assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+        assert all(figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 for box in boxes)
+    unbounded = Comparison({"val_loss": float("inf")}, {"val_loss": 6.0}, "val_loss", "min")
+    assert comparison_figure({"run": unbounded}) is not None
+
+
 def test_a_comparison_comes_back(tmp_path: Path) -> None:
     asked = Comparison({"a": 1.0, "b": float("inf")}, {"a": 0.5}, "a", "min", 0.1, "t", ["head"])
     write_comparison(asked, tmp_path)

@@ -57,8 +57,8 @@ def generate(
         max_new_tokens: The most tokens of an answer. Default: the run's `model.max_new_tokens`.
         system: What a chat begins with, unless it has a system message itself.
         ckpt: Of a run directory: `best`, `last` or a path. Default: the best, else the last.
-        adapter: Further adapters of the same base, as runs, checkpoints or PEFT folders. All
-            answer; in a chat, the one that `/adapter NAME` names.
+        adapter: Further adapters of the same base, as runs, checkpoints or PEFT folders; on the
+            command line, once for each. All answer; in a chat, the one that `/adapter NAME` names.
         generation: Further options of transformers' `generate`, before the run's own.
         chat: Whether a prompt is a turn of a chat. Default: as in training.
         device: Such as `cuda:1` or `cpu`. Default: the GPU, where there is one.

@@ -240,7 +240,7 @@ def _check_quantized(quantized: bool, dequantize: bool, kind: str) -> None:
             f"The base of this run was rounded to {kind}, and rounding a merged weight again would "
             "round most of what the adapter learned away. Write a plain model in 16 or 32 bits, "
             "the rounded base and what was learned on it, with --dequantize; or keep base and "
-            "adapter apart (lora_lightning.save_adapter). (dequantize)"
+            "adapter apart (lora-lightning export). (dequantize)"
         )
     if dequantize and not quantized:
         raise ConfigError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
@@ -101,15 +102,23 @@ def comparison_figure(comparisons: Mapping[str, Comparison]) -> Figure | None:
                 capsize=3, linewidth=1.2, zorder=3,
             )  # fmt: skip
             for value, word in ((base, "base"), (tuned, "tuned")):
+                # Each to its own side: they stay apart where the values are close.
+                left = value < max(base, tuned) or (word == "tuned" and base == tuned)
                 axes.annotate(
-                    f"{word} {value:.4g}", (value, number), xytext=(0, 9), ha="center",
-                    textcoords="offset points", fontsize=9, color=INK if word == "tuned" else MUTED,
+                    f"{word} {value:.4g}", (value, number), xytext=(-4 if left else 4, 9),
+                    ha="right" if left else "left", textcoords="offset points", fontsize=9,
+                    color=INK if word == "tuned" else MUTED,
                 )  # fmt: skip
         axes.set_yticks(range(len(rows)), [_short(printable(run)) for run in rows])
         if len(rows) == 1:
             axes.set_yticks([])
         axes.set_ylim(len(rows) - 0.4, -0.75)
-        axes.margins(x=0.16)
+        ends = [
+            x for base, tuned, more in rows.values() for x in (base, tuned - more, tuned + more)
+        ]
+        if all(map(math.isfinite, ends)):
+            room = 0.3 * (max(ends) - min(ends)) or 0.1 * abs(ends[0]) or 1.0  # for the words
+            axes.set_xlim(min(ends) - room, max(ends) + room)
         axes.grid(visible=False)
         axes.spines["left"].set_visible(False)
         axes.set_xlabel(printable(metric))
