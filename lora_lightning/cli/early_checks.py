@@ -80,6 +80,11 @@ def nothing_left(checkpoint: Path, trainer: Any) -> str | None:
     except Exception:  # a damaged file can raise anything; who goes on from it, says so at length
         return None
     epochs = _completed(content, ("loops", "fit_loop", "epoch_progress", "current", "processed"))
+    progress = _completed(content, ("loops", "fit_loop", "epoch_loop.batch_progress"))
+    begun = _completed(content, ("loops", "fit_loop", "epoch_progress", "current", "ready"))
+    # Saved behind the last batch of an epoch, by the validation that comes before its end.
+    if _completed(progress, ("is_last_batch",)) is True and begun == epochs + 1:
+        epochs = begun
     limits: Iterable[tuple[str, Any, Any]] = (
         ("max_epochs", trainer.get("max_epochs"), epochs),
         ("max_steps", trainer.get("max_steps"), content.get("global_step")),

@@ -46,7 +46,7 @@ def check_arguments(
     parser = _light_parser(options, own, runs)
     text: str | None
     try:
-        switches = [option.name for option in options if not runs and option.kinds == ("bool",)]
+        switches = [o.name for o in options if not runs and {*o.kinds} - {"null"} == {"bool"}]
         words = _without_run(arguments, bool(configs), runs)
         parser.parse_args(spelled_out(words, switches))
         text = _missing_sections(verb, arguments, configs) if runs else None

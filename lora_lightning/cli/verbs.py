@@ -75,7 +75,8 @@ def run_verb(verb: str, *arguments: str) -> None:
 def parsed(verb: str, function: Any, arguments: tuple[str, ...]) -> dict[str, Any]:
     """What the command line says, by the names of the function's arguments."""
     parser = parser_of(verb, function)
-    switches = [name for name, kind in get_type_hints(function).items() if kind is bool]
+    kinds = get_type_hints(function).items()
+    switches = [name for name, kind in kinds if kind in (bool, bool | None)]
     options = parser.parse_args(_with_directory(spelled_out(arguments, switches)))
     values: dict[str, Any] = parser.instantiate_classes(options).as_dict()
     return values

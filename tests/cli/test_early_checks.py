@@ -129,6 +129,19 @@ def test_nothing_is_left_to_train(cli: Any, folder: Path) -> None:
     assert "trainable" in text
 
 
+def test_nothing_is_left_behind_the_last_batch(cli: Any, folder: Path) -> None:
+    """The newest checkpoint is of a validation that came before the end of its epoch."""
+    saver = {
+        "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+        "init_args": {"monitor": "val_loss", "save_last": True},
+    }
+    trainer = {**CONFIG["trainer"], "callbacks": [saver], "val_check_interval": 0.5}
+    write(folder / "halves.yaml", {**CONFIG, "trainer": trainer})
+    cli("fit", "--config", "halves.yaml")
+    assert "nothing left to train: max_epochs=1 is reached" in cli("fit", "runs/a")
+    assert "trainable" in cli("fit", "runs/a", "--trainer.max_epochs", "2")
+
+
 @pytest.mark.slow
 def test_as_a_process(folder: Path) -> None:
     """A wrong format of the data, and a file that is none: a line or two each."""

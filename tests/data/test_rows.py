@@ -563,3 +563,9 @@ def test_a_parquet_file_with_other_metadata(noted, tmp_path):
     assert message(write_parquet(tmp_path / "a.parquet", table)).startswith(
         f"{tmp_path / 'a.parquet'}: "
     )
+
+
+def test_a_path_is_a_source_too(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    rows = [*read_rows(tmp_path / "rows.jsonl", key="data.train")]
+    assert [row.values["text"] for row in rows] == ["a", "b"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,6 +53,7 @@ def read_rows(
             it is reached).
     """
     columns = columns or {}
+    source = os.fspath(source)  # a Path, too
     check_no_text(source, key)
     path = Path(source).expanduser()
     if path.is_dir() and hf_datasets.is_saved_dataset(path):

@@ -48,6 +48,9 @@ class Exported:
     files: dict[str, int]
     url: str | None = None
 
+    def __repr__(self) -> str:  # what a notebook shows below the printed lines
+        return f"adapter {self.adapter!r} as {self.format} in {str(self.folder)!r}"
+
 
 def export(
     run: str | os.PathLike[str],
