@@ -2,7 +2,7 @@
 
 from setuptools import find_packages, setup
 
-CONFIGS = ["", ".overlays", ".launch"]
+CONFIGS = ["", ".overlays", ".launch", ".coming_from"]
 
 setup(
     packages=[
@@ -14,5 +14,6 @@ setup(
         "lora_lightning": ["py.typed", "cli/snapshot.json"],
         "": ["*.yaml", "*.sh", "*.sbatch"],
         "lora_lightning.configs": ["README.md"],
+        "lora_lightning.configs.coming_from": ["README.md"],
     },
 )

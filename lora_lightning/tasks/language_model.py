@@ -13,7 +13,6 @@ from lora_lightning.tasks.lm_loss import LMLoss, TokenLoss
 from lora_lightning.tasks.model_options import check_generation_options
 from lora_lightning.tasks.pretrained_task import Batch, PretrainedTask
 from lora_lightning.tasks.stop_tokens import (
-    as_ids,
     saved_end_tokens,
     stop_line,
     stop_tokens,
@@ -241,7 +240,8 @@ class LanguageModel(PretrainedTask):
         together = any(is_sharded(p) for p in network.parameters())
         own = {"max_new_tokens": self.max_new_tokens, "pad_token_id": pad, "use_cache": True}
         ends = stop_tokens(network, self.end_tokens)
-        options = {**own, "eos_token_id": ends or None, **self.generation, **options}
+        asked = {**self.generation, **options}
+        options = {**own, "eos_token_id": ends or None, **asked}
         left = _positions_left(network, input_ids.shape[1])
         options["max_new_tokens"] = min(options["max_new_tokens"], left)
         ids = network.generate(
@@ -250,8 +250,9 @@ class LanguageModel(PretrainedTask):
             tokenizer=tokenizer,  # reads `stop_strings`
             **options,
         )
-        ends = as_ids(options["eos_token_id"])
-        new = [until_end(row, ends) for row in self.written(ids, input_ids).tolist()]
+        # An end that was asked for by name is part of the text, as in transformers.
+        cut = () if "eos_token_id" in asked else ends
+        new = [until_end(row, cut) for row in self.written(ids, input_ids).tolist()]
         texts: list[str] = tokenizer.batch_decode(new, skip_special_tokens=True)
         return texts
 

@@ -328,7 +328,7 @@ def test_the_command(
     said = run_command(home, monkeypatch, capfd, "export", "runs/lm", str(out), fails=1)
     assert "is there already" in said
     said = run_command(home, monkeypatch, capfd, "export", "runs/lm", str(out), "--forc", fails=2)
-    assert "Did you mean 'force'?" in said
+    assert "Did you mean '--force'?" in said
     said = run_command(
         home, monkeypatch, capfd, "export", "runs/lm", str(out), "--force", "--ckpt", "last"
     )

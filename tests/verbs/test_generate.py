@@ -440,7 +440,7 @@ def test_the_command(run: Path, second: Path, monkeypatch: Any, capfd: Any) -> N
         (["run", "--prompt", "x", "--generation", "{tempratur: 1}"], 1, "Did you mean 'temperature'"),
         (["run", "--prompt", "x", "--generation", "{max_length: 1}"], 1, "'max_length' cannot be had"),
         (["run", "--prompt", "x", "--adapter", "nowhere"], 1, "There is no run 'nowhere'"),
-        (["run", "--promt", "x"], 2, "Did you mean 'prompt'"),
+        (["run", "--promt", "x"], 2, "Did you mean '--prompt'"),
     ],
 )  # fmt: skip
 def test_mistakes(

@@ -257,7 +257,7 @@ def test_an_own_module_and_the_command(
     refused = run_command(folder, monkeypatch, capfd, "report", "runs/own", fails=1)
     assert "where the pictures go" in refused
     unknown = run_command(folder, monkeypatch, capfd, "report", "runs/own", "--forse", fails=2)
-    assert "Did you mean 'force'" in unknown
+    assert "Did you mean '--force'" in unknown
     shutil.rmtree(own_run / "report_figures")
 
 

@@ -25,6 +25,7 @@ from lora_lightning.layers.quantized.bitsandbytes import (
 from lora_lightning.layers.traversal import named_adapted_layers
 from lora_lightning.tasks.model_options import weights_of
 from lora_lightning.tasks.pretrained_task import PretrainedTask
+from lora_lightning.training._lightning import trainer_of
 from lora_lightning.training.adapter_callback import AdapterCallback
 from lora_lightning.training.module_state import defines_hook
 from lora_lightning.training.new_modules import new_modules_below
@@ -149,7 +150,7 @@ def _started_plainly(config: AdapterConfig, notes: list[str]) -> AdapterConfig:
 
 def without_memory(module: LightningModule, fake: Any) -> LightningModule:
     """A copy of a module whose parameters and buffers take no memory, on the CPU."""
-    trainer = module.__dict__.get("_trainer")
+    trainer = trainer_of(module)
     memo: dict[int, Any] = {} if trainer is None else {id(trainer): None}
     dense: dict[int, Tensor] = {}
     with fake:
