@@ -20,7 +20,7 @@ from lora_lightning.data.sources.row import Row, check_characters
 from lora_lightning.engine.switching import disable_adapter, set_adapter
 from lora_lightning.errors import ConfigError, RecordError
 from lora_lightning.tasks.language_model import LanguageModel
-from lora_lightning.tasks.stop_tokens import as_ids, stop_line, stop_tokens
+from lora_lightning.tasks.stop_tokens import stop_line, stop_tokens
 from lora_lightning.verbs.generate.streaming import Stop, TextStream
 
 BASE = "base"  # the voice without adapters
@@ -201,9 +201,8 @@ class Speaker:
             options["stopping_criteria"] = [stop]
         one_by_one = self._number("num_beams") in (None, 1)
         if show and one_by_one:
-            ends = stop_tokens(self.network, self.module.end_tokens)
-            named = {**self.module.generation, **self.options}.get("eos_token_id")
-            ends = ends if named is None else as_ids(named)
+            named = "eos_token_id" in {**self.module.generation, **self.options}
+            ends = [] if named else stop_tokens(self.network, self.module.end_tokens)
             options["streamer"] = TextStream(self.tokenizer, ends, show)
         with self._as(voice):
             inputs = torch.tensor([ids], device=self.module.device)
