@@ -50,6 +50,16 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self.master, text.encode())
 
+    def interrupt_until(self, pattern: str) -> None:
+        """Press Ctrl-C until it is heard: what comes just before readline waits may be lost."""
+        end = time.monotonic() + PATIENCE
+        while not re.search(pattern, self.shown):
+            assert time.monotonic() < end, f"{pattern!r} never came: {self.shown!r}"
+            self.type("\x03")
+            while select.select([self.master], [], [], 2.0)[0]:
+                self.shown += os.read(self.master, 4096).decode("utf-8", "replace")
+        self.until(pattern)
+
     def exit_code(self) -> int:
         end = time.monotonic() + PATIENCE
         while time.monotonic() < end:
@@ -101,9 +111,7 @@ def test_a_chat(terminal: Terminal) -> None:
     terminal.type("/adapter default\n/reset\n")  # the chat goes on
     terminal.until(r"begins anew\r\n> ")
     terminal.type("half a line")
-    terminal.until("half a line")  # what comes before readline waits for it may be lost
-    terminal.type("\x03")
-    terminal.until(r"Ctrl-D or /quit ends the chat\r\n> ")
+    terminal.interrupt_until(r"Ctrl-D or /quit ends the chat\r\n> ")
     terminal.type(f"{QUESTION}\n")
     terminal.until(rf"\r\n{ANSWER}\r\n> ")
     terminal.type("\x04")
