@@ -102,5 +102,5 @@ def test_of_the_quickstart(tmp_path: Path) -> None:
     assert verbs[-5:] == ["merge", "export", "report", "fit", "validate"]
     follow(tmp_path, first, verbs)
     assert run(tmp_path, "lora-lightning inspect runs/quickstart")
-    assert "docstring" in run(tmp_path, "lora-lightning preview runs/quickstart").lower()
+    assert "tkinter" in run(tmp_path, "lora-lightning preview runs/quickstart")
     assert run(tmp_path, "lora-lightning plan runs/quickstart")
