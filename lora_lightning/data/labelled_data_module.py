@@ -37,7 +37,9 @@ class LabelledDataModule(SplitDataModule):
 
     @property
     def label_names(self) -> list[str]:
-        """The classes; a label's index in this list is its class id. Known after `setup`."""
+        """The classes; a label's index in this list is its class id."""
+        if self._label_names is None and self.paths["train"] is not None:
+            self._label_names = self._training_labels()
         if self._label_names is None:
             raise ConfigError(
                 "the classes are not known: give data.train, whose labels they are, or name them "
