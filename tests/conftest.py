@@ -11,6 +11,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -53,3 +54,19 @@ def _data_loaders_as_torch_has_them() -> Iterator[None]:
                 delattr(kind, name)
                 if name in methods:
                     setattr(kind, name, methods[name])
+
+
+@pytest.fixture(scope="session")
+def own_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained run of a module of one's own, made once a process."""
+    from tests.helpers.trained_runs import own_module_run
+
+    return own_module_run(tmp_path_factory.mktemp("own"))
+
+
+@pytest.fixture(scope="session")
+def lm_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained run of a tiny language model, made once a process."""
+    from tests.helpers.trained_runs import language_model_run
+
+    return language_model_run(tmp_path_factory.mktemp("lm"))

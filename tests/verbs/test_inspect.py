@@ -21,11 +21,12 @@ from torch import Tensor, nn
 import lora_lightning
 from lora_lightning import export, inject_adapter, inspect, save_adapter
 from lora_lightning.engine.injection import adapters_named
+from lora_lightning.engine.update_spectrum import entropy_rank
 from lora_lightning.errors import CheckpointError
 from lora_lightning.runs.build import trained_module
 from lora_lightning.runs.run import find_run
 from lora_lightning.verbs.export.diffusers import write_diffusers
-from lora_lightning.verbs.inspect.updates import Update, effective_rank
+from lora_lightning.verbs.inspect.updates import Update
 from tests.helpers.adapter_types import TYPES, net, options
 from tests.helpers.command import run_command
 from tests.helpers.tensors import randomize, trainable
@@ -97,11 +98,11 @@ def only_of_module(contents: Any, module: str) -> Update:
 
 
 def test_effective_rank_of_what_is_known() -> None:
-    assert effective_rank(torch.ones(7)) == pytest.approx(7)
-    assert effective_rank(torch.tensor([2.0, 0, 0])) == pytest.approx(1)
-    assert effective_rank(torch.zeros(4)) == 0
+    assert entropy_rank(torch.ones(7)) == pytest.approx(7)
+    assert entropy_rank(torch.tensor([2.0, 0, 0])) == pytest.approx(1)
+    assert entropy_rank(torch.zeros(4)) == 0
     # H(3/4, 1/4) in nats
-    assert effective_rank(torch.tensor([3.0, 1.0])) == pytest.approx(math.exp(0.5623351))
+    assert entropy_rank(torch.tensor([3.0, 1.0])) == pytest.approx(math.exp(0.5623351))
 
 
 @pytest.mark.parametrize("name", ["own", "lm"])

@@ -1,11 +1,6 @@
 """Size and effective rank of what adapters add to weights, from their small factors alone.
 
-With Q_B R_B = B and Q_A R_A = A^T the singular values of B A are those of R_B R_A^T, a matrix of
-r x r: nothing of the weight's size is made. ||B A||_F is the root of their squares' sum. The
-effective rank is exp(H), H = -sum p_i ln p_i with p_i = sigma_i / sum sigma: how many directions
-there are if all weighed the same. (Roy & Vetterli 2007, "The effective rank: a measure of effective
-dimensionality", EUSIPCO, definition 1.)
-
+The effective rank is `entropy_rank`: how many directions there are if all weighed the same.
 Singular values of a Kronecker product are the products of those of its two factors.
 """
 
@@ -22,6 +17,7 @@ from torch import Tensor
 from lora_lightning.adapters.config import pattern_value
 from lora_lightning.adapters.plain_lora import Factors, hadamard_factors
 from lora_lightning.checkpoint.peft.config import is_costly
+from lora_lightning.engine.update_spectrum import entropy_rank, low_rank_singular_values
 
 _LARGEST_RANK = 4096  # of a product that is measured
 
@@ -59,26 +55,9 @@ def measured(module: str, kind: str, tensors: Tensors, options: Mapping[str, Any
         return Update(module, note=f"not measured: {reason}")
 
 
-def singular_values(a: Tensor, b: Tensor) -> Tensor:
-    """Of B A, A (r, n) and B (m, r), in float64."""
-    right = torch.linalg.qr(a.double().t(), mode="r")[1]
-    left = torch.linalg.qr(b.double(), mode="r")[1]
-    values: Tensor = torch.linalg.svdvals(left @ right.t())
-    return values
-
-
 def norm_of(factors: Factors) -> float:
     """||B A||_F."""
-    return float(torch.linalg.vector_norm(singular_values(*factors)))
-
-
-def effective_rank(values: Tensor) -> float:
-    """exp(-sum p ln p) of singular values; 0 of a zero matrix."""
-    total = float(values.sum())
-    if total == 0:
-        return 0.0
-    p = values[values > 0] / total
-    return math.exp(float(-(p * p.log()).sum()))
+    return float(torch.linalg.vector_norm(low_rank_singular_values(*factors)))
 
 
 def _measured(module: str, kind: str, tensors: Tensors, options: Mapping[str, Any]) -> Update:
@@ -99,9 +78,9 @@ def _measured(module: str, kind: str, tensors: Tensors, options: Mapping[str, An
     factors, note = _factors(module, kind, found, options)
     if factors is None:
         return Update(module, note=note)
-    values = singular_values(*factors)
+    values = low_rank_singular_values(*factors)
     norm = float(torch.linalg.vector_norm(values))
-    return Update(module, len(factors[0]), norm, effective_rank(values), note, factors)
+    return Update(module, len(factors[0]), norm, entropy_rank(values), note, factors)
 
 
 def _factors(
@@ -142,10 +121,12 @@ def _kronecker(module: str, found: Tensors, options: Mapping[str, Any]) -> Updat
         if name in found:
             parts.append(torch.linalg.svdvals(found[name].double().flatten(1)))
         else:
-            parts.append(singular_values(found[f"{name}_b"].flatten(1), found[f"{name}_a"]))
+            parts.append(
+                low_rank_singular_values(found[f"{name}_b"].flatten(1), found[f"{name}_a"])
+            )
     values = _scale(module, r, options, "alpha") * torch.kron(*parts)
     norm = float(torch.linalg.vector_norm(values))
-    return Update(module, len(values), norm, effective_rank(values))
+    return Update(module, len(values), norm, entropy_rank(values))
 
 
 def _rank(module: str, options: Mapping[str, Any], default: int) -> int:
