@@ -8,6 +8,7 @@ import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from lightning.pytorch import utilities
 from lightning_utilities.core import rank_zero
@@ -80,10 +81,11 @@ def _broken_between_words(text: str, width: int) -> str:
     return "\n".join(lines)
 
 
-def console_of_terminal() -> Console:
+def console_of_terminal(**options: Any) -> Console:
     """As wide and colourful as the terminal; in text there is neither markup nor emoji codes."""
     # In a notebook rich would show an empty output of its own beside the printed text.
-    return Console(soft_wrap=True, markup=False, emoji=False, highlight=False, force_jupyter=False)
+    options |= {"markup": False, "emoji": False, "highlight": False, "force_jupyter": False}
+    return Console(soft_wrap=True, **options)
 
 
 @contextmanager
@@ -103,10 +105,7 @@ def bars_on_terminals() -> Iterator[None]:
 
 def as_text(*items: RenderableType) -> str:
     """What `show` prints where there are no colours, such as in a log file."""
-    console = Console(
-        file=io.StringIO(), width=100, color_system=None, soft_wrap=True, markup=False,
-        emoji=False, highlight=False, force_jupyter=False,
-    )  # fmt: skip
+    console = console_of_terminal(file=io.StringIO(), width=100, color_system=None)
     with console.capture() as captured:
         for item in items:
             console.print(_Printable(item))
@@ -115,11 +114,14 @@ def as_text(*items: RenderableType) -> str:
 
 def as_html(*items: RenderableType) -> str:
     """What `show` prints on a terminal, for a notebook: text, so that nothing in it is HTML."""
-    console = Console(
-        file=io.StringIO(), width=100, color_system="truecolor", force_terminal=True, record=True,
-        soft_wrap=True, markup=False, emoji=False, highlight=False, force_jupyter=False,
+    console = console_of_terminal(
+        file=io.StringIO(),
+        width=100,
+        color_system="truecolor",
+        force_terminal=True,
+        record=True,
         no_color=False,
-    )  # fmt: skip
+    )
     for item in items:
         console.print(_Printable(item))
     page = '<pre style="white-space: pre-wrap; line-height: normal">{code}</pre>'
